@@ -1,0 +1,41 @@
+"""One family of errors: what was asked, what was found, what to write instead. Each ends a command with its exit code."""
+
+
+class TreeringError(Exception):
+    """A mistake we can explain. The command line prints it without a traceback and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(TreeringError):
+    """A setting is outside what is allowed. `field` is its dotted path below the object that raised it."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, field: str = ""):
+        super().__init__(message)
+        self.field = field
+
+
+class PlanError(TreeringError):
+    """Techniques, model and mesh do not fit together; raised before any weight is loaded."""
+
+    exit_code = 3
+
+
+class DataError(TreeringError):
+    """A source of examples is unreadable or a sample is unusable; names file, line and field."""
+
+    exit_code = 4
+
+
+class CheckpointError(TreeringError):
+    """A checkpoint or model folder is incomplete, damaged, unsafe, or belongs to another run."""
+
+    exit_code = 5
+
+
+class NumericsError(TreeringError):
+    """Too many steps in a row had a gradient that was not finite."""
+
+    exit_code = 6

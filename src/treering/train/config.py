@@ -1,0 +1,117 @@
+"""What a user may say about training: plain frozen dataclasses, no torch, checked as they are made."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from treering.errors import ConfigError
+
+
+def _positive(value: float | int | None, name: str) -> None:
+    if value is not None and not value > 0:
+        raise ConfigError(f"{name} is {value}; it must be greater than 0", field=name)
+
+
+def _fraction(value: float, name: str) -> None:
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name} is {value}; it must lie between 0 and 1", field=name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """The update rule. `muon` steps the matrices inside the blocks with Muon and everything else with AdamW."""
+
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
+    lr: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _positive(self.lr, "lr")
+        _positive(self.eps, "eps")
+        for i, beta in enumerate(self.betas):
+            if not 0 <= beta < 1:
+                raise ConfigError(f"betas[{i}] is {beta}; it must be at least 0 and below 1", field="betas")
+        if self.weight_decay < 0:
+            raise ConfigError(f"weight_decay is {self.weight_decay}; it cannot be negative", field="weight_decay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate as a pure function of the step: warm-up, then `name`, ending at `final` of the peak.
+
+    `warmup` and `decay` are fractions of all steps below 1 and numbers of steps from 1 on; `decay` is used by `wsd`.
+    """
+
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup: float = 0.03
+    decay: float = 0.2
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("warmup", "decay"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it cannot be negative", field=name)
+        _fraction(self.final, "final")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """When to evaluate on `data.eval`, and when to stop because of it."""
+
+    every: int | None = None  # steps; the end is always evaluated if there is eval data
+    patience: int | None = None  # stop after so many evaluations without improvement
+    prompts: tuple[str, ...] = ()  # sample generations are printed for these
+    new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("every", "patience", "new_tokens"):
+            _positive(getattr(self, name), name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When to save, how many to keep, and whether to go on from the newest one."""
+
+    every: int | None = None  # steps; the end is always saved
+    keep: int = 2
+    resume: Literal["auto", "never"] = "auto"
+
+    def __post_init__(self) -> None:
+        _positive(self.every, "every")
+        _positive(self.keep, "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How long, how large a step, with what optimizer. Exactly one of `steps` and `epochs` counts; steps win."""
+
+    steps: int | None = None
+    epochs: float = 1.0
+    tokens_per_step: int | None = None  # a global token budget; default: one full bin per rank
+    clip: float | None = 1.0
+    max_skips: int = 5  # so many steps in a row with a gradient that is not finite end the run
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log_every: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "epochs", "tokens_per_step", "clip", "max_skips", "log_every"):
+            _positive(getattr(self, name), name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which model. `path` is a folder or a hub name; `dtype` is what the weights are stored in while training."""
+
+    path: str
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dropout: Literal["refuse", "off", "per_rank"] = "refuse"
+    initialise: bool = False  # random weights from the folder's config.json: pretraining from nothing
+
+    def __post_init__(self) -> None:
+        if not self.path.strip():
+            raise ConfigError("path is empty; give a folder or a hub name", field="path")
