@@ -18,9 +18,16 @@ class ConfigError(TreeringError):
 
 
 class PlanError(TreeringError):
-    """Techniques, model and mesh do not fit together; raised before any weight is loaded."""
+    """Techniques, model and mesh do not fit together; raised before any weight is loaded.
+
+    `settings` are the config keys that decide it (`lora.targets`), so that a front end can point at their lines.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, *, settings: tuple[str, ...] = ()):
+        super().__init__(message)
+        self.settings = settings
 
 
 class DataError(TreeringError):

@@ -87,7 +87,7 @@ class Part:
     keeps_base: bool = True  # False: the plain parameter is gone
     independent_rows: bool = False  # True: row i of every own tensor depends on row i of the weight alone
     compute_dtype: "torch.dtype | None" = None  # pins storage and arithmetic against mixed precision
-    tolerance: float = 1e-5  # of ‖join(split(W)) − W‖ / ‖W‖, checked at load
+    tolerance: float | None = 1e-5  # of ‖join(split(W)) − W‖ / ‖W‖, checked at load; None: the start changes W
     cost: float = 0.0  # of split, any unit: work is shared out longest first
 
 
@@ -126,6 +126,7 @@ class Applied:
     state: "Callable[[], dict[str, Tensor]] | None" = None  # what a checkpoint keeps besides parameters
     metrics: Callable[[], dict[str, float]] | None = None
     adapter: Adapter | None = None
+    resting: Literal["device", "cpu"] = "device"  # where parameters live between uses
     undo: Callable[[], None] | None = None  # forward rewrites and observers only
     notes: tuple[str, ...] = ()  # lines for explain()
 

@@ -1,0 +1,66 @@
+"""Treering: post-training for large transformers. Importing it costs milliseconds; torch comes with the first name."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from treering.compile import Compile
+    from treering.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        NumericsError,
+        PlanError,
+        TreeringError,
+    )
+    from treering.full import Full
+    from treering.lora import LoRA
+    from treering.topology import mesh
+    from treering.plan import Run, compose
+    from treering.shard import Shard
+
+_WHERE = {
+    "Compile": "treering.compile",
+    "Full": "treering.full",
+    "LoRA": "treering.lora",
+    "Shard": "treering.shard",
+    "mesh": "treering.topology",
+    "Run": "treering.plan",
+    "compose": "treering.plan",
+    "TreeringError": "treering.errors",
+    "ConfigError": "treering.errors",
+    "PlanError": "treering.errors",
+    "DataError": "treering.errors",
+    "CheckpointError": "treering.errors",
+    "NumericsError": "treering.errors",
+}
+
+__all__ = [
+    "CheckpointError",
+    "Compile",
+    "ConfigError",
+    "DataError",
+    "Full",
+    "LoRA",
+    "NumericsError",
+    "PlanError",
+    "Run",
+    "Shard",
+    "TreeringError",
+    "compose",
+    "mesh",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"treering has no {name!r}")
+    value = getattr(import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

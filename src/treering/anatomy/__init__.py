@@ -1,0 +1,42 @@
+"""Where a transformers causal language model keeps things; every parameter has exactly one role.
+
+    anatomy = examine(model)                    once, from the plain model; the meta device is enough
+    select(anatomy, ["q_proj", "*.mlp.*"])      the linears that patterns name
+
+What comes out is pure data without a reference to the model. Importing this package does not import torch.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from treering.anatomy.names import matches, select, select_parameters
+from treering.anatomy.parts import ROLES, Anatomy, Attention, Block, Experts, Head, Linear, Parameter, Role
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "ROLES",
+    "Anatomy",
+    "Attention",
+    "Block",
+    "Experts",
+    "Head",
+    "Linear",
+    "Parameter",
+    "Role",
+    "examine",
+    "matches",
+    "select",
+    "select_parameters",
+]
+
+
+def examine(model: "PreTrainedModel", overrides: Mapping[str, str] | None = None) -> Anatomy:
+    """Take the anatomy of `model`; `overrides` (pattern -> role) settles what the generic rules cannot tell.
+
+    A parameter without a role, an unreadable attention, an encoder-decoder or a multimodal model is a PlanError.
+    """
+    from treering.anatomy.survey import survey
+
+    return survey(model, overrides or {})

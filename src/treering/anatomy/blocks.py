@@ -1,0 +1,126 @@
+"""Which list of modules is the stack of blocks, and what a block consists of."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from treering.anatomy.attention import is_attention, sequence_modules
+from treering.anatomy.parts import Block, Role
+from treering.anatomy.refuse import refuse_not_causal
+from treering.errors import PlanError
+
+_ATTENTION_CLASS = re.compile(r"atten|attn", re.I)
+_MLP_NAME = re.compile(r"^(mlp|feed_?forward|ff|ffn|moe|block_sparse_moe|shared_mlp|shared_experts?|experts)$", re.I)
+_MLP_CLASS = re.compile(r"mlp|moe|feed_?forward|ffn", re.I)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A block and the modules whose parameters go with its attention, its feed-forward part, its other mixers."""
+
+    block: Block
+    attention_roots: tuple[str, ...]
+    mlp_roots: tuple[str, ...]
+    mixer_roots: tuple[str, ...]
+
+
+def lay_out(model: nn.Module, forced: Mapping[str, Role]) -> tuple[Layout, ...]:
+    fqn, layers = _stack(model)
+    return tuple(_layout(model, f"{fqn}.{i}", i, forced) for i in range(len(layers)))
+
+
+def is_norm(fqn: str, module: nn.Module) -> bool:
+    """Called a norm, by its class or its own name, and either holding nothing but small weights or holding nothing."""
+    if isinstance(module, nn.Linear | nn.Embedding | nn.ModuleList) or next(module.children(), None) is not None:
+        return False
+    named = "norm" in type(module).__name__.lower() or "norm" in fqn.rpartition(".")[2].lower()
+    return named and all(p.ndim <= 2 for p in module.parameters()) and not isinstance(module, nn.Identity)
+
+
+def _stack(model: Any) -> tuple[str, nn.ModuleList]:
+    """The outermost module list with attention in it; of several, or without any attention, the longest."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and not any(name.startswith(f"{o}.") for o, _ in found):
+            found.append((name, module))
+    if not found:
+        raise PlanError(
+            f"{model.config.model_type}: no list of blocks was found in {type(model).__name__} (an nn.ModuleList whose "
+            "items contain attention); such a model cannot be used"
+        )
+    return max(found, key=lambda item: (any(map(is_attention, item[1].modules())), len(item[1])))
+
+
+def _layout(model: Any, fqn: str, index: int, forced: Mapping[str, Role]) -> Layout:
+    block = model.get_submodule(fqn)
+    attentions = _attentions(model, fqn, forced)
+    roots = tuple(_topmost(model, fqn, name) for name in attentions)
+    others = [f"{fqn}.{name}" for name in sequence_modules(block)]
+    mixer_roots = tuple(dict.fromkeys(_child(fqn, name, roots) for name in others if not within(name, roots)))
+    free = [name for name, _ in block.named_children() if f"{fqn}.{name}" not in (*roots, *mixer_roots)]
+    mlps = tuple(f"{fqn}.{name}" for name in free if _is_mlp(name, block.get_submodule(name)))
+    if others:
+        mixer_class = type(model.get_submodule((*mixer_roots, *others)[0])).__name__
+    else:
+        mixer_class = type(model.get_submodule(attentions[0]) if attentions else block).__name__
+    return Layout(
+        block=Block(
+            fqn=fqn,
+            index=index,
+            attention=attentions[0] if attentions else None,
+            mlp=mlps[0] if len(mlps) == 1 else None,
+            mixer="attention" if attentions and not others else "other",
+            mixer_class=mixer_class,
+        ),
+        attention_roots=roots,
+        mlp_roots=mlps,
+        mixer_roots=mixer_roots,
+    )
+
+
+def _attentions(model: Any, fqn: str, forced: Mapping[str, Role]) -> list[str]:
+    """The softmax attention of a block, less what the user calls something else."""
+    found = [
+        name
+        for name, module in model.get_submodule(fqn).named_modules(prefix=fqn)
+        if is_attention(module) and not any(f"{name}.{p}" in forced for p, _ in module.named_parameters())
+    ]
+    if len(found) > 1:
+        last = found[-1].removeprefix(f"{fqn}.")
+        raise PlanError(
+            f"{model.config.model_type}: the block {fqn} has {len(found)} attentions ({', '.join(found)}); "
+            "only one is understood. "
+            f'To treat one as an unknown way of mixing tokens, write  model: {{roles: {{"*.{last}": mixer}}}}'
+        )
+    for attention in found:
+        refuse_not_causal(model, attention)
+    return found
+
+
+def _topmost(model: nn.Module, block: str, fqn: str) -> str:
+    """The outermost module around an attention that is still called attention: the output projection may be beside it."""
+    top = above = fqn
+    while (above := above.rpartition(".")[0]) != block:
+        if _ATTENTION_CLASS.search(type(model.get_submodule(above)).__name__):
+            top = above
+    return top
+
+
+def _child(block: str, fqn: str, attentions: tuple[str, ...]) -> str:
+    """The block's direct child around `fqn`, unless attention lies in it as well."""
+    child = f"{block}.{fqn.removeprefix(block + '.').partition('.')[0]}"
+    return fqn if any(within(a, (child,)) for a in attentions) else child
+
+
+def _is_mlp(name: str, module: nn.Module) -> bool:
+    if is_norm(name, module) or next(module.parameters(), None) is None:
+        return False
+    return bool(_MLP_NAME.match(name) or _MLP_CLASS.search(type(module).__name__))
+
+
+def within(name: str, roots: tuple[str, ...]) -> bool:
+    """Whether `name` is one of `roots` or lies below one."""
+    return any(name == root or name.startswith(f"{root}.") for root in roots)

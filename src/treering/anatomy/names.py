@@ -1,0 +1,68 @@
+"""Patterns for names: `q_proj` is the end of a name, anything with a dot or a wildcard is a glob on the full name."""
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from treering.anatomy.parts import Anatomy, Linear, Parameter
+from treering.errors import PlanError
+
+_LEAVES = ("weight", "bias")
+_Found = TypeVar("_Found", Linear, Parameter)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether `pattern` names `name`, a module or a parameter.
+
+    >>> matches("model.layers.0.self_attn.q_proj.weight", "q_proj")
+    True
+    >>> matches("model.layers.0.self_attn.q_proj", "model.layers.[02].*")
+    True
+    """
+    if "." in pattern or any(sign in pattern for sign in "*?["):
+        return fnmatchcase(name, pattern)
+    return _last(name) == pattern or name.rpartition(".")[2] == pattern
+
+
+def select(anatomy: Anatomy, patterns: str | Iterable[str]) -> tuple[Linear, ...]:
+    """The linears that at least one pattern names, in the model's order. A pattern that names none is an error."""
+    return _select(anatomy, anatomy.linears, patterns, lambda linear: (linear.fqn, linear.weight), "linear layer")
+
+
+def select_parameters(anatomy: Anatomy, patterns: str | Iterable[str]) -> tuple[Parameter, ...]:
+    """The parameters that at least one pattern names, by their own name or by that of the module that holds them."""
+    found = tuple(anatomy.parameters.values())
+    return _select(anatomy, found, patterns, lambda parameter: (parameter.name, parameter.module), "parameter")
+
+
+def _select(
+    anatomy: Anatomy,
+    things: Sequence[_Found],
+    patterns: str | Iterable[str],
+    names: Callable[[_Found], tuple[str, ...]],
+    what: str,
+) -> tuple[_Found, ...]:
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in patterns:
+        if not any(matches(name, pattern) for thing in things for name in names(thing)):
+            raise PlanError(_nothing(anatomy, pattern, [names(thing)[0] for thing in things], what))
+    return tuple(thing for thing in things if any(matches(name, p) for name in names(thing) for p in patterns))
+
+
+def _nothing(anatomy: Anatomy, pattern: str, names: Sequence[str], what: str) -> str:
+    ends = Counter(map(_last, names))
+    near = difflib.get_close_matches(pattern, ends, n=2, cutoff=0.6)
+    if "." in pattern and any(fnmatchcase(name, f"*.{pattern}") for name in names):
+        near = [f"*.{pattern}"]
+    hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    known = ", ".join(f"{end} ({count})" for end, count in ends.items())
+    first = f", e.g. {names[0]}" if names else ""
+    return f"{pattern!r} matches no {what} of this {anatomy.model_type} model.{hint} There are: {known}{first}"
+
+
+def _last(name: str) -> str:
+    """The last component that tells something: that of the module, for a weight or a bias."""
+    head, _, leaf = name.rpartition(".")
+    return head.rpartition(".")[2] if leaf in _LEAVES and head else leaf

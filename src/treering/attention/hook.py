@@ -1,0 +1,133 @@
+"""The function that transformers' attention layers call: packed where `documents` are given, else what sdpa does.
+
+Shapes: B rows, H query heads, K key heads, T tokens, S keys (more than T with a cache), D and E widths.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from treering.attention.documents import Documents
+from treering.attention.kernels import attend
+from treering.attention.masks import Deferred
+from treering.attention.rope import rope_conflict
+from treering.errors import PlanError
+
+# what some layers hand to their attention that changes the result, and that no kernel here knows
+_FOREIGN = ("position_bias", "indices", "block_indices", "cache")
+
+
+# a graph break: kernels are chosen and cut by lengths on the host, and would be compiled again for every batch
+@torch.compiler.disable
+def attention(
+    module: nn.Module,
+    query_BHTD: Tensor,
+    key_BKSD: Tensor,
+    value_BKSE: Tensor,
+    attention_mask: "Deferred | Tensor | None",
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    documents: Documents | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Registered with transformers' AttentionInterface. Returns B × T × H × E."""
+    if documents is None:
+        return _unpacked(module, query_BHTD, key_BKSD, value_BKSE, attention_mask, dropout, scaling, kwargs)
+    _refuse(module, query_BHTD, key_BKSD, attention_mask, dropout, documents, kwargs)
+    out = attend(
+        query_BHTD,
+        key_BKSD,
+        value_BKSE,
+        documents,
+        scaling=scaling,
+        window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        sinks_H=kwargs.get("s_aux"),
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse(
+    module: nn.Module, query: Tensor, key: Tensor, mask: "Deferred | Tensor | None", dropout: float,
+    documents: Documents, kwargs: dict[str, Any],
+) -> None:  # fmt: skip
+    """Everything under which the packed result would not be that of each document alone."""
+    name = type(module).__name__
+    if query.shape[0] != 1:
+        raise PlanError(f"{name} got documents and {query.shape[0]} rows; packed tokens are one row, [1, T]")
+    if dropout > 0:
+        raise PlanError(
+            f"{name} drops attention with p = {dropout}, which packed attention cannot; "
+            "set the model's attention dropout to 0 (dropout: off) or switch packing off"
+        )
+    if key.shape[2] != query.shape[2]:
+        raise PlanError(f"{name} got documents and a key-value cache; train with use_cache=False")
+    causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise PlanError(f"{name} is not causal; only causal self-attention can be packed")
+    for foreign in _FOREIGN:
+        if kwargs.get(foreign) is not None:
+            raise PlanError(f"{name} uses {foreign}=, which packed attention does not know; switch packing off")
+    if isinstance(mask, Tensor):
+        raise PlanError(f"{name} got documents and an attention_mask; packed rows have no padding: leave the mask out")
+    if isinstance(mask, Deferred):
+        _refuse_mask(name, mask, documents, kwargs.get("sliding_window"))
+    conflict = rope_conflict(getattr(module, "config", None), documents.lengths)
+    if conflict:
+        raise PlanError(conflict)
+
+
+def _refuse_mask(name: str, mask: Deferred, documents: Documents, window: int | None) -> None:
+    """The mask is the truth about what a layer may see; the keyword is how it tells us. They have to agree."""
+    if mask.own_rule:
+        raise PlanError(f"{name} has a mask rule of its own besides causality; switch packing off")
+    if mask.window != window and min(mask.window or documents.longest, window or documents.longest) < documents.longest:
+        raise PlanError(
+            f"{name} masks a local size of {mask.window} but tells its attention a sliding window of {window}; "
+            "it is no sliding window we know: switch packing off"
+        )
+
+
+def _unpacked(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: "Deferred | Tensor | None", dropout: float,
+    scaling: float | None, kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:  # fmt: skip
+    mask = mask.built if isinstance(mask, Deferred) else mask
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if softcap is None and sinks is None:
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
+    # sdpa refuses a softcap and silently leaves out the sinks
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    tokens = query.shape[2]
+    if mask is None and tokens > 1:
+        key, value = key[:, :, :tokens], value[:, :, :tokens]  # as sdpa does: an empty static cache is longer
+        if dropout == 0:
+            row = Documents.of([tokens], query.device)
+            out = attend(query, key, value, row, scaling=scaling, softcap=softcap, sinks_H=sinks)
+            return out.transpose(1, 2).contiguous(), None
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
+    return _masked(query, key, value, mask, dropout, scaling, softcap, sinks), None
+
+
+def _masked(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float,
+    softcap: float | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Softcap and sinks under a given mask, all scores at once, softmax in at least float32. B × T × H × E."""
+    rows, heads, tokens, _ = query.shape
+    work = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.reshape(rows, key.shape[1], -1, query.shape[-1])
+    scores = (grouped @ key.transpose(-1, -2)).view(rows, heads, tokens, -1).to(work) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        # not −∞: a row of left padding sees nothing, and would be nan
+        scores = scores.masked_fill(~mask, torch.finfo(work).min) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        sink = sinks.to(work)[None, :, None, None].expand(rows, -1, tokens, 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    p = nn.functional.dropout(scores.softmax(-1)[..., : key.shape[2]].to(value.dtype), dropout)
+    out = p.view(rows, key.shape[1], -1, key.shape[2]) @ value
+    return out.view(rows, heads, tokens, -1).transpose(1, 2).contiguous()

@@ -1,0 +1,51 @@
+"""Give one model our attention, and take it away again."""
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from treering.attention.packable import packable
+from treering.errors import PlanError
+
+if TYPE_CHECKING:
+    from treering.anatomy import Anatomy
+
+NAME = "treering"
+
+
+def install(model: nn.Module, anatomy: "Anatomy | None" = None) -> Callable[[], None]:
+    """Let `model(input_ids, documents=...)` keep documents apart; without `documents` nothing changes. Returns undo.
+
+    A configuration object may belong to several models, so this model's modules get a copy of theirs; undo gives them
+    back the very objects they had.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+
+    from treering.attention.hook import attention
+    from treering.attention.masks import deferred_mask
+
+    reason = packable(model, anatomy)
+    if reason:
+        raise PlanError(f"packing was asked for, but {reason}; switch packing off (data: pack: false)")
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, deferred_mask)
+
+    held = [
+        (module, attribute, value)
+        for module in model.modules()
+        for attribute, value in vars(module).items()
+        if isinstance(value, PretrainedConfig)
+    ]
+    seen: dict[int, object] = {}  # one memo for all: configurations inside configurations stay the same object
+    for module, attribute, value in held:
+        own = copy.deepcopy(value, seen)
+        own._attn_implementation = NAME
+        setattr(module, attribute, own)
+
+    def undo() -> None:
+        for module, attribute, value in held:
+            setattr(module, attribute, value)
+
+    return undo

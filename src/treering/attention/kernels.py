@@ -1,0 +1,101 @@
+"""One function for packed attention; `choose` picks the kernel.
+
+Shapes: B rows, H query heads, K key heads, T tokens, D width of query and key, E width of value.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from treering.attention.choose import Features, choose
+from treering.attention.chunks import chunked
+from treering.attention.documents import Documents
+
+
+def attend(
+    query_BHTD: Tensor,
+    key_BKTD: Tensor,
+    value_BKTE: Tensor,
+    documents: Documents,
+    *,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """Causal attention inside each document, B × H × T × E. With several rows, each is cut into these documents.
+
+    `window`: a token sees itself and the `window − 1` before it. `sinks_H`: one logit per head that takes part in the
+    softmax and has no value. `scaling` defaults to 1/√D.
+    """
+    rows, heads, tokens, width = query_BHTD.shape
+    documents.check(tokens)
+    scaling = 1 / math.sqrt(width) if scaling is None else scaling
+    window = None if window is None or window >= documents.longest else window
+    if rows > 1:
+        documents = Documents.of(documents.lengths * rows, query_BHTD.device)
+    query, key, value = (_one_row(x) for x in (query_BHTD, key_BKTD, value_BKTE))
+    features = Features(
+        dtype=query.dtype,
+        width=max(width, value.shape[-1]),
+        window=window is not None,
+        softcap=softcap is not None,
+        sinks=sinks_H is not None,
+        flash=not query.is_cuda or torch.cuda.get_device_capability(query.device) >= (8, 0),
+    )
+    match choose(query.device.type, features):
+        case "sdpa":
+            out = _per_document(query, key, value, documents, scaling)
+        case "varlen":
+            out = _varlen(query, key, value, documents, scaling, window, sinks_H)
+        case "flex":
+            from treering.attention.flex import flex
+
+            assert softcap is not None
+            out = flex(query, key, value, documents, scaling=scaling, softcap=softcap, window=window)
+        case "chunks":
+            out = chunked(
+                query, key, value, documents, scaling=scaling, window=window, softcap=softcap, sinks_H=sinks_H
+            )
+    return out.view(heads, rows, tokens, -1).transpose(0, 1)
+
+
+def _one_row(x_BHTD: Tensor) -> Tensor:
+    return x_BHTD[0] if len(x_BHTD) == 1 else x_BHTD.transpose(0, 1).flatten(1, 2)
+
+
+def _per_document(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float) -> Tensor:
+    """Heads × T × E. Split, not sliced: the gradient of many slices would each be a tensor of all tokens."""
+    width = value.shape[-1]
+    query, key, value = _same_width(query, key, value, multiple=1)
+    gqa = len(query) != len(key)
+    outputs = [
+        F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scaling, enable_gqa=gqa)[0]
+        for q, k, v in zip(*(x.split(documents.lengths, dim=1) for x in (query, key, value)))
+    ]
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return out[..., :width].contiguous()
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float, window: int | None,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    from treering.attention.varlen import varlen
+
+    width = value.shape[-1]
+    query, key, value = (x.transpose(0, 1) for x in _same_width(query, key, value, multiple=8))
+    out = varlen(query, key, value, documents.to(query.device), scaling=scaling, window=window, sinks_H=sinks)
+    return out[..., :width].transpose(0, 1).contiguous()
+
+
+def _same_width(query: Tensor, key: Tensor, value: Tensor, *, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros up to a common width: exact, and what flash kernels ask for. The math kernel would build T × T scores."""
+    width = -(-max(query.shape[-1], value.shape[-1]) // multiple) * multiple
+
+    def wide(x: Tensor) -> Tensor:
+        return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+    return wide(query), wide(key), wide(value)

@@ -1,0 +1,74 @@
+"""CUDA, half precision: FlashAttention over all documents at once, with sinks joined to the log-sum-exp.
+
+Shapes: T tokens, H query heads, K key heads, D width (of query, key and value alike).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.varlen import varlen_attn
+
+from treering.attention.documents import Documents
+
+
+def varlen(
+    query_THD: Tensor,
+    key_TKD: Tensor,
+    value_TKD: Tensor,
+    documents: Documents,
+    *,
+    scaling: float,
+    window: int | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """T × H × D. A window of w tokens is the query itself and the w − 1 before it."""
+    sides = (-1 if window is None else window - 1, 0)
+    if sinks_H is not None:
+        return _WithSinks.apply(query_THD, key_TKD, value_TKD, sinks_H, documents, scaling, sides)
+    ends, longest = documents.cu_seqlens, documents.longest
+    return varlen_attn(
+        query_THD, key_TKD, value_TKD, ends, ends, longest, longest,
+        scale=scaling, window_size=sides, enable_gqa=query_THD.shape[1] != key_TKD.shape[1],
+    )  # fmt: skip
+
+
+class _WithSinks(torch.autograd.Function):
+    """With the sink s of a head and the kernel's log-sum-exp ℓ over the keys: L = log(exp ℓ + exp s), o = õ exp(ℓ − L).
+
+    The flash backward knows the scores' normaliser only as the ℓ it is handed, and takes δ = do · o from the o it is
+    handed. Handing it L and the final o makes it the backward of the softmax with the sink. The kernel's own autograd
+    would not do: it ignores the gradient of ℓ.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, documents: Documents,
+        scaling: float, sides: tuple[int, int],
+    ) -> Tensor:  # fmt: skip
+        ends, longest = documents.cu_seqlens, documents.longest
+        gqa = query.shape[1] != key.shape[1]
+        bare_THD, lse_HT, random = torch.ops.torch_attn._varlen_attn(
+            query, key, value, ends, ends, longest, longest, sides == (-1, 0), scaling, list(sides), gqa
+        )
+        if lse_HT.shape != (query.shape[1], query.shape[0]):
+            raise RuntimeError(f"the log-sum-exp of varlen_attn is {tuple(lse_HT.shape)}, not heads × tokens")
+        norm_HT = torch.logaddexp(lse_HT, sinks.float()[:, None])
+        out = (bare_THD * (lse_HT - norm_HT).exp().T[..., None]).to(query.dtype)
+        ctx.save_for_backward(query, key, value, sinks, out, norm_HT, random, ends)
+        ctx.longest, ctx.scaling, ctx.sides = longest, scaling, sides
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks, out, norm_HT, random, ends = ctx.saved_tensors
+        grad = grad.contiguous()
+        d_query, d_key, d_value = torch.ops.torch_attn._varlen_attn_backward(
+            grad, query, key, value, out, norm_HT, ends, ends, ctx.longest, ctx.longest,
+            ctx.sides == (-1, 0), random, ctx.scaling, list(ctx.sides),
+        )  # fmt: skip
+        delta_HT = (grad.float() * out.float()).sum(-1).T
+        d_sinks = -((sinks.float()[:, None] - norm_HT).exp() * delta_HT).sum(-1).to(sinks.dtype)
+        return d_query, d_key, d_value, d_sinks, None, None, None

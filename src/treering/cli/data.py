@@ -1,0 +1,12 @@
+"""placeholder"""
+
+import typer
+
+NAME = "data"
+app = typer.Typer()
+
+
+@app.command("x")
+def x() -> None: ...
+@app.command("y")
+def y() -> None: ...

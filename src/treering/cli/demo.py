@@ -1,0 +1,18 @@
+"""`treering demo`: the whole way, from text that ships with Python to an exported model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+NAME = "demo"
+
+
+def command(
+    folder: Annotated[Path, typer.Option(help="Where the steps of the demo go.")] = Path("runs/demo"),
+) -> None:
+    """Pretrain, teach and export a small model. No network, no GPU, a few minutes."""
+    from treering.cli.progress import Live
+    from treering.demo import run
+
+    run(folder, console=Live())

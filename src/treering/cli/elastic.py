@@ -1,0 +1,92 @@
+"""`--nproc N`: this process becomes torch's elastic agent and starts N copies of the same command on this machine."""
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from treering.cli.text import plain_lines
+from treering.errors import TreeringError
+
+TAIL = 4000  # characters of a failed rank's log that are shown
+
+
+class RanksFailed(TreeringError):
+    """A rank ended with an error; `exit_code` is its own if that is one of ours."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def start(nproc: int, arguments: list[str], logs: Path) -> None:
+    """Run `treering ARGUMENTS` on `nproc` ranks of this machine and wait for all of them.
+
+    Rank 0 keeps the terminal, and with it the live line; what the others say goes to files under `logs`.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    _share_cores(nproc)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report repeats ours, at length
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id="treering",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # port 0: the system picks a free one
+        local_addr="localhost",  # the machine's own name may not resolve, or resolve to another machine
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=dict.fromkeys(range(1, nproc), Std.ALL)),
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", "treering", *arguments)
+    except ChildFailedError as error:
+        _failed(error)
+    except SignalException as stopped:
+        if stopped.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise RanksFailed(f"stopped by {stopped.sigval.name}", 128 + stopped.sigval) from None
+
+
+def _share_cores(nproc: int) -> None:
+    # Each rank would otherwise start as many threads as there are cores.
+    if nproc > 1 and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // nproc))
+
+
+def _failed(error: Any) -> NoReturn:
+    """Raise RanksFailed about the rank that failed first, with the end of its log."""
+    rank, failure = error.get_first_failure()
+    own = error.failures.get(0)
+    if own is not None and own.exitcode == failure.exitcode:
+        rank, failure = 0, own  # the same reason on all ranks, and rank 0 has told it already
+    code = failure.exitcode
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = "; the system may have run out of memory" if name == "SIGKILL" else ""
+        text = f"rank {rank} was killed by {name}{hint}"
+    else:
+        text = f"rank {rank} ended with exit code {code}"
+    if rank == 0:
+        text += "; its message is above"
+    elif log := _tail(error, rank):
+        text += f". The end of its log:\n{log}"
+    raise RanksFailed(text, code if 0 < code < 128 else 1)
+
+
+def _tail(error: Any, rank: int) -> str:
+    # torch keeps the place of a worker's files to itself, but its error file lies beside them.
+    folder = Path(error.failures[rank].error_file).parent
+    for name in ("stderr.log", "stdout.log"):
+        try:
+            text = (folder / name).read_bytes()[-TAIL:].decode(errors="replace").strip()
+        except OSError:
+            continue
+        if text:
+            return plain_lines(text) + f"\n({folder / name})"
+    return ""

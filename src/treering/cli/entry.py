@@ -1,0 +1,80 @@
+"""How a command ends: an exit code, one message for a mistake we can explain, a file for one that we cannot."""
+
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from treering.errors import TreeringError
+
+CRASHED = 70  # EX_SOFTWARE; 1 to 6 are ours, 2 is also a wrong argument
+INTERRUPTED = 130
+
+
+def main() -> NoReturn:
+    """Run the command of this process's arguments and leave."""
+    code = run(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # `treering … | head`
+            code = code or 1
+    if "torch" in sys.modules:
+        # After FSDP on gloo a normal interpreter exit now and then aborts in a worker thread's destructor.
+        os._exit(code)
+    sys.exit(code)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command; its exit code."""
+    debug = "--debug" in arguments
+    try:
+        from treering.cli.app import app
+
+        app([a for a in arguments if a != "--debug"], prog_name="treering")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except TreeringError as error:
+        _explain(error, debug)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        _report(error, debug)
+        return CRASHED
+    return 0
+
+
+def _explain(error: TreeringError, debug: bool) -> None:
+    from treering.cli.text import plain_lines
+
+    if debug:
+        traceback.print_exc()
+    _say(plain_lines(str(error)))
+
+
+def _report(error: Exception, debug: bool) -> None:
+    from treering.cli.text import plain_lines, short
+
+    if debug:
+        traceback.print_exc()
+    text = "".join(traceback.format_exception(error))
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="treering-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+    ) as file:
+        file.write(plain_lines(text))
+    name = type(error).__name__
+    _say(
+        f"{name}: {short(str(error), 300)}\n"
+        f"This is a bug in treering, or in something below it. The traceback is in {file.name}\n"
+        "Please report it with that file and the output of `treering env`; --debug shows it here."
+    )
+
+
+def _say(text: str) -> None:
+    rank = os.environ.get("RANK", "")
+    mark = f"[rank {rank}] " if rank.isdigit() and rank != "0" else ""
+    print(mark + text, file=sys.stderr, flush=True)  # noqa: T201 — the console may be what failed

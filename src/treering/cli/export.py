@@ -1,0 +1,26 @@
+"""`treering export`: a run's newest checkpoint as a folder that transformers, or peft, loads."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from treering.cli.options import Output
+
+NAME = "export"
+
+
+def command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The `output` folder of a run.", show_default=False)],
+    output: Output,
+    adapter: Annotated[
+        str | None, typer.Option(help="Write only this adapter, in peft's format, instead of the merged model.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="The checkpoint of this step, not the newest.")] = None,
+) -> None:
+    """Write a trained model for others to load: a Hugging Face folder, or one adapter as a peft folder."""
+    from treering.cli.console import say
+    from treering.train.export import export
+
+    export(run, output, adapter=adapter, step=step)
+    say(f"wrote {output}")

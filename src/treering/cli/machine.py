@@ -1,0 +1,109 @@
+"""Facts about this machine and installation, as pairs for people to read; nothing here is secret."""
+
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = (
+    "treering",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "pyarrow",
+    "peft",
+    "pydantic",
+    "typer",
+    "rich",
+    "PyYAML",
+    "xxhash",
+    "numpy",
+)
+# Settings that explain behaviour and cannot hold a credential. Nothing else of the environment is ever shown.
+ENVIRONMENT = (
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_DEVICE_ORDER",
+    "HF_HUB_OFFLINE",
+    "LOCAL_RANK",
+    "MKL_NUM_THREADS",
+    "NCCL_DEBUG",
+    "NCCL_IB_DISABLE",
+    "NCCL_P2P_DISABLE",
+    "NCCL_SOCKET_IFNAME",
+    "OMP_NUM_THREADS",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "RANK",
+    "SLURM_NNODES",
+    "SLURM_NTASKS",
+    "TOKENIZERS_PARALLELISM",
+    "TRANSFORMERS_OFFLINE",
+    "WORLD_SIZE",
+)
+
+
+def versions() -> dict[str, str]:
+    """Package → installed version, or `not installed`."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def system() -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
+    prefix = sys.prefix.replace(str(Path.home()), "~")  # the user's name is nobody's business
+    facts = {
+        "python": f"{platform.python_version()} ({platform.python_implementation()}, {prefix})",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cores": f"{cores} usable of {os.cpu_count()}",
+    }
+    if (total := memory("MemTotal")) is not None:
+        from treering.cli.text import size
+
+        facts["memory"] = f"{size(total)}, {size(memory('MemAvailable') or 0)} available"
+    return facts
+
+
+def memory(field: str) -> int | None:
+    """Bytes of a line of /proc/meminfo; None where there is none."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    values = [line.split() for line in lines if line.startswith(f"{field}:")]
+    return int(values[0][1]) * 1024 if values else None
+
+
+def accelerators() -> dict[str, str]:
+    """What torch was built for and sees. Imports torch."""
+    import torch
+
+    facts = {"torch build": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"}
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(i)
+            facts[f"GPU {i}"] = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}"
+        facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    else:
+        facts["GPU"] = "none that torch can use"
+    return facts
+
+
+def environment() -> dict[str, str]:
+    """The settings of ENVIRONMENT that are set."""
+    return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+
+
+def free_space(folder: Path) -> int:
+    """Free bytes where `folder` is, or would be made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,24 @@
+"""Arguments that several commands share."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from treering.cli.schema import RunConfig
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="FILE", help="The run's YAML (or JSON) file.", show_default=False)]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a setting, e.g. train.optimizer.lr=1e-4. Repeatable."),
+]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)]
+
+
+def load(file: Path, settings: list[str] | None) -> "RunConfig":
+    """The checked configuration of `file`."""
+    from treering.cli.door import read_file, validate
+    from treering.cli.schema import RunConfig
+
+    return validate(RunConfig, read_file(file), settings or ())

@@ -1,0 +1,66 @@
+"""`treering train`: run a configuration, on the ranks that a launcher gave or on ones of our own."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from treering.cli.launch import Ranks, export, forgotten_srun, ranks_from
+from treering.cli.options import ConfigFile, Settings, load
+from treering.errors import ConfigError
+
+if TYPE_CHECKING:
+    from treering.cli.schema import RunConfig
+
+NAME = "train"
+
+
+def command(
+    file: ConfigFile,
+    settings: Settings = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Start so many ranks on this machine; no torchrun needed.")
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Break the time of a step down.")] = False,
+) -> None:
+    """Train a model as FILE says. The same file runs alone, with --nproc, under torchrun and under srun."""
+    config = load(file, settings)
+    ranks = ranks_from(os.environ)
+    if ranks is not None:
+        _refuse_second_launcher(nproc, ranks)
+        export(ranks, os.environ)
+    elif nproc is not None and nproc > 1:
+        arguments = ["train", str(file), *(part for s in settings or () for part in ("--set", s))]
+        arguments += ["--profile"] * profile + ["--debug"] * ("--debug" in sys.argv)
+        _start_ranks(config, nproc, arguments)
+        return
+    elif nproc is None and (tasks := forgotten_srun(os.environ)):
+        raise ConfigError(
+            f"this SLURM job has {tasks} tasks, but it was started without srun, so there is only this one; "
+            "write `srun treering train …`, or `--nproc N` for the ranks of one machine"
+        )
+    _train(config, profile)
+
+
+def _train(config: "RunConfig", profile: bool) -> None:
+    from treering.cli.door import to_yaml
+    from treering.cli.progress import Live
+    from treering.train.run import train
+
+    train(config, resolved_yaml=to_yaml(config), console=Live(), profile=profile)
+
+
+def _refuse_second_launcher(nproc: int | None, ranks: Ranks) -> None:
+    if nproc is not None and nproc != ranks.world:
+        raise ConfigError(
+            f"--nproc {nproc} was given, but {ranks.by} has already started {ranks.world} ranks; leave --nproc out"
+        )
+
+
+def _start_ranks(config: "RunConfig", nproc: int, arguments: list[str]) -> None:
+    from treering.cli.elastic import start
+
+    # The ranks find RANK in their environment, so that they join instead of starting more.
+    start(nproc, arguments, Path(config.output) / "logs")

@@ -1,0 +1,3 @@
+from treering.compile.config import Compile
+
+__all__ = ["Compile"]

@@ -1,0 +1,253 @@
+"""From checked samples to token ids and their training mask."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from tokenizers import Encoding
+
+from treering.data.chat import Chat, Rendered
+from treering.data.config import Data, Format
+from treering.data.control import Control
+from treering.data.formats import Sample
+from treering.data.records import SampleError, bad
+from treering.data.template import Template
+from treering.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What instruction-following data was first published with; used for tokenizers that have no chat template.
+ALPACA = """{%- for message in messages %}{% if message.role == 'user' %}\
+Below is an instruction that describes a task. Write a response that appropriately completes the request.
+
+### Instruction:
+{{ message.content }}
+
+### Response:
+{% else %}{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides how a sample becomes tokens, as plain values: it is hashed, and sent to workers."""
+
+    backend: str  # the tokenizer as `tokenizers` writes it
+    template: str | None
+    template_name: str  # for people
+    variables: Mapping[str, Any]
+    start: tuple[int, ...]  # what the tokenizer puts before plain text
+    end: tuple[int, ...]
+    max_length: int
+    too_long: Literal["truncate", "drop", "error"]
+
+    @property
+    def digest(self) -> str:
+        return xxhash.xxh3_128_hexdigest(json.dumps(asdict(self), sort_keys=True).encode())
+
+
+def recipe(tokenizer: "PreTrainedTokenizerBase", config: Data, format: Format) -> Recipe:
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(f"{type(tokenizer).__name__} has no tokenizer.json; masks need a fast tokenizer with offsets")
+    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    template, name = _template(tokenizer, config, format)
+    eos = tokenizer.eos_token_id
+    return Recipe(
+        backend=backend.to_str(),
+        template=template,
+        template_name=name,
+        variables={key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)},
+        start=_start(backend),
+        end=() if eos is None else (int(eos),),
+        max_length=config.max_length,
+        too_long=config.too_long,
+    )
+
+
+def _template(tokenizer: "PreTrainedTokenizerBase", config: Data, format: Format) -> tuple[str | None, str]:
+    if format in ("prompt", "text"):
+        return None, "none"
+    if config.template is not None:
+        try:
+            return Path(config.template).expanduser().read_text("utf-8"), config.template
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"data.template: {config.template} cannot be read: {error}") from error
+    if tokenizer.chat_template:
+        return tokenizer.get_chat_template(), "the tokenizer's"
+    if format == "alpaca":
+        return ALPACA, "alpaca's prompt"
+    raise DataError("the tokenizer has no chat template; give the path of one as data.template")
+
+
+def _start(backend: Any) -> tuple[int, ...]:
+    bare, full = backend.encode("a", add_special_tokens=False).ids, backend.encode("a").ids
+    for i in range(len(full) - len(bare) + 1):
+        if full[i : i + len(bare)] == bare:
+            return tuple(full[:i])
+    return ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """Tokens of one document. `mask[0]` is never set: nothing predicts the first token."""
+
+    file: int
+    row: int
+    piece: int  # of a text that was cut
+    ids: NDArray[np.uint32]
+    mask: NDArray[np.bool_]
+    truncated: bool
+    endless: bool
+
+
+class Encoder:
+    def __init__(self, plan: Recipe):
+        self.plan = plan
+        self.control = Control(plan.backend, plan.template)
+        self.chat = None
+        if plan.template is not None:
+            self.chat = Chat(Template(source=plan.template, variables=plan.variables), self.control)
+
+    def encode(self, samples: Sequence[Sample]) -> list[list[Encoded] | SampleError]:
+        """For each sample its documents (a cut text has several), or why there is none."""
+        results: list[list[Encoded] | SampleError] = [[] for _ in samples]
+        texts: list[str] = []
+        jobs: list[tuple[int, Rendered | None]] = []  # a prompt and its completion are two texts of one sample
+        renamed: list[bool] = []
+        for i, sample in enumerate(samples):
+            try:
+                for text, rendered in self._texts(sample):
+                    special = self.control.needs_names(text)
+                    texts.append(self.control.rename(text) if special else text)
+                    jobs.append((i, rendered))
+                    renamed.append(special)
+            except SampleError as error:
+                results[i] = error
+        encodings = self._encode(texts, renamed)
+        by_sample: dict[int, list[tuple[Rendered | None, Encoding]]] = {}
+        for (i, rendered), encoding in zip(jobs, encodings, strict=True):
+            by_sample.setdefault(i, []).append((rendered, encoding))
+        for i, parts in by_sample.items():
+            try:
+                results[i] = self._documents(samples[i], parts)
+            except SampleError as error:
+                results[i] = error
+        return results
+
+    def _texts(self, sample: Sample) -> Iterator[tuple[str, Rendered | None]]:
+        if sample.kind == "chat":
+            assert self.chat is not None
+            rendered = self.chat.render(sample)
+            yield rendered.text, rendered
+            return
+        # Tokenised apart: at inference the prompt is tokenised alone too.
+        if sample.kind == "completion":
+            yield self.control.mark(sample.prompt, structural=True), None
+        yield self.control.mark(sample.text, structural=True), None
+
+    def _encode(self, texts: list[str], renamed: list[bool]) -> list[Encoding]:
+        groups = {
+            flag: iter(self.control.encode([t for t, r in zip(texts, renamed, strict=True) if r == flag], renamed=flag))
+            for flag in set(renamed)
+        }
+        return [next(groups[flag]) for flag in renamed]
+
+    def _documents(self, sample: Sample, parts: list[tuple[Rendered | None, Encoding]]) -> list[Encoded]:
+        rendered, encoding = parts[-1]
+        if rendered is not None:
+            ids = np.array(encoding.ids, dtype=np.uint32)
+            mask = self._mask(rendered, encoding)
+            return self._fit(sample, ids, mask, endless=rendered.endless)
+        start, end = self.plan.start, self.plan.end
+        if sample.kind == "text":
+            ids = np.array([*start, *encoding.ids, *end], dtype=np.uint32)
+            mask = np.ones(len(ids), dtype=np.bool_)
+            mask[: max(1, len(start))] = False
+            return self._pieces(sample, ids, mask) if self.plan.too_long == "truncate" else self._fit(sample, ids, mask)
+        given = [*start, *parts[0][1].ids]
+        ids = np.array([*given, *encoding.ids, *end], dtype=np.uint32)
+        mask = np.ones(len(ids), dtype=np.bool_)
+        mask[: max(1, len(given))] = False
+        return self._fit(sample, ids, mask, endless=not end)
+
+    def _mask(self, rendered: Rendered, encoding: Encoding) -> NDArray[np.bool_]:
+        mask = np.zeros(len(encoding.ids), dtype=np.bool_)
+        place = self._placer(rendered.text)
+        for (start, end), (low, high) in zip(rendered.trained, rendered.limits, strict=True):
+            first, stop = token_range(encoding, place(start), place(end))
+            while first < stop and encoding.token_to_chars(first)[0] < place(low):
+                first += 1
+            while first < stop and encoding.token_to_chars(stop - 1)[1] > place(high):
+                stop -= 1
+            mask[first:stop] = True
+        mask[:1] = False
+        return mask
+
+    def _placer(self, text: str) -> "Any":
+        """Positions in the marked text -> positions in the text that was encoded."""
+        if not self.control.needs_names(text):
+            return int
+        return lambda position: len(self.control.rename(text[:position]))
+
+    def _fit(self, sample: Sample, ids: NDArray, mask: NDArray, *, endless: bool = False) -> list[Encoded]:
+        limit = self.plan.max_length
+        too_long = len(ids) > limit
+        if too_long and self.plan.too_long == "drop":
+            return []
+        if too_long and self.plan.too_long == "error":
+            raise bad(
+                sample.where,
+                "too long",
+                f"{len(ids)} tokens, max_length is {limit}; raise it, or set too_long to truncate or drop",
+            )
+        ids, mask = ids[:limit], mask[:limit]
+        mask[:1] = False
+        if not mask.any():
+            after = f" after truncation to {limit} tokens" if too_long else ""
+            raise bad(sample.where, "untrained", f"no token is trained{after}; skip_untrained leaves such samples out")
+        return [Encoded(**_place(sample), piece=0, ids=ids, mask=mask, truncated=too_long, endless=endless)]
+
+    def _pieces(self, sample: Sample, ids: NDArray, mask: NDArray) -> list[Encoded]:
+        """Consecutive pieces that share one token, so that every token but the first is predicted exactly once."""
+        limit = self.plan.max_length
+        pieces = []
+        for number, at in enumerate(range(0, max(1, len(ids) - 1), limit - 1)):
+            part = mask[at : at + limit].copy()
+            part[:1] = False
+            if part.any():
+                piece = Encoded(
+                    **_place(sample),
+                    piece=number,
+                    ids=ids[at : at + limit],
+                    mask=part,
+                    truncated=False,
+                    endless=not self.plan.end,
+                )
+                pieces.append(piece)
+        if not pieces:
+            raise bad(sample.where, "untrained", "the text is shorter than two tokens, so nothing is predicted")
+        return pieces
+
+
+def _place(sample: Sample) -> dict[str, Any]:
+    return {"file": sample.file, "row": sample.row}
+
+
+def token_range(encoding: Encoding, start: int, end: int) -> tuple[int, int]:
+    """The tokens that overlap the characters [start, end). Characters the tokenizer drops belong to no token."""
+    first = last = None
+    while start < end and (first := encoding.char_to_token(start)) is None:
+        start += 1
+    if first is None:
+        return 0, 0
+    while (last := encoding.char_to_token(end - 1)) is None:
+        end -= 1
+    # A character of several bytes can be several tokens, of which the first was found.
+    while last + 1 < len(encoding) and encoding.token_to_chars(last + 1)[0] < end:
+        last += 1
+    return first, last + 1

@@ -1,0 +1,100 @@
+"""Encoding batches of records, here or in worker processes, always in the order of the data."""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+from treering.data.config import Data, Format
+from treering.data.encode import Encoded, Encoder, Recipe
+from treering.data.formats import Sample, parse
+from treering.data.records import Record, SampleError
+from treering.errors import DataError
+
+_RECORDS, _CHARACTERS = 512, 4 << 20  # of one batch
+Result = list[Encoded] | SampleError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    plan: Recipe
+    format: Format
+    config: Data
+
+
+def encoded(records: Iterator[Record], job: Job, workers: int) -> Iterator[Result]:
+    """For each record, in order, its documents or the error that it is."""
+    if workers == 1:
+        encoder = Encoder(job.plan)
+        for batch in _batches(records):
+            yield from _encode(batch, job, encoder)
+        return
+    # Not fork: a fork after torch or rayon have started threads can deadlock.
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start, (job,)) as pool:
+        waiting: deque[Future[list[Result]]] = deque()
+        try:
+            for batch in _batches(records):
+                waiting.append(pool.submit(_run, batch))
+                if len(waiting) > 2 * workers:  # bounds memory: reading is faster than encoding
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise DataError(f"a tokenising process died (out of memory?); try data.workers: 1: {error}") from error
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += _size(record.value)
+        if len(batch) == _RECORDS or size > _CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _size(value: object) -> int:
+    """A cheap measure of how much text a record holds."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list) else 1
+
+
+def _encode(batch: list[Record], job: Job, encoder: Encoder) -> list[Result]:
+    results: list[Result] = []
+    samples: list[Sample] = []
+    places: list[int] = []
+    for record in batch:
+        try:
+            samples.append(parse(record, job.format, job.config))
+            places.append(len(results))
+            results.append([])
+        except SampleError as error:
+            results.append(error)
+    for place, result in zip(places, encoder.encode(samples), strict=True):
+        results[place] = result
+    return results
+
+
+_encoder: tuple[Job, Encoder] | None = None  # one a worker process: made once, used for every batch
+
+
+def _start(job: Job) -> None:
+    global _encoder
+    _encoder = (job, Encoder(job.plan))
+
+
+def _run(batch: list[Record]) -> list[Result]:
+    assert _encoder is not None
+    job, encoder = _encoder
+    return _encode(batch, job, encoder)

@@ -1,0 +1,5 @@
+from treering.plan.compose import Plan, compose, draft, load
+from treering.plan.run import Run
+from treering.plan.step import StepReport
+
+__all__ = ["Plan", "Run", "StepReport", "compose", "draft", "load"]

@@ -1,0 +1,90 @@
+"""From a loader's micro-batches to optimizer steps: counted over all ranks, padded to the same number, transformed."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from treering.errors import DataError
+from treering.topology import axis_size
+from treering.plan.loss import IGNORED, trained_tokens
+
+Batch = dict[str, Any]
+
+
+def steps(loader: Iterable[Batch | list[Batch]], accumulate: int, mesh: DeviceMesh | None) -> Iterator[list[Batch]]:
+    """Lists of micro-batches, each the work of one optimizer step, on every rank equally many and counted alike.
+
+    A loader may yield micro-batches (then `accumulate` of them make a step, the last step takes what is left) or
+    lists of them. Batches that know their `count` already are passed on without communication. A rank whose loader
+    has less than others' takes part with micro-batches that train nothing.
+    """
+    alone = axis_size(mesh, "replicate", "shard") == 1
+    gathered = _gathered(loader, accumulate)
+    while True:
+        step = next(gathered, None)
+        if step is not None and step and all("count" in batch for batch in step):
+            yield step
+            continue
+        if alone:
+            if step is None:
+                return
+            most = len(step)
+            count = _trained(step)
+        else:
+            assert mesh is not None
+            count, most = _agree(0 if step is None else _trained(step), 0 if step is None else len(step), mesh)
+            if most == 0 and step is None:
+                return
+        if count == 0:
+            raise DataError("a step has no trained token on any rank: every label is -100, or there is no batch in it")
+        batches = [*(step or []), *[silent()] * (most - len(step or []))]
+        yield [{**batch, "count": count} for batch in batches]
+
+
+def _gathered(loader: Iterable[Batch | list[Batch]], accumulate: int) -> Iterator[list[Batch]]:
+    waiting: list[Batch] = []
+    for item in loader:
+        if isinstance(item, list):
+            yield item
+            continue
+        waiting.append(item)
+        if len(waiting) == accumulate:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
+
+
+def _trained(step: list[Batch]) -> int:
+    for batch in step:
+        missing = [name for name in ("input_ids", "labels") if name not in batch]
+        if missing:
+            raise DataError(f"a micro-batch has no {' and no '.join(missing)}; it has {', '.join(batch) or 'nothing'}")
+    return sum(trained_tokens(batch["labels"]) for batch in step)
+
+
+def _agree(count: int, most: int, mesh: DeviceMesh) -> tuple[int, int]:
+    """The number of trained tokens over all ranks, and of micro-batches on the rank that has most."""
+    total = torch.tensor([count], device=mesh.device_type)
+    longest = torch.tensor([most], device=mesh.device_type)
+    for axis in ("replicate", "shard"):
+        dist.all_reduce(total, group=mesh[axis].get_group())
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=mesh[axis].get_group())
+    return int(total), int(longest)
+
+
+def silent() -> Batch:
+    """Two tokens and nothing to learn: it keeps a rank in step with the others' gathers and reductions."""
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    return {"input_ids": ids, "labels": torch.full_like(ids, IGNORED), "samples": []}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) or hasattr(value, "to") else value
+        for name, value in batch.items()
+    }

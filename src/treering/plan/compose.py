@@ -1,0 +1,211 @@
+"""The lifecycle: open → resolve → claims → apply → shard → materialise → fill or resume → run."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from treering import attention
+from treering.anatomy import Anatomy, examine
+from treering.errors import PlanError
+from treering.topology import mesh as make_mesh
+from treering.plan import conflicts, opening
+from treering.plan.fill import Chain, Statistics, fill
+from treering.plan.materialise import materialise, to_meta
+from treering.plan.prepared import Prepared
+from treering.plan.run import Run
+from treering.technique import Applied, Part, Site, Stage, Technique
+from treering.weights import Source, plain_tensors
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
+
+
+COMPOSED = "_treering_composed"  # a second composition would find adapters where it expects plain weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A model with its structure in place and no values yet."""
+
+    model: Any
+    anatomy: Anatomy
+    techniques: tuple[Technique, ...]  # resolved, in the order of application
+    applied: tuple[Applied, ...]
+    chains: Mapping[str, Chain]  # plain name -> how its value is held
+    plain: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # what there was before anything was applied
+    source: Source | None
+    source_name: str
+    folder: Path | None
+    mesh: "DeviceMesh | None"
+    device: torch.device
+    seed: int
+    unpackable: str | None = None  # why packed batches are refused
+    restore: tuple = field(default=())
+
+    @property
+    def owned(self) -> tuple[str, ...]:
+        """Live names whose value is not simply the source's: what a checkpoint has to hold."""
+        names = {name for applied in self.applied for name in applied.trainable}
+        for plain_name, chain in self.chains.items():
+            for part in chain.parts:
+                names.update(part.names)
+                if part.moves_base:
+                    names.add(plain_name)
+        return tuple(sorted(names))
+
+
+def compose(
+    model: "str | Path | PreTrainedModel",
+    techniques: Iterable[Technique],
+    *,
+    mesh: "DeviceMesh | None" = None,
+    dtype: str = "auto",
+    seed: int = 0,
+    dropout: opening.Dropout = "refuse",
+    statistics: Statistics | None = None,
+    prepared: str | Path | None = None,
+    roles: Mapping[str, str] | None = None,
+) -> Run:
+    """`model` with `techniques` in place and weights loaded.
+
+    model       a Hugging Face folder, a hub name, or a live model that is not sharded (its parameters are replaced)
+    mesh        from treering.mesh(…); with Shard and no mesh, all ranks shard
+    prepared    folder for results of splitting (an SVD), shared by all ranks; needed with several ranks
+    roles       pattern -> role, where the anatomy cannot tell (see its message)
+    """
+    plan = draft(model, techniques, mesh=mesh, dtype=dtype, seed=seed, dropout=dropout, statistics=statistics, roles=roles)
+    return load(plan, statistics=statistics, prepared=prepared)
+
+
+def draft(
+    model: "str | Path | PreTrainedModel",
+    techniques: Iterable[Technique],
+    *,
+    mesh: "DeviceMesh | None" = None,
+    dtype: str = "auto",
+    seed: int = 0,
+    dropout: opening.Dropout = "refuse",
+    statistics: Statistics | None = None,
+    roles: Mapping[str, str] | None = None,
+    weights: bool = True,
+) -> Plan:
+    """Everything up to, and without, the weights: every refusal comes from here. `weights=False` needs only a config."""
+    ordered = _ordered(techniques)
+    folder = None if isinstance(model, nn.Module) else opening.locate(str(model))
+    built = model if folder is None else opening.on_meta(folder, dtype)
+    assert isinstance(built, nn.Module)
+    _refuse_used(built)
+    anatomy = examine(built, roles)
+    opening.quiet_dropout(built, dropout)
+    source = opening.source_of(built, folder) if weights else None  # type: ignore[arg-type]
+    ordered = tuple(t.resolve(source, statistics) if hasattr(t, "resolve") else t for t in ordered)
+    if mesh is None and any(t.stage == Stage.SHARD for t in ordered):
+        mesh = make_mesh()
+    claimed = [t.claims(anatomy, mesh) for t in ordered]
+    conflicts.check(list(zip(ordered, claimed)))
+    conflicts.check_whole(ordered, claimed, mesh)
+    plain = {name: (tuple(value.shape), value.dtype) for name, value in plain_tensors(built).items()}
+    unpackable = attention.packable(built, anatomy)
+    setattr(built, COMPOSED, True)
+    restore = () if unpackable else (attention.install(built, anatomy),)
+    if folder is None:
+        to_meta(built)
+    for parameter in built.parameters():
+        parameter.requires_grad_(False)
+    applied, chains = _apply(built, ordered, claimed, anatomy, mesh, seed)
+    return Plan(
+        model=built,
+        anatomy=anatomy,
+        techniques=ordered,
+        applied=applied,
+        chains=chains,
+        plain=plain,
+        source=source,
+        source_name=str(model) if folder is not None else type(built).__name__,
+        folder=folder,
+        mesh=mesh,
+        device=_device(mesh),
+        seed=seed,
+        unpackable=unpackable,
+        restore=restore,
+    )
+
+
+def load(plan: Plan, *, statistics: Statistics | None = None, prepared: str | Path | None = None) -> Run:
+    """Memory and first values for a plan."""
+    if plan.source is None:
+        raise PlanError("this plan was drafted without weights")
+    resting = torch.device("cpu") if any(a.resting == "cpu" for a in plan.applied) else plan.device
+    materialise(plan.model, plan.device, resting)
+    store = None if prepared is None else Prepared(Path(prepared))
+    lost = fill(plan.model, plan.source, plan.chains, statistics=statistics, prepared=store)
+    plan.model.train()
+    return Run(plan, lost)
+
+
+def _ordered(techniques: Iterable[Technique]) -> tuple[Technique, ...]:
+    given = tuple(techniques)
+    for one in given:
+        if isinstance(one, type) or not isinstance(one, Technique):
+            made = f"; write {one.__name__}()" if isinstance(one, type) else ""
+            raise PlanError(f"{one!r} is not a technique{made}")
+    return tuple(sorted(given, key=lambda t: t.stage))
+
+
+def _refuse_used(model: nn.Module) -> None:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(m, FSDPModule) for m in model.modules()) or any(isinstance(p, DTensor) for p in model.parameters()):
+        raise PlanError("the model is sharded already; give compose() the plain model and add Shard() to the techniques")
+    if getattr(model, COMPOSED, False):
+        raise PlanError("the model has been composed already; give compose() all techniques at once, and a fresh model")
+
+
+def _apply(
+    model: nn.Module,
+    techniques: Sequence[Technique],
+    claimed: Sequence[Sequence[Any]],
+    anatomy: Anatomy,
+    mesh: "DeviceMesh | None",
+    seed: int,
+) -> tuple[tuple[Applied, ...], dict[str, Chain]]:
+    done: list[Applied] = []
+    parts: dict[str, tuple[Part, ...]] = {}
+    identities: dict[str, str] = {}
+    for technique, claims in zip(techniques, claimed):
+        before = set(dict(model.named_parameters()))
+        applied = technique.apply(model, Site(anatomy=anatomy, mesh=mesh, seed=seed, parts=dict(parts)))
+        _check_names(technique, applied, before, set(dict(model.named_parameters())), claims)
+        live = dict(model.named_parameters())
+        for name in applied.trainable:
+            live[name].requires_grad_(True)
+        for name, part in applied.parts.items():
+            parts[name] = (*parts.get(name, ()), part)
+            identities[name] = f"{identities.get(name, seed)}|{technique!r}"
+        done.append(applied)
+    chains = {name: Chain(name=name, parts=links, identity=identities[name]) for name, links in parts.items()}
+    return tuple(done), chains
+
+
+def _check_names(technique: Technique, applied: Applied, before: set[str], after: set[str], claims: Sequence[Any]) -> None:
+    """A technique may add its own parameters and take away those it stores itself. Anything else is a bug in it."""
+    own = {name for part in applied.parts.values() for name in part.names}
+    stored = {claim.fqn for claim in claims if claim.aspect == "storage"}
+    added, taken = after - before - own, before - after - stored
+    if added or taken:
+        raise AssertionError(f"{technique!r} changed names it did not claim: added {sorted(added)}, took {sorted(taken)}")
+
+
+def _device(mesh: "DeviceMesh | None") -> torch.device:
+    if mesh is not None and mesh.device_type == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")

@@ -1,0 +1,102 @@
+"""Do the techniques fit together? Decided on claims alone: no weight, no process."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from treering.errors import PlanError
+from treering.technique import Claim, Stage, Technique
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+MEANING = {
+    "storage": "own how the weight is stored",
+    "addend": "add to the weight, and one of them must be alone in that",
+    "gradient": "decide what happens to the gradient",
+    "forward": "replace the forward",
+    "region": "own the recomputed region",
+    "attention": "replace the attention",
+    "compiled": "compile",
+    "sharding": "shard",
+    "loss": "compute the loss",
+}
+
+
+def name_of(technique: Technique) -> str:
+    """As the user writes it in a config."""
+    return type(technique).__name__.lower()
+
+
+def check(claimed: Sequence[tuple[Technique, Sequence[Claim]]]) -> None:
+    """Raise PlanError at the first pair of techniques that cannot share, naming all they clash on."""
+    for i, (first, its) in enumerate(claimed):
+        for second, others in claimed[i + 1 :]:
+            _check_pair(first, its, second, others)
+    _check_needs(claimed)
+
+
+def _check_pair(first: Technique, its: Sequence[Claim], second: Technique, others: Sequence[Claim]) -> None:
+    held = {(c.fqn, c.aspect): c for c in its}
+    clashes = []
+    for other in others:
+        mine = held.get((other.fqn, other.aspect))
+        if mine is not None and (mine.exclusive or other.exclusive):
+            clashes.append((mine, other))
+    if not clashes:
+        return
+    mine, other = clashes[0]
+    raise PlanError(
+        f"{name_of(first)} and {name_of(second)} both {MEANING[mine.aspect]} of {_some(clashes)}. "
+        f"Leave {'it' if len(clashes) == 1 else 'them'} out of {mine.setting or name_of(first)} "
+        f"or of {other.setting or name_of(second)}, or use one of the two techniques",
+        settings=tuple(s for s in (mine.setting, other.setting) if s),
+    )
+
+
+def _check_needs(claimed: Sequence[tuple[Technique, Sequence[Claim]]]) -> None:
+    stored = {c.fqn: (t, c) for t, claims in claimed for c in claims if c.aspect == "storage"}
+    units = [(t, c) for t, claims in claimed for c in claims if c.aspect == "sharding"]
+    for technique, claims in claimed:
+        for claim in claims:
+            if "plain_weight" in claim.needs and claim.fqn in stored:
+                owner, own = stored[claim.fqn]
+                if owner is not technique:
+                    raise PlanError(
+                        f"{name_of(technique)} needs the plain weight of {claim.fqn}, which {name_of(owner)} stores in "
+                        f"its own form. Leave it out of {claim.setting} or of {own.setting}",
+                        settings=(claim.setting, own.setting),
+                    )
+            if "no_fsdp_unit_inside" in claim.needs:
+                for owner, unit in units:
+                    if unit.fqn.startswith(f"{claim.fqn}."):
+                        raise PlanError(
+                            f"{name_of(technique)} runs {claim.fqn} several times, and {name_of(owner)} makes "
+                            f"{unit.fqn} inside it a unit that would be gathered each time",
+                            settings=(claim.setting, unit.setting),
+                        )
+
+
+def check_whole(techniques: Sequence[Technique], claimed: Sequence[Sequence[Claim]], mesh: "DeviceMesh | None") -> None:
+    """What concerns the list as a whole: something must learn, and every axis of the mesh must be somebody's."""
+    from treering.topology import axis_size
+
+    aspects = {claim.aspect for claims in claimed for claim in claims}
+    if not any(technique.stage == Stage.ADAPT for technique in techniques):
+        raise PlanError("nothing would be trained: add full or lora to the techniques")
+    losses = [name_of(t) for t, claims in zip(techniques, claimed) if any(c.aspect == "loss" for c in claims)]
+    if len(losses) > 1:
+        raise PlanError(f"{' and '.join(losses)} both compute the loss; use one of them")
+    if axis_size(mesh, "replicate", "shard") > 1 and "sharding" not in aspects:
+        raise PlanError(
+            f"the mesh has {axis_size(mesh, 'replicate', 'shard')} ranks with documents of their own, and no technique "
+            "sums their gradients: add shard to the techniques (it also covers plain data parallelism: replicate=-1)"
+        )
+    if axis_size(mesh, "sequence") > 1 and "attention" not in aspects:
+        raise PlanError(f"the mesh has sequence={axis_size(mesh, 'sequence')}, and no technique splits the sequence")
+    if axis_size(mesh, "expert") > 1:
+        raise PlanError(f"the mesh has expert={axis_size(mesh, 'expert')}, and no technique deals out experts")
+
+
+def _some(clashes: Sequence[tuple[Claim, Claim]]) -> str:
+    rest = f" (and {len(clashes) - 1} more)" if len(clashes) > 1 else ""
+    return f"{clashes[0][0].fqn or 'the whole model'}{rest}"

@@ -1,0 +1,88 @@
+"""What will happen, in words and numbers, from shapes alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch.distributed.tensor import DTensor
+
+from treering.topology import AXES, axis_size
+from treering.plan.conflicts import name_of
+from treering.plan.place import local_rows
+
+if TYPE_CHECKING:
+    from treering.plan.compose import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Bytes on this rank, before activations. The optimizer is AdamW's two moments in the parameter's dtype."""
+
+    parameters: int  # of the whole model, a count
+    trained: int
+    held: int
+    gradients: int
+    optimizer: int
+    gathered: int  # received by all-gathers in one micro-batch's forward and backward
+    reduced: int  # sent into reduce-scatters in one micro-batch's backward
+
+
+def figures(plan: "Plan") -> Figures:
+    counts = dict.fromkeys(("parameters", "trained", "held", "gradients", "optimizer", "gathered", "reduced"), 0)
+    for parameter in plan.model.parameters():
+        whole = parameter.numel()
+        start, stop = local_rows(parameter)
+        mine = whole // max(parameter.shape[0], 1) * (stop - start) if parameter.ndim else whole
+        size = parameter.element_size()
+        counts["parameters"] += whole
+        counts["held"] += mine * size
+        sharded = isinstance(parameter, DTensor) and mine < whole
+        if sharded:
+            counts["gathered"] += 2 * (whole - mine) * size
+        if parameter.requires_grad:
+            counts["trained"] += whole
+            counts["gradients"] += mine * size
+            counts["optimizer"] += 2 * mine * size
+            if sharded:
+                counts["reduced"] += whole * size
+    return Figures(**counts)
+
+
+def explain(plan: "Plan", lost: Mapping[str, float] | None = None) -> str:
+    n = figures(plan)
+    axes = ", ".join(f"{axis}={axis_size(plan.mesh, axis)}" for axis in AXES if axis_size(plan.mesh, axis) > 1)
+    lines = [
+        f"{plan.source_name} ({plan.anatomy.model_type}, {len(plan.anatomy.blocks)} blocks)",
+        f"{n.parameters:,} parameters, {n.trained:,} trained ({100 * n.trained / max(n.parameters, 1):.2f} %), "
+        + (f"mesh {axes}" if axes else "one rank"),
+        "",
+        "applied in this order",
+    ]
+    for technique, applied in zip(plan.techniques, plan.applied):
+        lines.append(f"  {technique.stage.name.lower():<10}{name_of(technique):<12}{'; '.join(applied.notes)}")
+    if plan.unpackable:
+        lines.append(f"  not packed: {plan.unpackable}")
+    lines += [
+        "",
+        "on each rank, before activations",
+        f"  parameters {size(n.held)}, gradients {size(n.gradients)}, AdamW state {size(n.optimizer)}, "
+        f"together {size(n.held + n.gradients + n.optimizer)}",
+    ]
+    if n.gathered or n.reduced:
+        lines.append(f"  per micro-batch: {size(n.gathered)} gathered, {size(n.reduced)} reduced")
+    if lost:
+        worst = max(lost, key=lambda name: lost[name])
+        lines.append(f"  {len(lost)} weights are held in parts; the worst is reproduced to {lost[worst]:.1e} ({worst})")
+    if plan.source is not None and plan.source.unused:
+        lines.append(f"  {len(plan.source.unused)} tensors of the folder have no place in the model, {plan.source.unused[0]} first")
+    return "\n".join(lines)
+
+
+def size(count: int) -> str:
+    """Bytes for a person: 512 B, 3.2 KiB, 15.0 GiB."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError

@@ -1,0 +1,103 @@
+"""From what the user named to a model on the meta device and a lazy source of its plain tensors."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from treering.errors import CheckpointError, PlanError
+from treering.seeds import derive
+from treering.weights import Source, from_folder, from_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Dropout = Literal["refuse", "off", "per_rank"]
+NEEDED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")  # no pickles, no code
+
+
+def locate(path: str) -> Path:
+    """The folder itself, or a copy of what the hub has under that name."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise CheckpointError(f"{path} is not a folder; give the path of a Hugging Face folder or a hub name (owner/model)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=list(NEEDED)))
+    except Exception as error:  # the hub client has many; none of them is more than "could not be had"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{path} is neither a folder here nor to be had from the hub ({reason}); check the name, the network and, "
+            "for a gated model, your access token"
+        ) from None
+
+
+def on_meta(folder: Path, dtype: str) -> "PreTrainedModel":
+    """The model that the folder's config describes, without memory."""
+    config = read_config(folder)
+    chosen = config.dtype if dtype == "auto" else getattr(torch, dtype)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=chosen or torch.float32)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from None
+
+
+def read_config(folder: Path):
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json; it is not a Hugging Face model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}/config.json cannot be used: {str(error).splitlines()[0]}") from None
+    if getattr(config, "quantization_config", None):
+        raise PlanError(f"{folder} holds quantized weights; this version trains dense ones: take the dense model")
+    if getattr(config, "output_router_logits", False):
+        raise PlanError(
+            "the config asks for the router's auxiliary loss (output_router_logits), which transformers computes over "
+            "a whole batch: it would depend on how a batch is cut. Set output_router_logits to false"
+        )
+    return config
+
+
+def initialised(folder: Path, dtype: str, seed: int) -> "PreTrainedModel":
+    """Random weights from the folder's config, the same on every rank."""
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(folder)
+    chosen = config.dtype if dtype == "auto" else getattr(torch, dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "initialise"))
+        return AutoModelForCausalLM.from_config(config, dtype=chosen or torch.float32)
+
+
+def source_of(model: "PreTrainedModel", folder: Path | None) -> Source:
+    return from_model(model) if folder is None else from_folder(model, folder)
+
+
+def quiet_dropout(model: nn.Module, mode: Dropout) -> None:
+    """Dropout draws from each rank's own generator: gradients then depend on how the batch was dealt."""
+    if mode == "per_rank":
+        return
+    found = []
+    for name, module in model.named_modules():
+        for attribute, value in list(vars(module).items()):
+            noisy = "dropout" in attribute or "jitter" in attribute or (isinstance(module, nn.Dropout) and attribute == "p")
+            if noisy and isinstance(value, float) and value > 0:
+                found.append(f"{name}.{attribute} = {value}")
+                if mode == "off":
+                    setattr(module, attribute, 0.0)
+    if found and mode == "refuse":
+        raise PlanError(
+            f"the model has dropout ({found[0]}, and {len(found) - 1} more), which makes results depend on the number "
+            "of ranks. Choose model.dropout: off (set it to 0) or per_rank (keep it)",
+            settings=("model.dropout",),
+        )

@@ -1,0 +1,151 @@
+"""A model with its techniques in place, ready to train: what `compose` returns."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from treering.errors import PlanError
+from treering.plan import batches, step
+from treering.plan.batches import Batch
+from treering.plan.explain import explain
+from treering.plan.loss import cross_entropy
+from treering.plan.step import StepReport
+
+if TYPE_CHECKING:
+    from treering.plan.compose import Plan
+
+
+class Run:
+    """The handle of a composed model: the four verbs of a training step, and what is in it.
+
+    for micro_batches in run.steps(loader):
+        for batch in micro_batches:
+            run.loss(batch).backward()
+        run.step(optimizer, clip=1.0)
+    """
+
+    def __init__(self, plan: "Plan", lost: Mapping[str, float], max_skips: int = 5):
+        self.plan = plan
+        self.model: Any = plan.model
+        self.lost = lost  # plain name -> ‖join(split(W)) − W‖/‖W‖ at load
+        self.max_skips = max_skips
+        self.number = 0  # steps taken, skipped ones included
+        self.skipped_in_a_row = 0
+        self._samples: list[str] = []
+        losses = [a.loss for a in plan.applied if a.loss is not None]
+        self._loss: Callable[[nn.Module, Batch], Tensor] = losses[0] if losses else cross_entropy
+
+    def explain(self) -> str:
+        """The order of techniques, what each touches, and the memory and messages that follow."""
+        return explain(self.plan, self.lost)
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """What learns, by live name. Nothing else has a gradient."""
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def optimizer(self, kind: type[Optimizer] = torch.optim.AdamW, **settings: Any) -> Optimizer:
+        """`kind` over the trainable parameters. Weight decay acts on matrices; vectors (norms, biases) are spared."""
+        named = self.trainable()
+        if not settings.get("weight_decay"):
+            return kind([p for _, p in named], **settings)
+        groups = [
+            {"params": [p for _, p in named if p.ndim >= 2]},
+            {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return kind([g for g in groups if g["params"]], **settings)
+
+    def steps(self, loader: Iterable[Batch | list[Batch]], *, accumulate: int = 1) -> Iterator[list[Batch]]:
+        """The micro-batches of one optimizer step at a time: counted over all ranks, transformed, on the device."""
+        for micro_batches in batches.steps(loader, accumulate, self.plan.mesh):
+            self._samples = [s for batch in micro_batches for s in batch.get("samples", ())]
+            yield [self._ready(batch) for batch in micro_batches]
+
+    def _ready(self, batch: Batch) -> Batch:
+        if batch.get("documents") is not None and self.plan.unpackable:
+            raise PlanError(f"a packed batch, but {self.plan.unpackable}; turn packing off (data.packing: off)")
+        for applied in self.plan.applied:
+            if applied.batch is not None:
+                batch = applied.batch(batch)
+        return batches.to_device(batch, self.plan.device)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """This micro-batch's share of the step's loss: its sum over trained tokens / their number in the whole step."""
+        if "count" not in batch:
+            raise PlanError("the batch does not know how many tokens its step trains; take batches from run.steps(loader)")
+        return self._loss(self.model, batch) / batch["count"]
+
+    def step(self, optimizer: Optimizer | Sequence[Optimizer], *, clip: float | None = None) -> StepReport:
+        """Project, guard, clip, step, retract, and clear the gradients.
+
+        A gradient that is not finite anywhere skips the step on all ranks; `max_skips` in a row end the run.
+        """
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        named = self.trainable()
+        self._check_same(named, optimizers)
+        report = step.take(optimizers, named, self.plan.applied, clip)
+        self.number += 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
+        if self.skipped_in_a_row >= self.max_skips:
+            raise step.too_many(self.skipped_in_a_row, self.number, self._samples, step.blame(named))
+        for one in optimizers:
+            one.zero_grad(set_to_none=True)
+        return report
+
+    def attach(self, optimizer: Optimizer) -> Callable[[], None]:
+        """For a loop that calls `optimizer.step()` itself: projection before it and retraction after it, by hooks.
+
+        Clipping and any guard stay the loop's own; a clip that runs before this sees the gradient before projection.
+        Returns what takes the hooks off again.
+        """
+        self._check_same(self.trainable(), [optimizer])
+
+        def before(*_: Any) -> None:
+            for applied in self.plan.applied:
+                for work in (applied.gradients, applied.before_step):
+                    if work is not None:
+                        work()
+
+        def after(*_: Any) -> None:
+            for applied in self.plan.applied:
+                if applied.after_step is not None:
+                    applied.after_step()
+
+        handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        return lambda: [handle.remove() for handle in handles] and None
+
+    def _check_same(self, named: Sequence[tuple[str, nn.Parameter]], optimizers: Sequence[Optimizer]) -> None:
+        """A parameter that no optimizer steps would silently never learn; one that two step would learn twice."""
+        stepped = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        wanted = {id(p): name for name, p in named}
+        if len(stepped) == len(wanted) and set(stepped) == set(wanted):
+            return
+        absent = [name for key, name in wanted.items() if key not in set(stepped)]
+        strange = len([key for key in stepped if key not in wanted])
+        raise PlanError(
+            "the optimizer's parameters are not exactly the trainable ones: "
+            f"{len(absent)} missing ({', '.join(absent[:3]) or '—'}), {strange} not trainable, "
+            f"{len(stepped) - len(set(stepped))} twice. Make it with run.optimizer(…) or from run.trainable()"
+        )
+
+    def metrics(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for applied in self.plan.applied:
+            if applied.metrics is not None:
+                found |= applied.metrics()
+        return found
+
+    def plain(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The plain weights as the techniques hold them now, one at a time; a collective when sharded."""
+        from treering.plan.export import plain
+
+        return plain(self.plan, names)
+
+    def export(self, folder: str | Path, *, adapter: str | None = None) -> Path:
+        """A dense Hugging Face folder, or the folder of one named adapter. Every rank calls it; rank 0 writes."""
+        from treering.plan.export import export
+
+        return export(self.plan, Path(folder), adapter)

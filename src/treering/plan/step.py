@@ -1,0 +1,96 @@
+"""One optimizer step: project → finite guard → clip → step → retract. Once per step, never per micro-batch.
+
+The norm that is clipped and reported is that of the projected gradient, over all parameters on all ranks.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as ShardPlacement
+from torch.optim import Optimizer
+
+from treering.errors import NumericsError
+from treering.plan.place import local
+from treering.technique import Applied
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What a step did. `norm` is taken before clipping; a skipped step left parameters and optimizer as they were."""
+
+    norm: float
+    skipped: bool
+
+
+def take(
+    optimizers: Sequence[Optimizer],
+    named: Sequence[tuple[str, Tensor]],
+    applied: Sequence[Applied],
+    clip: float | None,
+) -> StepReport:
+    for one in applied:
+        if one.gradients is not None:
+            one.gradients()
+    gradients = [p.grad for _, p in named if p.grad is not None]
+    # One number leaves the device each step: the guard must decide before the optimizer runs.
+    norm = float(norm_over_meshes(gradients))
+    finite = norm == norm and norm not in (float("inf"), float("-inf"))
+    if finite:
+        if clip is not None and norm > clip:
+            held = [local(g) for g in gradients]
+            torch._foreach_mul_([g for g in held if g.numel()], clip / norm)
+        for one in applied:
+            if one.before_step is not None:
+                one.before_step()
+        for optimizer in optimizers:
+            optimizer.step()
+        for one in applied:
+            if one.after_step is not None:
+                one.after_step()
+    return StepReport(norm=norm, skipped=not finite)
+
+
+def norm_over_meshes(gradients: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together. Those on different meshes are summed over their own ranks, then combined."""
+    groups: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
+    for gradient in gradients:
+        mesh, axes = None, ()
+        if isinstance(gradient, DTensor):
+            mesh = gradient.device_mesh
+            axes = tuple(i for i, p in enumerate(gradient.placements) if isinstance(p, ShardPlacement))
+        groups.setdefault((mesh, axes), []).append(local(gradient))
+    total: Tensor | None = None
+    for (mesh, axes), held in groups.items():
+        square = _square(held)
+        if mesh is not None:
+            square = square.to(mesh.device_type)
+            for axis in axes:
+                dist.all_reduce(square, group=mesh.get_group(axis))
+        total = square if total is None else total + square.to(total.device)
+    return torch.zeros(()) if total is None else total.sqrt()
+
+
+def _square(held: Sequence[Tensor]) -> Tensor:
+    """Sum of squares in float64: a sum over 10⁹ elements of a float32 norm would lose the digits that a test compares."""
+    norms = torch._foreach_norm([g if g.dtype == torch.float64 else g.float() for g in held if g.numel()] or [torch.zeros(1)])
+    return torch.stack([n.double() for n in norms]).square().sum()
+
+
+def blame(named: Iterable[tuple[str, Tensor]], limit: int = 8) -> list[str]:
+    """Parameters whose gradient, as far as this rank holds it, is not finite."""
+    bad = [n for n, p in named if p.grad is not None and not bool(torch.isfinite(local(p.grad)).all())]
+    return bad[:limit] + ([f"and {len(bad) - limit} more"] if len(bad) > limit else [])
+
+
+def too_many(skips: int, step: int, samples: Sequence[str], names: Sequence[str]) -> NumericsError:
+    seen = ", ".join(samples[:8]) + (" …" if len(samples) > 8 else "")
+    return NumericsError(
+        f"{skips} steps in a row had a gradient that is not finite; stopped at step {step}. "
+        f"Samples of the last one: {seen or 'not told by the loader'}. Parameters: {', '.join(names) or 'on other ranks'}. "
+        "Look at these samples, lower the learning rate, or compute in a wider dtype"
+    )

@@ -1,0 +1,3 @@
+from treering.shard.config import Shard
+
+__all__ = ["Shard"]

@@ -1,0 +1,105 @@
+"""Which modules become FSDP units, and with which policy."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from treering.topology import axis_size, parameter_mesh
+from treering.technique import Site
+
+if TYPE_CHECKING:
+    from treering.anatomy import Anatomy
+    from treering.shard.config import Shard
+
+
+def plan_units(anatomy: "Anatomy") -> list[tuple[str, ...]]:
+    """Module names, a tuple per unit, in the order of wrapping; the root, "", last.
+
+    Embeddings and head are units of their own: inside the root unit they would stay gathered through the whole
+    backward. A tied pair is one unit, or each half would shard, and step, a parameter of its own.
+    """
+    units: list[tuple[str, ...]] = [(block.fqn,) for block in anatomy.blocks]
+    head = anatomy.head
+    tied = head is not None and head.tied_to is not None
+    for fqn in anatomy.embeddings:
+        if tied and head is not None and f"{fqn}.weight" == head.tied_to:
+            units.append((fqn, head.fqn))
+        else:
+            units.append((fqn,))
+    if head is not None and not tied:
+        units.append((head.fqn,))
+    return [*units, ("",)]
+
+
+def shard(model: nn.Module, config: "Shard", site: Site) -> tuple[str, ...]:
+    """Wrap `model` in place; returns the lines for explain()."""
+    assert site.mesh is not None
+    mesh = parameter_mesh(site.mesh)
+    offload: OffloadPolicy = OffloadPolicy()
+    if config.offload == "cpu":
+        offload = CPUOffloadPolicy(pin_memory=site.mesh.device_type == "cuda")
+    pinned = _pinned(model, site)
+    apart = 0
+    for unit in plan_units(site.anatomy):
+        modules = [model.get_submodule(fqn) for fqn in unit]
+        for name, dtype in pinned.items():
+            inside = any(name.startswith(f"{fqn}.") or fqn == "" for fqn in unit)
+            module = model.get_submodule(name)
+            if inside and not isinstance(module, FSDPModule) and _needs_own_unit(modules, module, dtype, config):
+                policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype, cast_forward_inputs=False)
+                fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+                apart += 1
+        target = modules if len(modules) > 1 else modules[0]
+        root = unit == ("",)
+        # The root's own parameters (the last norm) are used at the very end of the forward and at the very start of
+        # the backward: gathering them again would only wait.
+        fully_shard(
+            target,
+            mesh=mesh,
+            mp_policy=_policy(config, modules),
+            offload_policy=offload,
+            reshard_after_forward=config.reshard and not root,
+        )
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # the loss is already divided by the global token count: sum, never average
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    over = f"{mesh.size()} ranks" if mesh.ndim == 1 else f"{axis_size(site.mesh, 'replicate')} × {mesh.shape[1]} ranks"
+    notes = [f"{len(plan_units(site.anatomy))} units over {over}, compute {config.compute}, reduce {config.reduce}"]
+    if apart:
+        notes.append(f"{apart} modules with a pinned dtype have units of their own")
+    if config.offload == "cpu":
+        notes.append("shards rest in host memory")
+    return tuple(notes)
+
+
+def _policy(config: "Shard", unit: list[nn.Module]) -> MixedPrecisionPolicy:
+    compute = None if config.compute == "stored" else getattr(torch, config.compute)
+    reduce = None if config.reduce == "stored" else getattr(torch, config.reduce)
+    gradients = {compute or p.dtype for module in unit for p in module.parameters() if p.requires_grad}
+    if reduce is not None and all(dtype.itemsize >= reduce.itemsize for dtype in gradients):
+        reduce = None  # `reduce` is a floor: float64 gradients are not rounded to float32 on their way
+    return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
+
+
+def _pinned(model: nn.Module, site: Site) -> dict[str, torch.dtype]:
+    """Modules that hold parameters with a pinned dtype."""
+    found = {}
+    for chain in site.parts.values():
+        for part in chain:
+            if part.compute_dtype is not None:
+                for name in part.names:
+                    found[name.rpartition(".")[0]] = part.compute_dtype
+    return found
+
+
+def _needs_own_unit(unit: list[nn.Module], module: nn.Module, dtype: torch.dtype, config: "Shard") -> bool:
+    """A unit of its own costs a gather of its own: only where the surrounding unit would cast, or cannot hold it."""
+    if config.compute != "stored" and getattr(torch, config.compute) != dtype:
+        return True
+    # One unit's trainable parameters must share a dtype; frozen ones may differ.
+    own = set(module.parameters())
+    others = {p.dtype for m in unit for p in m.parameters() if p.requires_grad and p not in own}
+    return any(p.requires_grad for p in own) and bool(others - {dtype})

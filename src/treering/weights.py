@@ -1,0 +1,290 @@
+"""Plain tensors in and out of Hugging Face folders, streamed, one at a time.
+
+The only file that touches transformers' weight-conversion internals: many models keep experts or fused projections in
+another shape in the file than in the module, and transformers' own mapping, taken tensor by tensor, translates.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from treering.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainTensor:
+    """A plain weight that is read when asked for; by rows where the file holds it as the model does."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    reader: Callable[[], Tensor]
+    row_reader: Callable[[int, int], Tensor] | None = None
+
+    def read(self) -> Tensor:
+        return self.reader()
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.row_reader(start, stop) if self.row_reader is not None else self.reader()[start:stop]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The plain tensors of a model, by the name they have in the module. `groups` are cheapest read together."""
+
+    tensors: Mapping[str, PlainTensor]
+    groups: tuple[tuple[str, ...], ...]
+    where: str
+    unused: tuple[str, ...] = field(default=())  # tensors of the folder that the model has no place for
+
+
+def from_model(model: nn.Module) -> Source:
+    """The tensors of a live model. They are kept alive by this source alone once the model has moved to meta."""
+    tensors = {}
+    for name, value in plain_tensors(model).items():
+        held = value.detach()
+        tensors[name] = PlainTensor(
+            name=name,
+            shape=tuple(held.shape),
+            dtype=held.dtype,
+            reader=lambda held=held: held,  # type: ignore[misc]
+            row_reader=lambda a, b, held=held: held[a:b],  # type: ignore[misc]
+        )
+    return Source(tensors=tensors, groups=tuple((n,) for n in tensors), where="the model that was given")
+
+
+def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and persistent buffers."""
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    kept = model.state_dict(keep_vars=True)
+    found.update({name: buffer for name, buffer in model.named_buffers() if name in kept})
+    return found
+
+
+def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
+    """The tensors of an HF folder, for a model (on meta) made from the folder's config."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    files = _files(folder)
+    wanted = plain_tensors(model)
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    state = model.state_dict(keep_vars=True)
+    gathered: dict[str, list[tuple[str, str | None]]] = {}
+    for key in sorted(files, key=dot_natural_key):
+        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        gathered.setdefault(target, []).append((key, pattern))
+
+    tensors: dict[str, PlainTensor] = {}
+    groups: list[tuple[str, ...]] = []
+    unused: list[str] = []
+    for target, items in gathered.items():
+        if items[0][1] is None:
+            key = items[-1][0]
+            if target in wanted:
+                tensors[target] = _stored(target, key, files[key], wanted[target])
+                groups.append((target,))
+            elif target not in state:  # the file may hold a tied copy as well: that is no surprise
+                unused.append(key)
+            continue
+        reader = _Converted(model, target, items, by_pattern[items[0][1]], files)
+        names = tuple(name for name in reader.targets() if name in wanted)
+        for name in names:
+            tensors[name] = PlainTensor(
+                name=name,
+                shape=tuple(wanted[name].shape),
+                dtype=_dtype(files[items[0][0]], items[0][0]),
+                reader=lambda name=name, reader=reader: reader.read(name),  # type: ignore[misc]
+            )
+        groups.append(names)
+    missing = sorted(set(wanted) - set(tensors))
+    if missing:
+        raise CheckpointError(
+            f"{folder} has no tensor for {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + f" of {type(model).__name__}; the folder is incomplete or belongs to another architecture"
+        )
+    return Source(tensors=tensors, groups=tuple(groups), where=str(folder), unused=tuple(unused))
+
+
+def _stored(name: str, key: str, file: Path, like: Tensor) -> PlainTensor:
+    with safe_open(file, "pt") as opened:
+        shape = tuple(opened.get_slice(key).get_shape())
+    if shape != tuple(like.shape):
+        raise CheckpointError(f"{file}: {key} has shape {shape}; the model's {name} has {tuple(like.shape)}")
+
+    def read() -> Tensor:
+        with safe_open(file, "pt") as opened:
+            return opened.get_tensor(key)
+
+    def rows(start: int, stop: int) -> Tensor:
+        with safe_open(file, "pt") as opened:
+            return opened.get_slice(key)[start:stop] if shape else opened.get_tensor(key)
+
+    return PlainTensor(name=name, shape=shape, dtype=_dtype(file, key), reader=read, row_reader=rows)
+
+
+def _dtype(file: Path, key: str) -> torch.dtype:
+    from safetensors.torch import _TYPES
+
+    with safe_open(file, "pt") as opened:
+        return _TYPES[opened.get_slice(key).get_dtype()]
+
+
+class _Converted:
+    """Tensors of the file that become tensors of the module through one of transformers' converters.
+
+    The last result is kept until its tensors have been taken once each: a fused projection is read once, not thrice.
+    """
+
+    def __init__(self, model: "PreTrainedModel", target: str, items: list, converter: Any, files: dict[str, Path]):
+        self.model, self.target, self.items, self.converter, self.files = model, target, items, converter, files
+        self.ready: dict[str, Tensor] = {}
+
+    def _convert(self, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        converter = deepcopy(self.converter)
+        for key, pattern in self.items:
+            converter.add_tensor(self.target, key, pattern, get(key))
+        made = converter.convert(self.target, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def targets(self) -> list[str]:
+        """Names only, found by converting on the meta device: no byte of a weight is read."""
+
+        def shape_only(key: str) -> Tensor:
+            with safe_open(self.files[key], "pt") as opened:
+                return torch.empty(opened.get_slice(key).get_shape(), device="meta")
+
+        return list(self._convert(shape_only))
+
+    def read(self, name: str) -> Tensor:
+        if name not in self.ready:
+
+            def get(key: str) -> Tensor:
+                with safe_open(self.files[key], "pt") as opened:
+                    return opened.get_tensor(key)
+
+            self.ready = self._convert(get)
+        return self.ready.pop(name)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file. Names from the index are plain basenames of regular files, or the folder is refused."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            listed = sorted(set(names.values()))
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a safetensors index ({type(error).__name__}: {error})") from None
+    elif (folder / "model.safetensors").is_file():
+        listed = ["model.safetensors"]
+    else:
+        raise CheckpointError(f"{folder} holds no model.safetensors{_pickles(folder)}")
+    found: dict[str, Path] = {}
+    for name in listed:
+        if not isinstance(name, str) or os.path.basename(name) != name or "\\" in name or name in ("", ".", ".."):
+            raise CheckpointError(f"{index}: {name!r} is not the plain name of a file in this folder; refused")
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder} lacks {name}, which its index names")
+        try:
+            with safe_open(path, "pt") as opened:
+                found.update(dict.fromkeys(opened.keys(), path))
+        except Exception as error:  # safetensors raises its own bare exception type
+            raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
+    return found
+
+
+def _pickles(folder: Path) -> str:
+    seen = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+    return f"; {seen[0]} is a pickle and never read: convert it to safetensors where you trust it" if seen else ""
+
+
+def export_groups(model: "PreTrainedModel", names: Iterable[str]) -> list[tuple[str, ...]]:
+    """`names` in groups that have to be translated to the file's layout together."""
+    from transformers.core_model_loading import WeightConverter, apply_converters
+
+    converters = [c for c in _reverse(model) if isinstance(c, WeightConverter)]
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(apply_converters(name, converters)[0], []).append(name)
+    return [tuple(group) for group in groups.values()]
+
+
+def to_file_layout(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One group of module tensors as the file holds them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, dict(tensors)))
+
+
+def _reverse(model: "PreTrainedModel") -> list:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    mapping = [m for m in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(m, PrefixChange)]
+    return [m.reverse_transform() for m in mapping[::-1]]
+
+
+class Writer:
+    """Writes tensors to a new HF folder as they come, a file per `limit` bytes, and the index at the end."""
+
+    def __init__(self, folder: Path, limit: int = 4 << 30):
+        self.folder, self.limit = folder, limit
+        self.pending: dict[str, Tensor] = {}
+        self.files: list[list[str]] = []
+        self.bytes = self.total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self.pending and self.bytes + size > self.limit:
+            self._flush()
+        self.pending[name] = tensor.contiguous()
+        self.bytes += size
+        self.total += size
+
+    def _flush(self) -> None:
+        save_file(self.pending, self._temporary(len(self.files)), metadata={"format": "pt"})
+        self.files.append(list(self.pending))
+        self.pending, self.bytes = {}, 0
+
+    def _temporary(self, number: int) -> Path:
+        return self.folder / f"model-{number:05d}.safetensors.tmp"
+
+    def close(self) -> None:
+        if self.pending or not self.files:
+            self._flush()
+        if len(self.files) == 1:
+            os.replace(self._temporary(0), self.folder / "model.safetensors")
+            return
+        index = {"metadata": {"total_size": self.total}, "weight_map": {}}
+        for number, names in enumerate(self.files):
+            final = f"model-{number + 1:05d}-of-{len(self.files):05d}.safetensors"
+            os.replace(self._temporary(number), self.folder / final)
+            index["weight_map"].update(dict.fromkeys(names, final))
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def read_all(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder by its name in the file."""
+    for key, path in _files(folder).items():
+        with safe_open(path, "pt") as opened:
+            yield key, opened.get_tensor(key)
