@@ -79,7 +79,7 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
         logits_scaling=4.0,
     ),
     "gpt2": _gpt2,
-    "gpt_neox": _plain(hf.GPTNeoXConfig),
+    "gpt_neox": _plain(hf.GPTNeoXConfig, num_key_value_heads=4),
     "deepseek_v3": _plain(
         hf.DeepseekV3Config,
         num_key_value_heads=4,
@@ -124,7 +124,7 @@ def build(
     model = hf.AutoModelForCausalLM.from_config(
         config, attn_implementation=attention, experts_implementation=experts, dtype=dtype
     )
-    _randomise(model, seed)
+    randomise(model, seed)
     return model.eval()
 
 
@@ -135,7 +135,7 @@ def save(name: str, folder: str | Path, **how: Any) -> Path:
 
 
 @torch.no_grad()
-def _randomise(model: nn.Module, seed: int) -> None:
+def randomise(model: nn.Module, seed: int) -> None:
     """Matrices anew; 0.1 of noise on what is initialised to 0 or 1. Persistent buffers too: they are weights."""
     state = dict(model.named_parameters()) | {
         name: buffer

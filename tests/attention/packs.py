@@ -1,4 +1,4 @@
-"""Packed rows of random tokens, and how far two tensors are apart."""
+"""Packed rows of random tokens."""
 
 import torch
 from torch import Tensor
@@ -16,8 +16,3 @@ def packed(ids: Tensor, lengths: tuple[int, ...] = LENGTHS) -> dict[str, object]
     """The model's keyword arguments."""
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     return {"input_ids": ids, "position_ids": positions, "documents": Documents.of(lengths), "use_cache": False}
-
-
-def apart(found: Tensor, truth: Tensor) -> float:
-    """The largest difference, relative to the largest element of the truth."""
-    return ((found - truth).abs().max() / truth.abs().max()).item()

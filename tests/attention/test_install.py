@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from tests.attention.packs import LENGTHS, apart, packed, tokens
+from tests.attention.packs import LENGTHS, packed, tokens
+from tests.same import assert_same
 from tests.zoo import ARCHITECTURES, build
 from treering.attention import NAME, install
 
@@ -82,7 +83,7 @@ def test_without_documents_padded_rows_are_what_they_were(name, padding):
     if native == "sdpa":
         assert torch.equal(found, truth)
     else:
-        assert apart(found, truth) < 1e-6
+        assert_same(found, truth, 1e-6)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -115,7 +116,7 @@ def test_right_padded_rows_without_a_mask_are_plain_causal():
     short = model(ids[1:, :17], use_cache=False).logits
     install(model)
     ids[1, 17:] = 0
-    assert apart(model(ids, use_cache=False).logits[1:, :17], short) < 1e-6
+    assert_same(model(ids, use_cache=False).logits[1:, :17], short, 1e-6)
 
 
 def test_compiled_blocks_give_the_same_and_are_not_compiled_again_for_new_borders():
@@ -131,7 +132,7 @@ def test_compiled_blocks_give_the_same_and_are_not_compiled_again_for_new_border
     for lengths in (LENGTHS, LENGTHS[::-1], (sum(LENGTHS),), (60, 60)):
         given = packed(tokens(lengths), lengths)
         found, truth = model(**given).logits, plain(**given).logits
-        assert apart(found, truth) < 1e-6
+        assert_same(found, truth, 1e-6)
         found.sum().backward()
         counts.append(counter.frame_count)
     assert counts[0] > 0

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attention.packs import LENGTHS, apart
+from tests.attention.packs import LENGTHS
+from tests.same import assert_same
 from treering.attention import Documents, attend
 from treering.attention import chunks as chunks_module
 from treering.attention.chunks import chunked
@@ -14,14 +15,23 @@ from treering.errors import DataError
 FEATURES = list(itertools.product((None, 8), (None, 0.7), (False, True)))
 
 
-def inputs(heads: tuple[int, int], tokens: int, widths: tuple[int, int], dtype: torch.dtype, rows: int = 1) -> list[Tensor]:
+def inputs(
+    heads: tuple[int, int], tokens: int, widths: tuple[int, int], dtype: torch.dtype, rows: int = 1
+) -> list[Tensor]:
     draw = torch.Generator().manual_seed(0)
     query, keys = heads
-    shapes = [(rows, query, tokens, widths[0]), (rows, keys, tokens, widths[0]), (rows, keys, tokens, widths[1]), (query,)]
+    shapes = [
+        (rows, query, tokens, widths[0]),
+        (rows, keys, tokens, widths[0]),
+        (rows, keys, tokens, widths[1]),
+        (query,),
+    ]
     return [torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
 
-def both(tensors: list[Tensor], documents: Documents, sinks: bool, **rule: float | None) -> tuple[list[Tensor], list[Tensor]]:
+def both(
+    tensors: list[Tensor], documents: Documents, sinks: bool, **rule: float | None
+) -> tuple[list[Tensor], list[Tensor]]:
     """Output and gradients of `attend` and of the reference."""
     results = []
     for function in (attend, reference):
@@ -40,7 +50,7 @@ def test_every_kernel_and_its_gradient_equal_the_reference(heads, widths, window
     ours, truth = both(tensors, Documents.of(LENGTHS), sinks, window=window, softcap=softcap, scaling=0.5)
     for found, wanted in zip(ours, truth, strict=True):
         assert found.shape == wanted.shape
-        assert apart(found, wanted) < 1e-13
+        assert_same(found, wanted, 1e-13)
 
 
 @pytest.mark.parametrize(("window", "softcap", "sinks"), FEATURES)
@@ -64,14 +74,14 @@ def test_half_precision_is_as_close_as_its_rounding(window, softcap, sinks):
     _, truth = both([x.double() for x in tensors], documents, sinks, window=window, softcap=softcap)
     for found, wanted in zip(ours, truth, strict=True):
         assert found.dtype == torch.bfloat16
-        assert apart(found.double(), wanted) < 0.02
+        assert_same(found.double(), wanted, 0.02)
 
 
 def test_several_rows_are_each_cut_into_the_same_documents():
     tensors = inputs((4, 2), 19, (8, 8), torch.float64, rows=3)
     ours, truth = both(tensors, Documents.of([5, 14]), True, window=4)
     for found, wanted in zip(ours, truth, strict=True):
-        assert apart(found, wanted) < 1e-13
+        assert_same(found, wanted, 1e-13)
 
 
 def test_a_window_that_no_document_outgrows_changes_nothing():
@@ -88,7 +98,7 @@ def test_a_sink_far_below_changes_nothing_and_one_far_above_silences():
     plain = attend(query, key, value, documents)
     low = attend(query, key, value, documents, sinks_H=torch.full((4,), -60.0, dtype=torch.float64))
     high = attend(query, key, value, documents, sinks_H=torch.full((4,), 60.0, dtype=torch.float64))
-    assert apart(low, plain) < 1e-14
+    assert_same(low, plain, 1e-14)
     assert high.abs().max() < 1e-20
 
 

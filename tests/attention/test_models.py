@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from tests.attention.packs import LENGTHS, apart, packed, tokens
+from tests.attention.packs import LENGTHS, packed, tokens
+from tests.same import assert_same
 from tests.zoo import ARCHITECTURES, build
 from treering.attention import install
 
@@ -25,7 +26,7 @@ def test_packed_logits_are_those_of_each_document_alone_in_eager_attention(name)
     model, ids = build(name), tokens()
     truth = alone(model, ids)
     install(model)
-    assert apart(model(**packed(ids)).logits, truth) < 1e-6
+    assert_same(model(**packed(ids)).logits, truth, 1e-6)
 
 
 # what transformers itself computes in float32, whatever the model is: the softmax of eager attention in most
@@ -37,7 +38,7 @@ def test_in_float64_packed_logits_are_those_of_each_document_alone_to_ten_digits
     model, ids = build(name, dtype=torch.float64, attention="eager" if native else "sdpa"), tokens()
     truth = alone(model, ids)
     install(model)
-    assert apart(model(**packed(ids)).logits, truth) < 1e-10
+    assert_same(model(**packed(ids)).logits, truth, 1e-10)
 
 
 @architectures
@@ -53,7 +54,7 @@ def test_changing_one_document_leaves_the_others_as_they_were(name):
     assert not torch.equal(before[2], after[2])
     for i in (0, 1, 3, 4, 5):
         if name in MOE:
-            assert apart(after[i], before[i]) < 1e-6
+            assert_same(after[i], before[i], 1e-6)
         else:
             assert torch.equal(after[i], before[i])
 
@@ -122,5 +123,5 @@ def test_many_documents_of_one_token_and_one_document_alone():
     truth = torch.cat([model(token, use_cache=False).logits for token in ids.split(1, dim=1)], dim=1)
     whole = model(ids, use_cache=False).logits
     install(model)
-    assert apart(model(**packed(ids, (1,) * ids.shape[1])).logits, truth) < 1e-6
-    assert apart(model(**packed(ids, (ids.shape[1],))).logits, whole) < 1e-6
+    assert_same(model(**packed(ids, (1,) * ids.shape[1])).logits, truth, 1e-6)
+    assert_same(model(**packed(ids, (ids.shape[1],))).logits, whole, 1e-6)

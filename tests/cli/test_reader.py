@@ -71,7 +71,7 @@ def test_words_mean_what_yaml_1_2_says(written, value):
         ("a: -007.5\n", 1, "write -7.5"),
         ("a: 1\na: 2\n", 2, "already given in line 1"),
         ("a:\n\tb: 1\n", 2, "tab"),
-        ("a: [1,\n\t2]\nb: }\n", 3, "not YAML"),
+        ("a: [1,\n2]\nb: }\n", 3, "not YAML"),
         ("a: .nan\n", 1, "not a finite number"),
         ("a: -.inf\n", 1, "not a finite number"),
         ("a: 1e999\n", 1, "too large"),
@@ -164,12 +164,17 @@ def test_json_with_tabs_and_escapes_is_read_with_lines():
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(min_size=1), inner, max_size=4),
     max_leaves=20,
 )
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(st.text(min_size=1), json_values, max_size=5))
 def test_json_reads_as_the_json_module_reads_it(values):
     text = json.dumps(values)
@@ -177,7 +182,7 @@ def test_json_reads_as_the_json_module_reads_it(values):
     try:
         read = read_text(text, name="run.json").values
     except ConfigErrors as error:
-        assert any(word in str(error) for word in ("NUL", "merge keys", "surrogate"))  # noqa: PT017 — either is right
+        assert any(word in str(error) for word in ("NUL", "merge keys", "surrogate"))
         return
     assert read == expected
 

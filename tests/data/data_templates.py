@@ -30,7 +30,8 @@ QWEN = (
     "{% set thought = text.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
     "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}"
     "<|im_start|>assistant\n"
-    "{% if loop.index0 > ns.last and (loop.last or thought) %}<think>\n{{ thought.strip('\n') }}\n</think>\n\n{% endif %}"
+    "{% if loop.index0 > ns.last and (loop.last or thought) %}"
+    "<think>\n{{ thought.strip('\n') }}\n</think>\n\n{% endif %}"
     "{{ text }}"
     "{% for call in m.tool_calls or [] %}{% if not loop.first or text %}\n{% endif %}<tool_call>\n"
     '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
@@ -54,7 +55,8 @@ GEMMA = (
 # Channels; thoughts only in the last turn; the last turn ends with another token than earlier ones.
 CHANNELS = (
     "{% for m in messages %}{% if m.role == 'assistant' %}"
-    "{% if m.thinking and loop.last %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
+    "{% if m.thinking and loop.last %}"
+    "<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
     "{% if m.tool_calls %}<|start|>assistant to=functions.{{ m.tool_calls[0].function.name }}<|channel|>commentary"
     "<|message|>{{ m.tool_calls[0].function.arguments | tojson }}<|call|>"
     "{% else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}"

@@ -26,9 +26,11 @@ _HEAD_DIM = (
 )
 _SOFTCAP = ("attn_logit_softcapping", "attn_logit_softcap")
 _FUSED = re.compile(r"^(qkv_proj|query_key_value|c_attn|Wqkv|in_proj_qkv)$")
+# Models with words of their own: model type -> (list of layer kinds, the word for sliding, window), names of settings.
+_OWN_WORDS = {"gpt_neo": ("attention_layers", "local", "window_size")}
 # Classes in which tokens meet otherwise than by softmax attention over all allowed positions.
 _SEQUENCE = re.compile(
-    r"mamba|ssm|delta|lightning|linear_?attention|rwkv|retention|rglru|lstm|conv|indexer|compressor|forgetgate", re.I
+    r"Mamba|SSM|Delta|Lightning|Linear_?Attention|Rwkv|Retention|R[gG][lL][rR][uU]|LSTM|Conv|Indexer|Compressor|ForgetGate"
 )
 
 
@@ -131,12 +133,17 @@ def _projections(module: nn.Module) -> dict[str, int]:
 
 
 def _kind(config: Any, block: int) -> str:
+    if config.model_type in _OWN_WORDS:
+        layers, word, _ = _OWN_WORDS[config.model_type]
+        return "sliding_attention" if getattr(config, layers)[block] == word else "full_attention"
     kinds = getattr(config, "layer_types", None)
     return kinds[block] if kinds and block < len(kinds) else "full_attention"
 
 
 def _window(model: Any, module: Any, config: Any, kind: str) -> int | None:
     """Masks are made by the model from `layer_types` where a config has them, else from one window for all layers."""
+    if config.model_type in _OWN_WORDS:
+        return getattr(config, _OWN_WORDS[config.model_type][2]) if kind == "sliding_attention" else None
     own, common = getattr(module, "sliding_window", None), getattr(config, "sliding_window", None)
     if getattr(config, "layer_types", None):
         return (own or common) if kind.startswith("sliding") else None

@@ -13,6 +13,7 @@ from treering.anatomy.refuse import refuse_not_causal
 from treering.errors import PlanError
 
 _ATTENTION_CLASS = re.compile(r"atten|attn", re.I)
+_ACROSS = re.compile(r"cross|encoder_attn|encdec", re.I)
 _MLP_NAME = re.compile(r"^(mlp|feed_?forward|ff|ffn|moe|block_sparse_moe|shared_mlp|shared_experts?|experts)$", re.I)
 _MLP_CLASS = re.compile(r"mlp|moe|feed_?forward|ffn", re.I)
 
@@ -58,7 +59,7 @@ def _layout(model: Any, fqn: str, index: int, forced: Mapping[str, Role]) -> Lay
     block = model.get_submodule(fqn)
     attentions = _attentions(model, fqn, forced)
     roots = tuple(_topmost(model, fqn, name) for name in attentions)
-    others = [f"{fqn}.{name}" for name in sequence_modules(block)]
+    others = [f"{fqn}.{name}" for name in sequence_modules(block) if not is_norm(name, block.get_submodule(name))]
     mixer_roots = tuple(dict.fromkeys(_child(fqn, name, roots) for name in others if not within(name, roots)))
     free = [name for name, _ in block.named_children() if f"{fqn}.{name}" not in (*roots, *mixer_roots)]
     mlps = tuple(f"{fqn}.{name}" for name in free if _is_mlp(name, block.get_submodule(name)))
@@ -88,6 +89,12 @@ def _attentions(model: Any, fqn: str, forced: Mapping[str, Role]) -> list[str]:
         for name, module in model.get_submodule(fqn).named_modules(prefix=fqn)
         if is_attention(module) and not any(f"{name}.{p}" in forced for p, _ in module.named_parameters())
     ]
+    across = [name for name in found if _ACROSS.search(name.removeprefix(fqn))]
+    if across:
+        raise PlanError(
+            f"{model.config.model_type}: {across[0]} attends to something besides the tokens so far (an encoder, an "
+            "image); encoder-decoder and multimodal models cannot be used, only causal language models"
+        )
     if len(found) > 1:
         last = found[-1].removeprefix(f"{fqn}.")
         raise PlanError(
@@ -101,7 +108,7 @@ def _attentions(model: Any, fqn: str, forced: Mapping[str, Role]) -> list[str]:
 
 
 def _topmost(model: nn.Module, block: str, fqn: str) -> str:
-    """The outermost module around an attention that is still called attention: the output projection may be beside it."""
+    """The outermost module around an attention that is called attention too: the output projection may be beside it."""
     top = above = fqn
     while (above := above.rpartition(".")[0]) != block:
         if _ATTENTION_CLASS.search(type(model.get_submodule(above)).__name__):

@@ -54,7 +54,8 @@ def _transposed(model: Any, fqn: str, stacked: dict[str, nn.Parameter]) -> bool:
     for name, p in stacked.items():
         first, second = p.shape[1] == hidden, p.shape[2] == hidden
         if first != second:
-            answers.add(second if "down" in name or "output" in name else first)
+            last = f"{fqn.rpartition('.')[2]}.{name}"
+            answers.add(second if "down" in last or "output" in last else first)
     if len(answers) != 1:
         shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, p in stacked.items())
         raise PlanError(

@@ -20,7 +20,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def embedding_modules(model: Any) -> tuple[str, ...]:
-    """Every embedding outside the norms and blocks' own lists: the token embedding first, then the others in order."""
+    """Every embedding: that of the tokens first, then the others in order."""
     module = model.get_input_embeddings()
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
     below = [name for name in names if model.get_submodule(name) in list(getattr(module, "modules", list)())]

@@ -42,7 +42,7 @@ def survey(model: Any, overrides: Mapping[str, str]) -> Anatomy:
         blocks=tuple(layout.block for layout in layouts),
         attentions=attentions,
         experts=experts,
-        embeddings=embeddings,
+        embeddings=tuple(name for name in embeddings if _block(name, layouts) is None),
         norms=norms,
         final_norm=_final_norm([n for n in norms if _block(n, layouts) is None]),
         head=head,
@@ -120,5 +120,5 @@ def _block(name: str, layouts: tuple[Layout, ...]) -> Layout | None:
 
 def _final_norm(outside: list[str]) -> str | None:
     """Of the norms outside the blocks, the one that does not belong to the embeddings; None if that is not one."""
-    final = [name for name in outside if not _EMBEDDING_NORM.search(name)]
+    final = outside if len(outside) == 1 else [name for name in outside if not _EMBEDDING_NORM.search(name)]
     return final[0] if len(final) == 1 else None

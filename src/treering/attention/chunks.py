@@ -41,9 +41,7 @@ def chunked(
     sinks_H: Tensor | None = None,
 ) -> Tensor:
     """H × T × E, in the dtype of the query; computed in at least float32."""
-    return _Chunked.apply(
-        query_HTD, key_KTD, value_KTE, sinks_H, _Rule(documents.lengths, scaling, window, softcap)
-    )
+    return _Chunked.apply(query_HTD, key_KTD, value_KTE, sinks_H, _Rule(documents.lengths, scaling, window, softcap))
 
 
 class _Chunked(torch.autograd.Function):

@@ -60,7 +60,7 @@ def _refuse(
     if dropout > 0:
         raise PlanError(
             f"{name} drops attention with p = {dropout}, which packed attention cannot; "
-            "set the model's attention dropout to 0 (dropout: off) or switch packing off"
+            "set the model's attention dropout to 0 (model.dropout: off) or set data.packing: off"
         )
     if key.shape[2] != query.shape[2]:
         raise PlanError(f"{name} got documents and a key-value cache; train with use_cache=False")

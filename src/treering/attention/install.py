@@ -28,7 +28,7 @@ def install(model: nn.Module, anatomy: "Anatomy | None" = None) -> Callable[[], 
 
     reason = packable(model, anatomy)
     if reason:
-        raise PlanError(f"packing was asked for, but {reason}; switch packing off (data: pack: false)")
+        raise PlanError(f"packing was asked for, but {reason}; switch packing off (data: packing: off)")
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, deferred_mask)
 

@@ -54,7 +54,7 @@ def attend(
             from treering.attention.flex import flex
 
             assert softcap is not None
-            out = flex(query, key, value, documents, scaling=scaling, softcap=softcap, window=window)
+            out = flex(query, key, value, documents.to(query.device), scaling=scaling, softcap=softcap, window=window)
         case "chunks":
             out = chunked(
                 query, key, value, documents, scaling=scaling, window=window, softcap=softcap, sinks_H=sinks_H

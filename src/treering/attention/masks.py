@@ -1,4 +1,4 @@
-"""The mask that is not built: what transformers asks for is kept, and made only if an attention without documents needs it.
+"""The mask that is not built: the request is kept, and met only if an attention without documents needs it.
 
 transformers makes the mask at the top of the model, where it does not know our documents, and where it would guess them
 from the position ids and build S × S booleans. A value that only remembers the request has no state between forward and
@@ -45,4 +45,3 @@ def deferred_mask(**request: Any) -> "Deferred | Tensor | None":
     if request.get("attention_mask") is None and fresh and request["q_length"] == request["kv_length"]:
         return Deferred(request)
     return sdpa_mask(**request)
-

@@ -3,13 +3,15 @@
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from treering.anatomy import Anatomy
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -22,13 +24,13 @@ def packable(model: nn.Module, anatomy: "Anatomy | None" = None) -> str | None:
     if config is None or not hasattr(model, "_supports_attention_backend"):
         return f"{name} is not a transformers model"
     text = config.get_text_config()
-    if config.is_encoder_decoder or getattr(text, "add_cross_attention", False):
+    if config.is_encoder_decoder or _crosses(text):
         return f"{name} has cross-attention, which does not know documents"
     foreign = sorted(set(getattr(text, "layer_types", None) or ()) - _KNOWN_LAYERS)
     if foreign:
-        return f"{name} has layers of the kind {', '.join(foreign)}, which carry one document into the next"
+        return f"{name} has layers of the kind {', '.join(foreign)}, which cannot keep documents apart"
     if getattr(model, "_is_stateful", False):
-        return f"{name} keeps a recurrent state, which carries one document into the next"
+        return f"{name} carries a recurrent state from one document into the next"
     for fqn, module in model.named_modules():
         if isinstance(module, nn.Conv1d):
             return f"{fqn} of {name} is a convolution over tokens, which reaches into the neighbouring document"
@@ -41,6 +43,10 @@ def packable(model: nn.Module, anatomy: "Anatomy | None" = None) -> str | None:
     return _lost_on_the_way(model)
 
 
+def _crosses(config: "PretrainedConfig") -> bool:
+    return bool(getattr(config, "add_cross_attention", False) or getattr(config, "cross_attention_layers", None))
+
+
 def _lost_on_the_way(model: nn.Module) -> str | None:
     """`documents` reaches the attention only if every forward down to it hands on its keyword arguments."""
     attentions = [fqn for fqn, module in model.named_modules() if "attention_interface" in _receivers(type(module))]
@@ -49,6 +55,8 @@ def _lost_on_the_way(model: nn.Module) -> str | None:
     for fqn in attentions:
         if not getattr(model.get_submodule(fqn), "is_causal", True):
             return f"{fqn} of {type(model).__name__} is not causal"
+        if _looks_into_mask(type(model.get_submodule(fqn))):
+            return f"{fqn} of {type(model).__name__} computes with its mask, and packing makes none"
         for above, module in _path(model, fqn):
             if not isinstance(module, nn.ModuleList | nn.ModuleDict) and not _receivers(type(module)):
                 return f"{type(module).__name__} ({above or 'the model'}) does not hand its keyword arguments on"
@@ -65,11 +73,7 @@ def _path(model: nn.Module, fqn: str) -> Iterator[tuple[str, nn.Module]]:
 @cache
 def _receivers(kind: type[nn.Module]) -> frozenset[str]:
     """What a class's forward hands its `**kwargs` to: names as written, `self.model` or `attention_interface`."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
-    except (OSError, TypeError, SyntaxError):
-        return frozenset()
-    function = tree.body[0]
+    function = _parsed(inspect.unwrap(kind.forward))
     if not isinstance(function, ast.FunctionDef) or function.args.kwarg is None:
         return frozenset()
     swallowed = function.args.kwarg.arg
@@ -80,3 +84,22 @@ def _receivers(kind: type[nn.Module]) -> frozenset[str]:
         for word in call.keywords
         if word.arg is None and isinstance(word.value, ast.Name) and word.value.id == swallowed
     )
+
+
+@cache
+def _looks_into_mask(kind: type[nn.Module]) -> bool:
+    """Whether a layer reads elements or properties of its mask, instead of only handing it on."""
+    return any(
+        isinstance(node, ast.Attribute | ast.Subscript)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "attention_mask"
+        for node in ast.walk(_parsed(kind))
+    )
+
+
+def _parsed(thing: Callable[..., object]) -> ast.AST:
+    """The syntax of a class or function; an empty module where its source cannot be had."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return ast.Module(body=[], type_ignores=[])

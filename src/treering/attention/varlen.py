@@ -37,7 +37,7 @@ def varlen(
 class _WithSinks(torch.autograd.Function):
     """With the sink s of a head and the kernel's log-sum-exp ℓ over the keys: L = log(exp ℓ + exp s), o = õ exp(ℓ − L).
 
-    The flash backward knows the scores' normaliser only as the ℓ it is handed, and takes δ = do · o from the o it is
+    The flash backward knows the softmax only by the log-sum-exp it is handed, and takes δ = do · o from the o it is
     handed. Handing it L and the final o makes it the backward of the softmax with the sink. The kernel's own autograd
     would not do: it ignores the gradient of ℓ.
     """
@@ -47,28 +47,44 @@ class _WithSinks(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, documents: Documents,
         scaling: float, sides: tuple[int, int],
     ) -> Tensor:  # fmt: skip
-        ends, longest = documents.cu_seqlens, documents.longest
-        gqa = query.shape[1] != key.shape[1]
-        bare_THD, lse_HT, random = torch.ops.torch_attn._varlen_attn(
-            query, key, value, ends, ends, longest, longest, sides == (-1, 0), scaling, list(sides), gqa
-        )
+        bare_THD, lse_HT, random = _flash(query, key, value, documents, scaling, sides)
         if lse_HT.shape != (query.shape[1], query.shape[0]):
             raise RuntimeError(f"the log-sum-exp of varlen_attn is {tuple(lse_HT.shape)}, not heads × tokens")
-        norm_HT = torch.logaddexp(lse_HT, sinks.float()[:, None])
+        norm_HT = torch.logaddexp(lse_HT, sinks.to(lse_HT.dtype)[:, None])
         out = (bare_THD * (lse_HT - norm_HT).exp().T[..., None]).to(query.dtype)
-        ctx.save_for_backward(query, key, value, sinks, out, norm_HT, random, ends)
-        ctx.longest, ctx.scaling, ctx.sides = longest, scaling, sides
+        ctx.save_for_backward(query, key, value, sinks, out, norm_HT, random)
+        ctx.documents, ctx.scaling, ctx.sides = documents, scaling, sides
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks, out, norm_HT, random, ends = ctx.saved_tensors
+        query, key, value, sinks, out, norm_HT, random = ctx.saved_tensors
         grad = grad.contiguous()
-        d_query, d_key, d_value = torch.ops.torch_attn._varlen_attn_backward(
-            grad, query, key, value, out, norm_HT, ends, ends, ctx.longest, ctx.longest,
-            ctx.sides == (-1, 0), random, ctx.scaling, list(ctx.sides),
-        )  # fmt: skip
-        delta_HT = (grad.float() * out.float()).sum(-1).T
-        d_sinks = -((sinks.float()[:, None] - norm_HT).exp() * delta_HT).sum(-1).to(sinks.dtype)
+        d_query, d_key, d_value = _flash_backward(
+            grad, query, key, value, out, norm_HT, random, ctx.documents, ctx.scaling, ctx.sides
+        )
+        delta_HT = (grad.to(norm_HT.dtype) * out.to(norm_HT.dtype)).sum(-1).T
+        d_sinks = -((sinks.to(norm_HT.dtype)[:, None] - norm_HT).exp() * delta_HT).sum(-1).to(sinks.dtype)
         return d_query, d_key, d_value, d_sinks, None, None, None
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float, sides: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp H × T and random state. The public varlen_attn has no backward to be called by itself."""
+    ends, longest, gqa = documents.cu_seqlens, documents.longest, query.shape[1] != key.shape[1]
+    return torch.ops.torch_attn._varlen_attn(
+        query, key, value, ends, ends, longest, longest, sides == (-1, 0), scaling, list(sides), gqa
+    )
+
+
+def _flash_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse_HT: Tensor, random: Tensor,
+    documents: Documents, scaling: float, sides: tuple[int, int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ends, longest = documents.cu_seqlens, documents.longest
+    return torch.ops.torch_attn._varlen_attn_backward(
+        grad, query, key, value, out, lse_HT, ends, ends, longest, longest, sides == (-1, 0), random, scaling,
+        list(sides),
+    )  # fmt: skip

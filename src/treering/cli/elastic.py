@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +32,8 @@ def start(nproc: int, arguments: list[str], logs: Path) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _share_cores(nproc)
+    logs.mkdir(parents=True, exist_ok=True)
+    logs = Path(tempfile.mkdtemp(prefix="ranks-", dir=logs))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report repeats ours, at length
     config = LaunchConfig(
         min_nodes=1,
@@ -46,7 +49,7 @@ def start(nproc: int, arguments: list[str], logs: Path) -> None:
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "treering", *arguments)
     except ChildFailedError as error:
-        _failed(error)
+        _failed(error, logs)
     except SignalException as stopped:
         if stopped.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
@@ -59,7 +62,7 @@ def _share_cores(nproc: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // nproc))
 
 
-def _failed(error: Any) -> NoReturn:
+def _failed(error: Any, logs: Path) -> NoReturn:
     """Raise RanksFailed about the rank that failed first, with the end of its log."""
     rank, failure = error.get_first_failure()
     own = error.failures.get(0)
@@ -74,19 +77,14 @@ def _failed(error: Any) -> NoReturn:
         text = f"rank {rank} ended with exit code {code}"
     if rank == 0:
         text += "; its message is above"
-    elif log := _tail(error, rank):
+    elif log := _tail(logs, rank):
         text += f". The end of its log:\n{log}"
     raise RanksFailed(text, code if 0 < code < 128 else 1)
 
 
-def _tail(error: Any, rank: int) -> str:
-    # torch keeps the place of a worker's files to itself, but its error file lies beside them.
-    folder = Path(error.failures[rank].error_file).parent
+def _tail(logs: Path, rank: int) -> str:
     for name in ("stderr.log", "stdout.log"):
-        try:
-            text = (folder / name).read_bytes()[-TAIL:].decode(errors="replace").strip()
-        except OSError:
-            continue
-        if text:
-            return plain_lines(text) + f"\n({folder / name})"
+        for file in logs.rglob(f"{rank}/{name}"):
+            if text := file.read_bytes()[-TAIL:].decode(errors="replace").strip():
+                return f"{plain_lines(text)}\n({file})"
     return ""

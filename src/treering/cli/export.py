@@ -1,11 +1,12 @@
 """`treering export`: a run's newest checkpoint as a folder that transformers, or peft, loads."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from treering.cli.options import Output
+from treering.cli.options import Output, load
 
 NAME = "export"
 
@@ -19,8 +20,10 @@ def command(
     step: Annotated[int | None, typer.Option(min=0, help="The checkpoint of this step, not the newest.")] = None,
 ) -> None:
     """Write a trained model for others to load: a Hugging Face folder, or one adapter as a peft folder."""
+    config = load(run / "config.yaml", None)
     from treering.cli.console import say
+    from treering.cli.train import job_of
     from treering.train.export import export
 
-    export(run, output, adapter=adapter, step=step)
-    say(f"wrote {output}")
+    job = replace(job_of(config), output=str(run))  # the folder may have been moved since
+    say(f"wrote {export(job, output, adapter=adapter, step=step)}")

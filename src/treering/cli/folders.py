@@ -95,7 +95,12 @@ def _adapter(folder: Path, warnings: list[str]) -> Report:
 def _checkpoint(folder: Path, warnings: list[str]) -> Report:
     manifest = read_json(folder / "manifest.json")
     facts = _some(manifest, tuple(k for k, v in manifest.items() if isinstance(v, (str, int, float))))
-    tensors = _tensors(folder, warnings)
+    facts |= _some(_mapping(manifest.get("facts")), tuple(_mapping(manifest.get("facts")))[:12])
+    for name in sorted({basename(n, folder / "manifest.json") for n in _mapping(manifest.get("files"))}):
+        if not _regular(folder / name):
+            warnings.append(f"manifest.json names {plain(name)}, which is missing")
+    # Every rank's file holds its rows of a tensor under the same name.
+    tensors = [tensor for file in _safetensors(folder) for tensor in read_header(file)]
     return Report(kind="checkpoint", facts={**facts, **_totals(tensors)}, rows=_rows(tensors), warnings=warnings)
 
 
@@ -121,15 +126,18 @@ def _last_metrics(file: Path) -> dict[str, str]:
     with file.open("rb") as stream:
         stream.seek(max(0, file.stat().st_size - 65536))
         lines = stream.read().decode(errors="replace").strip().splitlines()
-    try:
-        last = _mapping(json.loads(lines[-1])) if lines else {}
-    except (ValueError, RecursionError):
-        return {"line": "not JSON: the run may still be writing it"}
-    return _some(last, tuple(last)[:8])
+    for line in reversed(lines):  # the last may be half written, others are notes
+        try:
+            metrics = _mapping(json.loads(line))
+        except (ValueError, RecursionError):
+            continue
+        if "loss" in metrics:
+            return _some(metrics, tuple(metrics)[:8])
+    return {}
 
 
 def _tensors(folder: Path, warnings: list[str]) -> list[Header]:
-    files = [f for f in sorted(folder.glob("*.safetensors")) if _regular(f)]
+    files = _safetensors(folder)
     for index in sorted(folder.glob("*.safetensors.index.json")):
         if not _regular(index):
             continue
@@ -141,6 +149,10 @@ def _tensors(folder: Path, warnings: list[str]) -> list[Header]:
     if twice:
         warnings.append(f"{count(len(twice), 'tensor')} in more than one file, first {short(twice[0])}")
     return tensors
+
+
+def _safetensors(folder: Path) -> list[Path]:
+    return [f for f in sorted(folder.glob("*.safetensors")) if _regular(f)]
 
 
 def _totals(tensors: Iterable[Header]) -> dict[str, str]:

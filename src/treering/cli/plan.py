@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,15 +30,12 @@ def command(
 
 def explanation(config: "RunConfig", ranks: int) -> str:
     """`explain()` of `config` as rank 0 of `ranks` would see it."""
-    from treering.mesh import mesh
     from treering.plan import draft
     from treering.plan.explain import explain
+    from treering.topology import mesh
 
     with _pretend(ranks):
-        sizes = config.mesh
-        laid_out = mesh(
-            replicate=sizes.replicate, shard=sizes.shard, sequence=sizes.sequence, expert=sizes.expert, device="cpu"
-        )
+        laid_out = mesh(**asdict(config.mesh), device="cpu")
         plan = draft(
             config.model.path,
             config.techniques.chosen(),

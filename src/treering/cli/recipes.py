@@ -1,6 +1,5 @@
 """`treering recipes`: configurations to start from, packaged with the library."""
 
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +17,8 @@ SUFFIXES = (".yaml", ".sbatch")
 
 def recipes() -> "dict[str, Traversable]":
     """File name → packaged recipe."""
+    from importlib.resources import files
+
     found = (f for f in files("treering").joinpath("recipes").iterdir() if f.name.endswith(SUFFIXES))
     return {f.name: f for f in sorted(found, key=lambda f: f.name)}
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from treering.errors import ConfigError
 
 if TYPE_CHECKING:
     from treering.cli.schema import RunConfig
+    from treering.train.job import Job
 
 NAME = "train"
 
@@ -44,12 +46,33 @@ def command(
     _train(config, profile)
 
 
-def _train(config: "RunConfig", profile: bool) -> None:
+def job_of(config: "RunConfig") -> "Job":
+    """The run that `config` describes."""
     from treering.cli.door import to_yaml
+    from treering.train.job import Job
+
+    return Job(
+        model=config.model,
+        data=config.data,
+        techniques=config.techniques.chosen(),
+        output=config.output,
+        train=config.train,
+        mesh=asdict(config.mesh),
+        seed=config.seed,
+        written=to_yaml(config),
+    )
+
+
+def _train(config: "RunConfig", profile: bool) -> None:
     from treering.cli.progress import Live
+    from treering.train.callbacks import Console
     from treering.train.run import train
 
-    train(config, resolved_yaml=to_yaml(config), console=Live(), profile=profile)
+    screen = Live()
+    try:
+        train(job_of(config), [Console(screen)], profile=profile)
+    finally:
+        screen.stop()  # an error must not leave the terminal without its cursor
 
 
 def _refuse_second_launcher(nproc: int | None, ranks: Ranks) -> None:

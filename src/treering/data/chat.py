@@ -9,6 +9,7 @@ from typing import Any
 from treering.data import skeleton
 from treering.data.control import Control
 from treering.data.formats import Sample
+from treering.data.messages import THOUGHTS
 from treering.data.records import SampleError, bad
 from treering.data.skeleton import Literal, Skeleton, Slot
 from treering.data.strings import CONTROL_CLOSE, CONTROL_OPEN
@@ -38,6 +39,7 @@ class Chat:
 
     def render(self, sample: Sample) -> Rendered:
         assert sample.messages is not None
+        self._check_thoughts(sample)
         messages = [self._marked(message) for message in sample.messages]
         tools = self._control.mark_all(sample.tools, structural=True)
         if self._template.tagged:
@@ -53,6 +55,16 @@ class Chat:
         self._shapes.clear()
         shape, _ = self._skeleton(messages, tools, sample.where)
         return self._match(text, shape, messages, sample.where)
+
+    def _check_thoughts(self, sample: Sample) -> None:
+        """A template may drop the thoughts of earlier turns; one that knows no thoughts would lose all of them."""
+        if any(field in self._template.source for field in THOUGHTS):
+            return
+        for i, message in enumerate(sample.messages or []):
+            if field := next((field for field in THOUGHTS if field in message), None):
+                raise bad(
+                    sample.where, "template", "the chat template has no place for it", at=f"messages[{i}].{field}"
+                )
 
     def _marked(self, message: dict[str, Any]) -> dict[str, Any]:
         assistant = message["role"] == "assistant"
@@ -153,14 +165,15 @@ class Chat:
             if found == len(spans):
                 raise bad(where, "template", "an assistant's text is outside the generation tags", at="messages")
             found += 1
-        closing = self._closing(messages, tools, where)
+        closing = self._closing(text, spans, messages, tools, where)
         closed = [(start, end + len(closing) if text.startswith(closing, end) else end) for start, end in spans]
         return Rendered(text=text, trained=closed, limits=closed, endless=any(a == b for a, b in zip(closed, spans)))
 
-    def _closing(self, messages: list[dict[str, Any]], tools: Any, where: str) -> str:
+    def _closing(self, text: str, spans: list[Span], messages: list[dict[str, Any]], tools: Any, where: str) -> str:
         """The end-of-turn token, if the template writes it behind its tag: it must be learned all the same."""
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        text, spans = self._template.render(messages[: last + 1], tools, where, spans=True)
+        if last + 1 < len(messages):  # what follows the tag must be this turn's, not the next one's beginning
+            text, spans = self._template.render(messages[: last + 1], tools, where, spans=True)
         start, end = spans[-1]
         token = self._control.any.match(text, end)
         inside = [m.end() for m in self._control.any.finditer(text, start, end)]
@@ -205,7 +218,7 @@ def _kept(message: dict[str, Any]) -> Iterator[str]:
 
 
 def _says(text: str, message: dict[str, Any]) -> bool:
-    return any(part in text for part in _kept(message))
+    return any(part in text for part in _kept(message)) and not skeleton.missing_calls(text, message)
 
 
 def _find_template_s(text: str, anchor: str, at: int, control: Control) -> int:

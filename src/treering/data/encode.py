@@ -105,6 +105,17 @@ class Encoded:
     endless: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A batch between its two Python parts. A prompt and its completion are two texts of one sample."""
+
+    samples: Sequence[Sample]
+    errors: dict[int, SampleError]
+    texts: list[str]
+    jobs: list[tuple[int, Rendered | None]]  # (sample, how it was rendered) of each text
+    renamed: list[bool]  # whether the text is for the renamed backend
+
+
 class Encoder:
     def __init__(self, plan: Recipe):
         self.plan = plan
@@ -115,26 +126,46 @@ class Encoder:
 
     def encode(self, samples: Sequence[Sample]) -> list[list[Encoded] | SampleError]:
         """For each sample its documents (a cut text has several), or why there is none."""
-        results: list[list[Encoded] | SampleError] = [[] for _ in samples]
-        texts: list[str] = []
-        jobs: list[tuple[int, Rendered | None]] = []  # a prompt and its completion are two texts of one sample
-        renamed: list[bool] = []
+        prepared = self.prepare(samples)
+        return self.finish(prepared, self.tokenise(prepared))
+
+    def prepare(self, samples: Sequence[Sample]) -> "Prepared":
+        """Everything before the tokenizer."""
+        prepared = Prepared(samples=samples, errors={}, texts=[], jobs=[], renamed=[])
         for i, sample in enumerate(samples):
             try:
-                for text, rendered in self._texts(sample):
-                    special = self.control.needs_names(text)
-                    texts.append(self.control.rename(text) if special else text)
-                    jobs.append((i, rendered))
-                    renamed.append(special)
+                parts = list(self._texts(sample))
             except SampleError as error:
-                results[i] = error
-        encodings = self._encode(texts, renamed)
+                prepared.errors[i] = error
+                continue
+            for text, rendered in parts:
+                special = self.control.needs_names(text)
+                prepared.texts.append(self.control.rename(text) if special else text)
+                prepared.jobs.append((i, rendered))
+                prepared.renamed.append(special)
+        return prepared
+
+    def tokenise(self, prepared: "Prepared") -> list[Encoding]:
+        """The tokenizer's part: it runs without Python's lock, so it may run in a thread of its own."""
+        groups = {
+            flag: iter(
+                self.control.encode(
+                    [text for text, r in zip(prepared.texts, prepared.renamed, strict=True) if r == flag], renamed=flag
+                )
+            )
+            for flag in set(prepared.renamed)
+        }
+        return [next(groups[flag]) for flag in prepared.renamed]
+
+    def finish(self, prepared: "Prepared", encodings: list[Encoding]) -> list[list[Encoded] | SampleError]:
+        """Everything after the tokenizer."""
+        results: list[list[Encoded] | SampleError] = [prepared.errors.get(i, []) for i in range(len(prepared.samples))]
         by_sample: dict[int, list[tuple[Rendered | None, Encoding]]] = {}
-        for (i, rendered), encoding in zip(jobs, encodings, strict=True):
+        for (i, rendered), encoding in zip(prepared.jobs, encodings, strict=True):
             by_sample.setdefault(i, []).append((rendered, encoding))
         for i, parts in by_sample.items():
             try:
-                results[i] = self._documents(samples[i], parts)
+                results[i] = self._documents(prepared.samples[i], parts)
             except SampleError as error:
                 results[i] = error
         return results
@@ -149,13 +180,6 @@ class Encoder:
         if sample.kind == "completion":
             yield self.control.mark(sample.prompt, structural=True), None
         yield self.control.mark(sample.text, structural=True), None
-
-    def _encode(self, texts: list[str], renamed: list[bool]) -> list[Encoding]:
-        groups = {
-            flag: iter(self.control.encode([t for t, r in zip(texts, renamed, strict=True) if r == flag], renamed=flag))
-            for flag in set(renamed)
-        }
-        return [next(groups[flag]) for flag in renamed]
 
     def _documents(self, sample: Sample, parts: list[tuple[Rendered | None, Encoding]]) -> list[Encoded]:
         rendered, encoding = parts[-1]

@@ -26,25 +26,25 @@ class Loader:
         packing: Literal["on", "off"] = "on",
         quadratic: float = QUADRATIC,
     ):
-        self._examples, self._order = examples, order
+        self._examples, self.order = examples, order
         self._rank, self._ranks = rank, ranks
         self._device, self._packing, self._quadratic = device, packing, quadratic
 
     def iter_from(self, step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each global step, from `step` on, through epoch after epoch without end."""
-        epoch, within = self._order.locate(step)
+        epoch, within = self.order.locate(step)
         while True:
-            for i in range(within, self._order.steps_in_epoch(epoch)):
+            for i in range(within, self.order.steps_in_epoch(epoch)):
                 yield self.step(epoch, i)
             epoch, within = epoch + 1, 0
 
     def once(self, epoch: int = 0) -> Iterator[list[Batch]]:
         """The steps of one epoch, for evaluation."""
-        for i in range(self._order.steps_in_epoch(epoch)):
+        for i in range(self.order.steps_in_epoch(epoch)):
             yield self.step(epoch, i)
 
     def step(self, epoch: int, step: int) -> list[Batch]:
-        bins = self._order.bins(epoch, step)
+        bins = self.order.bins(epoch, step)
         count = int(sum(self._examples.trained[documents].sum() for documents in bins))
         own = deal(bins, self._examples.lengths, self._ranks, self._quadratic)[self._rank]
         return [
@@ -54,5 +54,5 @@ class Loader:
 
     def position(self, step: int) -> dict[str, int]:
         """Where global step `step` stands, for a checkpoint."""
-        epoch, within = self._order.locate(step)
+        epoch, within = self.order.locate(step)
         return {"step": step, "epoch": epoch, "step_in_epoch": within}

@@ -71,6 +71,16 @@ def fill(text: str, message: dict[str, Any], how: Callable[[str], str]) -> str:
     return _SLOT.sub(lambda match: how(content if match[2] == "c" else thought), text)
 
 
+def missing_calls(text: str, message: dict[str, Any]) -> str:
+    """The name of the first tool call of `message` that is not in its rendered `text`."""
+    for call in message.get("tool_calls") or []:
+        function = call.get("function", call)
+        name = function.get("name") if isinstance(function, dict) else None
+        if isinstance(name, str) and name not in text:
+            return name
+    return ""
+
+
 def _shared(a: str, b: str) -> int:
     """Length of the common beginning."""
     for i, (x, y) in enumerate(zip(a, b)):
@@ -104,6 +114,8 @@ class _Builder:
                 after += 1
             floor = max(at, self.slots[own - 1][1] if own else 0)
             start, end = self._turn(turn, floor, self.slots[own:after], self._slot_start(after))
+            if missing := missing_calls(self.text[start:end], message):
+                raise self._bad(turn, f"the chat template leaves out the tool call {missing!r}")
             at = self._untrained(pieces, at, start, self.slots[next_slot:own])
             if after > own:
                 body = self.slots[after - 1][1]

@@ -2,13 +2,15 @@
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 
+from tokenizers import Encoding
+
 from treering.data.config import Data, Format
-from treering.data.encode import Encoded, Encoder, Recipe
+from treering.data.encode import Encoded, Encoder, Prepared, Recipe
 from treering.data.formats import Sample, parse
 from treering.data.records import Record, SampleError
 from treering.errors import DataError
@@ -27,9 +29,7 @@ class Job:
 def encoded(records: Iterator[Record], job: Job, workers: int) -> Iterator[Result]:
     """For each record, in order, its documents or the error that it is."""
     if workers == 1:
-        encoder = Encoder(job.plan)
-        for batch in _batches(records):
-            yield from _encode(batch, job, encoder)
+        yield from _here(records, job)
         return
     # Not fork: a fork after torch or rayon have started threads can deadlock.
     with ProcessPoolExecutor(workers, get_context("spawn"), _start, (job,)) as pool:
@@ -70,20 +70,39 @@ def _size(value: object) -> int:
     return sum(map(_size, value)) if isinstance(value, list) else 1
 
 
-def _encode(batch: list[Record], job: Job, encoder: Encoder) -> list[Result]:
+def _here(records: Iterator[Record], job: Job) -> Iterator[Result]:
+    """In this process; the tokenizer works on a batch while Python renders the next one."""
+    encoder = Encoder(job.plan)
+    before: tuple[list[Result], Prepared, Future[list[Encoding]]] | None = None
+    with ThreadPoolExecutor(1, "treering-tokenise") as pool:
+        for batch in _batches(records):
+            results, samples = _parse(batch, job)
+            prepared = encoder.prepare(samples)
+            ahead = pool.submit(encoder.tokenise, prepared)
+            if before is not None:
+                yield from _merge(before[0], encoder.finish(before[1], before[2].result()))
+            before = (results, prepared, ahead)
+        if before is not None:
+            yield from _merge(before[0], encoder.finish(before[1], before[2].result()))
+
+
+def _parse(batch: list[Record], job: Job) -> tuple[list[Result], list[Sample]]:
+    """Errors in their places with empty lists between them, and the samples that belong there."""
     results: list[Result] = []
     samples: list[Sample] = []
-    places: list[int] = []
     for record in batch:
         try:
             samples.append(parse(record, job.format, job.config))
-            places.append(len(results))
             results.append([])
         except SampleError as error:
             results.append(error)
-    for place, result in zip(places, encoder.encode(samples), strict=True):
-        results[place] = result
-    return results
+    return results, samples
+
+
+def _merge(results: list[Result], found: list[Result]) -> Iterator[Result]:
+    rest = iter(found)
+    for result in results:
+        yield result if isinstance(result, SampleError) else next(rest)
 
 
 _encoder: tuple[Job, Encoder] | None = None  # one a worker process: made once, used for every batch
@@ -97,4 +116,5 @@ def _start(job: Job) -> None:
 def _run(batch: list[Record]) -> list[Result]:
     assert _encoder is not None
     job, encoder = _encoder
-    return _encode(batch, job, encoder)
+    results, samples = _parse(batch, job)
+    return list(_merge(results, encoder.encode(samples)))

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from treering.attention import Documents
 from treering.errors import DataError
 from treering.topology import axis_size
 from treering.plan.loss import IGNORED, trained_tokens
@@ -84,7 +85,4 @@ def silent() -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) or hasattr(value, "to") else value
-        for name, value in batch.items()
-    }
+    return {name: value.to(device) if isinstance(value, Tensor | Documents) else value for name, value in batch.items()}

@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from treering import attention
 from treering.anatomy import Anatomy, examine
 from treering.errors import PlanError
+from treering.topology import axis_size
 from treering.topology import mesh as make_mesh
 from treering.plan import conflicts, opening
-from treering.plan.fill import Chain, Statistics, fill
+from treering.plan.fill import Chain, Statistics, fill, refill
 from treering.plan.materialise import materialise, to_meta
+from treering.plan.place import settle
 from treering.plan.prepared import Prepared
 from treering.plan.run import Run
-from treering.technique import Applied, Part, Site, Stage, Technique
+from treering.technique import Applied, LazyTensor, Part, Site, Stage, Technique
 from treering.weights import Source, plain_tensors
 
 if TYPE_CHECKING:
@@ -47,6 +49,16 @@ class Plan:
     seed: int
     unpackable: str | None = None  # why packed batches are refused
     restore: tuple = field(default=())
+
+    @property
+    def data_ranks(self) -> int:
+        """How many sets of documents are trained on at once."""
+        return axis_size(self.mesh, "replicate", "shard")
+
+    def live(self) -> dict[str, Tensor]:
+        """Every parameter and persistent buffer as it is held now, shards where it is sharded."""
+        settle(self.model)
+        return plain_tensors(self.model)
 
     @property
     def owned(self) -> tuple[str, ...]:
@@ -94,16 +106,22 @@ def draft(
     statistics: Statistics | None = None,
     roles: Mapping[str, str] | None = None,
     weights: bool = True,
+    name: str | None = None,
+    folder: Path | None = None,
 ) -> Plan:
-    """Everything up to, and without, the weights: every refusal comes from here. `weights=False` needs only a config."""
+    """Everything up to, and without, the weights: every refusal comes from here. `weights=False` needs only a config.
+
+    `folder` is where a live model's tokenizer lies, to be exported with it; `name` is what explain() calls the model.
+    """
     ordered = _ordered(techniques)
-    folder = None if isinstance(model, nn.Module) else opening.locate(str(model))
-    built = model if folder is None else opening.on_meta(folder, dtype)
+    live = isinstance(model, nn.Module)
+    folder = folder if live else opening.locate(str(model))
+    built = model if live else opening.on_meta(folder, dtype)  # type: ignore[arg-type]
     assert isinstance(built, nn.Module)
     _refuse_used(built)
     anatomy = examine(built, roles)
     opening.quiet_dropout(built, dropout)
-    source = opening.source_of(built, folder) if weights else None  # type: ignore[arg-type]
+    source = opening.source_of(built, None if live else folder) if weights else None  # type: ignore[arg-type]
     ordered = tuple(t.resolve(source, statistics) if hasattr(t, "resolve") else t for t in ordered)
     if mesh is None and any(t.stage == Stage.SHARD for t in ordered):
         mesh = make_mesh()
@@ -114,7 +132,7 @@ def draft(
     unpackable = attention.packable(built, anatomy)
     setattr(built, COMPOSED, True)
     restore = () if unpackable else (attention.install(built, anatomy),)
-    if folder is None:
+    if live:
         to_meta(built)
     for parameter in built.parameters():
         parameter.requires_grad_(False)
@@ -127,7 +145,7 @@ def draft(
         chains=chains,
         plain=plain,
         source=source,
-        source_name=str(model) if folder is not None else type(built).__name__,
+        source_name=name or (type(built).__name__ if live else str(model)),
         folder=folder,
         mesh=mesh,
         device=_device(mesh),
@@ -137,14 +155,24 @@ def draft(
     )
 
 
-def load(plan: Plan, *, statistics: Statistics | None = None, prepared: str | Path | None = None) -> Run:
-    """Memory and first values for a plan."""
+def load(
+    plan: Plan,
+    *,
+    statistics: Statistics | None = None,
+    prepared: str | Path | None = None,
+    resume: Mapping[str, LazyTensor] | None = None,
+) -> Run:
+    """Memory and values for a plan: first ones, or those that `resume` holds of every name in `plan.owned`."""
     if plan.source is None:
         raise PlanError("this plan was drafted without weights")
     resting = torch.device("cpu") if any(a.resting == "cpu" for a in plan.applied) else plan.device
     materialise(plan.model, plan.device, resting)
     store = None if prepared is None else Prepared(Path(prepared))
-    lost = fill(plan.model, plan.source, plan.chains, statistics=statistics, prepared=store)
+    if resume is None:
+        lost = fill(plan.model, plan.source, plan.chains, statistics=statistics, prepared=store)
+    else:
+        refill(plan.model, plan.source, plan.owned, resume)
+        lost = {}
     plan.model.train()
     return Run(plan, lost)
 

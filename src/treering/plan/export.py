@@ -15,7 +15,7 @@ from torch import Tensor
 from treering.errors import CheckpointError, PlanError
 from treering.plan.fill import join
 from treering.plan.place import gather
-from treering.weights import Writer, export_groups, plain_tensors, to_file_layout
+from treering.weights import Writer, export_groups, to_file_layout
 
 if TYPE_CHECKING:
     from treering.plan.compose import Plan
@@ -34,7 +34,7 @@ BESIDE = (
 
 def plain(plan: "Plan", names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Each plain tensor as the chain reproduces it now, in its stored dtype."""
-    live = plain_tensors(plan.model)
+    live = plan.live()
     for name in names if names is not None else plan.plain:
         shape, dtype = plan.plain[name]
         chain = plan.chains.get(name)
@@ -100,7 +100,7 @@ def _adapter(plan: "Plan", folder: Path, name: str, first: bool) -> None:
             f"the adapter {name!r} moved the base weights at its start ({moved[0]} and {len(moved) - 1} more), so it "
             "does not fit the original model; export the dense model instead"
         )
-    live = plain_tensors(plan.model)
+    live = plan.live()
     tensors = {key: gather(live[own]).cpu().contiguous() for own, key in chosen.keys.items()}
     if first:
         save_file(tensors, folder / chosen.file, metadata={"format": "pt"})

@@ -70,6 +70,19 @@ def fill(
     return lost
 
 
+@torch.no_grad()
+def refill(model: "nn.Module", source: Source, owned: Sequence[str], saved: Mapping[str, LazyTensor]) -> None:
+    """Go on from a checkpoint: `owned` from what was saved, the rest from the source. Nothing is split again."""
+    live = plain_tensors(model)
+    mine = set(owned)
+    for group in source.groups:
+        for name in group:
+            if name in live and name not in mine:
+                put_rows(live[name], _rows(source.tensors[name], live[name]))
+    for name in owned:
+        put_rows(live[name], _rows(saved[name], live[name]))
+
+
 def _rows(tensor: LazyTensor, target: Tensor) -> Tensor:
     return tensor.rows(*local_rows(target)) if target.ndim else tensor.read()
 

@@ -1,7 +1,8 @@
 """Where a live parameter's values are: whole, or as rows of dimension 0 on each rank."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
@@ -25,6 +26,14 @@ def local_rows(value: Tensor) -> tuple[int, int]:
         begin = min(start + value.device_mesh.get_local_rank(axis) * each, stop)
         start, stop = begin, min(begin + each, stop)
     return start, stop
+
+
+def settle(model: nn.Module) -> None:
+    """Let go of gathered parameters. After a forward without a backward (evaluation, generation) FSDP may still show
+    whole ones, in memory that the next collective frees, where everybody looks for the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from treering.plan import batches, step
 from treering.plan.batches import Batch
 from treering.plan.explain import explain
 from treering.plan.loss import cross_entropy
+from treering.plan.place import settle
 from treering.plan.step import StepReport
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Run:
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """What learns, by live name. Nothing else has a gradient."""
+        settle(self.model)
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def optimizer(self, kind: type[Optimizer] = torch.optim.AdamW, **settings: Any) -> Optimizer:
@@ -62,7 +64,11 @@ class Run:
         """The micro-batches of one optimizer step at a time: counted over all ranks, transformed, on the device."""
         for micro_batches in batches.steps(loader, accumulate, self.plan.mesh):
             self._samples = [s for batch in micro_batches for s in batch.get("samples", ())]
-            yield [self._ready(batch) for batch in micro_batches]
+            yield self.ready(micro_batches)
+
+    def ready(self, micro_batches: Sequence[Batch]) -> list[Batch]:
+        """Counted micro-batches, transformed by the techniques and on the device."""
+        return [self._ready(batch) for batch in micro_batches]
 
     def _ready(self, batch: Batch) -> Batch:
         if batch.get("documents") is not None and self.plan.unpackable:

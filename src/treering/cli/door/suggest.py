@@ -90,7 +90,7 @@ def _meant(root: type, path: Path, own: list[str]) -> str:
         # What lies below the section it was written in is the likeliest.
         others.sort(key=lambda p: (p[: len(path) - 1] != path[:-1], len(p)))
         return "it belongs elsewhere: write " + " or ".join(dotted(p) for p in others[:3])
-    if (target := ELSEWHERE.get(key.lower())) and _find(known, tuple(target.split("."))):
+    if (target := ELSEWHERE.get(key.lower().replace("-", "_"))) and _find(known, tuple(target.split("."))):
         return f"here it is called {target}"
     if near := closest(key, own):
         return f"did you mean {near}?"

@@ -1,0 +1,83 @@
+"""What a run tells while it goes. The console, metrics.jsonl and any tracker are callbacks; none can change the run."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+Metrics = Mapping[str, float]
+
+
+class Callback:
+    """Override what interests you. Called on rank 0 only, with numbers that are the same on all ranks."""
+
+    def started(self, total_steps: int, facts: Mapping[str, Any]) -> None:
+        """Before the first step of this process; `facts` holds sizes, the seed and the step it starts from."""
+
+    def stepped(self, metrics: Metrics) -> None:
+        """After a logged step."""
+
+    def evaluated(self, metrics: Metrics) -> None:
+        """After an evaluation."""
+
+    def noted(self, text: str) -> None:
+        """Something happened that a person wants to read: a skipped step, a checkpoint, a generated sample."""
+
+    def finished(self, summary: list[Mapping[str, Any]]) -> None:
+        """After the last step; `summary` is the rows of a table."""
+
+
+class Screen(Protocol):
+    """What the console callback draws on; the command line has one."""
+
+    def start(self, total_steps: int) -> None: ...
+    def step(self, metrics: Mapping[str, float]) -> None: ...
+    def note(self, text: str) -> None: ...
+    def table(self, rows: list[Mapping[str, Any]]) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Console(Callback):
+    def __init__(self, screen: Screen):
+        self.screen = screen
+
+    def started(self, total_steps: int, facts: Mapping[str, Any]) -> None:
+        self.screen.note(" · ".join(f"{name} {value}" for name, value in facts.items()))
+        self.screen.start(total_steps)
+
+    def stepped(self, metrics: Metrics) -> None:
+        self.screen.step(metrics)
+
+    def evaluated(self, metrics: Metrics) -> None:
+        shown = {k: v for k, v in metrics.items() if k != "step"}
+        self.screen.note(f"step {metrics['step']:.0f}: " + ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
+
+    def noted(self, text: str) -> None:
+        self.screen.note(text)
+
+    def finished(self, summary: list[Mapping[str, Any]]) -> None:
+        self.screen.stop()
+        self.screen.table(summary)
+
+
+class JsonLines(Callback):
+    """metrics.jsonl: a line per logged step or evaluation. Appended to, so a resumed run goes on in the same file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def _write(self, kind: str, metrics: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, **metrics}) + "\n")
+
+    def started(self, total_steps: int, facts: Mapping[str, Any]) -> None:
+        self._write("start", {"total_steps": total_steps, **facts})
+
+    def stepped(self, metrics: Metrics) -> None:
+        self._write("step", metrics)
+
+    def evaluated(self, metrics: Metrics) -> None:
+        self._write("evaluation", metrics)
+
+    def noted(self, text: str) -> None:
+        self._write("note", {"text": text})

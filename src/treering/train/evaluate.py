@@ -1,0 +1,59 @@
+"""Loss on held-out documents, and a few generations to read."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from treering.data.loader import Loader
+from treering.plan import Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def held_out_loss(run: Run, loader: Loader) -> float:
+    """Mean over all trained tokens of the evaluation data, whatever the number of ranks and the cut into steps."""
+    run.model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=run.plan.device)
+    try:
+        for batches in loader.once():
+            count = batches[0]["count"]
+            for batch in run.ready(batches):
+                total[0] += run.loss(batch).double() * count
+            total[1] += count
+    finally:
+        run.model.train()
+    if dist.is_initialized():
+        dist.all_reduce(total[:1], group=None)
+        # Ranks along `sequence` and `expert` saw the same documents.
+        total[0] /= dist.get_world_size() / run.plan.data_ranks
+    return float(total[0] / total[1])
+
+
+@torch.no_grad()
+def samples(run: Run, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], new_tokens: int) -> list[str]:
+    """Greedy continuations. Every rank generates the same: a sharded model needs all of them in each forward."""
+    run.model.eval()
+    found = []
+    try:
+        for prompt in prompts:
+            ids = encode(tokenizer, prompt).to(run.plan.device)
+            made = run.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, use_cache=True
+            )
+            found.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    finally:
+        run.model.train()
+    return found
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> torch.Tensor:
+    """As a user's turn where the tokenizer has a chat template, as plain text otherwise."""
+    if getattr(tokenizer, "chat_template", None):
+        turns = [{"role": "user", "content": prompt}]
+        made = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        return made["input_ids"]
+    return tokenizer(prompt, return_tensors="pt")["input_ids"]

@@ -1,0 +1,32 @@
+"""A run's checkpoint as a folder that transformers, or peft, loads."""
+
+from pathlib import Path
+
+from treering.errors import CheckpointError
+from treering.plan import Run, load
+from treering.train import checkpoint
+from treering.train.job import Job
+
+
+def export(job: Job, folder: Path, *, adapter: str | None = None, step: int | None = None) -> Path:
+    """Compose the job's model again, fill it from its newest checkpoint (or that of `step`), and write it out."""
+    return reopen(job, step=step).export(folder, adapter=adapter)
+
+
+def reopen(job: Job, *, step: int | None = None) -> Run:
+    from treering.train.run import draft_of
+
+    root = Path(job.output) / "checkpoints"
+    if step is not None:
+        saved: checkpoint.Saved | None = checkpoint.read(root / f"step-{step}")
+    else:
+        saved = checkpoint.newest(root, _warn)
+    if saved is None:
+        raise CheckpointError(f"{root} holds no whole checkpoint; train first: treering train {job.output}/config.yaml")
+    return load(draft_of(job), resume=saved.tensors)
+
+
+def _warn(text: str) -> None:
+    import logging
+
+    logging.getLogger("treering").warning(text)

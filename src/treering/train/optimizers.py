@@ -1,0 +1,67 @@
+"""From settings to torch's optimizers, and the learning rate into them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from treering.errors import PlanError
+from treering.plan import Run
+from treering.train.config import Optimizer as Settings
+
+
+def build(run: Run, settings: Settings) -> list[Optimizer]:
+    """One optimizer, or two for muon: Muon for the matrices inside the blocks, AdamW for the rest."""
+    if settings.name == "sgd":
+        return [
+            run.optimizer(
+                torch.optim.SGD, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+            )
+        ]
+    if settings.name == "adamw":
+        return [run.optimizer(torch.optim.AdamW, **_adamw(settings))]
+    return _muon(run, settings)
+
+
+def _adamw(settings: Settings) -> dict[str, Any]:
+    return {
+        "lr": settings.lr,
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+        "fused": True,  # one kernel for all parameters, on CUDA and on CPU
+    }
+
+
+def _muon(run: Run, settings: Settings) -> list[Optimizer]:
+    inside = {p.name for p in run.plan.anatomy.parameters.values() if p.block is not None}
+    matrices, rest = [], []
+    for name, parameter in run.trainable():
+        (matrices if parameter.ndim == 2 and name in inside else rest).append(parameter)
+    if not matrices:
+        raise PlanError(
+            "muon steps whole matrices of the model's blocks, and none of them is trained; use adamw",
+            settings=("train.optimizer.name",),
+        )
+    if any(isinstance(p, DTensor) and p.device_mesh.size() > 1 for p in matrices):
+        raise PlanError(
+            "muon orthogonalises whole matrices, and shard has cut them into rows; use adamw, or one rank",
+            settings=("train.optimizer.name", "techniques.shard"),
+        )
+    # match_rms_adamw gives Muon's update the size of AdamW's, so that one learning rate fits both.
+    made: list[Optimizer] = [
+        torch.optim.Muon(
+            matrices, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+    ]
+    if rest:
+        made.append(torch.optim.AdamW(rest, **{**_adamw(settings), "weight_decay": 0.0}))
+    return made
+
+
+def set_rate(optimizers: Sequence[Optimizer], rate: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate

@@ -1,0 +1,107 @@
+"""What a run needs besides its model: the tokenizer, and data in the order in which it will be seen."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from math import floor
+from typing import TYPE_CHECKING, Literal
+
+import torch.distributed as dist
+
+from treering.data.examples import Examples, build
+from treering.data.loader import Loader
+from treering.data.order import Order
+from treering.errors import CheckpointError, PlanError
+from treering.plan import Plan
+from treering.plan.opening import locate
+from treering.topology import data_rank
+from treering.train.job import Job
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENISING = timedelta(days=7)  # how long ranks wait for the first one: as long as it takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    train: Loader
+    eval: Loader | None
+    examples: Examples
+    steps: int  # of the whole run
+    tokens_per_step: int
+    packing: Literal["on", "off"]
+    rank: int  # among those with documents of their own
+
+    @property
+    def fill(self) -> float:
+        return self.train.order.fill(0)
+
+
+def open_tokenizer(job: Job) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    folder = locate(job.model.path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def ranks_wait_for_first() -> Iterator[None]:
+    """The first rank does the work and the others then find it done.
+
+    They wait at a barrier with a time-out of its own: tokenising may take longer than any collective should.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=TOKENISING)
+    if dist.get_rank() > 0:
+        dist.monitored_barrier(group, timeout=TOKENISING)
+    yield
+    if dist.get_rank() == 0:
+        dist.monitored_barrier(group, timeout=TOKENISING)
+
+
+def open_data(job: Job, tokenizer: "PreTrainedTokenizerBase", plan: Plan) -> RunData:
+    packing: Literal["on", "off"] = "off" if plan.unpackable or job.data.packing == "off" else "on"
+    if plan.unpackable and job.data.packing == "on":
+        raise PlanError(f"data.packing is on, but {plan.unpackable}; set it to off or auto", settings=("data.packing",))
+    rank, ranks = data_rank(plan.mesh)
+    capacity = job.data.max_length
+    budget = job.train.tokens_per_step or capacity * ranks
+    examples = build(job.data, tokenizer, "train")
+    order = Order(
+        examples.lengths,
+        seed=job.seed,
+        tokens_per_step=budget,
+        capacity=capacity,
+        shuffle=job.data.shuffle,
+        packing=packing,
+    )
+    held_out = None
+    if job.data.evaluates:
+        held = build(job.data, tokenizer, "eval")
+        plain = Order(
+            held.lengths, seed=0, tokens_per_step=capacity * ranks, capacity=capacity, shuffle=False, packing=packing
+        )
+        held_out = Loader(held, plain, rank=rank, ranks=ranks, packing=packing)
+    return RunData(
+        train=Loader(examples, order, rank=rank, ranks=ranks, packing=packing),
+        eval=held_out,
+        examples=examples,
+        steps=job.train.steps or _steps(order, job.train.epochs),
+        tokens_per_step=budget,
+        packing=packing,
+        rank=rank,
+    )
+
+
+def _steps(order: Order, epochs: float) -> int:
+    whole = sum(order.steps_in_epoch(epoch) for epoch in range(floor(epochs)))
+    rest = epochs - floor(epochs)
+    part = round(rest * order.steps_in_epoch(floor(epochs))) if rest else 0
+    return max(1, whole + part)

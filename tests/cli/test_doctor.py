@@ -1,0 +1,82 @@
+"""Each check of the doctor finds what it is for, and two ranks really talk."""
+
+import resource
+import sys
+
+import pytest
+
+from treering.cli import checkup, doctor
+from treering.cli.checkup import Finding
+from treering.cli.ranks_probe import two_ranks
+
+
+def test_missing_packages_are_bad(monkeypatch):
+    found = checkup.versions()
+    monkeypatch.setattr(checkup, "versions", lambda: found | {"xxhash": "not installed"})
+    finding = checkup.packages()
+    assert (finding.status, finding.found) == ("bad", "xxhash not installed")
+
+
+@pytest.mark.parametrize(("free", "status"), [(2**20, "bad"), (5 * 2**30, "warn"), (100 * 2**30, "ok")])
+def test_disk_space_is_judged(monkeypatch, tmp_path, free, status):
+    monkeypatch.setattr(checkup, "free_space", lambda folder: free)
+    assert checkup.disk(tmp_path).status == status
+
+
+def test_disk_space_of_a_folder_that_is_yet_to_be_made(tmp_path):
+    from treering.cli.machine import free_space
+
+    assert free_space(tmp_path / "a" / "b") > 0
+
+
+def test_a_folder_that_cannot_be_written_is_bad(tmp_path):
+    assert checkup.writable(tmp_path / "new").status == "ok"
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("x")
+    assert checkup.writable(tmp_path / "file").status == "bad"
+
+
+def test_limits_are_judged(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (256, 1024))
+    assert checkup.open_files().status == "warn"
+    assert "at most 1024" in checkup.open_files().remedy
+    assert checkup.file_size().status == "bad"
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
+    assert checkup.open_files().status == checkup.file_size().status == "ok"
+
+
+def test_tokenizer_threads_and_clock(monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    assert checkup.tokenizer_threads().status == "warn"
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+    assert checkup.tokenizer_threads().status == "ok"
+    monkeypatch.setattr(checkup.time, "time", lambda: 0.0)
+    assert checkup.clock().status == "warn"
+
+
+def test_every_finding_that_is_not_ok_has_a_remedy(tmp_path):
+    for finding in checkup.everything(tmp_path, ranks=False):
+        assert finding.status == "ok" or finding.remedy, finding
+
+
+def test_one_bad_finding_makes_the_whole_bad(capsys):
+    good = Finding(name="a", status="ok", found="x")
+    warn = Finding(name="b", status="warn", found="[y]", remedy="do z")
+    bad = Finding(name="c", status="bad", found="\x1b[2J", remedy="fix")
+    assert doctor.show([good, warn])
+    assert not doctor.show([bad, good])
+    text = capsys.readouterr().out
+    assert "warn b: [y]\n     → do z\n" in text
+    assert "bad  c: \\x1b[2J" in text
+
+
+def test_two_ranks_that_do_not_answer_or_fail_are_bad():
+    asleep = two_ranks(0.3, (sys.executable, "-c", "import time; time.sleep(30)"))
+    assert (asleep.status, "no answer in 0 s") == ("bad", asleep.found)
+    failing = two_ranks(20, (sys.executable, "-c", "raise SystemExit('no network')"))
+    assert failing.status == "bad"
+    assert "no network" in failing.found
+
+
+def test_two_real_ranks_add_their_numbers():
+    assert two_ranks().status == "ok"

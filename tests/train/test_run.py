@@ -1,0 +1,178 @@
+"""The trainer end to end at toy size: it learns, resumes bitwise, evaluates, stops, exports."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import treering as tr
+from tests.ranks import on_ranks
+from tests.same import assert_all_same
+from tests.toy_run import job
+from treering.train import train
+from treering.train.callbacks import Callback
+from treering.train.checkpoint import read
+from treering.train.config import Checkpoint, Evaluate, Optimizer
+from treering.train.export import reopen
+
+
+def losses(root, output="run"):
+    lines = (root / output / "metrics.jsonl").read_text().splitlines()
+    return {m["step"]: m["loss"] for m in map(json.loads, lines) if m["kind"] == "step"}
+
+
+def tensors(root, output="run", step=12):
+    return {n: t.read() for n, t in read(root / output / "checkpoints" / f"step-{step}").tensors.items()}
+
+
+def test_it_learns_and_tells(tmp_path):
+    summary = train(job(tmp_path, written="model: toy\n"))
+    told = losses(tmp_path)
+    assert list(told) == list(range(1, 13)) and told[12] < told[1] - 1
+    assert summary["steps"] == 12 and summary["skipped"] == 0
+    assert (tmp_path / "run" / "config.yaml").read_text() == "model: toy\n"
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAfter(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def stepped(self, metrics):
+        if metrics["step"] == self.step:
+            raise Stop
+
+
+@pytest.mark.parametrize(
+    "techniques",
+    [(tr.Full(),), (tr.LoRA(rank=4, init="pissa"),)],
+    ids=["full", "pissa"],
+)
+@pytest.mark.parametrize("stop", [3, 5])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, techniques, stop):
+    settings = {"checkpoint": Checkpoint(every=1, keep=20)}
+    train(job(tmp_path, "whole", techniques=techniques, train=settings))
+    cut = job(tmp_path, "cut", techniques=techniques, train=settings)
+
+    with pytest.raises(Stop):
+        train(cut, [StopAfter(stop + 1)])
+    train(cut)
+    assert_all_same(tensors(tmp_path, "cut"), tensors(tmp_path, "whole"))
+    assert losses(tmp_path, "cut") == losses(tmp_path, "whole")
+
+
+def trained(root, output, world):
+    train(job(root, output, techniques=(tr.LoRA(rank=4), tr.Shard()) if world > 1 else (tr.LoRA(rank=4),)))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_same_losses_on_several_ranks(tmp_path, world):
+    trained(tmp_path, "one", 1)
+    on_ranks(world, trained, tmp_path, "many", world)
+    one, many = losses(tmp_path, "one"), losses(tmp_path, "many")
+    assert many == pytest.approx(one, rel=1e-5)
+
+
+def test_a_checkpoint_of_two_ranks_is_gone_on_with_by_one(tmp_path):
+    on_ranks(2, trained, tmp_path, "run", 2)
+    run = reopen(job(tmp_path, techniques=(tr.LoRA(rank=4),)))
+    live = dict(run.model.named_parameters())
+    assert_all_same({n: live[n] for n in run.plan.owned}, {n: tensors(tmp_path)[n] for n in run.plan.owned})
+
+
+def test_another_seed_or_budget_is_refused_with_both_values(tmp_path):
+    first = job(tmp_path)
+    train(first)
+    with pytest.raises(tr.CheckpointError, match="another seed: 0, and this run has 1"):
+        train(replace(first, seed=1))
+    with pytest.raises(tr.CheckpointError, match="another tokens_per_step: 256, and this run has 128"):
+        train(job(tmp_path, train={"tokens_per_step": 128}))
+
+
+def test_resume_never_refuses_a_folder_with_checkpoints(tmp_path):
+    train(job(tmp_path))
+    with pytest.raises(tr.CheckpointError, match="another output folder"):
+        train(job(tmp_path, train={"checkpoint": Checkpoint(resume="never")}))
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(tmp_path):
+    train(job(tmp_path))
+    target = tmp_path / "run" / "checkpoints" / "step-12" / "rank-00000.safetensors"
+    content = bytearray(target.read_bytes())
+    content[-5] ^= 1
+    target.write_bytes(content)
+    train(job(tmp_path))
+    told = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "passed over" in told and "goes on after step 10" in told
+
+
+def test_evaluation_best_checkpoint_and_early_stop(tmp_path):
+    evaluate = Evaluate(every=2, patience=2, prompts=("say 3",), new_tokens=4)
+    hot = {"evaluate": evaluate, "optimizer": Optimizer(lr=0.5), "checkpoint": Checkpoint(every=2, keep=1)}
+    summary = train(job(tmp_path, data={"eval_fraction": 0.2}, train=hot))
+    assert summary["steps"] < 12
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert len(kept) == 2  # the newest and the best
+    told = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "held_out_loss" in told and "stopped early" in told and "say 3" in told
+
+
+def evaluated(root, output, world):
+    from treering.train.config import Evaluate
+
+    techniques = (tr.Full(), tr.Shard()) if world > 1 else (tr.Full(),)
+    train(job(root, output, techniques=techniques, data={"eval_fraction": 0.3}, train={"evaluate": Evaluate(every=6)}))
+
+
+def test_held_out_loss_is_the_same_on_several_ranks(tmp_path):
+    def held_out(output):
+        lines = map(json.loads, (tmp_path / output / "metrics.jsonl").read_text().splitlines())
+        return [m["held_out_loss"] for m in lines if m["kind"] == "evaluation"]
+
+    evaluated(tmp_path, "one", 1)
+    on_ranks(3, evaluated, tmp_path, "three", 3)
+    assert held_out("three") == pytest.approx(held_out("one"), rel=1e-5) and len(held_out("one")) == 2
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon"])
+def test_other_optimizers_learn_and_resume(tmp_path, name):
+    settings = {"optimizer": Optimizer(name=name, lr=0.02 if name == "muon" else 0.5, momentum=0.9)}
+    train(job(tmp_path, "whole", train=settings))
+    train(job(tmp_path, "part", train=settings | {"checkpoint": Checkpoint(every=5, keep=9)}))
+    import shutil
+
+    for step in (12, 10):
+        shutil.rmtree(tmp_path / "part" / "checkpoints" / f"step-{step}")
+    train(job(tmp_path, "part", train=settings | {"checkpoint": Checkpoint(every=5, keep=9)}))
+    assert_all_same(tensors(tmp_path, "part"), tensors(tmp_path, "whole"))
+
+
+def test_muon_over_sharded_matrices_is_refused(tmp_path):
+    from tests.ranks import RankFailed
+
+    with pytest.raises(RankFailed, match="muon orthogonalises whole matrices"):
+        on_ranks(2, muon_on_ranks, tmp_path)
+
+
+def muon_on_ranks(root):
+    train(job(root, techniques=(tr.Full(), tr.Shard()), train={"optimizer": Optimizer(name="muon")}))
+
+
+def test_a_run_is_exported_and_loads_with_plain_transformers(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = job(tmp_path, techniques=(tr.LoRA(rank=4),))
+    train(done)
+    run = reopen(done)
+    run.export(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dense")
+    ids = tokenizer("ring tree", return_tensors="pt")["input_ids"]
+    run.model.eval()
+    with torch.no_grad():
+        found, wanted = model(ids).logits, run.model(ids).logits
+    assert torch.allclose(found, wanted, atol=1e-5) and tokenizer.chat_template
