@@ -120,7 +120,7 @@ def read(folder: Path) -> tuple[Arrays, dict[str, Any]] | None:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
         path = folder / _TOKENS
-        if manifest["bytes"] != path.stat().st_size :
+        if manifest["bytes"] != path.stat().st_size or manifest["digest"] != _digest(path):
             return None
         return _map(path), manifest
     except (OSError, ValueError, KeyError, TypeError):
