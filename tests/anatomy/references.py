@@ -61,8 +61,9 @@ def experts(model: nn.Module, anatomy: Anatomy) -> set[str]:
         def forward(x_TD: Tensor, choice_TK: Tensor, weight_TK: Tensor, part=part) -> Tensor:
             used.add(part.fqn)
             rows = []
-            for x_D, choice_K, weight_K in zip(x_TD, choice_TK, weight_TK, strict=True):
-                rows.append(sum(w * _one_expert(model, part, int(e), x_D) for e, w in zip(choice_K, weight_K, strict=True)))
+            for x_D, choice_K, weight_K in zip(x_TD, choice_TK.tolist(), weight_TK, strict=True):
+                chosen = zip(choice_K, weight_K, strict=True)
+                rows.append(sum(weight * _one_expert(model, part, e, x_D) for e, weight in chosen))
             return torch.stack(rows)
 
         model.get_submodule(part.fqn).forward = forward
@@ -87,15 +88,17 @@ def _one_expert(model: nn.Module, part: Experts, e: int, x_D: Tensor) -> Tensor:
 
 
 def attentions(model: nn.Module, anatomy: Anatomy) -> set[str]:
-    """fp64 attention with masks, softcap and sinks from the anatomy alone: what the model passes for them is ignored."""
+    """fp64 attention with masks, softcap and sinks from the anatomy alone: what the model passes is ignored."""
     used: set[str] = set()
     known = {id(model.get_submodule(part.fqn)): part for part in anatomy.attentions if part.interface}
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **how: Any
+    ) -> tuple[Tensor, None]:
         part = known[id(module)]
         used.add(part.fqn)
         sinks = None if part.sinks is None else model.get_parameter(part.sinks)
-        return _attend(part, query.double(), key.double(), value.double(), sinks).to(query.dtype), None
+        return _attend(part, query.double() * how["scaling"], key.double(), value.double(), sinks).to(query.dtype), None
 
     name = "anatomy_reference"
     ALL_ATTENTION_FUNCTIONS[name] = attend  # this instance's own mapping; `forget_attention` takes it away again
@@ -115,8 +118,7 @@ def _attend(part: Attention, query: Tensor, key: Tensor, value: Tensor, sinks: T
     assert key.shape[1::2] == (part.kv_heads, part.head_dim)
     assert value.shape[1::2] == (part.kv_heads, part.value_dim)
     key, value = (t.repeat_interleave(part.heads // part.kv_heads, dim=1) for t in (key, value))
-    assert part.scale is not None
-    scores = query @ key.mT * part.scale
+    scores = query @ key.mT
     if part.softcap is not None:
         scores = part.softcap * torch.tanh(scores / part.softcap)
     distance = torch.arange(length)[:, None] - torch.arange(length)
@@ -125,7 +127,7 @@ def _attend(part: Attention, query: Tensor, key: Tensor, value: Tensor, sinks: T
     if sinks is not None:
         column = sinks.double()[None, :, None, None].expand(len(scores), -1, length, 1)
         scores = torch.cat([scores, column], dim=-1)
-    return (scores.softmax(-1)[..., :length] @ value).transpose(1, 2)
+    return (scores.softmax(-1)[..., :length] @ value).transpose(1, 2).contiguous()
 
 
 def embeddings(model: nn.Module, anatomy: Anatomy) -> set[str]:
@@ -143,33 +145,19 @@ def embeddings(model: nn.Module, anatomy: Anatomy) -> set[str]:
     return used
 
 
-def routers(model: nn.Module, anatomy: Anatomy) -> set[str]:
-    """A router without its weights: nothing may reach the experts but through it."""
-    used: set[str] = set()
-    for part in anatomy.experts:
-        assert part.router is not None
-        router: Any = model.get_submodule(part.router)
-
-        def forward(*args: Any, inner=router.forward, fqn=part.router) -> Any:
-            used.add(fqn)
-            return inner(*args)
-
-        router.forward = forward
-    return used
-
-
-def logits_from_head_input(model: Any, anatomy: Anatomy, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits by the head's formula from what enters the head, and what the final norm gave."""
-    entered: list[Tensor] = []
+def logits_by_formula(model: Any, anatomy: Anatomy, ids: Tensor) -> Tensor:
+    """The logits by the head's formula, from what the final norm gives."""
     normed: list[Tensor] = []
     head = anatomy.head
     assert head is not None and not head.unknown
-    model.get_submodule(head.fqn).register_forward_pre_hook(lambda _, args: entered.append(args[0]))
     if anatomy.final_norm is not None:
         model.get_submodule(anatomy.final_norm).register_forward_hook(lambda _, args, out: normed.append(out))
-    model(ids, use_cache=False)
-    z = entered[0].double() @ model.get_parameter(head.weight).double().T
+    decoder = model.get_submodule(anatomy.blocks[0].fqn.rsplit(".", 2)[0])
+    hidden = decoder(ids, use_cache=False).last_hidden_state
+    if normed:
+        assert torch.equal(normed[-1], hidden)
+    z = hidden.double() @ model.get_parameter(head.weight).double().T
     if head.bias is not None:
         z = z + model.get_parameter(head.bias).double()
     z = z * head.scale
-    return (z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)), (normed or entered)[0]
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)

@@ -91,7 +91,6 @@ def read_attention(model: nn.Module, fqn: str, block: int) -> Attention:
         kv_heads=kv_heads,
         head_dim=head_dim,
         value_dim=value_dim,
-        scale=_float(getattr(module, "scaling", None)),
         sliding_window=_window(model, module, config, kind),
         softcap=_float(next((v for n in _SOFTCAP for o in (module, config) if (v := getattr(o, n, None))), None)),
         sinks=next((f"{fqn}.{n}" for n, p in module.named_parameters(recurse=False) if is_sink(n, p)), None),
@@ -103,14 +102,11 @@ def is_sink(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _kv_heads(module: Any, config: Any, heads: int, head_dim: int) -> int:
-    """As the module says, else as its projections show, else as the config says."""
-    own = _number(module, _KV_HEADS)
-    if own is None and (groups := _number(module, ("num_key_value_groups",))):
-        own = heads // groups
-    widths = _projections(module)
-    if own is None and "k_proj" in widths:
-        own = widths["k_proj"] // head_dim
-    return own or _number(config, _KV_HEADS) or heads
+    """By the module's repeat factor, else as it says, else as its projections show, else as the config says."""
+    if groups := _number(module, ("num_key_value_groups",)):
+        return heads // groups
+    shown = _projections(module).get("k_proj", 0) // head_dim
+    return _number(module, _KV_HEADS) or shown or _number(config, _KV_HEADS) or heads
 
 
 def _check_shapes(model: nn.Module, fqn: str, heads: int, kv: int, dim: int, value_dim: int) -> None:

@@ -18,7 +18,7 @@ def is_experts(fqn: str, module: nn.Module) -> bool:
     return named and any(p.ndim == 3 for _, p in module.named_parameters(recurse=False))
 
 
-def read_experts(model: nn.Module, fqn: str, block_fqn: str, block: int) -> Experts:
+def read_experts(model: Any, fqn: str, block_fqn: str, block: int) -> Experts:
     module: Any = model.get_submodule(fqn)
     own = dict(module.named_parameters(recurse=False))
     stacked = {name: p for name, p in own.items() if p.ndim == 3}

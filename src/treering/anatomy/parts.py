@@ -23,7 +23,10 @@ class Parameter:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """A module whose forward is x @ Wᵀ + b (`transposed`: x @ W + b, transformers' Conv1D) and nothing else."""
+    """A module whose forward is x @ Wᵀ + b (`transposed`: x @ W + b, transformers' Conv1D) and nothing else.
+
+    Where the role is "mixer", the model may read the weight without calling the module (Mamba's dt_proj).
+    """
 
     fqn: str
     weight: str  # of a tied head: the embedding's parameter
@@ -42,6 +45,7 @@ class Attention:
     `interface`: it calls transformers' attention interface, so a registered function can stand in for it.
     `kind` is the config's word for the layer ("full_attention", "sliding_attention", "chunked_attention", ...).
     `kv_heads` and the dims are those of the tensors that attention is computed on (latent attention: after expansion).
+    The scale of q·k is not here: some modules scale queries first, and only the call to the interface tells.
     """
 
     fqn: str
@@ -52,7 +56,6 @@ class Attention:
     kv_heads: int
     head_dim: int
     value_dim: int
-    scale: float | None  # of q·k; None: the module keeps it to itself
     sliding_window: int | None  # a token sees itself and the `sliding_window - 1` before it
     softcap: float | None
     sinks: str | None
@@ -88,7 +91,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """logits = softcap · tanh(z / softcap), z = scale · (h Wᵀ + b), h: the final hidden state.
+    """logits = softcap · tanh(z / softcap), z = scale · (h Wᵀ + b), h: what the module that holds the blocks gives out.
 
     `unknown` names what the model's forward does to its logits that we do not understand: where it is not empty,
     the formula above must not be relied upon.

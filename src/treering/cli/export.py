@@ -6,14 +6,14 @@ from typing import Annotated
 
 import typer
 
-from treering.cli.options import Output, load
+from treering.cli.options import load
 
 NAME = "export"
 
 
 def command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The `output` folder of a run.", show_default=False)],
-    output: Output,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to write.", show_default=False)],
     adapter: Annotated[
         str | None, typer.Option(help="Write only this adapter, in peft's format, instead of the merged model.")
     ] = None,
@@ -26,4 +26,4 @@ def command(
     from treering.train.export import export
 
     job = replace(job_of(config), output=str(run))  # the folder may have been moved since
-    say(f"wrote {export(job, output, adapter=adapter, step=step)}")
+    say(f"wrote {export(job, to, adapter=adapter, step=step)}")

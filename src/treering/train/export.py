@@ -1,9 +1,11 @@
 """A run's checkpoint as a folder that transformers, or peft, loads."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from treering.errors import CheckpointError
 from treering.plan import Run, load
+from treering.technique import Stage
 from treering.train import checkpoint
 from treering.train.job import Job
 
@@ -23,7 +25,9 @@ def reopen(job: Job, *, step: int | None = None) -> Run:
         saved = checkpoint.newest(root, _warn)
     if saved is None:
         raise CheckpointError(f"{root} holds no whole checkpoint; train first: treering train {job.output}/config.yaml")
-    return load(draft_of(job), resume=saved.tensors)
+    # What only makes training faster or smaller has no part in the weights, and may not fit this machine.
+    lasting = tuple(t for t in job.techniques if t.stage in (Stage.QUANTIZE, Stage.ADAPT))
+    return load(draft_of(replace(job, techniques=lasting, mesh={})), resume=saved.tensors)
 
 
 def _warn(text: str) -> None:

@@ -1,0 +1,19 @@
+"""The last act: what was exported is what was trained, bit for bit, in plain transformers."""
+
+from typing import Any
+
+import torch
+
+from treering.demo.acts import Stage, _load
+from treering.train.export import reopen
+from treering.train.job import Job
+
+
+def check(stage: Stage, job: Job) -> None:
+    run: Any = reopen(job)
+    run.model.eval()
+    model, tokenizer = _load(stage.root / "model")
+    ids = tokenizer("def main():\n    return None", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        same = torch.equal(model(ids).logits, run.model(ids).logits)
+    stage.bar(same, "the exported model's logits are bitwise those of the run")
