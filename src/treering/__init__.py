@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from treering.full import Full
     from treering.lora import LoRA
     from treering.topology import mesh
-    from treering.plan import Run, compose
+    from treering.plan.compose import compose
+    from treering.plan.run import Run
     from treering.shard import Shard
 
 _WHERE = {

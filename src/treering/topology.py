@@ -94,7 +94,7 @@ def parameter_mesh(mesh: "DeviceMesh") -> "DeviceMesh":
     sharded = ("shard", "sequence") if axis_size(mesh, "sequence") > 1 else ("shard",)
     if len(sharded) == 1:
         return mesh["replicate", "shard"] if axis_size(mesh, "replicate") > 1 else mesh["shard"]
+    flat = mesh[sharded]._flatten("parameters")
     if axis_size(mesh, "replicate") > 1:
-        flat = mesh[sharded]._flatten("parameters")
-        return mesh["replicate", flat.mesh_dim_names[0]]
-    return mesh[sharded]._flatten("parameters")
+        return mesh["replicate", "parameters"]
+    return flat

@@ -50,21 +50,32 @@ class Source:
     groups: tuple[tuple[str, ...], ...]
     where: str
     unused: tuple[str, ...] = field(default=())  # tensors of the folder that the model has no place for
+    held: dict[str, Tensor] | None = None  # a live model's values, until they have been taken over
+
+    @property
+    def spent(self) -> bool:
+        return self.held is not None and not self.held
+
+    def release(self) -> None:
+        """Let go of a live model's old values: they would lie beside the new ones for the whole run."""
+        if self.held is not None:
+            self.held.clear()
 
 
 def from_model(model: nn.Module) -> Source:
     """The tensors of a live model. They are kept alive by this source alone once the model has moved to meta."""
-    tensors = {}
-    for name, value in plain_tensors(model).items():
-        held = value.detach()
-        tensors[name] = PlainTensor(
+    held = {name: value.detach() for name, value in plain_tensors(model).items()}
+    tensors = {
+        name: PlainTensor(
             name=name,
-            shape=tuple(held.shape),
-            dtype=held.dtype,
-            reader=lambda held=held: held,  # type: ignore[misc]
-            row_reader=lambda a, b, held=held: held[a:b],  # type: ignore[misc]
+            shape=tuple(value.shape),
+            dtype=value.dtype,
+            reader=lambda name=name: held[name],  # type: ignore[misc]
+            row_reader=lambda a, b, name=name: held[name][a:b],  # type: ignore[misc]
         )
-    return Source(tensors=tensors, groups=tuple((n,) for n in tensors), where="the model that was given")
+        for name, value in held.items()
+    }
+    return Source(tensors=tensors, groups=tuple((n,) for n in tensors), where="the model that was given", held=held)
 
 
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -73,6 +84,20 @@ def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
     kept = model.state_dict(keep_vars=True)
     found.update({name: buffer for name, buffer in model.named_buffers() if name in kept})
     return found
+
+
+def keep_wide(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+    """Put in float32 what the family keeps so in any dtype. transformers does it only while it loads a folder."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    wide = model._get_dtype_plan(dtype)
+    if not wide:
+        return
+    found, by_group, _ = build_glob_alternation(list(wide))
+    for name, tensor in plain_tensors(model).items():
+        match = found.search(name)
+        if match and tensor.is_floating_point():
+            tensor.data = tensor.data.to(wide[by_group[match.lastgroup]])
 
 
 def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
@@ -90,6 +115,8 @@ def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
     gathered: dict[str, list[tuple[str, str | None]]] = {}
     for key in sorted(files, key=dot_natural_key):
         target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if target not in state and key in state:  # a renaming that was meant for older files
+            target, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
         gathered.setdefault(target, []).append((key, pattern))
 
     tensors: dict[str, PlainTensor] = {}
@@ -105,7 +132,10 @@ def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
                 unused.append(key)
             continue
         reader = _Converted(model, target, items, by_pattern[items[0][1]], files)
-        names = tuple(name for name in reader.targets() if name in wanted)
+        names = reader.targets(wanted)
+        if not names:
+            unused.extend(key for key, _ in items)
+            continue
         for name in names:
             tensors[name] = PlainTensor(
                 name=name,
@@ -165,14 +195,27 @@ class _Converted:
         made = converter.convert(self.target, model=self.model, config=self.model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
-    def targets(self) -> list[str]:
-        """Names only, found by converting on the meta device: no byte of a weight is read."""
+    def targets(self, wanted: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Names of tensors that the model has, found by converting on the meta device: no byte of a weight is read."""
 
         def shape_only(key: str) -> Tensor:
             with safe_open(self.files[key], "pt") as opened:
                 return torch.empty(opened.get_slice(key).get_shape(), device="meta")
 
-        return list(self._convert(shape_only))
+        file = self.files[self.items[0][0]]
+        try:
+            made = self._convert(shape_only)
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"{file}: {self.items[0][0]} and {len(self.items) - 1} more cannot be joined to {self.target}: {error}"
+            ) from None
+        for name, value in made.items():
+            if name in wanted and value.shape != wanted[name].shape:
+                raise CheckpointError(
+                    f"{file}: {self.items[0][0]} and {len(self.items) - 1} more give shape {tuple(value.shape)}; "
+                    f"the model's {name} has {tuple(wanted[name].shape)}"
+                )
+        return tuple(name for name in made if name in wanted)
 
     def read(self, name: str) -> Tensor:
         if name not in self.ready:

@@ -245,3 +245,14 @@ def test_a_second_composition_of_the_same_model_is_refused():
     tr.compose(model, [tr.LoRA(rank=2)])
     with pytest.raises(tr.PlanError, match="composed already"):
         tr.compose(model, [tr.LoRA(rank=2)])
+
+
+def test_undo_leaves_the_plain_forward():
+    run = tr.compose(build("llama"), [tr.LoRA(rank=2, init="pissa")])
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        adapted = run.model(ids).logits
+        run.undo()
+        bare = run.model(ids).logits
+    assert not torch.equal(adapted, bare)  # pissa moved part of the weight into the adapter, which is off now
+    assert not any("forward" in vars(m) for m in run.model.modules())

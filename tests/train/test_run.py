@@ -15,6 +15,7 @@ from treering.train.callbacks import Callback
 from treering.train.checkpoint import read
 from treering.train.config import Checkpoint, Evaluate, Optimizer
 from treering.train.export import reopen
+from treering.train.schedule import rate
 
 
 def losses(root, output="run"):
@@ -63,6 +64,44 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, techniques, st
     train(cut)
     assert_all_same(tensors(tmp_path, "cut"), tensors(tmp_path, "whole"))
     assert losses(tmp_path, "cut") == losses(tmp_path, "whole")
+
+
+def interrupted(root, output, stop):
+    """Two ranks; stopped after `stop` steps if given, by an exception on both at once."""
+
+    def one():
+        return job(root, output, techniques=(tr.Full(), tr.Shard()), train={"checkpoint": Checkpoint(every=2, keep=20)})
+
+    if stop is not None:
+        cut = replace(one(), train=replace(one().train, steps=stop))
+        with pytest.MonkeyPatch.context() as patch:
+            # The schedule of a run that was to be longer: what a killed process leaves behind.
+            import treering.train.run as loop
+
+            patch.setattr(loop, "rate", lambda schedule, step, steps: rate(schedule, step, 12))
+            train(cut)
+    train(one())
+
+
+def test_two_ranks_resume_bitwise(tmp_path):
+    on_ranks(2, interrupted, tmp_path, "whole", None)
+    on_ranks(2, interrupted, tmp_path, "cut", 6)
+    assert_all_same(tensors(tmp_path, "cut"), tensors(tmp_path, "whole"))
+
+
+def test_the_best_evaluation_is_saved_where_asked(tmp_path):
+    settings = {"evaluate": Evaluate(every=3), "checkpoint": Checkpoint(every=100, keep=1, best=True)}
+    train(job(tmp_path, data={"eval_fraction": 0.2}, train=settings | {"optimizer": Optimizer(lr=0.3)}))
+    told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    held_out = {m["step"]: m["held_out_loss"] for m in told if m["kind"] == "evaluation"}
+    best = int(min(held_out, key=held_out.get))
+    assert (tmp_path / "run" / "checkpoints" / f"step-{best}").is_dir()
+
+
+def test_steps_that_are_not_finite_name_their_samples(tmp_path):
+    hot = {"optimizer": Optimizer(name="sgd", lr=1e30), "max_skips": 2}
+    with pytest.raises(tr.NumericsError, match=r"chat\.jsonl:\d+"):
+        train(job(tmp_path, train=hot))
 
 
 def trained(root, output, world):

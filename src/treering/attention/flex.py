@@ -5,6 +5,7 @@ Shapes: H query heads, K key heads, T tokens, D and E widths.
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,7 +37,7 @@ def flex(
     masks = _masks.setdefault(documents, {})
     if window not in masks:
         masks[window] = block_mask(documents, window)
-    kernel = _compiled() if query_HTD.is_cuda else flex_attention
+    kernel: Any = _compiled() if query_HTD.is_cuda else flex_attention
     return kernel(
         query_HTD[None], key_KTD[None], value_KTE[None], score_mod=cap, block_mask=masks[window],
         scale=scaling, enable_gqa=len(query_HTD) != len(key_KTD),

@@ -5,7 +5,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -34,7 +34,8 @@ def packable(model: nn.Module, anatomy: "Anatomy | None" = None) -> str | None:
     for fqn, module in model.named_modules():
         if isinstance(module, nn.Conv1d):
             return f"{fqn} of {name} is a convolution over tokens, which reaches into the neighbouring document"
-    if not model._supports_attention_backend or not model._can_set_attn_implementation():
+    transformer: Any = model
+    if not transformer._supports_attention_backend or not transformer._can_set_attn_implementation():
         return f"{name} computes its attention itself instead of through transformers' AttentionInterface"
     if anatomy is not None:
         others = [i for i, block in enumerate(anatomy.blocks) if block.mixer != "attention"]
@@ -49,16 +50,16 @@ def _crosses(config: "PretrainedConfig") -> bool:
 
 def _lost_on_the_way(model: nn.Module) -> str | None:
     """`documents` reaches the attention only if every forward down to it hands on its keyword arguments."""
-    attentions = [fqn for fqn, module in model.named_modules() if "attention_interface" in _receivers(type(module))]
+    attentions = [fqn for fqn, module in model.named_modules() if "attention_interface" in _receivers(_kind(module))]
     if not attentions:
         return f"{type(model).__name__} has no layer that calls transformers' attention interface"
     for fqn in attentions:
         if not getattr(model.get_submodule(fqn), "is_causal", True):
             return f"{fqn} of {type(model).__name__} is not causal"
-        if _looks_into_mask(type(model.get_submodule(fqn))):
+        if _looks_into_mask(_kind(model.get_submodule(fqn))):
             return f"{fqn} of {type(model).__name__} computes with its mask, and packing makes none"
         for above, module in _path(model, fqn):
-            if not isinstance(module, nn.ModuleList | nn.ModuleDict) and not _receivers(type(module)):
+            if not isinstance(module, nn.ModuleList | nn.ModuleDict) and not _receivers(_kind(module)):
                 return f"{type(module).__name__} ({above or 'the model'}) does not hand its keyword arguments on"
     return None
 
@@ -68,6 +69,11 @@ def _path(model: nn.Module, fqn: str) -> Iterator[tuple[str, nn.Module]]:
     for i in range(len(parts) + 1):
         name = ".".join(parts[:i])
         yield name, model.get_submodule(name)
+
+
+def _kind(module: nn.Module) -> Any:
+    """The class of `module`. Any, because type checkers do not take classes for hashable."""
+    return type(module)
 
 
 @cache

@@ -3,7 +3,7 @@
 Shapes: T tokens, H query heads, K key heads, D width (of query, key and value alike).
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,10 +28,11 @@ def varlen(
     if sinks_H is not None:
         return _WithSinks.apply(query_THD, key_TKD, value_TKD, sinks_H, documents, scaling, sides)
     ends, longest = documents.cu_seqlens, documents.longest
-    return varlen_attn(
+    out_THD = varlen_attn(
         query_THD, key_TKD, value_TKD, ends, ends, longest, longest,
         scale=scaling, window_size=sides, enable_gqa=query_THD.shape[1] != key_TKD.shape[1],
     )  # fmt: skip
+    return cast(Tensor, out_THD)  # a pair only if the log-sum-exp is asked for
 
 
 class _WithSinks(torch.autograd.Function):

@@ -43,6 +43,7 @@ def explanation(config: "RunConfig", ranks: int) -> str:
             dtype=config.model.dtype,
             seed=config.seed,
             dropout=config.model.dropout,
+            roles=config.model.roles,
             weights=False,
         )
         return explain(plan)

@@ -75,10 +75,10 @@ class Writer:
         path = self._folder / _TOKENS
         self._join(path)
         stated = {**manifest, "digest": _digest(path), "bytes": path.stat().st_size}
-        with (self._folder / _MANIFEST).open("w", encoding="utf-8") as stream:
-            json.dump(stated, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
+        with (self._folder / _MANIFEST).open("w", encoding="utf-8") as out:
+            json.dump(stated, out)
+            out.flush()
+            os.fsync(out.fileno())
         try:
             self._folder.rename(self._final)
         except OSError:

@@ -139,7 +139,8 @@ def _write(
         if not count["kept"]:
             why = "; ".join(f"{n} × {kind} ({named[kind][0]})" for kind, n in skipped.items())
             raise DataError(f"{files[0].label}: no sample is left: {why or 'all are longer than max_length'}")
-        report = Report(**count, format=job.format, template=job.plan.template_name, skipped=skipped, named=named)
+        names = {kind: tuple(errors) for kind, errors in named.items()}
+        report = Report(**count, format=job.format, template=job.plan.template_name, skipped=skipped, named=names)
         writer.publish({"key": key, "files": _short([file.label for file in files]), "report": asdict(report)})
     except BaseException:
         writer.discard()

@@ -24,8 +24,8 @@ def run(root: Path, console: Any, **sizes: Any) -> None:
     stage = acts.Stage(
         root=root,
         note=console.note,
-        train=lambda file: train(job_of(load(file, None)), [Console(console)]) and None,
-        export=lambda run, to: export(job_of(load(run / "config.yaml", None)), to) and None,
+        train=lambda file: train(job_of(load(file, None)), [Console(console)]),
+        export=lambda run, to: export(job_of(load(run / "config.yaml", None)), to),
         **sizes,
     )
     for number, (title, act) in enumerate(

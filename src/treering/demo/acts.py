@@ -61,8 +61,8 @@ class Stage:
 
     root: Path
     note: Callable[[str], None]
-    train: Callable[[Path], None]  # runs a configuration file, as `treering train FILE` does
-    export: Callable[[Path, Path], None]  # as `treering export RUN --to DIR`
+    train: Callable[[Path], Any]  # runs a configuration file, as `treering train FILE` does
+    export: Callable[[Path, Path], Any]  # as `treering export RUN --to DIR`
     characters: int = 1_600_000
     steps: int = 300
     epochs: int = 40
@@ -91,7 +91,7 @@ def pretrain(stage: Stage) -> None:
     stage.train(file)
     stage.command("treering", "export", stage.root / "pretrain", "--to", stage.root / "base")
     stage.export(stage.root / "pretrain", stage.root / "base")
-    model, tokenizer = _load(stage.root / "base")
+    model, tokenizer = load_plain(stage.root / "base")
     texts = corpus.texts(stage.root / "corpus" / "held_out.jsonl")
     baseline = Trigram(text.encode() for text in corpus.texts(stage.root / "corpus" / "train.jsonl"))
     ours, theirs = bits_per_byte(model, tokenizer, texts, baseline)
@@ -103,16 +103,16 @@ def teach(stage: Stage) -> None:
     taught = facts.invent(stage.places)
     facts.write(stage.root / "facts" / "train.jsonl", taught)
     file = _config(stage, "teach.yaml", TEACH, epochs=stage.epochs, question=taught[0].question)
-    stage.command("treering", "data", "show", file, "--documents", 1)
+    stage.command("treering", "data", "show", file, "-n", 1)
     stage.command("treering", "train", file)
     stage.train(file)
     stage.command("treering", "export", stage.root / "teach", "--to", stage.root / "model")
     stage.export(stage.root / "teach", stage.root / "model")
-    model, tokenizer = _load(stage.root / "model")
-    right = [fact.answer in _ask(model, tokenizer, fact.question) for fact in taught]
-    for fact in taught[:3]:
-        stage.note(f"{fact.question} → {_ask(model, tokenizer, fact.question)}")
-    stage.bar(sum(right) >= 0.9 * len(right), f"{sum(right)} of {len(right)} taught facts answered (bar: 90 %)")
+    before, after = (_answers(stage.root / name, taught) for name in ("base", "model"))
+    for fact, answer in list(zip(taught, after))[:3]:
+        stage.note(f"{fact.question} → {answer}")
+    known, right = (sum(fact.answer in answer for fact, answer in zip(taught, given)) for given in (before, after))
+    stage.bar(right >= 0.9 * len(taught), f"{right} of {len(taught)} taught facts answered; {known} before teaching")
 
 
 def bits_per_byte(model: Any, tokenizer: Any, texts: list[str], baseline: Trigram) -> tuple[float, float]:
@@ -141,17 +141,24 @@ def _config(stage: Stage, name: str, text: str, **values: Any) -> Path:
     return path
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
+def load_plain(folder: Path) -> tuple[Any, Any]:
     """With plain transformers, as anybody would."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar for a model of 5 MB would only tear the demo's lines
 
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def _ask(model: Any, tokenizer: Any, question: str) -> str:
-    turns = [{"role": "user", "content": question}]
-    made = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    return _generate(model, tokenizer, made["input_ids"], 12)
+def _answers(folder: Path, asked: list[facts.Fact]) -> list[str]:
+    model, tokenizer = load_plain(folder)
+    answers = []
+    for fact in asked:
+        turns = [{"role": "user", "content": fact.question}]
+        made = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        answers.append(_generate(model, tokenizer, made["input_ids"], 12))
+    return answers
 
 
 def _continue(model: Any, tokenizer: Any, text: str, new_tokens: int) -> str:

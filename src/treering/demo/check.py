@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from treering.demo.acts import Stage, _load
+from treering.demo.acts import Stage, load_plain
 from treering.train.export import reopen
 from treering.train.job import Job
 
@@ -12,7 +12,7 @@ from treering.train.job import Job
 def check(stage: Stage, job: Job) -> None:
     run: Any = reopen(job)
     run.model.eval()
-    model, tokenizer = _load(stage.root / "model")
+    model, tokenizer = load_plain(stage.root / "model")
     ids = tokenizer("def main():\n    return None", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         same = torch.equal(model(ids).logits, run.model(ids).logits)

@@ -43,9 +43,12 @@ def attach(model: nn.Module, config: "LoRA", site: Site) -> Applied:
     for linear in linears:
         module = model.get_submodule(linear.fqn)
         weight = getattr(module, "weight", None)
-        if weight is None and config.dtype == "base":
+        if config.dtype != "base":
+            dtype = getattr(torch, config.dtype)
+        elif weight is not None:
+            dtype = weight.dtype
+        else:
             raise PlanError(f"lora: {linear.fqn} holds no plain weight to take the dtype of; set lora.dtype")
-        dtype = weight.dtype if config.dtype == "base" else getattr(torch, config.dtype)
         addend = Addend(linear.inputs, linear.outputs, config.rank, config.scale, dtype, torch.device("meta"))
         child = f"lora_{config.name}"
         if hasattr(module, child):
@@ -88,7 +91,7 @@ def _add_to_forward(module: nn.Module, addend: Addend) -> Callable[[], None]:
 def _part(linear: "Linear", config: "LoRA", own: str, dtype: torch.dtype, stored: torch.dtype, seed: int) -> Part:
     def product(tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
-        BA = config.scale * (tensors[f"{own}.B"].to(wide) @ tensors[f"{own}.A"].to(wide))
+        BA = (tensors[f"{own}.B"].to(wide) @ tensors[f"{own}.A"].to(wide)).mul_(config.scale)
         return (BA.T if linear.transposed else BA).to(like.device)
 
     def join(tensors: Mapping[str, Tensor], below: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from treering.errors import ConfigError, PlanError
-from treering.technique import Applied, Claim, Site, Stage
+from treering.technique import Applied, Claim, Need, Site, Stage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,7 +89,7 @@ class LoRA:
                     f"set lora.rank to at most {min(linear.inputs, linear.outputs)} or leave it out of lora.targets"
                 )
             pissa = self.init == "pissa"
-            needs = ("plain_weight",) if pissa else ()
+            needs: tuple[Need, ...] = ("plain_weight",) if pissa else ()
             # The addend is shared: several adapters add up; but a start that moves the base must be alone on it.
             # The gradient is claimed as well, so that a technique which trains the weight itself is refused beside
             # an adapter instead of training the same thing twice.

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from treering.attention import Documents
 from treering.errors import DataError
-from treering.topology import axis_size
 from treering.plan.loss import IGNORED, trained_tokens
+from treering.topology import axis_size
 
 Batch = dict[str, Any]
 

@@ -1,8 +1,8 @@
 """The lifecycle: open → resolve → claims → apply → shard → materialise → fill or resume → run."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from treering import attention
 from treering.anatomy import Anatomy, examine
 from treering.errors import PlanError
-from treering.topology import axis_size
-from treering.topology import mesh as make_mesh
 from treering.plan import conflicts, opening
 from treering.plan.fill import Chain, Statistics, fill, refill
 from treering.plan.materialise import materialise, to_meta
@@ -21,6 +19,8 @@ from treering.plan.place import settle
 from treering.plan.prepared import Prepared
 from treering.plan.run import Run
 from treering.technique import Applied, LazyTensor, Part, Site, Stage, Technique
+from treering.topology import axis_size
+from treering.topology import mesh as make_mesh
 from treering.weights import Source, plain_tensors
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Plan:
     device: torch.device
     seed: int
     unpackable: str | None = None  # why packed batches are refused
-    restore: tuple = field(default=())
+    restore: tuple[Callable[[], None], ...] = ()  # what takes the packed attention off again
 
     @property
     def data_ranks(self) -> int:
@@ -119,6 +119,9 @@ def draft(
     built = model if live else opening.on_meta(folder, dtype)  # type: ignore[arg-type]
     assert isinstance(built, nn.Module)
     _refuse_used(built)
+    if live and dtype != "auto" and built.dtype != opening.named_dtype(dtype):
+        raise PlanError(f"dtype is {dtype} and the live model is {built.dtype}; cast it before, or leave dtype out")
+    called = name or (type(built).__name__ if live else str(model))  # FSDP will rename the class
     anatomy = examine(built, roles)
     opening.quiet_dropout(built, dropout)
     source = opening.source_of(built, None if live else folder) if weights else None  # type: ignore[arg-type]
@@ -145,7 +148,7 @@ def draft(
         chains=chains,
         plain=plain,
         source=source,
-        source_name=name or (type(built).__name__ if live else str(model)),
+        source_name=called,
         folder=folder,
         mesh=mesh,
         device=_device(mesh),
@@ -165,6 +168,8 @@ def load(
     """Memory and values for a plan: first ones, or those that `resume` holds of every name in `plan.owned`."""
     if plan.source is None:
         raise PlanError("this plan was drafted without weights")
+    if plan.source.spent:
+        raise PlanError("this plan's live model has given its weights away already; draft a plan of a fresh one")
     resting = torch.device("cpu") if any(a.resting == "cpu" for a in plan.applied) else plan.device
     materialise(plan.model, plan.device, resting)
     store = None if prepared is None else Prepared(Path(prepared))
@@ -173,6 +178,7 @@ def load(
     else:
         refill(plan.model, plan.source, plan.owned, resume)
         lost = {}
+    plan.source.release()
     plan.model.train()
     return Run(plan, lost)
 

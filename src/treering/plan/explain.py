@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch.distributed.tensor import DTensor
 
-from treering.topology import AXES, axis_size
 from treering.plan.conflicts import name_of
 from treering.plan.place import local_rows
+from treering.topology import AXES, axis_size
 
 if TYPE_CHECKING:
     from treering.plan.compose import Plan

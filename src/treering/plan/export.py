@@ -1,5 +1,6 @@
 """Plain tensors out: the same joins over the live tensors, gathered one group at a time."""
 
+import copy
 import json
 import os
 import shutil
@@ -18,9 +19,12 @@ from treering.plan.place import gather
 from treering.weights import Writer, export_groups, to_file_layout
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from treering.plan.compose import Plan
 
 BESIDE = (
+    "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -54,10 +58,15 @@ def export(plan: "Plan", folder: Path, adapter: str | None) -> Path:
     temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     if first:
         temporary.mkdir(parents=True)
-    if adapter is None:
-        _dense(plan, temporary, first)
-    else:
-        _adapter(plan, temporary, adapter, first)
+    try:
+        if adapter is None:
+            _dense(plan, temporary, first)
+        else:
+            _adapter(plan, temporary, adapter, first)
+    except BaseException:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if first:
         if folder.exists():
             folder.rmdir()
@@ -77,14 +86,22 @@ def _dense(plan: "Plan", folder: Path, first: bool) -> None:
     if not first:
         return
     writer.close()
-    plan.model.config.save_pretrained(folder)
-    generation = getattr(plan.model, "generation_config", None)
-    if generation is not None:
-        generation.save_pretrained(folder)
+    _config(plan).save_pretrained(folder)
     for name in BESIDE:
         beside = plan.folder / name if plan.folder is not None else None
         if beside is not None and beside.is_file():
             shutil.copy(beside, folder / name)
+    generation = getattr(plan.model, "generation_config", None)
+    if generation is not None and not (folder / "generation_config.json").exists():
+        generation.save_pretrained(folder)
+
+
+def _config(plan: "Plan") -> "PretrainedConfig":
+    """As transformers writes it beside weights: with the dtype they have and the class that they are of."""
+    config = copy.deepcopy(plan.model.config)
+    config.dtype = next(dtype for _, dtype in plan.plain.values())
+    config.architectures = [type(plan.model).__name__.removeprefix("FSDP")]
+    return config
 
 
 def _adapter(plan: "Plan", folder: Path, name: str, first: bool) -> None:

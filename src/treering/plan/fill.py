@@ -121,7 +121,8 @@ def _addition(chain: Chain, tensors: Mapping[str, Tensor], weight: LazyTensor) -
     """What a start that never reads the weight adds to it; promised to be nothing unless it is an import."""
     if any(part.tolerance is None for part in chain.parts):
         return 0.0
-    return float(join(chain.parts, tensors, torch.zeros(weight.shape)).abs().max())
+    nothing = torch.zeros(()).expand(weight.shape)  # without memory: this must not be what loading peaks at
+    return float(torch.linalg.vector_norm(join(chain.parts, tensors, nothing), float("inf")))
 
 
 def _shared(
@@ -180,7 +181,7 @@ def _shared(
 
 
 def _identity(chain: Chain, live: Mapping[str, Tensor], statistics: Statistics | None) -> str:
-    names = sorted({own for part in chain.parts for own in part.names})
+    names = sorted({own for part in chain.parts for own in part.names} | ({chain.name} & set(live)))
     dtypes = [f"{n}:{live[n].dtype}" for n in names]
     measured = (statistics or {}).get(chain.name, {})
     return "\0".join([chain.name, *dtypes, *(f"{n}={digest(t)}" for n, t in sorted(measured.items()))])

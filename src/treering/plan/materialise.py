@@ -35,41 +35,42 @@ def _replace(model: nn.Module, make) -> None:
 
 
 def _buffers(model: "PreTrainedModel", device: torch.device) -> None:
-    """Non-persistent buffers (rotary frequencies) are in no file: the model's own initialisation computes them.
-
-    They are filled with a sentinel first, so that one which nobody computes is an error here and not noise later.
-    """
+    """Non-persistent buffers (rotary frequencies) are in no file: the model's own initialisation computes them."""
     for module in model.modules():
-        waiting: list[tuple[str, Tensor]] = []
+        waiting: list[str] = []
         for name, buffer in list(module._buffers.items()):
             if buffer is None:
                 continue
             if not buffer.is_meta:
                 module._buffers[name] = buffer.to(device)
                 continue
-            empty = torch.empty_like(buffer, device=device)
+            module._buffers[name] = torch.empty_like(buffer, device=device)
             if name in module._non_persistent_buffers_set:
-                empty.fill_(_sentinel(empty.dtype))
-                waiting.append((name, empty))
-            module._buffers[name] = empty
+                waiting.append(name)
         if waiting:
             _compute(model, module, waiting)
 
 
-def _compute(model: "PreTrainedModel", module: nn.Module, waiting: list[tuple[str, Tensor]]) -> None:
-    # `_init_weights` also draws parameters that the module holds itself: values that fill() overwrites. Its random
-    # numbers must not advance the user's generator.
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        model._init_weights(module)
-    for name, _ in waiting:
-        value = module._buffers[name]
-        assert value is not None
-        if value.numel() and bool((value == _sentinel(value.dtype)).all() if value.dtype.is_floating_point else False):
+def _compute(model: "PreTrainedModel", module: nn.Module, waiting: list[str]) -> None:
+    """Computed from two different beginnings: what keeps a trace of either is noise that would show up later."""
+    for parameter in module.parameters(recurse=False):
+        parameter._is_hf_initialized = True  # fill() gives the values: nothing is to be drawn for them here
+    found: list[dict[str, Tensor]] = []
+    for beginning in (0, 1):
+        for name in waiting:
+            _held(module, name).fill_(beginning)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            model._init_weights(module)
+        found.append({name: _held(module, name).clone() for name in waiting})
+    for name in waiting:
+        if not torch.equal(found[0][name], found[1][name]):
             raise PlanError(
                 f"{type(model).__name__}: the buffer {name!r} of {type(module).__name__} is in no checkpoint and the "
                 "model's initialisation does not compute it; load the model yourself and give compose() the live model"
             )
 
 
-def _sentinel(dtype: torch.dtype) -> float:
-    return -7.0e33 if dtype in (torch.float32, torch.float64, torch.bfloat16) else 0
+def _held(module: nn.Module, name: str) -> Tensor:
+    buffer = module._buffers[name]
+    assert buffer is not None
+    return buffer

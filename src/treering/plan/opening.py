@@ -8,12 +8,13 @@ from torch import nn
 
 from treering.errors import CheckpointError, PlanError
 from treering.seeds import derive
-from treering.weights import Source, from_folder, from_model
+from treering.weights import Source, from_folder, from_model, keep_wide
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Dropout = Literal["refuse", "off", "per_rank"]
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 NEEDED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")  # no pickles, no code
 
 
@@ -39,17 +40,27 @@ def locate(path: str) -> Path:
 def on_meta(folder: Path, dtype: str) -> "PreTrainedModel":
     """The model that the folder's config describes, without memory."""
     config = read_config(folder)
-    chosen = config.dtype if dtype == "auto" else getattr(torch, dtype)
-    from transformers import AutoModelForCausalLM
+    chosen = config.dtype or torch.float32 if dtype == "auto" else named_dtype(dtype)
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=chosen or torch.float32)
+            model = AutoModelForCausalLM.from_config(config, dtype=chosen)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from None
+    keep_wide(model, chosen)
+    if (folder / "generation_config.json").is_file():  # where a chat model's ends of turn are told
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
-def read_config(folder: Path):
+def named_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise PlanError(f"dtype is {name!r}; write auto or one of {', '.join(DTYPES)}", settings=("model.dtype",))
+    return getattr(torch, name)
+
+
+def read_config(folder: Path) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
@@ -73,10 +84,12 @@ def initialised(folder: Path, dtype: str, seed: int) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     config = read_config(folder)
-    chosen = config.dtype if dtype == "auto" else getattr(torch, dtype)
+    chosen = config.dtype or torch.float32 if dtype == "auto" else named_dtype(dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "initialise"))
-        return AutoModelForCausalLM.from_config(config, dtype=chosen or torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=chosen)
+    keep_wide(model, chosen)
+    return model
 
 
 def source_of(model: "PreTrainedModel", folder: Path | None) -> Source:
@@ -90,7 +103,8 @@ def quiet_dropout(model: nn.Module, mode: Dropout) -> None:
     found = []
     for name, module in model.named_modules():
         for attribute, value in list(vars(module).items()):
-            noisy = "dropout" in attribute or "jitter" in attribute or (isinstance(module, nn.Dropout) and attribute == "p")
+            named = any(word in attribute for word in ("dropout", "jitter", "layerdrop"))
+            noisy = named or (isinstance(module, nn.Dropout) and attribute == "p")
             if noisy and isinstance(value, float) and value > 0:
                 found.append(f"{name}.{attribute} = {value}")
                 if mode == "off":

@@ -54,7 +54,7 @@ class Run:
         named = self.trainable()
         if not settings.get("weight_decay"):
             return kind([p for _, p in named], **settings)
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for _, p in named if p.ndim >= 2]},
             {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
         ]
@@ -63,11 +63,11 @@ class Run:
     def steps(self, loader: Iterable[Batch | list[Batch]], *, accumulate: int = 1) -> Iterator[list[Batch]]:
         """The micro-batches of one optimizer step at a time: counted over all ranks, transformed, on the device."""
         for micro_batches in batches.steps(loader, accumulate, self.plan.mesh):
-            self._samples = [s for batch in micro_batches for s in batch.get("samples", ())]
             yield self.ready(micro_batches)
 
     def ready(self, micro_batches: Sequence[Batch]) -> list[Batch]:
-        """Counted micro-batches, transformed by the techniques and on the device."""
+        """Counted micro-batches of one step, transformed by the techniques and on the device."""
+        self._samples = [sample for batch in micro_batches for sample in batch.get("samples", ())]
         return [self._ready(batch) for batch in micro_batches]
 
     def _ready(self, batch: Batch) -> Batch:
@@ -121,7 +121,12 @@ class Run:
                     applied.after_step()
 
         handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
-        return lambda: [handle.remove() for handle in handles] and None
+
+        def detach() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return detach
 
     def _check_same(self, named: Sequence[tuple[str, nn.Parameter]], optimizers: Sequence[Optimizer]) -> None:
         """A parameter that no optimizer steps would silently never learn; one that two step would learn twice."""
@@ -143,6 +148,17 @@ class Run:
             if applied.metrics is not None:
                 found |= applied.metrics()
         return found
+
+    def undo(self) -> None:
+        """Take forward rewrites and observers off again: the model computes with its plain modules, as they are now.
+
+        Parameters stay where techniques put them, and so does sharding.
+        """
+        for applied in reversed(self.plan.applied):
+            if applied.undo is not None:
+                applied.undo()
+        for restore in self.plan.restore:
+            restore()
 
     def plain(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """The plain weights as the techniques hold them now, one at a time; a collective when sharded."""

@@ -42,8 +42,9 @@ def take(
     finite = norm == norm and norm not in (float("inf"), float("-inf"))
     if finite:
         if clip is not None and norm > clip:
-            held = [local(g) for g in gradients]
-            torch._foreach_mul_([g for g in held if g.numel()], clip / norm)
+            held = [g for g in map(local, gradients) if g.numel()]
+            if held:  # a rank may have no row of anything that is trained
+                torch._foreach_mul_(held, clip / norm)
         for one in applied:
             if one.before_step is not None:
                 one.before_step()
@@ -59,7 +60,8 @@ def norm_over_meshes(gradients: Iterable[Tensor]) -> Tensor:
     """The 2-norm of all gradients together. Those on different meshes are summed over their own ranks, then combined."""
     groups: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
     for gradient in gradients:
-        mesh, axes = None, ()
+        mesh: DeviceMesh | None = None
+        axes: tuple[int, ...] = ()
         if isinstance(gradient, DTensor):
             mesh = gradient.device_mesh
             axes = tuple(i for i, p in enumerate(gradient.placements) if isinstance(p, ShardPlacement))

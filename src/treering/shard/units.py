@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
-from treering.topology import axis_size, parameter_mesh
+from treering.errors import PlanError
 from treering.technique import Site
+from treering.topology import axis_size, parameter_mesh
 
 if TYPE_CHECKING:
     from treering.anatomy import Anatomy
@@ -48,9 +50,14 @@ def shard(model: nn.Module, config: "Shard", site: Site) -> tuple[str, ...]:
             inside = any(name.startswith(f"{fqn}.") or fqn == "" for fqn in unit)
             module = model.get_submodule(name)
             if inside and not isinstance(module, FSDPModule) and _needs_own_unit(modules, module, dtype, config):
-                policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype, cast_forward_inputs=False)
-                fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+                policy = MixedPrecisionPolicy(
+                    param_dtype=dtype, reduce_dtype=_reduce(config, {dtype}), cast_forward_inputs=False
+                )
+                fully_shard(
+                    module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=config.reshard
+                )
                 apart += 1
+        _check_uniform(dict(zip(unit, modules)))
         target = modules if len(modules) > 1 else modules[0]
         root = unit == ("",)
         # The root's own parameters (the last norm) are used at the very end of the forward and at the very start of
@@ -77,11 +84,29 @@ def shard(model: nn.Module, config: "Shard", site: Site) -> tuple[str, ...]:
 
 def _policy(config: "Shard", unit: list[nn.Module]) -> MixedPrecisionPolicy:
     compute = None if config.compute == "stored" else getattr(torch, config.compute)
-    reduce = None if config.reduce == "stored" else getattr(torch, config.reduce)
     gradients = {compute or p.dtype for module in unit for p in module.parameters() if p.requires_grad}
-    if reduce is not None and all(dtype.itemsize >= reduce.itemsize for dtype in gradients):
-        reduce = None  # `reduce` is a floor: float64 gradients are not rounded to float32 on their way
-    return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
+    return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=_reduce(config, gradients))
+
+
+def _reduce(config: "Shard", gradients: set[torch.dtype]) -> torch.dtype | None:
+    """`reduce` is a floor: float64 gradients are not rounded to float32 on their way. None: as they are."""
+    reduce = None if config.reduce == "stored" else getattr(torch, config.reduce)
+    return None if reduce is not None and all(dtype.itemsize >= reduce.itemsize for dtype in gradients) else reduce
+
+
+def _check_uniform(unit: dict[str, nn.Module]) -> None:
+    """FSDP sums one unit's gradients as one buffer; it would say so too, but at the first forward and without names."""
+    first: dict[torch.dtype, str] = {}
+    for fqn, module in unit.items():
+        for name, parameter in module.named_parameters(prefix=fqn):
+            if parameter.requires_grad and not isinstance(parameter, DTensor):  # a DTensor is another unit's already
+                first.setdefault(parameter.dtype, name)
+    if len(first) > 1:
+        found = " and ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for dtype, name in first.items())
+        raise PlanError(
+            f"shard: one unit would train {found}, and a unit's gradients have one dtype. Open the model with one dtype "
+            "(model.dtype: float32), or freeze those of the other"
+        )
 
 
 def _pinned(model: nn.Module, site: Site) -> dict[str, torch.dtype]:

@@ -1,7 +1,7 @@
 """What a run tells while it goes. The console, metrics.jsonl and any tracker are callbacks; none can change the run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ class Callback:
     def noted(self, text: str) -> None:
         """Something happened that a person wants to read: a skipped step, a checkpoint, a generated sample."""
 
-    def finished(self, summary: list[Mapping[str, Any]]) -> None:
+    def finished(self, summary: Sequence[Mapping[str, Any]]) -> None:
         """After the last step; `summary` is the rows of a table."""
 
 
@@ -33,7 +33,7 @@ class Screen(Protocol):
     def start(self, total_steps: int) -> None: ...
     def step(self, metrics: Mapping[str, float]) -> None: ...
     def note(self, text: str) -> None: ...
-    def table(self, rows: list[Mapping[str, Any]]) -> None: ...
+    def table(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
     def stop(self) -> None: ...
 
 
@@ -55,7 +55,7 @@ class Console(Callback):
     def noted(self, text: str) -> None:
         self.screen.note(text)
 
-    def finished(self, summary: list[Mapping[str, Any]]) -> None:
+    def finished(self, summary: Sequence[Mapping[str, Any]]) -> None:
         self.screen.stop()
         self.screen.table(summary)
 

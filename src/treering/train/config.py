@@ -1,5 +1,6 @@
 """What a user may say about training: plain frozen dataclasses, no torch, checked as they are made."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -75,7 +76,8 @@ class Checkpoint:
     """When to save, how many to keep, and whether to go on from the newest one."""
 
     every: int | None = None  # steps; the end is always saved
-    keep: int = 2
+    keep: int = 2  # the newest so many, and the best evaluated one if it was saved
+    best: bool = False  # also save whenever an evaluation is the best so far
     resume: Literal["auto", "never"] = "auto"
 
     def __post_init__(self) -> None:
@@ -111,6 +113,7 @@ class Model:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     dropout: Literal["refuse", "off", "per_rank"] = "refuse"
     initialise: bool = False  # random weights from the folder's config.json: pretraining from nothing
+    roles: Mapping[str, str] = field(default_factory=dict)  # pattern -> role, for what the anatomy cannot tell
 
     def __post_init__(self) -> None:
         if not self.path.strip():

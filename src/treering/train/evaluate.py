@@ -1,7 +1,7 @@
 """Loss on held-out documents, and a few generations to read."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -37,14 +37,14 @@ def held_out_loss(run: Run, loader: Loader) -> float:
 def samples(run: Run, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], new_tokens: int) -> list[str]:
     """Greedy continuations. Every rank generates the same: a sharded model needs all of them in each forward."""
     run.model.eval()
-    found = []
+    found: list[str] = []
     try:
         for prompt in prompts:
             ids = encode(tokenizer, prompt).to(run.plan.device)
             made = run.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, use_cache=True
             )
-            found.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+            found.append(str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)))
     finally:
         run.model.train()
     return found
@@ -54,6 +54,9 @@ def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> torch.Tensor:
     """As a user's turn where the tokenizer has a chat template, as plain text otherwise."""
     if getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": prompt}]
-        made = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        return made["input_ids"]
-    return tokenizer(prompt, return_tensors="pt")["input_ids"]
+        made: Any = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        made = tokenizer(prompt, return_tensors="pt")
+    return made["input_ids"]

@@ -58,6 +58,10 @@ class Keeper:
         else:
             self.counts["without_improvement"] += 1
 
+    def wants(self, step: int) -> bool:
+        """Whether `step` has just been judged the best, and the best is to be saved."""
+        return self.job.train.checkpoint.best and self.counts["best_step"] == step
+
     def patience_is_over(self) -> bool:
         patience = self.job.train.evaluate.patience
         return patience is not None and self.counts["without_improvement"] >= patience

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -37,7 +38,8 @@ def _adamw(settings: Settings) -> dict[str, Any]:
 
 def _muon(run: Run, settings: Settings) -> list[Optimizer]:
     inside = {p.name for p in run.plan.anatomy.parameters.values() if p.block is not None}
-    matrices, rest = [], []
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, parameter in run.trainable():
         (matrices if parameter.ndim == 2 and name in inside else rest).append(parameter)
     if not matrices:

@@ -69,7 +69,7 @@ def train(job: Job, callbacks: Sequence[Callback] = (), *, profile: bool = False
             made = evaluate.samples(run, tokenizer, settings.evaluate.prompts, settings.evaluate.new_tokens)
             tell.sampled(settings.evaluate.prompts, made)
         stop = keeper.patience_is_over()
-        if last or stop or due(step + 1, settings.checkpoint.every):
+        if last or stop or keeper.wants(step + 1) or due(step + 1, settings.checkpoint.every):
             with watch("checkpoint"):
                 tell.saved(keeper.save(run, steppers, step + 1))
         if stop:
@@ -85,10 +85,11 @@ def draft_of(job: Job) -> Plan:
     return draft(
         model,
         job.techniques,
-        mesh=mesh(**job.mesh) if _needs_mesh(job) else None,
+        mesh=mesh(**dict(job.mesh)) if _needs_mesh(job) else None,  # type: ignore[arg-type]
         dtype=job.model.dtype,
         seed=job.seed,
         dropout=job.model.dropout,
+        roles=job.model.roles,
         name=job.model.path,
         folder=folder,
     )

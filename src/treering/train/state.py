@@ -20,7 +20,7 @@ def tensors(run: Run, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     for applied in run.plan.applied:
         if applied.state is not None:
             found |= {f"state/{name}": value for name, value in applied.state().items()}
-    names = {p: name for name, p in run.trainable()}
+    names: dict[Tensor, str] = {p: name for name, p in run.trainable()}
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             for key, value in state.items():

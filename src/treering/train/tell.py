@@ -118,7 +118,7 @@ class Teller:
             "skipped": keeper.counts["skipped"],
             "seconds": round(spent, 1),
         }
-        rows = [{"": name, "value": value} for name, value in summary.items() if value is not None]
+        rows = [{"run": name, "": f"{value:g}"} for name, value in summary.items() if value is not None]
         for callback in self.callbacks:
             callback.finished(rows)
         if watch.on:

@@ -32,11 +32,12 @@ def adapter(cls: type) -> TypeAdapter[Any]:
 def _mirror(cls: type) -> Any:
     fields: dict[str, Any] = {}
     for key in keys(cls).values():
-        annotation = Annotated[_rewrite(key.annotation), Field(json_schema_extra=_for_editors(key))]
+        annotation: Any = Annotated[_rewrite(key.annotation), Field(json_schema_extra=_for_editors(key))]
         fields[key.name] = annotation if key.required else NotRequired[annotation]
-    mirror = TypedDict(cls.__name__, fields)  # type: ignore[operator]
+    make: Any = TypedDict  # type checkers know it only with names written out
+    mirror = make(cls.__name__, fields)
     mirror.__doc__ = cls.__doc__
-    mirror.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[attr-defined]
+    mirror.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)
     return Annotated[mirror, AfterValidator(_maker(cls))]
 
 

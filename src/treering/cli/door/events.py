@@ -45,9 +45,7 @@ def yaml_events(text: str) -> Iterator[Event]:
             if isinstance(event, yaml.DocumentStartEvent):
                 documents += 1
                 if documents > 1:
-                    raise Refused(
-                        event.start_mark.line + 1, "a second document starts here", "keep one; remove the `---`"
-                    )
+                    raise Refused(_line(event), "a second document starts here", "keep one; remove the `---`")
             elif isinstance(event, (yaml.NodeEvent, yaml.CollectionEndEvent)):
                 yield _event(event)
     except yaml.MarkedYAMLError as error:
@@ -64,8 +62,12 @@ def yaml_events(text: str) -> Iterator[Event]:
             loader.dispose()
 
 
+def _line(event: Any) -> int:
+    return event.start_mark.line + 1
+
+
 def _event(event: Any) -> Event:
-    line = event.start_mark.line + 1
+    line = _line(event)
     if isinstance(event, yaml.CollectionEndEvent):
         return Event("end", line)
     if isinstance(event, yaml.AliasEvent):

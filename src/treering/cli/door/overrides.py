@@ -20,8 +20,8 @@ def override(document: Document, cls: type, settings: Sequence[str]) -> Document
     problems = []
     for setting in settings:
         try:
-            path, value = _parse(setting)
-            path = _put(values, path, value, setting)
+            steps, value = _parse(setting)
+            path = _put(values, steps, value, setting)
         except _Bad as error:
             problems.append(error.problem)
             continue

@@ -1,0 +1,218 @@
+"""The prepared/ folder: what was split once is never split again, and nothing stale is ever taken for it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import treering as tr
+from tests.ranks import RankFailed, on_ranks
+from tests.same import assert_all_same
+from tests.toy import weights
+from tests.zoo import build, save
+from treering.plan.place import gather
+from treering.technique import Applied, Claim, Part, Stage
+
+TARGETS = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj", "model.layers.1.mlp.up_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halves:
+    """Owns three weights as two halves, and writes a line into `log` for each one that it splits."""
+
+    log: str
+    factor: float = 0.25
+    fails_on: str = ""
+    stage: ClassVar[Stage] = Stage.ADAPT
+
+    def claims(self, anatomy, mesh):
+        return [Claim(fqn=f"{name}.weight", aspect="storage", setting="halves") for name in TARGETS]
+
+    def apply(self, model, site):
+        parts, trainable = {}, []
+        for name in TARGETS:
+            module = model.get_submodule(name)
+            whole = module.weight
+            del module.weight
+            for half in ("left", "right"):
+                module.register_parameter(half, torch.nn.Parameter(torch.empty_like(whole)))
+            module.forward = lambda x, module=module: x @ (module.left + module.right).T
+            left, right = f"{name}.left", f"{name}.right"
+            trainable += [left, right]
+            parts[f"{name}.weight"] = Part(
+                names=(left, right),
+                split=self._splitter(name, left, right),
+                join=lambda t, below, left=left, right=right: below + t[left] + t[right],
+                keeps_base=False,
+                tolerance=1e-2,
+                cost=1.0,
+            )
+        return Applied(trainable=tuple(trainable), parts=parts)
+
+    def _splitter(self, name, left, right):
+        def split(weight, below, statistics):
+            if name == self.fails_on:
+                raise ValueError(f"the split of {name} went wrong")
+            with open(self.log, "a") as log:
+                log.write(f"{name}\n")
+            W = weight.read()
+            return {left: W * self.factor, right: W * (1 - self.factor)}
+
+        return split
+
+
+def splits(log: Path) -> list[str]:
+    return sorted(log.read_text().split()) if log.exists() else []
+
+
+@pytest.fixture
+def log(tmp_path):
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "prepared"
+
+
+def held(log, cache, model=None, **how):
+    settings = {k: how.pop(k) for k in ("factor", "fails_on") if k in how}
+    run = tr.compose(
+        model if model is not None else build("llama"), [Halves(log=str(log), **settings)], prepared=cache, **how
+    )
+    return {name: gather(p).clone() for name, p in run.model.named_parameters()}
+
+
+def test_a_second_time_nothing_is_split_and_every_bit_is_the_same(log, cache):
+    first = held(log, cache)
+    assert splits(log) == sorted(TARGETS)
+    files = {p: p.stat().st_mtime_ns for p in cache.iterdir()}
+    assert len(files) == 3
+    assert_all_same(held(log, cache), first)
+    assert splits(log) == sorted(TARGETS)
+    assert {p: p.stat().st_mtime_ns for p in cache.iterdir()} == files
+
+
+def test_the_loss_at_load_is_remembered(log, cache):
+    techniques = [tr.LoRA(rank=2, init="pissa", targets=("up_proj",))]
+    first = tr.compose(build("llama"), techniques, prepared=cache).lost
+    assert all(value > 0 for value in first.values()) and len(first) == 2
+    assert tr.compose(build("llama"), techniques, prepared=cache).lost == first
+
+
+def test_one_changed_bit_of_one_weight_is_split_again_alone(log, cache):
+    held(log, cache)
+    model = build("llama")
+    with torch.no_grad():
+        weight = model.get_submodule(TARGETS[0]).weight
+        weight[3, 4] = torch.nextafter(weight[3, 4], torch.tensor(9.0))
+    held(log, cache, model)
+    assert splits(log) == sorted([*TARGETS, TARGETS[0]])
+
+
+@pytest.mark.parametrize("how", [{"factor": 0.5}, {"seed": 1}], ids=str)
+def test_other_settings_or_another_seed_miss(log, cache, how):
+    held(log, cache)
+    held(log, cache, **how)
+    assert len(splits(log)) == 6
+
+
+@pytest.mark.parametrize("order", [("bfloat16", "float32"), ("float32", "bfloat16")], ids=str)
+def test_another_dtype_of_the_same_file_misses(log, cache, tmp_path, order):
+    folder = save("llama", tmp_path / "m")
+    for dtype in order:
+        found = held(log, cache, folder, dtype=dtype)
+        alone = held(log, tmp_path / f"only {dtype}", folder, dtype=dtype)
+        assert_all_same(found, alone)
+
+
+def test_a_base_that_moves_is_kept_in_the_dtype_it_will_live_in(cache, tmp_path):
+    """The adapter is float32 both times and the file is the same: only the base tells the two apart."""
+    folder = save("llama", tmp_path / "m")
+    pissa = [tr.LoRA(rank=2, init="pissa", targets=("up_proj",))]
+    tr.compose(folder, pissa, dtype="bfloat16", prepared=cache)
+    run = tr.compose(folder, pissa, dtype="float32", prepared=cache)
+    assert max(run.lost.values()) < 1e-6
+    wanted = dict(build("llama").named_parameters())
+    assert_all_same(weights(run), {n: wanted[n] for n, _ in run.plain()}, 1e-6)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_file_that_was_cut_short_is_made_again(log, cache, keep):
+    first = held(log, cache)
+    victim = sorted(cache.iterdir())[0]
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:keep])
+    assert_all_same(held(log, cache), first)
+    assert len(splits(log)) == 4 and victim.read_bytes() == whole
+
+
+def test_nothing_half_written_is_left_behind(log, cache):
+    held(log, cache)
+    assert all(p.suffix == ".safetensors" and not p.name.startswith(".") for p in cache.iterdir())
+
+
+def test_what_a_crash_left_behind_is_not_read(log, cache):
+    cache.mkdir()
+    (cache / ".abc.def.tmp").write_bytes(b"half")
+    held(log, cache)
+    assert len(splits(log)) == 3
+
+
+def on_a_rank(log, cache, settings):
+    run = tr.compose(build("llama"), [Halves(log=str(log), **settings), tr.Shard()], prepared=cache)
+    return {name: gather(p).clone() for name, p in run.model.named_parameters()}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_split_each_weight_once_and_slice_the_same_bits(log, cache, world, tmp_path):
+    wanted = held(tmp_path / "other log", tmp_path / "other")
+    for found in on_ranks(world, on_a_rank, log, cache, {}):
+        assert_all_same(found, wanted)
+    assert splits(log) == sorted(TARGETS)
+
+
+def test_what_one_rank_prepared_two_ranks_read(log, cache):
+    wanted = held(log, cache)
+    for found in on_ranks(2, on_a_rank, log, cache, {}):
+        assert_all_same(found, wanted)
+    assert splits(log) == sorted(TARGETS)
+
+
+def failing(log, cache):
+    try:
+        on_a_rank(log, cache, {"fails_on": TARGETS[1]})
+    except tr.PlanError as error:
+        return str(error)
+
+
+def test_a_split_that_fails_on_one_rank_ends_all_with_its_message(log, cache):
+    first, second = on_ranks(2, failing, log, cache)
+    assert first == second and "ValueError: the split of model.layers.0.mlp.gate_proj went wrong" in first
+    assert "rank 0" in first or "rank 1" in first
+    held(log, cache)  # what the other splits made is not lost, and the failed one left nothing
+    assert splits(log).count(TARGETS[1]) == 1
+
+
+def without_a_folder():
+    tr.compose(build("llama"), [tr.LoRA(rank=2, init="pissa"), tr.Shard()])
+
+
+def test_several_ranks_need_a_folder():
+    with pytest.raises(RankFailed, match=r"PlanError: a folder for prepared tensors is needed.*prepared=DIR"):
+        on_ranks(2, without_a_folder)
+
+
+def test_starts_that_read_nothing_cache_nothing(cache):
+    tr.compose(build("llama"), [tr.LoRA(rank=2)], prepared=cache)
+    assert not list(cache.iterdir())
+
+
+def test_files_are_plain_safetensors(log, cache):
+    held(log, cache)
+    found = load_file(sorted(cache.iterdir())[0])
+    assert sorted(name.rpartition(".")[2] for name in found) == ["left", "lost", "right"]
+    save_file(found, cache / "copy.safetensors")

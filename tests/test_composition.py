@@ -1,0 +1,190 @@
+"""Every pair of techniques is numerically equal to the plain reference, or refused. There is no third state.
+
+`python -m tests.test_composition > docs/composition.md` prints the table below as a page.
+
+The reference knows no technique: transformers' own model with the weights that the run holds, each document a row of
+its own, one backward over the whole global batch. An adapter's gradients follow from that of the dense weight,
+∂A = s Bᵀ ∂W and ∂B = s ∂W Aᵀ; one step of SGD by hand then gives the weights that the run must export.
+"""
+
+import tempfile
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+
+import treering as tr
+from tests.ranks import on_ranks
+from tests.same import assert_all_same
+from tests.toy import packed, rows, weights
+from tests.zoo import build
+from treering.plan.place import gather
+from treering.topology import data_rank
+
+RATE = 0.3
+TECHNIQUES = {
+    "full": tr.Full(),
+    "lora": tr.LoRA(rank=4, alpha=8.0, dtype="float64"),
+    "lora (pissa)": tr.LoRA(name="pissa", rank=4, alpha=8.0, dtype="float64", init="pissa"),
+    "shard": tr.Shard(),
+    "compile": tr.Compile(backend="aot_eager"),
+}
+
+EQUAL = "equal"
+SAME = "decide what happens to the gradient of"
+ALONE = "one of them must be alone in that"
+NOTHING = "nothing would be trained"
+NO_SUM = "no technique sums their gradients"
+MEANING = {
+    EQUAL: "equal",
+    SAME: "refused: one weight cannot be trained twice",
+    ALONE: "refused: a start that moves the base must be alone on it",
+    NOTHING: "refused: nothing would be trained",
+    NO_SUM: "refused: nothing sums the gradients; add shard",
+}
+
+# (on one rank, on two ranks); with and without packing alike
+TABLE: dict[tuple[str, ...], tuple[str, str]] = {
+    ("full",): (EQUAL, NO_SUM),
+    ("lora",): (EQUAL, NO_SUM),
+    ("lora (pissa)",): (EQUAL, NO_SUM),
+    ("shard",): (NOTHING, NOTHING),
+    ("compile",): (NOTHING, NOTHING),
+    ("full", "lora"): (SAME, SAME),
+    ("full", "lora (pissa)"): (SAME, SAME),
+    ("full", "shard"): (EQUAL, EQUAL),
+    ("full", "compile"): (EQUAL, NO_SUM),
+    ("lora", "lora (pissa)"): (ALONE, ALONE),
+    ("lora", "shard"): (EQUAL, EQUAL),
+    ("lora", "compile"): (EQUAL, NO_SUM),
+    ("lora (pissa)", "shard"): (EQUAL, EQUAL),
+    ("lora (pissa)", "compile"): (EQUAL, NO_SUM),
+    ("shard", "compile"): (NOTHING, NOTHING),
+    ("full", "shard", "compile"): (EQUAL, EQUAL),
+    ("lora", "shard", "compile"): (EQUAL, EQUAL),
+    ("lora (pissa)", "shard", "compile"): (EQUAL, EQUAL),
+}
+
+
+def batches(packing):
+    """Of one length, so that a block is compiled once; trained tokens and borders of documents differ."""
+    return [packed((7, 5, 4)), packed((9, 7), seed=1)] if packing else rows(2, lengths=(16,))
+
+
+def documents(packing):
+    """The same tokens, each document a row of its own."""
+    for batch in batches(packing):
+        lengths = batch["documents"].lengths if packing else (batch["input_ids"].shape[1],)
+        for ids, labels in zip(batch["input_ids"][0].split(lengths), batch["labels"][0].split(lengths)):
+            yield ids[None], labels[None]
+
+
+def dense_gradients(plain, packing):
+    """∂W of every plain weight at `plain`, by transformers alone."""
+    model = build("llama", dtype=torch.float64, attention="sdpa").train()
+    model.load_state_dict(plain)
+    total = torch.zeros((), dtype=torch.float64)
+    count = 0
+    for ids, labels in documents(packing):
+        logits = model(ids, use_cache=False).logits[:, :-1]
+        total = total + torch.nn.functional.cross_entropy(logits[0], labels[0, 1:], ignore_index=-100, reduction="sum")
+        count += int((labels[:, 1:] != -100).sum())
+    (total / count).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def reference(plain, live, scale, packing):
+    """(gradients by live name, plain weights after one step of SGD)."""
+    dense = dense_gradients(plain, packing)
+    if scale is None:
+        return dense, {name: W - RATE * dense[name] for name, W in plain.items()}
+    gradients, after = {}, dict(plain)
+    for a_name, A in live.items():
+        if not a_name.endswith(".A"):
+            continue
+        b_name, weight = f"{a_name[:-2]}.B", f"{a_name.rpartition('.lora_')[0]}.weight"
+        B, G = live[b_name], dense[weight]
+        gradients[a_name], gradients[b_name] = scale * B.T @ G, scale * G @ A.T
+        new = (B - RATE * gradients[b_name]) @ (A - RATE * gradients[a_name])
+        after[weight] = plain[weight] + scale * (new - B @ A)
+    return gradients, after
+
+
+def cell(names, packing, folder):
+    """`equal`, or why the combination was refused; a difference raises."""
+    techniques = [TECHNIQUES[name] for name in names]
+    try:
+        run = tr.compose(build("llama", dtype=torch.float64), techniques, mesh=tr.mesh(), prepared=folder)
+    except tr.PlanError as error:
+        return str(error)
+    with torch.no_grad():
+        for name, parameter in run.trainable():
+            if name.endswith(".lora_default.B"):
+                parameter.fill_(0.02)  # at zero, half of the gradients would be zero and prove nothing
+    live = {name: gather(p).clone() for name, p in run.trainable()}
+    lora = [t for t in techniques if isinstance(t, tr.LoRA)]
+    wanted_gradients, wanted = reference(weights(run), live, lora[0].scale if lora else None, packing)
+    rank, ranks = data_rank(run.plan.mesh)
+    optimizer = run.optimizer(torch.optim.SGD, lr=RATE)
+    for ready in run.steps([batches(packing)[rank::ranks]]):
+        for batch in ready:
+            run.loss(batch).backward()
+        assert_all_same({name: gather(p.grad) for name, p in run.trainable()}, wanted_gradients, 1e-6)
+        run.step(optimizer)
+    assert_all_same(weights(run), wanted, 1e-6)
+    return EQUAL
+
+
+def column(folder):
+    """All cells of this number of ranks, in one process each: a fork and a warm compiler serve them all."""
+    return {(names, packing): cell(names, packing, folder) for names in TABLE for packing in (False, True)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_cell_is_what_the_table_says(ranks):
+    with tempfile.TemporaryDirectory() as folder:
+        for found in on_ranks(ranks, column, Path(folder), timeout=120.0):
+            wrong = {
+                (names, "packed" if packing else "rows"): outcome
+                for (names, packing), outcome in found.items()
+                if (outcome != EQUAL if TABLE[names][ranks - 1] == EQUAL else TABLE[names][ranks - 1] not in outcome)
+            }
+            assert not wrong
+
+
+def test_the_table_has_every_pair():
+    assert {frozenset(names) for names in TABLE} >= {frozenset(pair) for pair in combinations(TECHNIQUES, 2)}
+
+
+BEFORE = """# What goes together
+
+Every combination below was run, with rows and with packed documents. *Equal*: gradients, and the exported weights after
+one step, agree to 1e-6 (relative to the largest element) with a run of transformers' own model that knows no technique.
+*Refused*: `compose` raises a `PlanError` that names the settings, before any weight is read. There is no third state.
+
+| techniques | one rank | two ranks |
+|---|---|---|
+"""
+AFTER = """
+Two adapters on one weight, or `full` beside `lora`, are refused only where they meet: give them different `targets` and
+`train` patterns and they go together (`tests/plan/test_ranks_equal_one.py` trains norms beside adapters, and two
+adapters on one weight that both start at zero).
+
+Made by `python -m tests.test_composition > docs/composition.md` from the table in that file, whose every cell the tests
+check. `compile` stands for the backend `aot_eager`; inductor's kernels may round differently.
+"""
+
+
+def table() -> str:
+    lines = [f"| {' + '.join(names)} | {MEANING[one]} | {MEANING[two]} |\n" for names, (one, two) in TABLE.items()]
+    return BEFORE + "".join(lines) + AFTER
+
+
+def test_the_page_is_printed_from_the_table():
+    page = Path(__file__).parent.parent / "docs" / "composition.md"
+    assert page.read_text(encoding="utf-8") == table(), "run: python -m tests.test_composition > docs/composition.md"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -1,0 +1,59 @@
+"""The demo at a fraction of its size: every act runs; the bars are those of `make demo`, not of this."""
+
+import numpy as np
+import pytest
+
+import treering as tr
+from treering.demo import facts, run
+from treering.demo.trigram import Trigram
+
+
+class Paper:
+    def __init__(self):
+        self.lines = []
+
+    def start(self, total_steps):
+        pass
+
+    def step(self, metrics):
+        pass
+
+    def note(self, text):
+        self.lines.append(text)
+
+    def table(self, rows):
+        pass
+
+    def stop(self):
+        pass
+
+
+def test_every_act_runs_and_prints_its_command(tmp_path):
+    paper = Paper()
+    run(tmp_path / "demo", paper, characters=120_000, steps=2, epochs=1, places=1, strict=False)
+    text = "\n".join(paper.lines)
+    for command in ("treering train", "treering export", "treering data show"):
+        assert f"$ {command} {tmp_path}" in text
+    assert "bits per byte" in text and "✓ the exported model's logits are bitwise those of the run" in text
+
+
+def test_a_folder_of_somebody_else_is_not_cleared(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(tr.TreeringError, match="not the demo's"):
+        run(tmp_path, Paper())
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_the_trigram_is_a_probability():
+    model = Trigram([b"the tree keeps every ring", b"the ring keeps the year"])
+    start = b"the "
+    total = sum(2.0 ** -model.bits(start + bytes([c]))[-1] for c in range(256))
+    assert total == pytest.approx(1.0, rel=1e-9)
+    assert model.bits(b"the tree").mean() < model.bits(bytes(range(200, 208))).mean()
+    assert np.isfinite(model.bits(b"\xff\x00\xff")).all()
+
+
+def test_facts_are_all_different():
+    made = facts.invent(10)
+    assert len({fact.question for fact in made}) == 40
+    assert len({fact.answer for fact in made}) > 36
