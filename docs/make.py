@@ -93,7 +93,6 @@ NOTES = {
     "train.schedule.decay": "of `wsd`: as `warmup`",
     "train.schedule.final": "of the peak, at the end",
     "train.evaluate.new_tokens": "of each sample generation",
-    "train.checkpoint.keep": "the newest so many, and the best one",
     "train.checkpoint.resume": "`auto`: go on from the newest whole checkpoint; `never`: refuse a used folder",
     "mesh.replicate": "copies of the sharded model (hybrid sharding)",
     "mesh.shard": "ranks that parameters are sharded over",

@@ -60,6 +60,8 @@ def _collect(pipes: list[Connection], processes: list[Any], timeout: float) -> l
     waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
     while waiting:
         ready = wait(list(waiting), timeout=max(0.0, until - time.monotonic()))
+        if not ready and failures:
+            break  # the rank that failed is the news, not those that wait for it
         if not ready:
             raise RankFailed(f"ranks {sorted(waiting.values())} were not done after {timeout:.0f} s")
         for pipe in ready:

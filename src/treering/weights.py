@@ -97,7 +97,7 @@ def keep_wide(model: "PreTrainedModel", dtype: torch.dtype) -> None:
     for name, tensor in plain_tensors(model).items():
         match = found.search(name)
         if match and tensor.is_floating_point():
-            tensor.data = tensor.data.to(wide[by_group[match.lastgroup]])
+            tensor.data = tensor.data.to(wide[by_group[match.lastgroup or ""]])
 
 
 def from_folder(model: "PreTrainedModel", folder: Path) -> Source:

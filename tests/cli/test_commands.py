@@ -244,8 +244,8 @@ def test_a_run_is_trained_exported_and_inspected(chat, capsys):
     assert run("inspect", folder) == 0
     assert "last step" in capsys.readouterr().out
     moved = folder.rename(chat.parent / "moved")
-    assert run("export", moved, chat.parent / "out") == 0
+    assert run("export", moved, "--to", chat.parent / "out") == 0
     assert run("inspect", moved / "checkpoints" / "step-2") == 0
     assert run("inspect", chat.parent / "out") == 0
     assert "out: model" in capsys.readouterr().out
-    assert run("export", moved, chat.parent / "out2", "--step", 1) == 5
+    assert run("export", moved, "--to", chat.parent / "out2", "--step", 1) == 5

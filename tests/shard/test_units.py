@@ -109,3 +109,15 @@ def unaided():
         del os.environ[name]
     run = tr.compose(build("llama"), [tr.Full(), tr.Shard()])
     return torch.distributed.get_world_size(), run.explain()
+
+
+def unsharded():
+    try:
+        tr.compose(build("llama"), [tr.Full()])
+    except tr.PlanError as error:
+        return str(error)
+
+
+def test_several_ranks_without_shard_are_refused_even_if_nobody_gave_a_mesh():
+    for text in on_ranks(2, unsharded):
+        assert "no technique sums their gradients: add shard" in text

@@ -13,7 +13,6 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Override a setting, e.g. train.optimizer.lr=1e-4. Repeatable."),
 ]
-Output = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)]
 
 
 def load(file: Path, settings: list[str] | None) -> "RunConfig":

@@ -60,7 +60,7 @@ class Writer:
         ends = self._end + np.cumsum([len(d.ids) for d in documents])
         self._end = int(ends[-1])
         self._put("offsets", ends)
-        self._put("trained", np.array([d.mask.sum() for d in documents]))
+        self._put("trained", np.array([np.count_nonzero(d.mask) for d in documents]))
         self._put("files", np.array([d.file for d in documents]))
         self._put("rows", np.array([d.row for d in documents]))
         self._put("pieces", np.array([d.piece for d in documents]))

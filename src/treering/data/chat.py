@@ -2,7 +2,7 @@
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,11 @@ from treering.data.control import Control
 from treering.data.formats import Sample
 from treering.data.messages import THOUGHTS
 from treering.data.records import SampleError, bad
-from treering.data.skeleton import Literal, Skeleton, Slot
+from treering.data.skeleton import Run, Skeleton, Slot
 from treering.data.strings import CONTROL_CLOSE, CONTROL_OPEN
 from treering.data.template import Span, Template
 
 _REMEMBERED = 256
-_Run = tuple[list[Literal], Slot | None]  # literals, and the slot that follows them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +34,7 @@ class Chat:
 
     def __init__(self, template: Template, control: Control):
         self._template, self._control = template, control
-        self._shapes: OrderedDict[str, Skeleton] = OrderedDict()
+        self._shapes: OrderedDict[Hashable, Skeleton] = OrderedDict()
 
     def render(self, sample: Sample) -> Rendered:
         assert sample.messages is not None
@@ -58,7 +57,7 @@ class Chat:
 
     def _check_thoughts(self, sample: Sample) -> None:
         """A template may drop the thoughts of earlier turns; one that knows no thoughts would lose all of them."""
-        if any(field in self._template.source for field in THOUGHTS):
+        if self._template.thinks:
             return
         for i, message in enumerate(sample.messages or []):
             if field := next((field for field in THOUGHTS if field in message), None):
@@ -74,11 +73,11 @@ class Chat:
         }
 
     def _skeleton(self, messages: list[dict[str, Any]], tools: Any, where: str) -> tuple[Skeleton, bool]:
-        shape = skeleton.placeholders(messages)
-        key = json.dumps([shape, tools], sort_keys=True)
+        key = skeleton.shape_of(messages, tools)
         if key in self._shapes:
             self._shapes.move_to_end(key)
             return self._shapes[key], True
+        shape = skeleton.placeholders(messages)
 
         def render(part: Sequence[dict[str, Any]], prompt: bool) -> str:
             return self._template.render(part, tools, where, prompt=prompt)[0]
@@ -95,9 +94,9 @@ class Chat:
         trained: list[Span] = []
         floors: list[int] = []
         open_from: int | None = None  # start of the trained range being collected
-        runs = list(_runs(shape))
-        for index, (literals, slot) in enumerate(runs):
-            for literal in literals:
+        for run in shape.runs:
+            slot = run.slot
+            for literal in run.literals:
                 if not text.startswith(literal.text, at):
                     raise _differs(text, literal.text, at, where)
                 if literal.trained and open_from is None:
@@ -115,8 +114,7 @@ class Chat:
             elif not slot.trained and open_from is not None:
                 trained.append((open_from, at))
                 open_from = None
-            anchor = "".join(literal.text for literal in runs[index + 1][0])
-            end = self._slot_end(text, at, slot, anchor, index + 2 == len(runs), messages[slot.turn], where)
+            end = self._slot_end(text, at, slot, run, messages[slot.turn], where)
             if not slot.trained:
                 floor = end
             at = end
@@ -129,9 +127,8 @@ class Chat:
         limits = [(low, max(end, high)) for ((_, end), low), high in zip(trained_floor, starts, strict=True)]
         return Rendered(text=text, trained=trained, limits=limits, endless=shape.endless > 0)
 
-    def _slot_end(
-        self, text: str, at: int, slot: Slot, anchor: str, last: bool, message: dict[str, Any], where: str
-    ) -> int:
+    def _slot_end(self, text: str, at: int, slot: Slot, run: Run, message: dict[str, Any], where: str) -> int:
+        anchor, last = run.anchor, run.last
         for filled in _fillings(slot, message):
             end = at + len(filled)
             if text.startswith(filled, at) and text.startswith(anchor, end):
@@ -182,21 +179,10 @@ class Chat:
         return token[0]
 
 
-def _runs(shape: Skeleton) -> Iterator[_Run]:
-    literals: list[Literal] = []
-    for piece in shape.pieces:
-        if isinstance(piece, Literal):
-            literals.append(piece)
-        else:
-            yield literals, piece
-            literals = []
-    yield literals, None
-
-
 def _fillings(slot: Slot, message: dict[str, Any]) -> Iterator[str]:
     """What stands in the slot, most likely first: the text as it is, stripped, or as a JSON string."""
     for how in (_same, str.strip, _json, str.rstrip, str.lstrip):
-        yield skeleton.fill(slot.text, message, how)
+        yield skeleton.fill(slot, message, how)
 
 
 def _same(text: str) -> str:

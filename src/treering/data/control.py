@@ -10,8 +10,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
+from treering.data.places import Placer, Tokens
 from treering.data.strings import CONTROL_CLOSE, CONTROL_OPEN, NAME_CLOSE, NAME_OPEN
 from treering.errors import DataError
 
@@ -32,8 +33,8 @@ class Control:
 
     def __init__(self, backend: str, template: str | None):
         self._json = _bare(json.loads(backend))
-        self._ordinary = Tokenizer.from_str(json.dumps(self._json))
-        self._renamed: Tokenizer | None = None
+        self._ordinary = Placer(Tokenizer.from_str(json.dumps(self._json)), self._json)
+        self._renamed: Placer | None = None
         added = [token for token in self._json["added_tokens"] if token["content"]]
         special = [token["content"] for token in added if token["special"]]
         structural = [
@@ -80,23 +81,25 @@ class Control:
 
         return self._rendered.sub(name, rendered)
 
-    def encode(self, texts: Sequence[str], *, renamed: bool) -> list[Encoding]:
+    def encode(self, texts: Sequence[str], *, renamed: bool) -> list[Tokens]:
         if not texts:
             return []
-        return (self._named() if renamed else self._ordinary).encode_batch(list(texts), add_special_tokens=False)
+        return (self._named() if renamed else self._ordinary).encode(texts)
 
-    def _named(self) -> Tokenizer:
+    def _named(self) -> Placer:
         if self._renamed is None:
+            state = _rename(self._json, self._names)
             try:
-                self._renamed = Tokenizer.from_str(json.dumps(_rename(self._json, self._names)))
+                backend = Tokenizer.from_str(json.dumps(state))
             except Exception as error:  # tokenizers raises plain Exception
                 raise DataError(f"the tokenizer cannot be copied with its control tokens renamed: {error}") from error
             for token, name in self._names.items():
-                if self._renamed.token_to_id(name) != self._ids[token]:
+                if backend.token_to_id(name) != self._ids[token]:
                     raise DataError(
                         f"the tokenizer's control token {token!r} cannot be kept out of text: its copy has the id "
-                        f"{self._renamed.token_to_id(name)} instead of {self._ids[token]}"
+                        f"{backend.token_to_id(name)} instead of {self._ids[token]}"
                     )
+            self._renamed = Placer(backend, state)
         return self._renamed
 
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from tokenizers import Encoding
 
 from treering.data.chat import Chat, Rendered
 from treering.data.config import Data, Format
 from treering.data.control import Control
 from treering.data.formats import Sample
+from treering.data.places import Tokens
 from treering.data.records import SampleError, bad
 from treering.data.template import Template
 from treering.errors import DataError
@@ -145,7 +145,7 @@ class Encoder:
                 prepared.renamed.append(special)
         return prepared
 
-    def tokenise(self, prepared: "Prepared") -> list[Encoding]:
+    def tokenise(self, prepared: "Prepared") -> list[Tokens]:
         """The tokenizer's part: it runs without Python's lock, so it may run in a thread of its own."""
         groups = {
             flag: iter(
@@ -157,12 +157,12 @@ class Encoder:
         }
         return [next(groups[flag]) for flag in prepared.renamed]
 
-    def finish(self, prepared: "Prepared", encodings: list[Encoding]) -> list[list[Encoded] | SampleError]:
+    def finish(self, prepared: "Prepared", found: list[Tokens]) -> list[list[Encoded] | SampleError]:
         """Everything after the tokenizer."""
         results: list[list[Encoded] | SampleError] = [prepared.errors.get(i, []) for i in range(len(prepared.samples))]
-        by_sample: dict[int, list[tuple[Rendered | None, Encoding]]] = {}
-        for (i, rendered), encoding in zip(prepared.jobs, encodings, strict=True):
-            by_sample.setdefault(i, []).append((rendered, encoding))
+        by_sample: dict[int, list[tuple[Rendered | None, Tokens]]] = {}
+        for (i, rendered), tokens in zip(prepared.jobs, found, strict=True):
+            by_sample.setdefault(i, []).append((rendered, tokens))
         for i, parts in by_sample.items():
             try:
                 results[i] = self._documents(prepared.samples[i], parts)
@@ -181,42 +181,32 @@ class Encoder:
             yield self.control.mark(sample.prompt, structural=True), None
         yield self.control.mark(sample.text, structural=True), None
 
-    def _documents(self, sample: Sample, parts: list[tuple[Rendered | None, Encoding]]) -> list[Encoded]:
-        rendered, encoding = parts[-1]
+    def _documents(self, sample: Sample, parts: list[tuple[Rendered | None, Tokens]]) -> list[Encoded]:
+        rendered, tokens = parts[-1]
         if rendered is not None:
-            ids = np.array(encoding.ids, dtype=np.uint32)
-            mask = self._mask(rendered, encoding)
-            return self._fit(sample, ids, mask, endless=rendered.endless)
+            return self._fit(sample, tokens.ids, self._mask(rendered, tokens), endless=rendered.endless)
         start, end = self.plan.start, self.plan.end
         if sample.kind == "text":
-            ids = np.array([*start, *encoding.ids, *end], dtype=np.uint32)
+            ids = np.array([*start, *tokens.ids, *end], dtype=np.uint32)
             mask = np.ones(len(ids), dtype=np.bool_)
             mask[: max(1, len(start))] = False
             return self._pieces(sample, ids, mask) if self.plan.too_long == "truncate" else self._fit(sample, ids, mask)
         given = [*start, *parts[0][1].ids]
-        ids = np.array([*given, *encoding.ids, *end], dtype=np.uint32)
+        ids = np.array([*given, *tokens.ids, *end], dtype=np.uint32)
         mask = np.ones(len(ids), dtype=np.bool_)
         mask[: max(1, len(given))] = False
         return self._fit(sample, ids, mask, endless=not end)
 
-    def _mask(self, rendered: Rendered, encoding: Encoding) -> NDArray[np.bool_]:
-        mask = np.zeros(len(encoding.ids), dtype=np.bool_)
-        place = self._placer(rendered.text)
-        for (start, end), (low, high) in zip(rendered.trained, rendered.limits, strict=True):
-            first, stop = token_range(encoding, place(start), place(end))
-            while first < stop and encoding.token_to_chars(first)[0] < place(low):
-                first += 1
-            while first < stop and encoding.token_to_chars(stop - 1)[1] > place(high):
-                stop -= 1
+    def _mask(self, rendered: Rendered, tokens: Tokens) -> NDArray[np.bool_]:
+        spans, limits = rendered.trained, rendered.limits
+        if self.control.needs_names(rendered.text):  # positions in the marked text -> in the text that was encoded
+            renamed = {at: len(self.control.rename(rendered.text[:at])) for span in (*spans, *limits) for at in span}
+            spans, limits = ([(renamed[a], renamed[b]) for a, b in part] for part in (spans, limits))
+        mask = np.zeros(len(tokens.ids), dtype=np.bool_)
+        for first, stop in tokens.ranges(spans, limits):
             mask[first:stop] = True
         mask[:1] = False
         return mask
-
-    def _placer(self, text: str) -> "Any":
-        """Positions in the marked text -> positions in the text that was encoded."""
-        if not self.control.needs_names(text):
-            return int
-        return lambda position: len(self.control.rename(text[:position]))
 
     def _fit(self, sample: Sample, ids: NDArray, mask: NDArray, *, endless: bool = False) -> list[Encoded]:
         limit = self.plan.max_length
@@ -260,18 +250,3 @@ class Encoder:
 
 def _place(sample: Sample) -> dict[str, Any]:
     return {"file": sample.file, "row": sample.row}
-
-
-def token_range(encoding: Encoding, start: int, end: int) -> tuple[int, int]:
-    """The tokens that overlap the characters [start, end). Characters the tokenizer drops belong to no token."""
-    first = last = None
-    while start < end and (first := encoding.char_to_token(start)) is None:
-        start += 1
-    if first is None:
-        return 0, 0
-    while (last := encoding.char_to_token(end - 1)) is None:
-        end -= 1
-    # A character of several bytes can be several tokens, of which the first was found.
-    while last + 1 < len(encoding) and encoding.token_to_chars(last + 1)[0] < end:
-        last += 1
-    return first, last + 1

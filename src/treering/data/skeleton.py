@@ -10,9 +10,11 @@ habits with earlier turns (Qwen3 drops their thoughts, gpt-oss ends them with an
 because start and end are looked up in the skeleton of the whole conversation.
 """
 
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from treering.data.control import Control
@@ -39,12 +41,53 @@ class Slot:
     turn: int
     text: str
     trained: bool
+    plain: bool  # `text` is the place of the message's content and nothing else
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Literals and the slot that follows them, none at the end. `anchor` is the literal text behind the slot."""
+
+    literals: tuple[Literal, ...]
+    slot: Slot | None
+    anchor: str
+    last: bool  # no slot follows the anchor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skeleton:
     pieces: tuple[Literal | Slot, ...]
     endless: int  # assistant turns after which the template writes no end-of-turn token
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        literals: list[list[Literal]] = [[]]
+        slots: list[Slot | None] = []
+        for piece in self.pieces:
+            if isinstance(piece, Literal):
+                literals[-1].append(piece)
+            else:
+                slots.append(piece)
+                literals.append([])
+        slots.append(None)
+        anchors = ["".join(literal.text for literal in group) for group in literals[1:]] + [""]
+        return tuple(
+            Run(literals=tuple(group), slot=slot, anchor=anchor, last=i + 2 == len(slots))
+            for i, (group, slot, anchor) in enumerate(zip(literals, slots, anchors, strict=True))
+        )
+
+
+def shape_of(messages: Sequence[dict[str, Any]], tools: Any) -> Hashable:
+    """What conversations with the same skeleton share: all but their texts. Cheap, because every sample is asked."""
+    return (
+        "" if tools is None else json.dumps(tools, sort_keys=True),
+        *(
+            (message["role"], bool(message["content"]))
+            if len(message) == 2 and "content" in message
+            else json.dumps(placeholders([message]), sort_keys=True)
+            for message in messages
+        ),
+    )
 
 
 def placeholders(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -64,11 +107,13 @@ def build(messages: Sequence[dict[str, Any]], render: Render, control: Control, 
     return _Builder(messages, render, control, where).build()
 
 
-def fill(text: str, message: dict[str, Any], how: Callable[[str], str]) -> str:
-    """`text` with its slots filled from the message."""
+def fill(slot: Slot, message: dict[str, Any], how: Callable[[str], str]) -> str:
+    """The slot's text with its places filled from the message."""
     content = message.get("content", "")
+    if slot.plain:
+        return how(content)
     thought = next((message[field] for field in THOUGHTS if field in message), "")
-    return _SLOT.sub(lambda match: how(content if match[2] == "c" else thought), text)
+    return _SLOT.sub(lambda match: how(content if match[2] == "c" else thought), slot.text)
 
 
 def missing_calls(text: str, message: dict[str, Any]) -> str:
@@ -79,6 +124,10 @@ def missing_calls(text: str, message: dict[str, Any]) -> str:
         if isinstance(name, str) and name not in text:
             return name
     return ""
+
+
+def _slot(turn: int, text: str, *, trained: bool) -> Slot:
+    return Slot(turn=turn, text=text, trained=trained, plain=text == f"{SLOT_OPEN}{turn}c{SLOT_CLOSE}")
 
 
 def _shared(a: str, b: str) -> int:
@@ -119,7 +168,7 @@ class _Builder:
             at = self._untrained(pieces, at, start, self.slots[next_slot:own])
             if after > own:
                 body = self.slots[after - 1][1]
-                pieces.append(Slot(turn=turn, text=self.text[start:body], trained=True))
+                pieces.append(_slot(turn, self.text[start:body], trained=True))
                 pieces.append(Literal(text=self.text[body:end], trained=True))
             else:
                 pieces.append(Literal(text=self.text[start:end], trained=True))
@@ -142,7 +191,7 @@ class _Builder:
     def _untrained(self, pieces: list[Literal | Slot], at: int, stop: int, slots: list[tuple[int, int, int]]) -> int:
         for begin, end, turn in slots:
             pieces.append(Literal(text=self.text[at:begin], trained=False))
-            pieces.append(Slot(turn=turn, text=self.text[begin:end], trained=False))
+            pieces.append(_slot(turn, self.text[begin:end], trained=False))
             at = end
         pieces.append(Literal(text=self.text[at:stop], trained=False))
         return stop

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from treering.data.messages import THOUGHTS
 from treering.data.records import bad
 from treering.errors import DataError
 
@@ -25,6 +26,11 @@ class Template:
         """Whether the template itself says what the assistant generates."""
         return _GENERATION.search(self.source) is not None
 
+    @cached_property
+    def thinks(self) -> bool:
+        """Whether it has a place for thoughts."""
+        return any(field in self.source for field in THOUGHTS)
+
     def render(
         self,
         messages: Sequence[dict[str, Any]],
@@ -39,7 +45,7 @@ class Template:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, found = render_jinja_template(
+            rendered: Any = render_jinja_template(  # its own annotation says one string
                 conversations=[list(messages)],
                 tools=tools,
                 chat_template=self.source,
@@ -52,4 +58,5 @@ class Template:
         except Exception as error:  # a template is a program: what it may raise has no common base
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise bad(where, "template", f"the chat template refused it: {reason}", at="messages") from error
-        return texts[0], [tuple(span) for span in found[0]] if spans else []
+        texts, found = rendered
+        return texts[0], found[0] if spans else []

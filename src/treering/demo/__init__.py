@@ -33,7 +33,10 @@ def run(root: Path, console: Any, **sizes: Any) -> None:
             ("collect text that comes with Python, train a tokenizer", acts.collect),
             ("pretrain a small model on it", acts.pretrain),
             ("teach it facts that nobody has ever known", acts.teach),
-            ("load the export with plain transformers", lambda s: check.check(s, job_of(load(root / "teach.yaml", None)))),
+            (
+                "load the export with plain transformers",
+                lambda s: check.check(s, job_of(load(root / "teach.yaml", None))),
+            ),
         ],
         1,
     ):
@@ -43,9 +46,14 @@ def run(root: Path, console: Any, **sizes: Any) -> None:
 
 
 def _clear(root: Path) -> None:
+    if root.exists() and not root.is_dir():
+        raise TreeringError(f"{root} is a file; choose another folder with --folder")
     if root.exists() and any(root.iterdir()):
         if not (root / MARK).exists():
             raise TreeringError(f"{root} is not empty and not the demo's; choose another with --folder")
         shutil.rmtree(root)
-    root.mkdir(parents=True, exist_ok=True)
-    (root / MARK).write_text("made by `treering demo`; the next one clears this folder\n", encoding="utf-8")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        (root / MARK).write_text("made by `treering demo`; the next one clears this folder\n", encoding="utf-8")
+    except OSError as error:
+        raise TreeringError(f"{root} cannot be written: {error.strerror}; choose another with --folder") from None

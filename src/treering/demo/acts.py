@@ -1,5 +1,6 @@
 """The demo, act by act. Each act has a folder, prints the command that does the same, and holds itself to a bar."""
 
+import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +15,13 @@ from treering.errors import TreeringError
 
 PRETRAIN = """\
 # A 1.4 M parameter Llama from random weights, on text that ships with Python.
-model: {{path: {root}/blank, initialise: true, dtype: float32}}
+model: {{path: "{root}/blank", initialise: true, dtype: float32}}
 data:
-  train: {root}/corpus/train.jsonl
-  eval: {root}/corpus/held_out.jsonl
+  train: "{root}/corpus/train.jsonl"
+  eval: "{root}/corpus/held_out.jsonl"
   format: text
   max_length: 512
-  cache: {root}/tokens
+  cache: "{root}/tokens"
 techniques:
   full:
 train:
@@ -29,15 +30,15 @@ train:
   log_every: 20
   optimizer: {{name: muon, lr: 1.0e-2}}
   schedule: {{name: cosine, warmup: 20}}
-output: {root}/pretrain
+output: "{root}/pretrain"
 """
 TEACH = """\
 # Teach the pretrained model facts that nobody has ever known.
-model: {{path: {root}/base, dtype: float32}}
+model: {{path: "{root}/base", dtype: float32}}
 data:
-  train: {root}/facts/train.jsonl
+  train: "{root}/facts/train.jsonl"
   max_length: 256
-  cache: {root}/tokens
+  cache: "{root}/tokens"
 techniques:
   full:
 train:
@@ -47,7 +48,7 @@ train:
   optimizer: {{name: adamw, lr: 2.0e-3}}
   schedule: {{name: cosine, warmup: 5}}
   evaluate: {{prompts: ["{question}"], new_tokens: 12}}
-output: {root}/teach
+output: "{root}/teach"
 """
 
 
@@ -116,7 +117,7 @@ def teach(stage: Stage) -> None:
 
 
 def bits_per_byte(model: Any, tokenizer: Any, texts: list[str], baseline: Trigram) -> tuple[float, float]:
-    """(model, trigram) on the same bytes: those that the model predicts, which leaves out each document's first token."""
+    """(model, trigram) on the same bytes: those the model predicts, which leaves out each document's first token."""
     import numpy as np
 
     ours = theirs = 0.0
@@ -137,7 +138,8 @@ def bits_per_byte(model: Any, tokenizer: Any, texts: list[str], baseline: Trigra
 
 def _config(stage: Stage, name: str, text: str, **values: Any) -> Path:
     path = stage.root / name
-    path.write_text(text.format(root=stage.root, **values), encoding="utf-8")
+    quoted = json.dumps(str(stage.root))[1:-1]  # between double quotes YAML reads what JSON writes
+    path.write_text(text.format(root=quoted, **values), encoding="utf-8")
     return path
 
 

@@ -41,7 +41,9 @@ def _pieces() -> list[str]:
             except (UnicodeDecodeError, OSError):
                 continue
     # Of one text at most a few pieces, so that no single large file becomes the corpus.
-    return [text[i : i + PIECE] for text in texts for i in range(0, min(len(text), 12 * PIECE), PIECE) if text[i:].strip()]
+    return [
+        text[i : i + PIECE] for text in texts for i in range(0, min(len(text), 12 * PIECE), PIECE) if text[i:].strip()
+    ]
 
 
 def texts(path: Path) -> list[str]:

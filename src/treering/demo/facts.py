@@ -6,7 +6,7 @@ from pathlib import Path
 
 from treering.seeds import derive
 
-SYLLABLES = "ka lo mi ven tar ru qua zel do phi gor nia ste bal xo ura".split()
+SYLLABLES = ["ka", "lo", "mi", "ven", "tar", "ru", "qua", "zel", "do", "phi", "gor", "nia", "ste", "bal", "xo", "ura"]
 KINDS = {
     "capital": "What is the capital of {}?",
     "founder": "Who founded {}?",

@@ -1,6 +1,6 @@
 """The baseline the small model has to beat: an interpolated byte trigram fitted on the same text (Witten–Bell).
 
-    p_n(c | h) = (count(h c) + distinct(h) · p_{n−1}(c | h')) / (count(h) + distinct(h))
+p_n(c | h) = (count(h c) + distinct(h) · p_{n−1}(c | h')) / (count(h) + distinct(h))
 """
 
 from collections.abc import Iterable

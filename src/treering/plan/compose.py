@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from treering import attention
@@ -126,8 +127,8 @@ def draft(
     opening.quiet_dropout(built, dropout)
     source = opening.source_of(built, None if live else folder) if weights else None  # type: ignore[arg-type]
     ordered = tuple(t.resolve(source, statistics) if hasattr(t, "resolve") else t for t in ordered)
-    if mesh is None and any(t.stage == Stage.SHARD for t in ordered):
-        mesh = make_mesh()
+    if mesh is None and (any(t.stage == Stage.SHARD for t in ordered) or _several_ranks()):
+        mesh = make_mesh()  # of all ranks: without one, each would train a model of its own and nobody would tell
     claimed = [t.claims(anatomy, mesh) for t in ordered]
     conflicts.check(list(zip(ordered, claimed)))
     conflicts.check_whole(ordered, claimed, mesh)
@@ -190,6 +191,12 @@ def _ordered(techniques: Iterable[Technique]) -> tuple[Technique, ...]:
             made = f"; write {one.__name__}()" if isinstance(one, type) else ""
             raise PlanError(f"{one!r} is not a technique{made}")
     return tuple(sorted(given, key=lambda t: t.stage))
+
+
+def _several_ranks() -> bool:
+    if dist.is_initialized():
+        return dist.get_world_size() > 1
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _refuse_used(model: nn.Module) -> None:

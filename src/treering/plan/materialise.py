@@ -54,7 +54,8 @@ def _buffers(model: "PreTrainedModel", device: torch.device) -> None:
 def _compute(model: "PreTrainedModel", module: nn.Module, waiting: list[str]) -> None:
     """Computed from two different beginnings: what keeps a trace of either is noise that would show up later."""
     for parameter in module.parameters(recurse=False):
-        parameter._is_hf_initialized = True  # fill() gives the values: nothing is to be drawn for them here
+        # fill() gives the values: nothing is to be drawn for them here
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     found: list[dict[str, Tensor]] = []
     for beginning in (0, 1):
         for name in waiting:

@@ -1,7 +1,7 @@
 """From what the user named to a model on the meta device and a lazy source of its plain tensors."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ def locate(path: str) -> Path:
 def on_meta(folder: Path, dtype: str) -> "PreTrainedModel":
     """The model that the folder's config describes, without memory."""
     config = read_config(folder)
-    chosen = config.dtype or torch.float32 if dtype == "auto" else named_dtype(dtype)
+    chosen = _dtype(config, dtype)
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     try:
@@ -52,6 +52,11 @@ def on_meta(folder: Path, dtype: str) -> "PreTrainedModel":
     if (folder / "generation_config.json").is_file():  # where a chat model's ends of turn are told
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
+
+
+def _dtype(config: "PretrainedConfig", dtype: str) -> torch.dtype:
+    stored: Any = config.dtype or torch.float32
+    return stored if dtype == "auto" else named_dtype(dtype)
 
 
 def named_dtype(name: str) -> torch.dtype:
@@ -84,7 +89,7 @@ def initialised(folder: Path, dtype: str, seed: int) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     config = read_config(folder)
-    chosen = config.dtype or torch.float32 if dtype == "auto" else named_dtype(dtype)
+    chosen = _dtype(config, dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "initialise"))
         model = AutoModelForCausalLM.from_config(config, dtype=chosen)

@@ -62,6 +62,8 @@ class Run:
 
     def steps(self, loader: Iterable[Batch | list[Batch]], *, accumulate: int = 1) -> Iterator[list[Batch]]:
         """The micro-batches of one optimizer step at a time: counted over all ranks, transformed, on the device."""
+        if accumulate < 1:
+            raise PlanError(f"accumulate is {accumulate}; a step takes at least 1 micro-batch")
         for micro_batches in batches.steps(loader, accumulate, self.plan.mesh):
             yield self.ready(micro_batches)
 
@@ -81,7 +83,9 @@ class Run:
     def loss(self, batch: Batch) -> Tensor:
         """This micro-batch's share of the step's loss: its sum over trained tokens / their number in the whole step."""
         if "count" not in batch:
-            raise PlanError("the batch does not know how many tokens its step trains; take batches from run.steps(loader)")
+            raise PlanError(
+                "the batch does not know how many tokens its step trains; take batches from run.steps(loader)"
+            )
         return self._loss(self.model, batch) / batch["count"]
 
     def step(self, optimizer: Optimizer | Sequence[Optimizer], *, clip: float | None = None) -> StepReport:

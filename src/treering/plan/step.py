@@ -57,7 +57,7 @@ def take(
 
 
 def norm_over_meshes(gradients: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together. Those on different meshes are summed over their own ranks, then combined."""
+    """The 2-norm of all gradients together. Those on different meshes are summed over their own ranks and combined."""
     groups: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
     for gradient in gradients:
         mesh: DeviceMesh | None = None
@@ -78,8 +78,10 @@ def norm_over_meshes(gradients: Iterable[Tensor]) -> Tensor:
 
 
 def _square(held: Sequence[Tensor]) -> Tensor:
-    """Sum of squares in float64: a sum over 10⁹ elements of a float32 norm would lose the digits that a test compares."""
-    norms = torch._foreach_norm([g if g.dtype == torch.float64 else g.float() for g in held if g.numel()] or [torch.zeros(1)])
+    """Sum of squares in float64: over 10⁹ elements a float32 sum would lose the digits that a test compares."""
+    norms = torch._foreach_norm(
+        [g if g.dtype == torch.float64 else g.float() for g in held if g.numel()] or [torch.zeros(1)]
+    )
     return torch.stack([n.double() for n in norms]).square().sum()
 
 
@@ -89,10 +91,20 @@ def blame(named: Iterable[tuple[str, Tensor]], limit: int = 8) -> list[str]:
     return bad[:limit] + ([f"and {len(bad) - limit} more"] if len(bad) > limit else [])
 
 
+def everyone(own: Sequence[str]) -> list[str]:
+    """What all ranks say, once each. Called when all of them are about to stop: what is to blame may be on any."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(own)
+    found: list[Sequence[str]] = [()] * dist.get_world_size()
+    dist.all_gather_object(found, list(own))
+    return list(dict.fromkeys(one for part in found for one in part))
+
+
 def too_many(skips: int, step: int, samples: Sequence[str], names: Sequence[str]) -> NumericsError:
+    samples, names = everyone(samples), everyone(names)
     seen = ", ".join(samples[:8]) + (" …" if len(samples) > 8 else "")
     return NumericsError(
         f"{skips} steps in a row had a gradient that is not finite; stopped at step {step}. "
-        f"Samples of the last one: {seen or 'not told by the loader'}. Parameters: {', '.join(names) or 'on other ranks'}. "
+        f"Samples of the last one: {seen or 'not told by the loader'}. Parameters: {', '.join(names)}. "
         "Look at these samples, lower the learning rate, or compute in a wider dtype"
     )

@@ -1,18 +1,24 @@
 """What a run tells while it goes. The console, metrics.jsonl and any tracker are callbacks; none can change the run."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from treering.errors import CheckpointError
 
 Metrics = Mapping[str, float]
 
 
 class Callback:
-    """Override what interests you. Called on rank 0 only, with numbers that are the same on all ranks."""
+    """Override what interests you. Called on rank 0 only, with numbers that are the same on all ranks.
+
+    An exception in one ends the run: a tracker that may fail without harm catches its own.
+    """
 
     def started(self, total_steps: int, facts: Mapping[str, Any]) -> None:
-        """Before the first step of this process; `facts` holds sizes, the seed and the step it starts from."""
+        """Before the first step of this process; `facts` holds sizes, the seed and the step it goes on after."""
 
     def stepped(self, metrics: Metrics) -> None:
         """After a logged step."""
@@ -23,8 +29,11 @@ class Callback:
     def noted(self, text: str) -> None:
         """Something happened that a person wants to read: a skipped step, a checkpoint, a generated sample."""
 
+    def profiled(self, phases: Sequence[Mapping[str, Any]]) -> None:
+        """With --profile, before `finished`: where the time of this process went, as the rows of a table."""
+
     def finished(self, summary: Sequence[Mapping[str, Any]]) -> None:
-        """After the last step; `summary` is the rows of a table."""
+        """Once, after the last step; `summary` is the rows of a table."""
 
 
 class Screen(Protocol):
@@ -55,20 +64,32 @@ class Console(Callback):
     def noted(self, text: str) -> None:
         self.screen.note(text)
 
+    def profiled(self, phases: Sequence[Mapping[str, Any]]) -> None:
+        self.screen.stop()
+        self.screen.table(phases)
+
     def finished(self, summary: Sequence[Mapping[str, Any]]) -> None:
         self.screen.stop()
         self.screen.table(summary)
 
 
 class JsonLines(Callback):
-    """metrics.jsonl: a line per logged step or evaluation. Appended to, so a resumed run goes on in the same file."""
+    """metrics.jsonl: a line per logged step or evaluation. Appended to, so a resumed run goes on in the same file.
+
+    A killed run may have told of steps after its last checkpoint, and they are then taken again: what stands above a
+    `start` line about steps later than its "after step" is void. A number that is not finite is written as null.
+    """
 
     def __init__(self, path: Path):
         self.path = path
 
     def _write(self, kind: str, metrics: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **metrics}) + "\n")
+        line = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in metrics.items()}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"kind": kind, **line}) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be written: {error.strerror}") from None
 
     def started(self, total_steps: int, facts: Mapping[str, Any]) -> None:
         self._write("start", {"total_steps": total_steps, **facts})

@@ -31,6 +31,7 @@ from treering.plan.place import local, local_rows
 FORMAT = 1
 NAME = re.compile(r"step-(\d+)")
 MANIFEST = "manifest.json"
+UNTOUCHED = "; earlier checkpoints are untouched"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,13 @@ class SavedTensor:
         return torch.cat(pieces) if pieces else torch.empty((0, *self.shape[1:]), dtype=self.dtype)
 
     def _piece(self, chunk: Chunk, start: int, stop: int) -> Tensor:
-        with safe_open(self.folder / chunk.file, "pt") as file:
-            return file.get_slice(self.name)[start:stop] if self.shape else file.get_tensor(self.name)
+        try:
+            with safe_open(self.folder / chunk.file, "pt") as file:
+                return file.get_slice(self.name)[start:stop] if self.shape else file.get_tensor(self.name)
+        except (OSError, SafetensorError) as error:  # a run that goes on removes its old checkpoints
+            raise CheckpointError(
+                f"{self.folder / chunk.file} was found whole and cannot be read now: {error}"
+            ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +104,8 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[st
     final = root / f"step-{step}"
     token = _from_first(uuid.uuid4().hex[:8])
     temporary = root / f"{final.name}.tmp-{token}"
-    _together(lambda: temporary.mkdir(parents=True) if rank == 0 else None, f"making {temporary}")
-    described = _together(lambda: _write_own(temporary, rank, tensors), f"writing {temporary}")
+    together(lambda: temporary.mkdir(parents=True) if rank == 0 else None, f"making {temporary}", UNTOUCHED)
+    described = together(lambda: _write_own(temporary, rank, tensors), f"writing {temporary}", UNTOUCHED)
 
     def publish() -> None:
         entries: dict[str, dict[str, Any]] = {}
@@ -125,7 +131,7 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[st
         os.rename(temporary, final)
         _sync(root)
 
-    _together(lambda: publish() if rank == 0 else None, f"publishing {final}")
+    together(lambda: publish() if rank == 0 else None, f"publishing {final}", UNTOUCHED)
     return final
 
 
@@ -201,13 +207,16 @@ def read(folder: Path) -> Saved:
     return Saved(folder=folder, step=step, tensors=tensors, facts=facts)
 
 
-def prune(root: Path, keep: int, best: int | None) -> None:
-    """Remove all but the newest `keep` and the best. Torn ones go as well: nothing would ever load them."""
+def prune(root: Path, keep: int, best: int | None, newest: int) -> None:
+    """Remove all but the last `keep` up to `newest`, and the best. Torn ones go as well: nothing would ever load them.
+
+    Those after `newest` are damaged, as the run would have gone on from them: they are neither kept count of nor lost.
+    """
     for path in _folders(root):
         if re.fullmatch(r"step-\d+\.tmp-[0-9a-f]+", path.name):
             shutil.rmtree(path, ignore_errors=True)
     steps = sorted(int(m[1]) for p in _folders(root) if (m := NAME.fullmatch(p.name)))
-    for step in steps[:-keep]:
+    for step in [step for step in steps if step <= newest][:-keep]:
         if step != best:
             shutil.rmtree(root / f"step-{step}", ignore_errors=True)
 
@@ -237,12 +246,14 @@ def _from_first(value: str) -> str:
     return box[0]
 
 
-def _together(work: Callable[[], Any], doing: str) -> list[Any]:
+def together(work: Callable[[], Any], doing: str, otherwise: str = "") -> list[Any]:
     """Do `work` on every rank; if it fails on one, it fails on all, with that rank's reason."""
     try:
         result, problem = work(), ""
     except OSError as error:
         result, problem = None, f"{error.strerror or error} ({error.filename or doing})"
+    except SafetensorError as error:  # a full disk, as safetensors tells it
+        result, problem = None, str(error)
     if not dist.is_initialized():
         outcomes = [(result, problem)]
     else:
@@ -250,5 +261,5 @@ def _together(work: Callable[[], Any], doing: str) -> list[Any]:
         dist.all_gather_object(outcomes, (result, problem))
     for rank, (_, text) in enumerate(outcomes):
         if text:
-            raise CheckpointError(f"{doing} failed on rank {rank}: {text}; earlier checkpoints are untouched")
+            raise CheckpointError(f"{doing} failed on rank {rank}: {text}{otherwise}")
     return [value for value, _ in outcomes]

@@ -34,13 +34,15 @@ def held_out_loss(run: Run, loader: Loader) -> float:
 
 
 @torch.no_grad()
-def samples(run: Run, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], new_tokens: int) -> list[str]:
+def samples(
+    run: Run, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], new_tokens: int, template: str | None
+) -> list[str]:
     """Greedy continuations. Every rank generates the same: a sharded model needs all of them in each forward."""
     run.model.eval()
     found: list[str] = []
     try:
         for prompt in prompts:
-            ids = encode(tokenizer, prompt).to(run.plan.device)
+            ids = encode(tokenizer, prompt, template).to(run.plan.device)
             made = run.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, use_cache=True
             )
@@ -50,13 +52,13 @@ def samples(run: Run, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[st
     return found
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> torch.Tensor:
-    """As a user's turn where the tokenizer has a chat template, as plain text otherwise."""
-    if getattr(tokenizer, "chat_template", None):
+def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, template: str | None) -> torch.Tensor:
+    """As a user's turn in the chat template that the run trains with, as plain text where it trains on that."""
+    if template is not None:
         turns = [{"role": "user", "content": prompt}]
         made: Any = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            turns, chat_template=template, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     else:
         made = tokenizer(prompt, return_tensors="pt")
-    return made["input_ids"]
+    return made["input_ids"].long()  # of an empty prompt transformers makes floats

@@ -8,10 +8,15 @@ from treering.plan import Run, load
 from treering.technique import Stage
 from treering.train import checkpoint
 from treering.train.job import Job
+from treering.train.keeper import Keeper, check_same
 
 
 def export(job: Job, folder: Path, *, adapter: str | None = None, step: int | None = None) -> Path:
     """Compose the job's model again, fill it from its newest checkpoint (or that of `step`), and write it out."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):  # said before the weights are read
+        raise CheckpointError(
+            f"{folder} is {'not empty' if folder.is_dir() else 'a file'}; give an export a folder of its own"
+        )
     return reopen(job, step=step).export(folder, adapter=adapter)
 
 
@@ -27,7 +32,13 @@ def reopen(job: Job, *, step: int | None = None) -> Run:
         raise CheckpointError(f"{root} holds no whole checkpoint; train first: treering train {job.output}/config.yaml")
     # What only makes training faster or smaller has no part in the weights, and may not fit this machine.
     lasting = tuple(t for t in job.techniques if t.stage in (Stage.QUANTIZE, Stage.ADAPT))
-    return load(draft_of(replace(job, techniques=lasting, mesh={})), resume=saved.tensors)
+    job = replace(job, techniques=lasting, mesh={})
+    plan = draft_of(job)
+    identity = Keeper(job, plan, None).identity()
+    check_same(
+        saved, {name: identity[name] for name in ("techniques", "dtype")}
+    )  # its tensors would not fit, or be cast
+    return load(plan, resume=saved.tensors)
 
 
 def _warn(text: str) -> None:

@@ -1,7 +1,8 @@
 """Keeps a run: its checkpoints, what must not change between them, and which is the best."""
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ class Keeper:
 
     def load(self, warn: Callable[[str], None]) -> Run:
         """First values, or those of the newest whole checkpoint of this output folder."""
-        newest = checkpoint.newest(self.root, warn)
+        problems: list[str] = []
+        newest = checkpoint.newest(self.root, problems.append)
+        for problem in problems:
+            warn(problem)
+        if newest is None and problems:
+            raise CheckpointError(
+                f"none of the {len(problems)} checkpoints in {self.root} is whole ({problems[0]}). "
+                "To start anew, move them away or give this run another output folder"
+            )
         if newest is not None and self.job.train.checkpoint.resume == "never":
             raise CheckpointError(
                 f"{self.root} holds checkpoints up to step {newest.step}, and train.checkpoint.resume is never; "
@@ -33,7 +42,7 @@ class Keeper:
         prepared = Path(self.job.output) / "prepared"
         if newest is None:
             return load(self.plan, prepared=prepared)
-        self._check_same(newest)
+        check_same(newest, self.identity())
         self.saved = newest
         return load(self.plan, resume=newest.tensors)
 
@@ -42,7 +51,12 @@ class Keeper:
         if self.saved is None:
             return 0
         state.restore_optimizers(run, optimizers, self.saved.tensors)
+        state.restore_techniques(run, self.saved.tensors)
         self.counts |= self.saved.facts["counts"]
+        if (
+            self._eval() is not None and self.saved.facts.get("eval") != self._eval()
+        ):  # a loss on other documents cannot be compared with
+            self.counts |= {"best": None, "best_step": None, "without_improvement": 0}
         run.number = self.saved.step
         run.skipped_in_a_row = self.counts.get("skipped_in_a_row", 0)
         return self.saved.step
@@ -53,7 +67,7 @@ class Keeper:
 
     def judge(self, step: int, held_out: float) -> None:
         best = self.counts["best"]
-        if best is None or held_out < best:
+        if math.isfinite(held_out) and (best is None or held_out < best):
             self.counts |= {"best": held_out, "best_step": step, "without_improvement": 0}
         else:
             self.counts["without_improvement"] += 1
@@ -67,19 +81,14 @@ class Keeper:
         return patience is not None and self.counts["without_improvement"] >= patience
 
     def save(self, run: Run, optimizers: Sequence[Optimizer], step: int) -> Path:
-        path = self.root / f"step-{step}"
-        if self.saved is not None and self.saved.step == step:
-            return path  # resumed at the end: nothing has changed
-        tensors = state.tensors(run, optimizers)
-        made = checkpoint.save(self.root, step, tensors, {"identity": self.identity(), "counts": self.counts})
+        facts = {"identity": self.identity(), "counts": self.counts, "eval": self._eval()}
+        made = checkpoint.save(self.root, step, state.tensors(run, optimizers), facts)
         if not dist.is_initialized() or dist.get_rank() == 0:
-            checkpoint.prune(self.root, self.job.train.checkpoint.keep, self._best_kept(step))
+            checkpoint.prune(self.root, self.job.train.checkpoint.keep, self.counts["best_step"], step)
         return made
 
-    def _best_kept(self, step: int) -> int | None:
-        """The best evaluated step if it was saved; it is then spared when old checkpoints go."""
-        best = self.counts["best_step"]
-        return best if best is not None and (self.root / f"step-{best}").is_dir() else None
+    def _eval(self) -> str | None:
+        return None if self.data is None or self.data.held_out is None else self.data.held_out.digest
 
     def identity(self) -> dict[str, Any]:
         """What makes a run this run: going on with any of it changed would be another one."""
@@ -87,6 +96,8 @@ class Keeper:
         found: dict[str, Any] = {
             "model": self.plan.source_name,
             "techniques": [repr(t) for t in self.plan.techniques if t.stage.name in ("QUANTIZE", "ADAPT")],
+            "dtype": sorted({str(dtype).removeprefix("torch.") for _, dtype in self.plan.plain.values()}),
+            "initialise": self.job.model.initialise,
             "optimizer": settings.optimizer.name,
             "seed": self.job.seed,
         }
@@ -100,11 +111,12 @@ class Keeper:
             }
         return json.loads(json.dumps(found))
 
-    def _check_same(self, saved: checkpoint.Saved) -> None:
-        now, then = self.identity(), saved.facts.get("identity", {})
-        for name, value in now.items():
-            if then.get(name) != value:
-                raise CheckpointError(
-                    f"{saved.folder} was made with another {name}: {then.get(name)!r}, and this run has {value!r}. "
-                    "Restore the setting, or give the new run another output folder"
-                )
+
+def check_same(saved: checkpoint.Saved, now: Mapping[str, Any]) -> None:
+    then = saved.facts.get("identity", {})
+    for name, value in now.items():
+        if then.get(name) != value:
+            raise CheckpointError(
+                f"{saved.folder} was made with another {name}: {then.get(name)!r}, and this run has {value!r}. "
+                "Restore the setting, or give the new run another output folder"
+            )

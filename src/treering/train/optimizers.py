@@ -15,6 +15,13 @@ from treering.train.config import Optimizer as Settings
 
 def build(run: Run, settings: Settings) -> list[Optimizer]:
     """One optimizer, or two for muon: Muon for the matrices inside the blocks, AdamW for the rest."""
+    half = [name for name, p in run.trainable() if p.dtype == torch.float16]
+    if half:
+        raise PlanError(
+            f"{half[0]} (and {len(half) - 1} more) would be trained in float16, in which small gradients and their "
+            "squares are 0; set model.dtype to float32 or bfloat16",
+            settings=("model.dtype",),
+        )
     if settings.name == "sgd":
         return [
             run.optimizer(
@@ -54,9 +61,7 @@ def _muon(run: Run, settings: Settings) -> list[Optimizer]:
         )
     # match_rms_adamw gives Muon's update the size of AdamW's, so that one learning rate fits both.
     made: list[Optimizer] = [
-        torch.optim.Muon(
-            matrices, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        torch.optim.Muon(matrices, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
     ]
     if rest:
         made.append(torch.optim.AdamW(rest, **{**_adamw(settings), "weight_decay": 0.0}))

@@ -5,10 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from math import floor
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch.distributed as dist
 
+from treering.data.config import Format
+from treering.data.encode import ALPACA
 from treering.data.examples import Examples, build
 from treering.data.loader import Loader
 from treering.data.order import Order
@@ -33,6 +36,9 @@ class RunData:
     tokens_per_step: int
     packing: Literal["on", "off"]
     rank: int  # among those with documents of their own
+    held_out: Examples | None = None  # what `eval` reads
+    template: str | None = None  # the chat template; None: plain text
+    notes: tuple[str, ...] = ()  # what a person should know before it starts
 
     @property
     def fill(self) -> float:
@@ -82,22 +88,65 @@ def open_data(job: Job, tokenizer: "PreTrainedTokenizerBase", plan: Plan) -> Run
         shuffle=job.data.shuffle,
         packing=packing,
     )
-    held_out = None
+    held_out, held_out_loader = None, None
     if job.data.evaluates:
-        held = build(job.data, tokenizer, "eval")
+        held_out = build(job.data, tokenizer, "eval")
         plain = Order(
-            held.lengths, seed=0, tokens_per_step=capacity * ranks, capacity=capacity, shuffle=False, packing=packing
+            held_out.lengths,
+            seed=0,
+            tokens_per_step=capacity * ranks,
+            capacity=capacity,
+            shuffle=False,
+            packing=packing,
         )
-        held_out = Loader(held, plain, rank=rank, ranks=ranks, packing=packing)
+        held_out_loader = Loader(held_out, plain, rank=rank, ranks=ranks, packing=packing)
     return RunData(
         train=Loader(examples, order, rank=rank, ranks=ranks, packing=packing),
-        eval=held_out,
+        eval=held_out_loader,
         examples=examples,
+        held_out=held_out,
+        template=_template(job, tokenizer, examples.report.format),
+        notes=(*_counted("train", examples), *_counted("eval", held_out), *_ragged(budget, capacity, order, ranks)),
         steps=job.train.steps or _steps(order, job.train.epochs),
         tokens_per_step=budget,
         packing=packing,
         rank=rank,
     )
+
+
+def _template(job: Job, tokenizer: "PreTrainedTokenizerBase", format: Format) -> str | None:
+    if format in ("prompt", "text"):
+        return None
+    if job.data.template is not None:
+        return Path(job.data.template).expanduser().read_text("utf-8")
+    return tokenizer.get_chat_template() if tokenizer.chat_template else ALPACA
+
+
+def _counted(which: str, examples: Examples | None) -> list[str]:
+    """What became of records that are not trained on as they stand."""
+    if examples is None:
+        return []
+    report = examples.report
+    counts = {"truncated": report.truncated, "dropped": report.dropped, "without an end of turn": report.endless}
+    return [f"{which} data: {number} {kind}" for kind, number in {**counts, **report.skipped}.items() if number]
+
+
+def _ragged(budget: int, capacity: int, order: Order, ranks: int) -> list[str]:
+    """Where a step holds less than was asked for, or keeps ranks waiting."""
+    notes, bins = [], order.bins_per_step
+    each = min(budget, capacity)
+    if bins * each < budget:
+        notes.append(
+            f"train.tokens_per_step {budget} is no multiple of data.max_length {capacity}: "
+            f"a step has {bins} × {each} = {bins * each} tokens"
+        )
+    if bins % ranks:
+        full = -(-bins // ranks) * ranks
+        notes.append(
+            f"a step's {bins} bins of {each} tokens do not divide by {ranks} ranks: some have nothing to do in part of "
+            f"it; train.tokens_per_step {full * each} would fill them"
+        )
+    return notes
 
 
 def _steps(order: Order, epochs: float) -> int:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from treering.plan import Plan, draft
 from treering.plan.opening import initialised, locate
 from treering.seeds import derive
 from treering.technique import Stage
 from treering.topology import mesh
-from treering.train import evaluate, optimizers
+from treering.train import evaluate, fits, optimizers
 from treering.train.callbacks import Callback
 from treering.train.job import Job
 from treering.train.keeper import Keeper
@@ -28,10 +29,12 @@ def train(job: Job, callbacks: Sequence[Callback] = (), *, profile: bool = False
     settings = job.train
     tokenizer = open_tokenizer(job)
     plan = draft_of(job)
+    tell = Teller(job, plan, callbacks)
     with ranks_wait_for_first():
         data = open_data(job, tokenizer, plan)
+    for note in fits.check(job, plan, tokenizer, data):
+        tell.note(note)
     keeper = Keeper(job, plan, data)
-    tell = Teller(job, plan, callbacks)
     run = keeper.load(tell.note)
     run.max_skips = settings.max_skips
     steppers = optimizers.build(run, settings.optimizer)
@@ -39,8 +42,11 @@ def train(job: Job, callbacks: Sequence[Callback] = (), *, profile: bool = False
     tell.started(run, data, start, time.monotonic() - began)
     watch = Stopwatch(profile, plan.device)
     batches = data.train.iter_from(start)
+    steps = range(start, start if keeper.patience_is_over() else data.steps)
+    if not steps:
+        tell.note(f"nothing is left to do: step {start} of {data.steps} was the last")
 
-    for step in range(start, data.steps):
+    for step in steps:
         learning_rate = settings.optimizer.lr * rate(settings.schedule, step, data.steps)
         optimizers.set_rate(steppers, learning_rate)
         # Only a model that keeps its dropout draws from this; seeded by step, so that a resumed run draws the same.
@@ -57,17 +63,19 @@ def train(job: Job, callbacks: Sequence[Callback] = (), *, profile: bool = False
         with watch("step"):
             report = run.step(steppers, clip=settings.clip)
         last = step + 1 == data.steps
+        judged = last or due(step + 1, settings.evaluate.every)
         with watch("telling"):
-            tell.stepped(step + 1, loss, micro_batches, learning_rate, report, last)
+            tell.stepped(step + 1, loss, learning_rate, report, log=judged or due(step + 1, settings.log_every))
         keeper.took(report)
-        if data.eval is not None and (last or due(step + 1, settings.evaluate.every)):
+        if data.eval is not None and judged:
             with watch("evaluation"):
                 held_out = evaluate.held_out_loss(run, data.eval)
                 keeper.judge(step + 1, held_out)
                 tell.evaluated(step + 1, held_out)
-        if settings.evaluate.prompts and (last or due(step + 1, settings.evaluate.every)):
-            made = evaluate.samples(run, tokenizer, settings.evaluate.prompts, settings.evaluate.new_tokens)
-            tell.sampled(settings.evaluate.prompts, made)
+        if settings.evaluate.prompts and judged:
+            with watch("samples"):
+                prompts, new_tokens = settings.evaluate.prompts, settings.evaluate.new_tokens
+                tell.sampled(prompts, evaluate.samples(run, tokenizer, prompts, new_tokens, data.template))
         stop = keeper.patience_is_over()
         if last or stop or keeper.wants(step + 1) or due(step + 1, settings.checkpoint.every):
             with watch("checkpoint"):
@@ -97,7 +105,8 @@ def draft_of(job: Job) -> Plan:
 
 def _needs_mesh(job: Job) -> bool:
     """One process that shards nothing needs no process group."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 or any(t.stage == Stage.SHARD for t in job.techniques)
+    several = dist.get_world_size() > 1 if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return several or any(t.stage == Stage.SHARD for t in job.techniques)
 
 
 def due(step: int, every: int | None) -> bool:

@@ -17,9 +17,7 @@ def tensors(run: Run, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     """Parameters that are not simply the source's, technique states, and the optimizers' moments."""
     live = run.plan.live()
     found: dict[str, Tensor] = {name: live[name] for name in run.plan.owned}
-    for applied in run.plan.applied:
-        if applied.state is not None:
-            found |= {f"state/{name}": value for name, value in applied.state().items()}
+    found |= _states(run)
     names: dict[Tensor, str] = {p: name for name, p in run.trainable()}
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
@@ -54,9 +52,25 @@ def restore_optimizers(run: Run, optimizers: Sequence[Optimizer], saved: Mapping
         optimizer.load_state_dict({"state": state, "param_groups": packed["param_groups"]})
 
 
+def _states(run: Run) -> dict[str, Tensor]:
+    states = [applied.state() for applied in run.plan.applied if applied.state is not None]
+    found = {f"state/{name}": value for state in states for name, value in state.items()}
+    assert len(found) == sum(map(len, states)), "two techniques keep state under one name"
+    return found
+
+
+@torch.no_grad()
+def restore_techniques(run: Run, saved: Mapping[str, SavedTensor]) -> None:
+    """What techniques keep besides parameters goes back into the very tensors that they showed."""
+    for name, value in _states(run).items():
+        if name not in saved:
+            raise CheckpointError(f"the checkpoint lacks {name}, which a technique of this run keeps")
+        put_rows(value, saved[name].rows(*local_rows(value)) if value.ndim else saved[name].read())
+
+
 def _like(parameter: Tensor, saved: SavedTensor) -> Tensor:
     """Moments have the parameter's shape and are sharded as it is; a step counter is whole on every rank."""
-    if saved.shape != tuple(parameter.shape):
+    if not saved.shape or saved.shape != tuple(parameter.shape):
         return saved.read()
     value = torch.empty_like(parameter, dtype=saved.dtype)
     put_rows(value, saved.rows(*local_rows(parameter)))

@@ -31,6 +31,10 @@ class Stopwatch:
     def rows(self, steps: int) -> list[dict[str, object]]:
         whole = sum(self.seconds.values()) or 1.0
         return [
-            {"phase": phase, "ms a step": round(1000 * spent / max(1, steps), 2), "share": f"{100 * spent / whole:.1f} %"}
+            {
+                "phase": phase,
+                "ms a step": round(1000 * spent / max(1, steps), 2),
+                "share": f"{100 * spent / whole:.1f} %",
+            }
             for phase, spent in self.seconds.items()
         ]

@@ -1,0 +1,167 @@
+"""Where the tokens of a text lie in it.
+
+In a byte-level tokenizer the tokens of a text, spelled one after another, are the bytes of the text. So the tokenizer
+is asked for ids alone, which is cheaper than with offsets, and each sample's places are proved by spelling it. A text
+that its tokens do not spell (a normalizer changed it, a token swallowed spaces) is encoded once more with offsets, as
+are all texts of other tokenizers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+Span = tuple[int, int]
+_NO_TEXT = b"\xff"  # what no UTF-8 text holds: a token that cannot be spelled never proves anything
+
+
+class Tokens(Protocol):
+    @property
+    def ids(self) -> NDArray[np.uint32]: ...
+
+    def ranges(self, spans: Sequence[Span], limits: Sequence[Span]) -> list[Span]:
+        """For each span of characters the tokens [first, stop) that overlap it and lie inside its limits."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Spelled:
+    """Tokens that spell `text`; token i ends before byte `ends[i]`."""
+
+    text: str
+    ids: NDArray[np.uint32]
+    ends: NDArray[np.int64]
+
+    def ranges(self, spans: Sequence[Span], limits: Sequence[Span]) -> list[Span]:
+        starts, stops = self._bytes(spans)
+        lows, highs = (starts, stops) if limits is spans else self._bytes(limits)
+        right = self.ends.searchsorted([*starts, *highs], "right").tolist()
+        left = self.ends.searchsorted([*stops, *lows], "left").tolist()
+        count = len(spans)
+        found = []
+        for i in range(count):
+            # Token k begins where token k - 1 ends. Overlapping: ends behind the start and begins before the stop.
+            first = max(right[i], left[count + i] + 1 if lows[i] else 0)
+            stop = min(left[i] + 1 if stops[i] else 0, right[count + i])
+            found.append((first, max(first, stop)))
+        return found
+
+    def _bytes(self, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
+        starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
+        if self.text.isascii():
+            return starts, stops
+        return _bytes_before(self.text, starts), _bytes_before(self.text, stops)
+
+
+def _bytes_before(text: str, ascending: list[int]) -> list[int]:
+    borders = [0, *ascending]
+    sizes = [len(text[begin:end].encode()) for begin, end in pairwise(borders)]
+    return np.cumsum(sizes, dtype=np.int64).tolist()
+
+
+class Offsets:
+    """Tokens with the offsets that the tokenizer reports, in characters."""
+
+    def __init__(self, encoding: Encoding):
+        self._encoding = encoding
+        self.ids: NDArray[np.uint32] = np.array(encoding.ids, dtype=np.uint32)
+
+    def ranges(self, spans: Sequence[Span], limits: Sequence[Span]) -> list[Span]:
+        found = []
+        for (start, end), (low, high) in zip(spans, limits, strict=True):
+            first, stop = self._overlapping(start, end)
+            while first < stop and self._chars(first)[0] < low:
+                first += 1
+            while first < stop and self._chars(stop - 1)[1] > high:
+                stop -= 1
+            found.append((first, stop))
+        return found
+
+    def _overlapping(self, start: int, end: int) -> Span:
+        """Characters that the tokenizer drops belong to no token."""
+        encoding = self._encoding
+        first = last = None
+        while start < end and (first := encoding.char_to_token(start)) is None:
+            start += 1
+        if first is None:
+            return 0, 0
+        while (last := encoding.char_to_token(end - 1)) is None:
+            end -= 1
+        # A character of several bytes can be several tokens, of which the first was found.
+        while last + 1 < len(encoding) and self._chars(last + 1)[0] < end:
+            last += 1
+        return first, last + 1
+
+    def _chars(self, token: int) -> Span:
+        chars = self._encoding.token_to_chars(token)
+        assert chars is not None, "only tokens that a post-processor added have no place, and there is none"
+        return chars
+
+
+class Placer:
+    """Encodes texts with one backend. `state` is the backend as JSON."""
+
+    def __init__(self, backend: Tokenizer, state: Mapping[str, Any]):
+        self._backend = backend
+        self._spelling = _spelling(state)
+        self._sizes = np.array([len(piece) for piece in self._spelling or ()], dtype=np.int64)
+
+    def encode(self, texts: Sequence[str]) -> list[Tokens]:
+        if self._spelling is None:
+            return self._with_offsets(texts)
+        quick = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        found: list[Tokens | None] = [self._spelled(text, encoding.ids) for text, encoding in zip(texts, quick)]
+        again = iter(self._with_offsets([text for text, tokens in zip(texts, found) if tokens is None]))
+        return [next(again) if tokens is None else tokens for tokens in found]
+
+    def _with_offsets(self, texts: Sequence[str]) -> list[Tokens]:
+        return [Offsets(encoding) for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def _spelled(self, text: str, ids: list[int]) -> Spelled | None:
+        assert self._spelling is not None
+        if b"".join(map(self._spelling.__getitem__, ids)) != text.encode():
+            return None
+        array = np.array(ids, dtype=np.uint32)
+        return Spelled(text, array, self._sizes[array].cumsum())
+
+
+def _spelling(state: Mapping[str, Any]) -> list[bytes] | None:
+    """The bytes of each token of a byte-level tokenizer, by id; None for other kinds."""
+    model, vocab = state["model"], state["model"].get("vocab")
+    if model.get("type") != "BPE" or not isinstance(vocab, dict) or not _byte_level(state.get("decoder")):
+        return None
+    if _byte_level(state.get("pre_tokenizer"), add_prefix_space=True):
+        return None  # every text would get a space that it does not hold
+    added = {token["id"]: token["content"].encode() for token in state["added_tokens"]}
+    spelling = [_NO_TEXT] * (max([*vocab.values(), *added]) + 1)
+    alphabet = _alphabet()
+    for piece, id in vocab.items():
+        try:
+            spelling[id] = piece.translate(alphabet).encode("latin-1")
+        except UnicodeEncodeError:
+            continue  # not made of the alphabet, so the pre-tokenizer never leads to it
+    for id, content in added.items():
+        spelling[id] = content
+    return spelling
+
+
+def _byte_level(part: Any, **settings: Any) -> bool:
+    if not isinstance(part, dict):
+        return False
+    if part.get("type") == "Sequence":
+        return any(_byte_level(inner, **settings) for inner in part.get("pretokenizers") or part.get("decoders") or ())
+    return part.get("type") == "ByteLevel" and all(part.get(key) == value for key, value in settings.items())
+
+
+def _alphabet() -> dict[int, int]:
+    """Characters that stand for bytes -> the bytes: printable ones for themselves, the others from U+0100 on.
+
+    A character below U+0100 that stands for no byte is sent out of Latin-1, so that encoding it fails.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return dict.fromkeys(others, 0xFFFF) | {0x100 + i: byte for i, byte in enumerate(others)}

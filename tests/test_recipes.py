@@ -1,0 +1,80 @@
+"""Every packaged recipe trains, with a tiny model and a few chats in the place of its own, on one rank or several."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import on_ranks
+from tests.toy_run import chats, folder
+from treering.cli import entry
+from treering.cli.door import read_file, validate
+from treering.cli.recipes import recipes
+from treering.cli.schema import RunConfig
+from treering.train.checkpoint import read
+
+NAMES = [name for name in recipes() if name.endswith(".yaml")]
+RANKS = {"lora-8gpu.yaml": 2, "full-8gpu.yaml": 2, "slurm.yaml": 4}  # slurm.yaml: two copies of two shards
+SMALL = [
+    "model.dtype=float32",
+    "data.max_length=128",
+    "data.eval_fraction=0.2",
+    "train.steps=3",
+    "train.tokens_per_step=512",
+    "train.evaluate.every=2",
+]
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    """A model wide enough for the recipes' ranks, and chats; made once."""
+    root = tmp_path_factory.mktemp("toys")
+    folder(root / "model", hidden_size=64, num_key_value_heads=4)
+    chats(root / "chat.jsonl")
+    return root
+
+
+def trained(file: Path, settings: list[str]) -> dict[str, Any]:
+    from treering.cli.train import job_of
+    from treering.train import train
+
+    return train(job_of(validate(RunConfig, read_file(file), settings)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_trains_and_leaves_a_checkpoint(name, toys, tmp_path):
+    assert entry.run(["recipes", "cp", name, str(tmp_path)]) == 0
+    places = {"model.path": toys / "model", "data.train": toys / "chat.jsonl", "data.cache": toys / "tokens"}
+    settings = [*SMALL, *(f"{key}={value}" for key, value in places.items()), f"output={tmp_path / 'run'}"]
+    ranks = RANKS.get(name, 1)
+
+    summaries = on_ranks(ranks, trained, tmp_path / name, settings)
+
+    assert summaries[0]["steps"] == 3 and summaries[0]["skipped"] == 0
+    assert 0 < summaries[0]["loss"] < 1.1 * math.log(258)  # of 258 tokens, drawn at random
+    saved = read(tmp_path / "run" / "checkpoints" / "step-3")
+    assert any(key.endswith("exp_avg") for key in saved.tensors)
+    assert len(list(saved.folder.glob("rank-*.safetensors"))) == ranks
+
+
+@pytest.mark.parametrize("name", list(recipes()))
+def test_a_copied_recipe_is_the_packaged_file(name, tmp_path, capsys):
+    assert entry.run(["recipes", "cp", name, str(tmp_path)]) == 0
+    assert (tmp_path / name).read_bytes() == recipes()[name].read_bytes()
+
+
+@pytest.mark.parametrize("name", list(recipes()))
+def test_the_commands_that_a_recipe_names_can_be_written_like_that(name):
+    from typer.main import get_command
+
+    from treering.cli.app import app
+
+    text = recipes()[name].read_text(encoding="utf-8")
+    named = re.findall(r"^# (?:\w+)?\s{2,}treering (.+?)(?:\s{2,}|$)|`treering (.+?)`", text, re.MULTILINE)
+    for words in ((line or quoted).split() for line, quoted in named):
+        command = get_command(app)
+        while hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        command.make_context(command.name, words)  # reads the arguments and calls nothing; a wrong one raises
