@@ -2,8 +2,8 @@
 
     python -m benchmarks.load [--quick] [--machine cpu2]
 
-The growth of the peak resident set while `compose` runs, after a first `compose` of a tiny model has brought in code and
-threads. Linux only: the peak is read, and reset, in /proc.
+The growth of the peak resident set while `compose` runs, after a first `compose` of a tiny model has brought in code
+and threads. Linux only: the peak is read, and reset, in /proc.
 """
 
 import argparse

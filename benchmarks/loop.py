@@ -5,8 +5,8 @@
 Per step: the same model, batches, loss and optimizer; ours through `train()` with every step logged, the bare one in
 fifteen lines. The two alternate in one process, block by block, and single steps are compared by their medians.
 
-First step: whole processes, from their start to the end of the first step: `treering train` on a prepared folder beside a
-script that imports the same model class, loads the same folder and takes the same step.
+First step: whole processes, from their start to the end of the first step: `treering train` on a prepared folder
+beside a script that imports the same model class, loads the same folder and takes the same step.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -96,7 +97,7 @@ def ours(root: Path, number: int, steps: int) -> list[float]:
         output=str(root / f"run{number}"),
     )
     train(job, [clock])
-    return [b - a for a, b in zip(clock.times, clock.times[1:])]
+    return [b - a for a, b in pairwise(clock.times)]
 
 
 def bare(root: Path, batches: list[torch.Tensor], steps: int) -> list[float]:
@@ -112,7 +113,7 @@ def bare(root: Path, batches: list[torch.Tensor], steps: int) -> list[float]:
         optimizer.zero_grad(set_to_none=True)
         loss.item()
         times.append(time.perf_counter())
-    return [b - a for a, b in zip(times, times[1:])]
+    return [b - a for a, b in pairwise(times)]
 
 
 def overhead(root: Path, rounds: int, steps: int, command: str) -> Row:

@@ -1,6 +1,6 @@
 """Print RESULTS.md from results/*.json: every figure that the documentation may quote, missed bars included.
 
-    python -m benchmarks.results
+python -m benchmarks.results
 """
 
 import json

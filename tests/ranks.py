@@ -119,7 +119,9 @@ def _boxed(value: Any) -> Any:
 
     if isinstance(value, torch.Tensor):
         flat = value.detach().cpu().contiguous().reshape(-1)
-        return _Box(str(value.dtype).removeprefix("torch."), tuple(value.shape), flat.view(torch.uint8).numpy().tobytes())
+        return _Box(
+            str(value.dtype).removeprefix("torch."), tuple(value.shape), flat.view(torch.uint8).numpy().tobytes()
+        )
     if isinstance(value, dict):
         return {k: _boxed(v) for k, v in value.items()}
     return type(value)(_boxed(v) for v in value) if isinstance(value, list | tuple) else value

@@ -41,7 +41,7 @@ def folder(path: Path, **config: Any) -> Path:
 
 def chats(path: Path, number: int = 40) -> Path:
     """Questions with answers of unequal length."""
-    words = "ring tree bark leaf root sap wood moss".split()
+    words = ["ring", "tree", "bark", "leaf", "root", "sap", "wood", "moss"]
     with path.open("w", encoding="utf-8") as file:
         for i in range(number):
             pick = derive(0, "chat", i)

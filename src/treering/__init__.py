@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     )
     from treering.full import Full
     from treering.lora import LoRA
-    from treering.topology import mesh
     from treering.plan.compose import compose
     from treering.plan.run import Run
     from treering.shard import Shard
+    from treering.topology import mesh
 
 _WHERE = {
     "Compile": "treering.compile",

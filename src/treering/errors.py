@@ -1,4 +1,4 @@
-"""One family of errors: what was asked, what was found, what to write instead. Each ends a command with its exit code."""
+"""One family of errors: what was asked, what was found, what to write instead. Each has the exit code of a command."""
 
 
 class TreeringError(Exception):

@@ -34,7 +34,9 @@ def sizes(world: int, *, replicate: int = 1, shard: int = -1, sequence: int = 1,
         known *= 1 if size == -1 else size
     if rest:
         if world % known:
-            raise PlanError(f"mesh({written}): the given sizes multiply to {known}, which does not divide {world} ranks")
+            raise PlanError(
+                f"mesh({written}): the given sizes multiply to {known}, which does not divide {world} ranks"
+            )
         given[rest[0]] = world // known
     elif known != world:
         raise PlanError(

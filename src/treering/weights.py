@@ -6,7 +6,7 @@ another shape in the file than in the module, and transformers' own mapping, tak
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,10 +172,10 @@ def _stored(name: str, key: str, file: Path, like: Tensor) -> PlainTensor:
 
 
 def _dtype(file: Path, key: str) -> torch.dtype:
-    from safetensors.torch import _TYPES
-
+    """Of a tensor in a file, from a slice without rows; a scalar has none to leave out."""
     with safe_open(file, "pt") as opened:
-        return _TYPES[opened.get_slice(key).get_dtype()]
+        piece = opened.get_slice(key)
+        return piece[:0].dtype if piece.get_shape() else opened.get_tensor(key).dtype
 
 
 class _Converted:
@@ -318,16 +318,10 @@ class Writer:
         if len(self.files) == 1:
             os.replace(self._temporary(0), self.folder / "model.safetensors")
             return
-        index = {"metadata": {"total_size": self.total}, "weight_map": {}}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self.files):
             final = f"model-{number + 1:05d}-of-{len(self.files):05d}.safetensors"
             os.replace(self._temporary(number), self.folder / final)
-            index["weight_map"].update(dict.fromkeys(names, final))
+            weight_map.update(dict.fromkeys(names, final))
+        index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
         (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def read_all(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder by its name in the file."""
-    for key, path in _files(folder).items():
-        with safe_open(path, "pt") as opened:
-            yield key, opened.get_tensor(key)

@@ -35,7 +35,9 @@ def trained(case, world, kind, arch, dtype, folder, uneven=False, sharding=None)
         mesh = tr.mesh(**(sharding or {"shard": -1}))
         techniques.append(tr.Shard())
     if dtype == torch.float64:
-        techniques = [tr.LoRA(**{**t.__dict__, "dtype": "float64"}) if isinstance(t, tr.LoRA) else t for t in techniques]
+        techniques = [
+            tr.LoRA(**{**t.__dict__, "dtype": "float64"}) if isinstance(t, tr.LoRA) else t for t in techniques
+        ]
     run = tr.compose(build(arch, dtype=dtype), techniques, mesh=mesh, prepared=folder)
     rank, ranks = data_rank(mesh)
     if kind is torch.optim.SGD:
@@ -90,5 +92,7 @@ def test_hybrid_and_plain_replication(sharding, tmp_path):
 
 def test_sharding_on_one_rank_without_a_launcher_changes_nothing(tmp_path):
     _, wanted = trained("full", 1, torch.optim.SGD, "llama", torch.float32, tmp_path)
-    [(_, found)] = on_ranks(1, trained, "full", 1, torch.optim.SGD, "llama", torch.float32, tmp_path, False, {"shard": 1})
+    [(_, found)] = on_ranks(
+        1, trained, "full", 1, torch.optim.SGD, "llama", torch.float32, tmp_path, False, {"shard": 1}
+    )
     assert_all_same(found, wanted, 0.0)

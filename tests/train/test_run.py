@@ -193,6 +193,7 @@ def test_other_optimizers_learn_and_resume(tmp_path, name):
 def test_muon_over_sharded_matrices_is_refused(tmp_path):
     from tests.ranks import RankFailed
 
+    job(tmp_path)  # makes the toy folder, which the ranks share
     with pytest.raises(RankFailed, match="muon orthogonalises whole matrices"):
         on_ranks(2, muon_on_ranks, tmp_path)
 

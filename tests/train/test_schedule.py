@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from treering.train.config import Schedule
@@ -16,7 +18,7 @@ def test_it_warms_up_to_the_peak_and_never_stands_at_zero(name):
 def test_it_falls_to_the_final_share(name):
     schedule = Schedule(name=name, warmup=0, decay=0.5, final=0.1)
     rates = [rate(schedule, step, 100) for step in range(100)]
-    assert all(a >= b for a, b in zip(rates, rates[1:])) and 0.1 < rates[-1] < 0.13
+    assert all(a >= b for a, b in pairwise(rates)) and 0.1 < rates[-1] < 0.13
 
 
 def test_wsd_stays_at_the_peak_until_it_decays():

@@ -52,7 +52,9 @@ def attach(model: nn.Module, config: "LoRA", site: Site) -> Applied:
         addend = Addend(linear.inputs, linear.outputs, config.rank, config.scale, dtype, torch.device("meta"))
         child = f"lora_{config.name}"
         if hasattr(module, child):
-            raise PlanError(f"lora: {linear.fqn} already has an adapter called {config.name!r}; give this one another name")
+            raise PlanError(
+                f"lora: {linear.fqn} already has an adapter called {config.name!r}; give this one another name"
+            )
         module.add_module(child, addend)
         undone.append(_add_to_forward(module, addend))
         own = f"{linear.fqn}.{child}"

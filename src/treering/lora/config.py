@@ -41,7 +41,9 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
-            raise ConfigError(f"name is {self.name!r}; use letters, digits and _ (it becomes a module name)", field="name")
+            raise ConfigError(
+                f"name is {self.name!r}; use letters, digits and _ (it becomes a module name)", field="name"
+            )
         if self.rank < 1:
             raise ConfigError(f"rank is {self.rank}; it must be at least 1", field="rank")
         if self.alpha is not None and not self.alpha > 0:
@@ -93,7 +95,9 @@ class LoRA:
             # The addend is shared: several adapters add up; but a start that moves the base must be alone on it.
             # The gradient is claimed as well, so that a technique which trains the weight itself is refused beside
             # an adapter instead of training the same thing twice.
-            claims.append(Claim(fqn=linear.weight, aspect="addend", exclusive=pissa, needs=needs, setting="lora.targets"))
+            claims.append(
+                Claim(fqn=linear.weight, aspect="addend", exclusive=pissa, needs=needs, setting="lora.targets")
+            )
             claims.append(Claim(fqn=linear.weight, aspect="gradient", exclusive=False, setting="lora.targets"))
             claims.append(Claim(fqn=f"{linear.fqn}.lora_{self.name}", aspect="forward", setting="lora.name"))
         if not claims:

@@ -100,8 +100,8 @@ def _refuse_strange(path: Path, body: Mapping[str, Any]) -> None:
     start = body.get("init_lora_weights")
     if isinstance(start, str) and start not in STARTS:
         raise CheckpointError(
-            f"{path}: init_lora_weights is {start!r}, a start that changes the base model, so the adapter does not fit the "
-            "original one; let peft convert it when it saves (path_initial_model_for_weight_conversion)"
+            f"{path}: init_lora_weights is {start!r}, a start that changes the base model, so the adapter does not fit "
+            "the original one; let peft convert it when it saves (path_initial_model_for_weight_conversion)"
         )
     if not isinstance(body.get("target_modules"), str | list) or not body["target_modules"]:
         raise CheckpointError(f"{path}: target_modules is {body.get('target_modules')!r}; it must name modules")

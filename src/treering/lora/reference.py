@@ -9,7 +9,9 @@ def merged(W_NM: Tensor, A_rM: Tensor, B_Nr: Tensor, scale: float) -> Tensor:
     return W_NM + scale * (B_Nr @ A_rM)
 
 
-def forward(x_TM: Tensor, W_NM: Tensor, A_rM: Tensor, B_Nr: Tensor, scale: float, bias_N: Tensor | None = None) -> Tensor:
+def forward(
+    x_TM: Tensor, W_NM: Tensor, A_rM: Tensor, B_Nr: Tensor, scale: float, bias_N: Tensor | None = None
+) -> Tensor:
     y_TN = x_TM @ merged(W_NM, A_rM, B_Nr, scale).T
     return y_TN if bias_N is None else y_TN + bias_N
 

@@ -65,7 +65,23 @@ def _trained(step: list[Batch]) -> int:
         missing = [name for name in ("input_ids", "labels") if name not in batch]
         if missing:
             raise DataError(f"a micro-batch has no {' and no '.join(missing)}; it has {', '.join(batch) or 'nothing'}")
+        _refuse_across(batch)
     return sum(trained_tokens(batch["labels"]) for batch in step)
+
+
+def _refuse_across(batch: Batch) -> None:
+    """The first token of a packed document is not predicted by it: its label would train across the border."""
+    documents = batch.get("documents")
+    if documents is None:
+        return
+    documents.check(batch["labels"].shape[1])
+    starts = documents.cu_seqlens[:-1].to(batch["labels"].device, torch.long)
+    wrong = (batch["labels"][0, starts] != IGNORED).nonzero().flatten().tolist()
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} of {len(documents.lengths)} packed documents (the {wrong[0] + 1}. first) have a label at their "
+            f"first token, which would be predicted from the document before; set it to {IGNORED}"
+        )
 
 
 def _agree(count: int, most: int, mesh: DeviceMesh) -> tuple[int, int]:

@@ -92,7 +92,9 @@ def compose(
     prepared    folder for results of splitting (an SVD), shared by all ranks; needed with several ranks
     roles       pattern -> role, where the anatomy cannot tell (see its message)
     """
-    plan = draft(model, techniques, mesh=mesh, dtype=dtype, seed=seed, dropout=dropout, statistics=statistics, roles=roles)
+    plan = draft(
+        model, techniques, mesh=mesh, dtype=dtype, seed=seed, dropout=dropout, statistics=statistics, roles=roles
+    )
     return load(plan, statistics=statistics, prepared=prepared)
 
 
@@ -203,8 +205,12 @@ def _refuse_used(model: nn.Module) -> None:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-    if any(isinstance(m, FSDPModule) for m in model.modules()) or any(isinstance(p, DTensor) for p in model.parameters()):
-        raise PlanError("the model is sharded already; give compose() the plain model and add Shard() to the techniques")
+    if any(isinstance(m, FSDPModule) for m in model.modules()) or any(
+        isinstance(p, DTensor) for p in model.parameters()
+    ):
+        raise PlanError(
+            "the model is sharded already; give compose() the plain model and add Shard() to the techniques"
+        )
     if getattr(model, COMPOSED, False):
         raise PlanError("the model has been composed already; give compose() all techniques at once, and a fresh model")
 
@@ -235,13 +241,17 @@ def _apply(
     return tuple(done), chains
 
 
-def _check_names(technique: Technique, applied: Applied, before: set[str], after: set[str], claims: Sequence[Any]) -> None:
+def _check_names(
+    technique: Technique, applied: Applied, before: set[str], after: set[str], claims: Sequence[Any]
+) -> None:
     """A technique may add its own parameters and take away those it stores itself. Anything else is a bug in it."""
     own = {name for part in applied.parts.values() for name in part.names}
     stored = {claim.fqn for claim in claims if claim.aspect == "storage"}
     added, taken = after - before - own, before - after - stored
     if added or taken:
-        raise AssertionError(f"{technique!r} changed names it did not claim: added {sorted(added)}, took {sorted(taken)}")
+        raise AssertionError(
+            f"{technique!r} changed names it did not claim: added {sorted(added)}, took {sorted(taken)}"
+        )
 
 
 def _device(mesh: "DeviceMesh | None") -> torch.device:

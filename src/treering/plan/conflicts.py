@@ -89,7 +89,7 @@ def check_whole(techniques: Sequence[Technique], claimed: Sequence[Sequence[Clai
     if axis_size(mesh, "replicate", "shard") > 1 and "sharding" not in aspects:
         raise PlanError(
             f"the mesh has {axis_size(mesh, 'replicate', 'shard')} ranks with documents of their own, and no technique "
-            "sums their gradients: add shard to the techniques (it also covers plain data parallelism: replicate=-1)"
+            "sums their gradients: add shard to the techniques (plain data parallelism is replicate=-1, shard=1)"
         )
     if axis_size(mesh, "sequence") > 1 and "attention" not in aspects:
         raise PlanError(f"the mesh has sequence={axis_size(mesh, 'sequence')}, and no technique splits the sequence")

@@ -69,12 +69,13 @@ def explain(plan: "Plan", lost: Mapping[str, float] | None = None) -> str:
         f"together {size(n.held + n.gradients + n.optimizer)}",
     ]
     if n.gathered or n.reduced:
-        lines.append(f"  per micro-batch: {size(n.gathered)} gathered, {size(n.reduced)} reduced")
+        lines.append(f"  per micro-batch: at most {size(n.gathered)} gathered, {size(n.reduced)} reduced")
     if lost:
         worst = max(lost, key=lambda name: lost[name])
         lines.append(f"  {len(lost)} weights are held in parts; the worst is reproduced to {lost[worst]:.1e} ({worst})")
     if plan.source is not None and plan.source.unused:
-        lines.append(f"  {len(plan.source.unused)} tensors of the folder have no place in the model, {plan.source.unused[0]} first")
+        unused = plan.source.unused
+        lines.append(f"  {len(unused)} tensors of the folder have no place in the model, {unused[0]} first")
     return "\n".join(lines)
 
 

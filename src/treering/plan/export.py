@@ -51,7 +51,7 @@ def plain(plan: "Plan", names: Iterable[str] | None = None) -> Iterator[tuple[st
 
 
 def export(plan: "Plan", folder: Path, adapter: str | None) -> Path:
-    """Written beside `folder` under another name and moved there whole, so that a killed export leaves nothing to load."""
+    """Written beside `folder` under another name and moved there whole: a killed export leaves nothing to load."""
     first = not dist.is_initialized() or dist.get_rank() == 0
     if first and folder.exists() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} is not empty; give an export a folder of its own")
@@ -111,11 +111,19 @@ def _adapter(plan: "Plan", folder: Path, name: str, first: bool) -> None:
     if name not in adapters:
         raise PlanError(f"there is no adapter called {name!r}; there is {', '.join(adapters) or 'none at all'}")
     chosen = adapters[name]
-    moved = [n for n, chain in plan.chains.items() for p in chain.parts if p.moves_base and set(p.names) & set(chosen.keys)]
+    moved = [
+        n for n, chain in plan.chains.items() for p in chain.parts if p.moves_base and set(p.names) & set(chosen.keys)
+    ]
     if moved:
         raise PlanError(
             f"the adapter {name!r} moved the base weights at its start ({moved[0]} and {len(moved) - 1} more), so it "
             "does not fit the original model; export the dense model instead"
+        )
+    beside = [name for a in plan.applied for name in a.trainable if name not in chosen.keys and name in plan.plain]
+    if beside:
+        raise PlanError(
+            f"{beside[0]} and {len(beside) - 1} more plain parameters were trained beside the adapter {name!r}, and an "
+            "adapter folder cannot hold them; export the dense model instead"
         )
     live = plan.live()
     tensors = {key: gather(live[own]).cpu().contiguous() for own, key in chosen.keys.items()}

@@ -94,9 +94,6 @@ def _split(
     tensors: dict[str, Tensor] = {}
     own_statistics = (statistics or {}).get(chain.name)
 
-    def below() -> Tensor:
-        return join(chain.parts[:position], tensors, base())
-
     def base() -> Tensor:
         if chain.name in tensors:
             return tensors[chain.name]
@@ -104,6 +101,11 @@ def _split(
         return whole if chain.name in live else torch.zeros_like(whole)
 
     for position, part in enumerate(chain.parts):
+        earlier = chain.parts[:position]
+
+        def below(earlier: tuple[Part, ...] = earlier) -> Tensor:
+            return join(earlier, tensors, base())
+
         for name, value in part.split(weight, below, own_statistics).items():
             tensors[name] = value.to(live[name].dtype)
     return tensors

@@ -17,7 +17,7 @@ def to_meta(model: nn.Module) -> None:
 
 
 def materialise(model: "PreTrainedModel", device: torch.device, resting: torch.device) -> None:
-    """Memory for everything on meta: parameters on `resting`, still without values; buffers on `device`, with values."""
+    """Memory for what is on meta: parameters on `resting`, still without values; buffers on `device`, with values."""
     _replace(model, lambda p: torch.empty_like(p, device=resting) if p.is_meta else p.to(resting))
     _buffers(model, device)
 

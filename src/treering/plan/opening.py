@@ -24,7 +24,9 @@ def locate(path: str) -> Path:
     if folder.is_dir():
         return folder
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise CheckpointError(f"{path} is not a folder; give the path of a Hugging Face folder or a hub name (owner/model)")
+        raise CheckpointError(
+            f"{path} is not a folder; give the path of a Hugging Face folder or a hub name (owner/model)"
+        )
     from huggingface_hub import snapshot_download
 
     try:

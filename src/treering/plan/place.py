@@ -13,7 +13,7 @@ def local(value: Tensor) -> Tensor:
 
 
 def local_rows(value: Tensor) -> tuple[int, int]:
-    """The rows of the whole tensor that this rank holds. As torch.chunk deals them: even, the last ones short or empty."""
+    """The rows of the whole tensor that this rank holds: dealt as torch.chunk does, the last ones short or empty."""
     rows = value.shape[0] if value.ndim else 1
     if not isinstance(value, DTensor):
         return 0, rows

@@ -19,7 +19,7 @@ def digest(tensor: Tensor) -> str:
     """Of the values, bit for bit, with dtype and shape."""
     held = tensor.detach().cpu().contiguous()
     words = xxhash.xxh3_128(json.dumps([str(held.dtype), list(held.shape)]).encode())
-    words.update(memoryview(held.reshape(-1).view(torch.uint8).numpy()))
+    words.update(held.reshape(-1).view(torch.uint8).numpy().data)
     return words.hexdigest()
 
 

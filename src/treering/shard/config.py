@@ -23,7 +23,7 @@ class Shard:
     offload   where shards rest between uses; also useful with one GPU and no launcher
     """
 
-    compute: Literal["stored", "bfloat16", "float16", "float32"] = "stored"
+    compute: Literal["stored", "bfloat16", "float32"] = "stored"
     reduce: Literal["float32", "bfloat16", "stored"] = "float32"
     reshard: bool = True
     offload: Literal["none", "cpu"] = "none"

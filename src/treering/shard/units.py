@@ -104,8 +104,8 @@ def _check_uniform(unit: dict[str, nn.Module]) -> None:
     if len(first) > 1:
         found = " and ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for dtype, name in first.items())
         raise PlanError(
-            f"shard: one unit would train {found}, and a unit's gradients have one dtype. Open the model with one dtype "
-            "(model.dtype: float32), or freeze those of the other"
+            f"shard: one unit would train {found}, and a unit's gradients have one dtype. Open the model with one "
+            "dtype (model.dtype: float32), or freeze those of the other"
         )
 
 
