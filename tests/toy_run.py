@@ -1,6 +1,8 @@
 """A folder with a tiny model and tokenizer, a small chat file, and a job over both."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ TEMPLATE = (
 
 
 def folder(path: Path, **config: Any) -> Path:
-    """A byte-level llama with a ChatML tokenizer."""
+    """A byte-level llama with a ChatML tokenizer. Several ranks may ask for it at once."""
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -34,20 +36,29 @@ def folder(path: Path, **config: Any) -> Path:
     sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 257, "bos_token_id": None}
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **config})).save_pretrained(path)
-    fast.save_pretrained(path)
+    made = path.with_name(f"{path.name}.{os.getpid()}")
+    LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **config})).save_pretrained(made)
+    fast.save_pretrained(made)
+    try:
+        os.rename(made, path)
+    except OSError:  # another rank was faster; its folder is the same
+        shutil.rmtree(made)
     return path
 
 
 def chats(path: Path, number: int = 40) -> Path:
-    """Questions with answers of unequal length."""
+    """Questions with answers of unequal length. Several ranks may ask for the file at once."""
+    if path.exists():
+        return path
     words = ["ring", "tree", "bark", "leaf", "root", "sap", "wood", "moss"]
-    with path.open("w", encoding="utf-8") as file:
+    made = path.with_suffix(f".{os.getpid()}")
+    with made.open("w", encoding="utf-8") as file:
         for i in range(number):
             pick = derive(0, "chat", i)
             answer = " ".join(words[(pick >> k) % 8] for k in range(1 + pick % 9))
             turns = [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"messages": turns}) + "\n")
+    os.replace(made, path)
     return path
 
 

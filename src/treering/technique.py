@@ -123,7 +123,7 @@ class Applied:
     gradients: Callable[[], None] | None = None  # once per step, after the last backward, before the guard and clip
     before_step: Callable[[], None] | None = None  # after clipping: keep what `after_step` needs of the old values
     after_step: Callable[[], None] | None = None  # retraction
-    state: "Callable[[], dict[str, Tensor]] | None" = None  # what a checkpoint keeps besides parameters
+    state: "Callable[[], dict[str, Tensor]] | None" = None  # live tensors that a checkpoint keeps, restored in place
     metrics: Callable[[], dict[str, float]] | None = None
     adapter: Adapter | None = None
     resting: Literal["device", "cpu"] = "device"  # where parameters live between uses

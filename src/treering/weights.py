@@ -4,8 +4,6 @@ The only file that touches transformers' weight-conversion internals: many model
 another shape in the file than in the module, and transformers' own mapping, taken tensor by tensor, translates.
 """
 
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -14,15 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from treering.errors import CheckpointError
+from treering.folders import tensor_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +101,7 @@ def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    files = _files(folder)
+    files = tensor_files(folder)
     wanted = plain_tensors(model)
     mapping = get_model_conversion_mapping(model)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
@@ -228,39 +224,6 @@ class _Converted:
         return self.ready.pop(name)
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file. Names from the index are plain basenames of regular files, or the folder is refused."""
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            listed = sorted(set(names.values()))
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index ({type(error).__name__}: {error})") from None
-    elif (folder / "model.safetensors").is_file():
-        listed = ["model.safetensors"]
-    else:
-        raise CheckpointError(f"{folder} holds no model.safetensors{_pickles(folder)}")
-    found: dict[str, Path] = {}
-    for name in listed:
-        if not isinstance(name, str) or os.path.basename(name) != name or "\\" in name or name in ("", ".", ".."):
-            raise CheckpointError(f"{index}: {name!r} is not the plain name of a file in this folder; refused")
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{folder} lacks {name}, which its index names")
-        try:
-            with safe_open(path, "pt") as opened:
-                found.update(dict.fromkeys(opened.keys(), path))
-        except Exception as error:  # safetensors raises its own bare exception type
-            raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
-    return found
-
-
-def _pickles(folder: Path) -> str:
-    seen = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
-    return f"; {seen[0]} is a pickle and never read: convert it to safetensors where you trust it" if seen else ""
-
-
 def export_groups(model: "PreTrainedModel", names: Iterable[str]) -> list[tuple[str, ...]]:
     """`names` in groups that have to be translated to the file's layout together."""
     from transformers.core_model_loading import WeightConverter, apply_converters
@@ -285,43 +248,3 @@ def _reverse(model: "PreTrainedModel") -> list:
 
     mapping = [m for m in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(m, PrefixChange)]
     return [m.reverse_transform() for m in mapping[::-1]]
-
-
-class Writer:
-    """Writes tensors to a new HF folder as they come, a file per `limit` bytes, and the index at the end."""
-
-    def __init__(self, folder: Path, limit: int = 4 << 30):
-        self.folder, self.limit = folder, limit
-        self.pending: dict[str, Tensor] = {}
-        self.files: list[list[str]] = []
-        self.bytes = self.total = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self.pending and self.bytes + size > self.limit:
-            self._flush()
-        self.pending[name] = tensor.contiguous()
-        self.bytes += size
-        self.total += size
-
-    def _flush(self) -> None:
-        save_file(self.pending, self._temporary(len(self.files)), metadata={"format": "pt"})
-        self.files.append(list(self.pending))
-        self.pending, self.bytes = {}, 0
-
-    def _temporary(self, number: int) -> Path:
-        return self.folder / f"model-{number:05d}.safetensors.tmp"
-
-    def close(self) -> None:
-        if self.pending or not self.files:
-            self._flush()
-        if len(self.files) == 1:
-            os.replace(self._temporary(0), self.folder / "model.safetensors")
-            return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self.files):
-            final = f"model-{number + 1:05d}-of-{len(self.files):05d}.safetensors"
-            os.replace(self._temporary(number), self.folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")

@@ -103,15 +103,13 @@ def test_the_cache_is_opened_and_no_sample_is_tokenised_again(write, tokenizer, 
     monkeypatch.setattr(examples_module, "encoded", None)
     again = build(config, tokenizer)
     assert dump(again) == dump(first) and again.digest == first.digest and again.report == first.report
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [first.digest]
-    assert load_file(tmp_path / "cache" / first.digest / "tokens.safetensors")["ids"].dtype == np.uint32
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [first.key]
+    assert load_file(tmp_path / "cache" / first.key / "tokens.safetensors")["ids"].dtype == np.uint32
 
 
 def test_anything_that_changes_tokens_changes_the_key(write, tokenizers, tmp_path):
     def key(records=CHATS, tokenizer="chatml", name="train.jsonl", **settings):
-        return build(
-            Data(train=write(records, name), cache=str(tmp_path / "c"), **settings), tokenizers[tokenizer]
-        ).digest
+        return build(Data(train=write(records, name), cache=str(tmp_path / "c"), **settings), tokenizers[tokenizer]).key
 
     template = tmp_path / "t.jinja"
     template.write_text(tokenizers["chatml"].chat_template.replace("\n{{ m.content }}", ": {{ m.content }}"))
@@ -137,7 +135,7 @@ def test_a_damaged_cache_is_made_again(file, damage, write, tokenizer, tmp_path)
     config = Data(train=write(CHATS), cache=str(tmp_path / "cache"))
     first = build(config, tokenizer)
     expected = dump(first)
-    path = tmp_path / "cache" / first.digest / file
+    path = tmp_path / "cache" / first.key / file
     content = bytearray(path.read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 0x10 if file.startswith("tokens") else 0xFF
@@ -147,7 +145,7 @@ def test_a_damaged_cache_is_made_again(file, damage, write, tokenizer, tmp_path)
     else:
         path.unlink()
     assert dump(build(config, tokenizer)) == expected
-    assert json.loads((path.parent / "manifest.json").read_text())["key"] == first.digest
+    assert json.loads((path.parent / "manifest.json").read_text())["key"] == first.key
 
 
 def test_a_failed_build_leaves_nothing_behind(write, tokenizer, tmp_path):

@@ -96,7 +96,7 @@ def test_a_split_that_loses_the_weight_is_caught_at_load():
 
 
 def test_storage_and_an_addend_that_needs_the_plain_weight_are_refused():
-    with pytest.raises(tr.PlanError, match=r"needs the plain weight of model\.layers\.0\.mlp\.up_proj\.weight, which halve"):
+    with pytest.raises(tr.PlanError, match=r"needs the plain weight of .*up_proj\.weight, which halve"):
         tr.compose(build("llama"), [Halve(), tr.LoRA(rank=2, init="pissa")])
 
 

@@ -357,3 +357,21 @@ def test_one_document_over_many_epochs_on_more_ranks_than_bins(tmp_path):
         one, three = ([line[value] for line in told(tmp_path, kind, f"on-{n}")] for n in (1, 3))
         assert three == pytest.approx(one, rel=1e-5) and one
     assert "do not divide by 3 ranks" in notes(tmp_path, "on-3")
+
+
+# The demo
+
+
+def test_the_demo_takes_a_folder_of_any_name_and_no_file(tmp_path):
+    from treering.cli.options import load
+    from treering.demo import acts
+    from treering.demo import run as demo
+
+    root = tmp_path / 'my, "own": #1 {demo}'
+    root.mkdir()
+    stage = acts.Stage(root=root, note=print, train=print, export=print)
+    config = load(acts._config(stage, "pretrain.yaml", acts.PRETRAIN, steps=3), None)
+    assert config.model.path == f"{root}/blank" and config.data.eval == f"{root}/corpus/held_out.jsonl"
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(tr.TreeringError, match="is a file"):
+        demo(tmp_path / "file", None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from treering.cli.text import plain_lines
-from treering.errors import TreeringError
+from treering.errors import CheckpointError, TreeringError
 
 TAIL = 4000  # characters of a failed rank's log that are shown
 
@@ -32,8 +32,11 @@ def start(nproc: int, arguments: list[str], logs: Path) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _share_cores(nproc)
-    logs.mkdir(parents=True, exist_ok=True)
-    logs = Path(tempfile.mkdtemp(prefix="ranks-", dir=logs))
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        logs = Path(tempfile.mkdtemp(prefix="ranks-", dir=logs))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or logs} cannot be written: {error.strerror}; see `output`") from None
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report repeats ours, at length
     config = LaunchConfig(
         min_nodes=1,

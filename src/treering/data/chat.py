@@ -66,9 +66,9 @@ class Chat:
                 )
 
     def _marked(self, message: dict[str, Any]) -> dict[str, Any]:
-        assistant = message["role"] == "assistant"
+        structural = message["role"] != "assistant"
         return {
-            key: value if key == "role" else self._control.mark_all(value, structural=not assistant)
+            key: value if key == "role" else self._control.mark_all(value, structural=structural)
             for key, value in message.items()
         }
 

@@ -61,7 +61,8 @@ class Examples:
         self._places = {name: arrays[name] for name in ("files", "rows", "pieces")}
         self._files = tuple(manifest["files"])
         self._keep = keep  # the temporary folder, if there is no cache
-        self.digest: str = manifest["key"]
+        self.key: str = manifest["key"]  # of everything that the tokens were made from
+        self.digest: str = manifest["digest"]  # of the tokens: another way to the same ones is the same data
         self.report = Report(**manifest["report"])
         self.lengths: NDArray[np.int32] = np.diff(self._offsets).astype(np.int32)
         self.trained: NDArray[np.int32] = np.asarray(arrays["trained"]).astype(np.int32)

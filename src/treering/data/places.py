@@ -125,8 +125,8 @@ class Placer:
         assert self._spelling is not None
         if b"".join(map(self._spelling.__getitem__, ids)) != text.encode():
             return None
-        array = np.array(ids, dtype=np.uint32)
-        return Spelled(text, array, self._sizes[array].cumsum())
+        values = np.array(ids, dtype=np.uint32)
+        return Spelled(text, values, self._sizes.take(values).cumsum())
 
 
 def _spelling(state: Mapping[str, Any]) -> list[bytes] | None:

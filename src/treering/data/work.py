@@ -14,7 +14,8 @@ from treering.data.places import Tokens
 from treering.data.records import Record, SampleError
 from treering.errors import DataError
 
-_RECORDS, _CHARACTERS = 512, 4 << 20  # of one batch
+_CHARACTERS = 4 << 20  # of one batch, and how many records:
+_HERE, _APART = 2048, 512  # large ones keep the tokenizer's threads busy, small ones all processes
 Result = list[Encoded] | SampleError
 
 
@@ -34,7 +35,7 @@ def encoded(records: Iterator[Record], job: Job, workers: int) -> Iterator[Resul
     with ProcessPoolExecutor(workers, get_context("spawn"), _start, (job,)) as pool:
         waiting: deque[Future[list[Result]]] = deque()
         try:
-            for batch in _batches(records):
+            for batch in _batches(records, _APART):
                 waiting.append(pool.submit(_run, batch))
                 if len(waiting) > 2 * workers:  # bounds memory: reading is faster than encoding
                     yield from waiting.popleft().result()
@@ -47,13 +48,13 @@ def encoded(records: Iterator[Record], job: Job, workers: int) -> Iterator[Resul
                 future.cancel()
 
 
-def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
+def _batches(records: Iterator[Record], most: int) -> Iterator[list[Record]]:
     batch: list[Record] = []
     size = 0
     for record in records:
         batch.append(record)
         size += _size(record.value)
-        if len(batch) == _RECORDS or size > _CHARACTERS:
+        if len(batch) == most or size > _CHARACTERS:
             yield batch
             batch, size = [], 0
     if batch:
@@ -74,7 +75,7 @@ def _here(records: Iterator[Record], job: Job) -> Iterator[Result]:
     encoder = Encoder(job.plan)
     before: tuple[list[Result], Prepared, Future[list[Tokens]]] | None = None
     with ThreadPoolExecutor(1, "treering-tokenise") as pool:
-        for batch in _batches(records):
+        for batch in _batches(records, _HERE):
             results, samples = _parse(batch, job)
             prepared = encoder.prepare(samples)
             ahead = pool.submit(encoder.tokenise, prepared)

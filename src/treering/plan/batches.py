@@ -79,8 +79,8 @@ def _refuse_across(batch: Batch) -> None:
     wrong = (batch["labels"][0, starts] != IGNORED).nonzero().flatten().tolist()
     if wrong:
         raise DataError(
-            f"{len(wrong)} of {len(documents.lengths)} packed documents (the {wrong[0] + 1}. first) have a label at their "
-            f"first token, which would be predicted from the document before; set it to {IGNORED}"
+            f"{len(wrong)} of {len(documents.lengths)} packed documents (the {wrong[0] + 1}. first) have a label at "
+            f"their first token, which would be predicted from the document before; set it to {IGNORED}"
         )
 
 

@@ -14,9 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from treering.errors import CheckpointError, PlanError
+from treering.folders import Writer
 from treering.plan.fill import join
 from treering.plan.place import gather
-from treering.weights import Writer, export_groups, to_file_layout
+from treering.together import from_first, is_first, together
+from treering.weights import export_groups, to_file_layout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -52,12 +54,12 @@ def plain(plan: "Plan", names: Iterable[str] | None = None) -> Iterator[tuple[st
 
 def export(plan: "Plan", folder: Path, adapter: str | None) -> Path:
     """Written beside `folder` under another name and moved there whole: a killed export leaves nothing to load."""
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if first and folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty; give an export a folder of its own")
-    temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-    if first:
-        temporary.mkdir(parents=True)
+    first = is_first()
+    state = together(lambda: free(folder), f"looking at {folder}")[0]
+    if state:
+        raise CheckpointError(f"{folder} is {state}; give an export a folder of its own")
+    temporary = folder.with_name(f"{folder.name}.tmp-{from_first(uuid.uuid4().hex[:8])}")
+    together(lambda: temporary.mkdir(parents=True) if first else None, f"making {temporary}")
     try:
         if adapter is None:
             _dense(plan, temporary, first)
@@ -74,6 +76,13 @@ def export(plan: "Plan", folder: Path, adapter: str | None) -> Path:
     if dist.is_initialized():
         dist.barrier()
     return folder
+
+
+def free(folder: Path) -> str:
+    """Why nothing can be exported to `folder`; empty if it can."""
+    if folder.exists() and not folder.is_dir():
+        return "a file"
+    return "not empty" if folder.is_dir() and any(folder.iterdir()) else ""
 
 
 def _dense(plan: "Plan", folder: Path, first: bool) -> None:

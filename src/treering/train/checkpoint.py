@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from treering.errors import CheckpointError
 from treering.plan.place import local, local_rows
+from treering.together import from_first, together
 
 FORMAT = 1
 NAME = re.compile(r"step-(\d+)")
@@ -102,7 +103,7 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[st
     """Write `step-<step>` below `root`. Every rank calls it with its shards; rank 0 publishes."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     final = root / f"step-{step}"
-    token = _from_first(uuid.uuid4().hex[:8])
+    token = from_first(uuid.uuid4().hex[:8])
     temporary = root / f"{final.name}.tmp-{token}"
     together(lambda: temporary.mkdir(parents=True) if rank == 0 else None, f"making {temporary}", UNTOUCHED)
     described = together(lambda: _write_own(temporary, rank, tensors), f"writing {temporary}", UNTOUCHED)
@@ -215,8 +216,7 @@ def prune(root: Path, keep: int, best: int | None, newest: int) -> None:
     for path in _folders(root):
         if re.fullmatch(r"step-\d+\.tmp-[0-9a-f]+", path.name):
             shutil.rmtree(path, ignore_errors=True)
-    steps = sorted(int(m[1]) for p in _folders(root) if (m := NAME.fullmatch(p.name)))
-    for step in [step for step in steps if step <= newest][:-keep]:
+    for step in [step for step in steps(root) if step <= newest][:-keep]:
         if step != best:
             shutil.rmtree(root / f"step-{step}", ignore_errors=True)
 
@@ -238,28 +238,6 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _from_first(value: str) -> str:
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def together(work: Callable[[], Any], doing: str, otherwise: str = "") -> list[Any]:
-    """Do `work` on every rank; if it fails on one, it fails on all, with that rank's reason."""
-    try:
-        result, problem = work(), ""
-    except OSError as error:
-        result, problem = None, f"{error.strerror or error} ({error.filename or doing})"
-    except SafetensorError as error:  # a full disk, as safetensors tells it
-        result, problem = None, str(error)
-    if not dist.is_initialized():
-        outcomes = [(result, problem)]
-    else:
-        outcomes = [(None, "")] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (result, problem))
-    for rank, (_, text) in enumerate(outcomes):
-        if text:
-            raise CheckpointError(f"{doing} failed on rank {rank}: {text}{otherwise}")
-    return [value for value, _ in outcomes]
+def steps(root: Path) -> list[int]:
+    """The steps there are checkpoints of, whole or not."""
+    return sorted(int(m[1]) for p in _folders(root) if (m := NAME.fullmatch(p.name)))

@@ -23,15 +23,18 @@ class Optimizer:
 
     name: Literal["adamw", "sgd", "muon"] = "adamw"
     lr: float = 1e-5
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    momentum: float = 0.0
+    betas: tuple[float, float] | None = None  # of AdamW, also beside muon; default 0.9 and 0.95
+    eps: float | None = None  # of AdamW; default 1e-8
+    momentum: float | None = None  # of sgd (default 0) and muon (default 0.95)
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         _positive(self.lr, "lr")
         _positive(self.eps, "eps")
-        for i, beta in enumerate(self.betas):
+        for name, unused in (("betas", "sgd"), ("eps", "sgd"), ("momentum", "adamw")):
+            if getattr(self, name) is not None and self.name == unused:
+                raise ConfigError(f"{name} is set, and {unused} has none; leave it out", field=name)
+        for i, beta in enumerate(self.betas or ()):
             if not 0 <= beta < 1:
                 raise ConfigError(f"betas[{i}] is {beta}; it must be at least 0 and below 1", field="betas")
         if self.weight_decay < 0:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from treering.errors import CheckpointError
+from treering.folders import fingerprint
 from treering.plan import Plan, Run, StepReport, load
 from treering.train import checkpoint, state
 from treering.train.job import Job
@@ -98,6 +99,7 @@ class Keeper:
             "techniques": [repr(t) for t in self.plan.techniques if t.stage.name in ("QUANTIZE", "ADAPT")],
             "dtype": sorted({str(dtype).removeprefix("torch.") for _, dtype in self.plan.plain.values()}),
             "initialise": self.job.model.initialise,
+            "weights": None if self.job.model.initialise or self.plan.folder is None else fingerprint(self.plan.folder),
             "optimizer": settings.optimizer.name,
             "seed": self.job.seed,
         }

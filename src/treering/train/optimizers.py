@@ -25,7 +25,7 @@ def build(run: Run, settings: Settings) -> list[Optimizer]:
     if settings.name == "sgd":
         return [
             run.optimizer(
-                torch.optim.SGD, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+                torch.optim.SGD, lr=settings.lr, momentum=settings.momentum or 0.0, weight_decay=settings.weight_decay
             )
         ]
     if settings.name == "adamw":
@@ -36,8 +36,8 @@ def build(run: Run, settings: Settings) -> list[Optimizer]:
 def _adamw(settings: Settings) -> dict[str, Any]:
     return {
         "lr": settings.lr,
-        "betas": settings.betas,
-        "eps": settings.eps,
+        "betas": settings.betas or (0.9, 0.95),
+        "eps": settings.eps or 1e-8,
         "weight_decay": settings.weight_decay,
         "fused": True,  # one kernel for all parameters, on CUDA and on CPU
     }
@@ -61,7 +61,13 @@ def _muon(run: Run, settings: Settings) -> list[Optimizer]:
         )
     # match_rms_adamw gives Muon's update the size of AdamW's, so that one learning rate fits both.
     made: list[Optimizer] = [
-        torch.optim.Muon(matrices, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
+        torch.optim.Muon(
+            matrices,
+            lr=settings.lr,
+            momentum=0.95 if settings.momentum is None else settings.momentum,
+            weight_decay=settings.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
     ]
     if rest:
         made.append(torch.optim.AdamW(rest, **{**_adamw(settings), "weight_decay": 0.0}))

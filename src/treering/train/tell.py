@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from treering.plan import Plan, Run, StepReport
+from treering.together import together
 from treering.train.callbacks import Callback, JsonLines
-from treering.train.checkpoint import together
 from treering.train.job import Job
 from treering.train.keeper import Keeper
 from treering.train.position import Position
