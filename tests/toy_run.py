@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ def folder(path: Path, **config: Any) -> Path:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    if (path / "config.json").exists():
+    while int(os.environ.get("RANK", "0")) > 0 and not path.exists():
+        time.sleep(0.01)  # transformers saves on rank 0 only
+    if path.exists():
         return path
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
@@ -39,10 +41,7 @@ def folder(path: Path, **config: Any) -> Path:
     made = path.with_name(f"{path.name}.{os.getpid()}")
     LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **config})).save_pretrained(made)
     fast.save_pretrained(made)
-    try:
-        os.rename(made, path)
-    except OSError:  # another rank was faster; its folder is the same
-        shutil.rmtree(made)
+    os.rename(made, path)
     return path
 
 

@@ -1,4 +1,5 @@
-from treering.plan.compose import Plan, compose, draft, load
+from treering.plan.compose import compose, draft, load
+from treering.plan.plan import Plan
 from treering.plan.run import Run
 from treering.plan.step import StepReport
 

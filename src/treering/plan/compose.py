@@ -1,14 +1,13 @@
 """The lifecycle: open → resolve → claims → apply → shard → materialise → fill or resume → run."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from treering import attention
 from treering.anatomy import Anatomy, examine
@@ -16,13 +15,12 @@ from treering.errors import PlanError
 from treering.plan import conflicts, opening
 from treering.plan.fill import Chain, Statistics, fill, refill
 from treering.plan.materialise import materialise, to_meta
-from treering.plan.place import settle
+from treering.plan.plan import Plan
 from treering.plan.prepared import Prepared
 from treering.plan.run import Run
 from treering.technique import Applied, LazyTensor, Part, Site, Stage, Technique
-from treering.topology import axis_size
 from treering.topology import mesh as make_mesh
-from treering.weights import Source, plain_tensors
+from treering.weights import plain_tensors
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -30,47 +28,6 @@ if TYPE_CHECKING:
 
 
 COMPOSED = "_treering_composed"  # a second composition would find adapters where it expects plain weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A model with its structure in place and no values yet."""
-
-    model: Any
-    anatomy: Anatomy
-    techniques: tuple[Technique, ...]  # resolved, in the order of application
-    applied: tuple[Applied, ...]
-    chains: Mapping[str, Chain]  # plain name -> how its value is held
-    plain: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # what there was before anything was applied
-    source: Source | None
-    source_name: str
-    folder: Path | None
-    mesh: "DeviceMesh | None"
-    device: torch.device
-    seed: int
-    unpackable: str | None = None  # why packed batches are refused
-    restore: tuple[Callable[[], None], ...] = ()  # what takes the packed attention off again
-
-    @property
-    def data_ranks(self) -> int:
-        """How many sets of documents are trained on at once."""
-        return axis_size(self.mesh, "replicate", "shard")
-
-    def live(self) -> dict[str, Tensor]:
-        """Every parameter and persistent buffer as it is held now, shards where it is sharded."""
-        settle(self.model)
-        return plain_tensors(self.model)
-
-    @property
-    def owned(self) -> tuple[str, ...]:
-        """Live names whose value is not simply the source's: what a checkpoint has to hold."""
-        names = {name for applied in self.applied for name in applied.trainable}
-        for plain_name, chain in self.chains.items():
-            for part in chain.parts:
-                names.update(part.names)
-                if part.moves_base:
-                    names.add(plain_name)
-        return tuple(sorted(names))
 
 
 def compose(

@@ -2,16 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch.distributed.tensor import DTensor
 
 from treering.plan.conflicts import name_of
 from treering.plan.place import local_rows
+from treering.plan.plan import Plan
 from treering.topology import AXES, axis_size
-
-if TYPE_CHECKING:
-    from treering.plan.compose import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +24,7 @@ class Figures:
     reduced: int  # sent into reduce-scatters in one micro-batch's backward
 
 
-def figures(plan: "Plan") -> Figures:
+def figures(plan: Plan) -> Figures:
     counts = dict.fromkeys(("parameters", "trained", "held", "gradients", "optimizer", "gathered", "reduced"), 0)
     for parameter in plan.model.parameters():
         whole = parameter.numel()
@@ -48,7 +45,7 @@ def figures(plan: "Plan") -> Figures:
     return Figures(**counts)
 
 
-def explain(plan: "Plan", lost: Mapping[str, float] | None = None) -> str:
+def explain(plan: Plan, lost: Mapping[str, float] | None = None) -> str:
     n = figures(plan)
     axes = ", ".join(f"{axis}={axis_size(plan.mesh, axis)}" for axis in AXES if axis_size(plan.mesh, axis) > 1)
     lines = [

@@ -17,13 +17,12 @@ from treering.errors import CheckpointError, PlanError
 from treering.folders import Writer
 from treering.plan.fill import join
 from treering.plan.place import gather
+from treering.plan.plan import Plan
 from treering.together import from_first, is_first, together
 from treering.weights import export_groups, to_file_layout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-    from treering.plan.compose import Plan
 
 BESIDE = (
     "generation_config.json",
@@ -38,7 +37,7 @@ BESIDE = (
 )
 
 
-def plain(plan: "Plan", names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+def plain(plan: Plan, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Each plain tensor as the chain reproduces it now, in its stored dtype."""
     live = plan.live()
     for name in names if names is not None else plan.plain:
@@ -52,7 +51,7 @@ def plain(plan: "Plan", names: Iterable[str] | None = None) -> Iterator[tuple[st
         yield name, join(chain.parts, tensors, base).to(dtype)
 
 
-def export(plan: "Plan", folder: Path, adapter: str | None) -> Path:
+def export(plan: Plan, folder: Path, adapter: str | None) -> Path:
     """Written beside `folder` under another name and moved there whole: a killed export leaves nothing to load."""
     first = is_first()
     state = together(lambda: free(folder), f"looking at {folder}")[0]
@@ -85,7 +84,7 @@ def free(folder: Path) -> str:
     return "not empty" if folder.is_dir() and any(folder.iterdir()) else ""
 
 
-def _dense(plan: "Plan", folder: Path, first: bool) -> None:
+def _dense(plan: Plan, folder: Path, first: bool) -> None:
     writer = Writer(folder)
     for group in export_groups(plan.model, plan.plain):
         tensors = {name: value.cpu() for name, value in plain(plan, group)}
@@ -105,7 +104,7 @@ def _dense(plan: "Plan", folder: Path, first: bool) -> None:
         generation.save_pretrained(folder)
 
 
-def _config(plan: "Plan") -> "PretrainedConfig":
+def _config(plan: Plan) -> "PretrainedConfig":
     """As transformers writes it beside weights: with the dtype they have and the class that they are of."""
     config = copy.deepcopy(plan.model.config)
     config.dtype = next(dtype for _, dtype in plan.plain.values())
@@ -113,7 +112,7 @@ def _config(plan: "Plan") -> "PretrainedConfig":
     return config
 
 
-def _adapter(plan: "Plan", folder: Path, name: str, first: bool) -> None:
+def _adapter(plan: Plan, folder: Path, name: str, first: bool) -> None:
     from safetensors.torch import save_file
 
     adapters = {a.adapter.name: a.adapter for a in plan.applied if a.adapter is not None}

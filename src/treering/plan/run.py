@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,11 @@ from treering.errors import PlanError
 from treering.plan import batches, step
 from treering.plan.batches import Batch
 from treering.plan.explain import explain
+from treering.plan.export import export, plain
 from treering.plan.loss import cross_entropy
 from treering.plan.place import settle
+from treering.plan.plan import Plan
 from treering.plan.step import StepReport
-
-if TYPE_CHECKING:
-    from treering.plan.compose import Plan
 
 
 class Run:
@@ -29,7 +28,7 @@ class Run:
         run.step(optimizer, clip=1.0)
     """
 
-    def __init__(self, plan: "Plan", lost: Mapping[str, float], max_skips: int = 5):
+    def __init__(self, plan: Plan, lost: Mapping[str, float], max_skips: int = 5):
         self.plan = plan
         self.model: Any = plan.model
         self.lost = lost  # plain name -> ‖join(split(W)) − W‖/‖W‖ at load
@@ -166,12 +165,8 @@ class Run:
 
     def plain(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """The plain weights as the techniques hold them now, one at a time; a collective when sharded."""
-        from treering.plan.export import plain
-
         return plain(self.plan, names)
 
     def export(self, folder: str | Path, *, adapter: str | None = None) -> Path:
         """A dense Hugging Face folder, or the folder of one named adapter. Every rank calls it; rank 0 writes."""
-        from treering.plan.export import export
-
         return export(self.plan, Path(folder), adapter)

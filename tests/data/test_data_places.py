@@ -1,0 +1,90 @@
+"""Tokens are placed by what they spell; the tokenizer's own offsets say the same, more slowly."""
+
+import json
+import unicodedata
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from treering.data.config import Data
+from treering.data.encode import Encoder, recipe
+from treering.data.formats import Sample
+from treering.data.places import Offsets, Placer, Spelled
+
+TEXT = st.text(st.sampled_from("ab Z9\n\té😀ñ語\u0301\u200b'<|"), max_size=30)
+PIECES = st.lists(
+    st.one_of(TEXT, st.sampled_from(("<|im_start|>", "<eos>", "<think>", " the", "function"))), max_size=8
+)
+
+
+def bare(backend: str, **parts) -> str:
+    return json.dumps({**json.loads(backend), "post_processor": None, **parts})
+
+
+def placer(backend: str) -> Placer:
+    return Placer(Tokenizer.from_str(backend), json.loads(backend))
+
+
+@pytest.fixture(scope="module")
+def byte_level(backend) -> tuple[Tokenizer, Placer]:
+    return Tokenizer.from_str(bare(backend)), placer(bare(backend))
+
+
+@settings(max_examples=200, deadline=None)
+@given(pieces=PIECES, data=st.data())
+def test_spelling_and_offsets_give_the_same_tokens(byte_level, pieces, data):
+    tokenizer, under_test = byte_level
+    text = "".join(pieces)
+    borders = sorted(data.draw(st.lists(st.integers(0, len(text)), min_size=8, max_size=8)))
+    low, start, end, high = borders[::2]
+    limits, spans = [(low, high), (end, borders[7])], [(start, end), (borders[5], borders[7])]
+    (spelled,) = under_test.encode([text])
+    assert isinstance(spelled, Spelled)
+    offsets = Offsets(tokenizer.encode(text, add_special_tokens=False))
+    assert spelled.ids.tolist() == offsets.ids.tolist()
+    for bounds in (limits, spans):
+        expected = [(a, b) for a, b in offsets.ranges(spans, bounds) if a < b]
+        assert [(a, b) for a, b in spelled.ranges(spans, bounds) if a < b] == expected
+
+
+def test_a_text_that_a_normalizer_changes_is_placed_by_offsets_and_its_neighbours_are_not(backend):
+    under_test = placer(bare(backend, normalizer={"type": "NFC"}))
+    composed, apart = "caf\u00e9 au lait", "cafe\u0301 au lait"
+    assert unicodedata.normalize("NFC", apart) == composed
+    kinds = [type(tokens) for tokens in under_test.encode([composed, apart, "plain"])]
+    assert kinds == [Spelled, Offsets, Spelled]
+
+
+def test_a_token_that_swallows_spaces_is_not_believed(backend):
+    state = json.loads(bare(backend))
+    for token in state["added_tokens"]:
+        token["lstrip"] = token["content"] == "<eos>"
+    tight, wide = placer(json.dumps(state)).encode(["a<eos>", "a  <eos>"])
+    assert isinstance(tight, Spelled) and isinstance(wide, Offsets)
+    assert tight.ids.tolist() == wide.ids.tolist()
+
+
+def test_a_space_that_the_tokenizer_adds_is_no_part_of_the_text(backend):
+    spaced = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    (tokens,) = placer(bare(backend, pre_tokenizer=spaced)).encode(["the end"])
+    assert isinstance(tokens, Offsets) and tokens.ranges([(0, 3)], [(0, 3)]) == [(0, 1)]
+
+
+def test_masks_are_the_same_for_a_tokenizer_that_is_not_byte_level(tokenizer):
+    """One token a character: which ones are trained can be read off the text."""
+    letters = {c: i for i, c in enumerate("▁abcdefghijklmnopqrstuvwxyz\n?._<>|")}
+    backend = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="?"))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split("▁", "isolated")
+    backend.decoder = decoders.Replace("▁", " ")
+    foreign = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", bos_token="<|im_start|>")
+    foreign.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    foreign.chat_template = tokenizer.chat_template
+    messages = [{"role": "user", "content": "who is it"}, {"role": "assistant", "content": "it is me"}]
+    under_test = Encoder(recipe(foreign, Data(train="train.jsonl"), "messages"))
+    ((document,),) = under_test.encode([Sample(kind="chat", where="f:1", file=0, row=1, messages=messages)])
+    trained = [id for id, trained in zip(document.ids.tolist(), document.mask.tolist(), strict=True) if trained]
+    assert foreign.decode(trained) == "it is me<|im_end|>"
