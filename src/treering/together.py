@@ -14,16 +14,16 @@ def is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def from_first(value: str) -> str:
+def from_first(value: str, group: Any = None) -> str:
     """Rank 0's `value`, on every rank."""
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
-def together(work: Callable[[], Any], doing: str, otherwise: str = "") -> list[Any]:
+def together(work: Callable[[], Any], doing: str, otherwise: str = "", group: Any = None) -> list[Any]:
     """Do `work` on every rank and return all results; one rank's error of the file system is everybody's."""
     try:
         result, problem = work(), ""
@@ -35,7 +35,7 @@ def together(work: Callable[[], Any], doing: str, otherwise: str = "") -> list[A
         outcomes = [(result, problem)]
     else:
         outcomes = [(None, "")] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (result, problem))
+        dist.all_gather_object(outcomes, (result, problem), group=group)
     for rank, (_, text) in enumerate(outcomes):
         if text:
             raise CheckpointError(f"{doing} failed on rank {rank}: {text}{otherwise}")

@@ -1,5 +1,6 @@
 """The trainer at its borders: what is kept, what is refused in time, numbers that do not depend on the occasion."""
 
+import errno
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from tests.ranks import RankFailed, on_ranks
 from tests.same import assert_all_same
 from tests.toy_run import folder, job
 from treering.technique import Applied, Stage
-from treering.train import checkpoint, train
+from treering.train import checkpoint, disk, train
 from treering.train.callbacks import Callback, JsonLines
 from treering.train.config import Checkpoint, Evaluate, Optimizer
 from treering.train.export import export, reopen
@@ -83,13 +84,16 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew_unasked(tmp
         train(job(tmp_path, train=steps(2)))
 
 
-def test_a_disk_that_is_full_for_safetensors_is_an_explained_error(tmp_path, monkeypatch):
-    def full(*_):
-        raise checkpoint.SafetensorError("No space left on device")
+@pytest.mark.parametrize("point", ["rank 0: write", "rank 0: flush", "manifest: write", "publish: rename"])
+def test_a_full_disk_is_an_explained_error_and_leaves_nothing(tmp_path, monkeypatch, point):
+    def full(crossed):
+        if crossed == point:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(tr.CheckpointError, match=r"rank 0: No space left.*earlier checkpoints are untouched"):
+    monkeypatch.setattr(disk, "crossing", full)
+    with pytest.raises(tr.CheckpointError, match=r"rank 0: No space left.*checkpoints are untouched; .* are free"):
         checkpoint.save(tmp_path, 1, {"x": torch.ones(1)}, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_that_vanishes_while_it_is_read_is_an_explained_error(tmp_path):

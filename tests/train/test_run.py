@@ -10,7 +10,7 @@ import treering as tr
 from tests.ranks import on_ranks
 from tests.same import assert_all_same
 from tests.toy_run import job
-from treering.train import train
+from treering.train import disk, train
 from treering.train.callbacks import Callback
 from treering.train.checkpoint import read
 from treering.train.config import Checkpoint, Evaluate, Optimizer
@@ -87,6 +87,37 @@ def test_two_ranks_resume_bitwise(tmp_path):
     on_ranks(2, interrupted, tmp_path, "whole", None)
     on_ranks(2, interrupted, tmp_path, "cut", 6)
     assert_all_same(tensors(tmp_path, "cut"), tensors(tmp_path, "whole"))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_saving_beside_training_writes_the_same(tmp_path, world):
+    on_ranks(world, beside, tmp_path, False)
+    on_ranks(world, beside, tmp_path, True)
+    for step in (2, 4, 12):
+        assert_all_same(tensors(tmp_path, "beside True", step), tensors(tmp_path, "beside False", step))
+
+
+def beside(root, asynchronous):
+    saving = Checkpoint(every=2, keep=20, asynchronous=asynchronous)
+    train(job(root, f"beside {asynchronous}", techniques=(tr.Full(), tr.Shard()), train={"checkpoint": saving}))
+
+
+def test_an_error_of_a_save_beside_training_is_heard(tmp_path, monkeypatch):
+    def full(crossed):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(disk, "crossing", full)
+    with pytest.raises(tr.CheckpointError, match="No space left"):
+        train(job(tmp_path, train={"checkpoint": Checkpoint(every=2, asynchronous=True)}))
+
+
+def test_force_goes_on_with_other_data_but_not_with_other_tensors(tmp_path):
+    train(job(tmp_path))
+    forced = {"checkpoint": Checkpoint(force=True), "steps": 13}
+    train(job(tmp_path, seed=1, train=forced))
+    assert "forced: " in (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(tr.CheckpointError, match="another techniques"):
+        train(job(tmp_path, techniques=(tr.LoRA(rank=2),), train=forced))
 
 
 def test_the_best_evaluation_is_saved_where_asked(tmp_path):

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,8 +26,13 @@ def command(
         int | None, typer.Option(min=1, help="Start so many ranks on this machine; no torchrun needed.")
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Break the time of a step down.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on from a checkpoint although the data, seed or batch changed.")
+    ] = False,
 ) -> None:
     """Train a model as FILE says. The same file runs alone, with --nproc, under torchrun and under srun."""
+    if force:
+        settings = [*(settings or ()), "train.checkpoint.force=true"]
     config = load(file, settings)
     ranks = ranks_from(os.environ)
     if ranks is not None:
@@ -59,8 +64,14 @@ def job_of(config: "RunConfig") -> "Job":
         train=config.train,
         mesh=asdict(config.mesh),
         seed=config.seed,
-        written=to_yaml(config),
+        written=to_yaml(_unforced(config)),
     )
+
+
+def _unforced(config: "RunConfig") -> "RunConfig":
+    """What is kept beside the run: to force is for one start, and not for those that follow."""
+    settings = replace(config.train, checkpoint=replace(config.train.checkpoint, force=False))
+    return replace(config, train=settings)
 
 
 def _train(config: "RunConfig", profile: bool) -> None:

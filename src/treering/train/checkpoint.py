@@ -8,45 +8,44 @@ never loaded. Each tensor's chunks are rows of dimension 0, so any number of ran
 """
 
 import json
-import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from treering.errors import CheckpointError
 from treering.plan.place import local, local_rows
 from treering.together import from_first, together
+from treering.train import disk, manifest
+from treering.train.manifest import Chunk, Entry, File, Manifest
 
-FORMAT = 1
-NAME = re.compile(r"step-(\d+)")
-MANIFEST = "manifest.json"
+STEP = re.compile(r"step-(\d{1,18})")
+TORN = re.compile(r"step-\d+\.tmp-[0-9a-f]+")
 UNTOUCHED = "; earlier checkpoints are untouched"
+# safetensors' names for dtypes
+WRITTEN = {
+    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
-    file: str
+class Piece:
+    """This rank's rows of one tensor, on the host."""
+
+    shape: tuple[int, ...]  # of the whole tensor
     start: int
     stop: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    shape: tuple[int, ...]
-    dtype: str
-    chunks: tuple[Chunk, ...]
+    rows: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ class SavedTensor:
         return getattr(torch, self.entry.dtype)
 
     def read(self) -> Tensor:
-        return self.rows(0, self.shape[0]) if self.shape else self._piece(self.entry.chunks[0], 0, 1)
+        return self.rows(0, self.entry.rows) if self.shape else self._piece(self.entry.chunks[0], 0, 1)
 
     def rows(self, start: int, stop: int) -> Tensor:
         pieces, at = [], start
@@ -75,18 +74,19 @@ class SavedTensor:
                 until = min(stop, chunk.stop)
                 pieces.append(self._piece(chunk, at - chunk.start, until - chunk.start))
                 at = until
-        if at != stop and start != stop:
-            raise CheckpointError(f"{self.folder}: rows {at} to {stop} of {self.name} are in no file of the checkpoint")
         return torch.cat(pieces) if pieces else torch.empty((0, *self.shape[1:]), dtype=self.dtype)
 
     def _piece(self, chunk: Chunk, start: int, stop: int) -> Tensor:
         try:
             with safe_open(self.folder / chunk.file, "pt") as file:
-                return file.get_slice(self.name)[start:stop] if self.shape else file.get_tensor(self.name)
+                found = file.get_slice(self.name)[start:stop] if self.shape else file.get_tensor(self.name)
         except (OSError, SafetensorError) as error:  # a run that goes on removes its old checkpoints
             raise CheckpointError(
                 f"{self.folder / chunk.file} was found whole and cannot be read now: {error}"
             ) from None
+        if found.dtype != self.dtype or (self.shape and found.shape != (stop - start, *self.shape[1:])):
+            raise CheckpointError(f"{self.folder / chunk.file}: {self.name} is not what the manifest says it is")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,63 +99,97 @@ class Saved:
     facts: Mapping[str, Any]  # whatever the trainer wrote beside the tensors
 
 
-def save(root: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-    """Write `step-<step>` below `root`. Every rank calls it with its shards; rank 0 publishes."""
+def stage(tensors: Mapping[str, Tensor], copy: bool) -> dict[str, Piece]:
+    """This rank's share on the host. `copy`: apart from the live tensors, which may then change again."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    staged = {}
+    for name, tensor in tensors.items():
+        if _first_copy(tensor, rank):
+            held = local(tensor).detach()
+            rows = torch.empty_like(held, device="cpu", memory_format=torch.contiguous_format).copy_(held)
+            start, stop = local_rows(tensor)
+            if not copy and held.device.type == "cpu" and held.is_contiguous():
+                rows = held
+            staged[name] = Piece(shape=tuple(tensor.shape), start=start, stop=stop, rows=rows)
+    return staged
+
+
+def write(root: Path, step: int, staged: Mapping[str, Piece], facts: Mapping[str, Any], group: Any = None) -> Path:
+    """Write `step-<step>` below `root`. Every rank calls it with what it has staged; rank 0 publishes."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     final = root / f"step-{step}"
-    token = from_first(uuid.uuid4().hex[:8])
+    token = from_first(uuid.uuid4().hex[:8], group)
     temporary = root / f"{final.name}.tmp-{token}"
-    together(lambda: temporary.mkdir(parents=True) if rank == 0 else None, f"making {temporary}", UNTOUCHED)
-    described = together(lambda: _write_own(temporary, rank, tensors), f"writing {temporary}", UNTOUCHED)
+
+    def all_do(work: Callable[[], Any], doing: str) -> list[Any]:
+        try:
+            return together(work, doing, UNTOUCHED + f"; {disk.free(root) >> 20} MiB are free there", group)
+        except CheckpointError:
+            if rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    all_do(lambda: temporary.mkdir(parents=True) if rank == 0 else None, f"making {temporary}")
+    described = all_do(lambda: _write_own(temporary, rank, staged), f"writing {_size(staged)} to {temporary}")
 
     def publish() -> None:
-        entries: dict[str, dict[str, Any]] = {}
-        files = {}
-        for file, about, own in described:
-            files[file] = about
-            for name, entry in own.items():
-                entries.setdefault(name, {**entry, "chunks": []})["chunks"] += entry["chunks"]
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "world": world,
-            "facts": dict(facts),
-            "files": files,
-            "tensors": entries,
-        }
-        path = temporary / MANIFEST
-        path.write_text(json.dumps(manifest), encoding="utf-8")
-        _sync(path)
-        _sync(temporary)
+        chunks: dict[str, list[Chunk]] = {}
+        shapes = {}
+        for file, _, own in described:
+            for name, (shape, dtype, start, stop) in own.items():
+                shapes[name] = (shape, dtype)
+                chunks.setdefault(name, []).append(Chunk(file=file, start=start, stop=stop))
+        made = Manifest(
+            step=step,
+            world=world,
+            facts=json.loads(json.dumps(dict(facts))),
+            files={file: about for file, about, _ in described},
+            tensors={
+                name: Entry(shape=shape, dtype=dtype, chunks=tuple(chunks[name]))
+                for name, (shape, dtype) in shapes.items()
+            },
+        )
+        disk.write(temporary / manifest.NAME, [made.dump()], "manifest")
+        disk.sync(temporary, "folder")
         if final.exists():  # a damaged one of this step was passed over; it is kept, under a name that nothing loads
-            os.rename(final, root / f"{final.name}.damaged-{token}")
-        os.rename(temporary, final)
-        _sync(root)
+            disk.move(final, root / f"{final.name}.damaged-{token}", "damaged")
+        disk.move(temporary, final, "publish")
+        disk.sync(root, "root")
 
-    together(lambda: publish() if rank == 0 else None, f"publishing {final}", UNTOUCHED)
+    all_do(lambda: publish() if rank == 0 else None, f"publishing {final}")
     return final
 
 
-def _write_own(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def save(root: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
+    """Stage and write at once."""
+    return write(root, step, stage(tensors, copy=False), facts)
+
+
+def _size(staged: Mapping[str, Piece]) -> str:
+    return f"{sum(p.rows.numel() * p.rows.element_size() for p in staged.values()) / 2**20:.1f} MiB"
+
+
+def _write_own(folder: Path, rank: int, staged: Mapping[str, Piece]) -> tuple[str, File, dict[str, Any]]:
     file = f"rank-{rank:05d}.safetensors"
-    held, described = {}, {}
+    size, blocks = disk.write(folder / file, _bytes({n: p.rows for n, p in staged.items()}), f"rank {rank}")
+    own = {n: (p.shape, str(p.rows.dtype).removeprefix("torch."), p.start, p.stop) for n, p in staged.items()}
+    return file, File(bytes=size, blocks=blocks), own
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, piece by piece: the library's own writer wants a second copy of everything in memory."""
+    header, at = {}, 0
     for name, tensor in tensors.items():
-        if not _first_copy(tensor, rank):
-            continue
-        start, stop = local_rows(tensor)
-        # Cloned: an uneven shard is a view of padded storage, and a file must hold the rows alone.
-        held[name] = local(tensor).detach().cpu().clone(memory_format=torch.contiguous_format)
-        described[name] = asdict(
-            Entry(
-                shape=tuple(tensor.shape),
-                dtype=str(tensor.dtype).removeprefix("torch."),
-                chunks=(Chunk(file=file, start=start, stop=stop),),
-            )
-        )
-        described[name]["chunks"] = list(described[name]["chunks"])
-    save_file(held, folder / file)
-    _sync(folder / file)
-    return file, {"bytes": (folder / file).stat().st_size, "xxh3": _digest(folder / file)}, described
+        end = at + tensor.numel() * tensor.element_size()
+        dtype = WRITTEN[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        if tensor.numel():
+            yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _first_copy(tensor: Tensor, rank: int) -> bool:
@@ -168,13 +202,17 @@ def _first_copy(tensor: Tensor, rank: int) -> bool:
 
 def newest(root: Path, warn: Callable[[str], None]) -> Saved | None:
     """The newest whole checkpoint below `root`; each newer one that is not whole is warned about."""
-    found = sorted(((int(m[1]), p) for p in _folders(root) if (m := NAME.fullmatch(p.name))), reverse=True)
-    for _, path in found:
+    for step in reversed(steps(root)):
         try:
-            return read(path)
+            return read(root / f"step-{step}")
         except CheckpointError as error:
             warn(f"passed over a checkpoint: {error}")
     return None
+
+
+def steps(root: Path) -> list[int]:
+    """The steps there are checkpoints of, whole or not."""
+    return sorted(int(m[1]) for p in _folders(root) if (m := STEP.fullmatch(p.name)))
 
 
 def _folders(root: Path) -> list[Path]:
@@ -182,30 +220,43 @@ def _folders(root: Path) -> list[Path]:
 
 
 def read(folder: Path) -> Saved:
-    """Open one checkpoint, proving that its files are those the manifest tells of."""
+    """Open one checkpoint, proving that it is what was written. All ranks call it; each verifies its share of files."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{folder} has format {manifest['format']}; this version reads {FORMAT}")
-        tensors = {}
-        for name, entry in manifest["tensors"].items():
-            chunks = tuple(Chunk(**chunk) for chunk in entry["chunks"])
-            shaped = Entry(shape=tuple(entry["shape"]), dtype=entry["dtype"], chunks=chunks)
-            tensors[name] = SavedTensor(name=name, entry=shaped, folder=folder)
-        files, step, facts = manifest["files"], int(manifest["step"]), manifest["facts"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder} has no manifest that can be read ({type(error).__name__}: {error})") from None
-    for file, about in files.items():
-        path = folder / file
-        if os.path.basename(file) != file or not path.is_file():
-            raise CheckpointError(f"{folder} lacks {file!r}")
-        if path.stat().st_size != about["bytes"] or _digest(path) != about["xxh3"]:
-            raise CheckpointError(f"{path} is not what was written: its size or digest differs")
-        try:
-            safe_open(path, "pt")
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from None
-    return Saved(folder=folder, step=step, tensors=tensors, facts=facts)
+        said, problem = manifest.load(folder), ""
+        for number, (file, about) in enumerate(sorted(said.files.items())):
+            if not problem and number % world == rank:
+                problem = _verify(folder / file, about)
+        named = STEP.fullmatch(folder.name)
+        if named and int(named[1]) != said.step:
+            problem = problem or f"{folder} holds step {said.step}"
+    except CheckpointError as error:
+        problem = str(error)
+    problems = [text for text in together(lambda: problem, f"reading {folder}") if text]
+    if problems:
+        raise CheckpointError(problems[0])
+    tensors = {n: SavedTensor(name=n, entry=entry, folder=folder) for n, entry in said.tensors.items()}
+    return Saved(folder=folder, step=said.step, tensors=tensors, facts=said.facts)
+
+
+def _verify(path: Path, about: File) -> str:
+    """Why `path` is not the file that was written; empty if it is."""
+    try:
+        if path.is_symlink() or not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != about.bytes:
+            return f"{path} has {path.stat().st_size} bytes instead of {about.bytes}"
+        _, found = disk.digests(path)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    if found != about.blocks:
+        first = next((i for i in range(0, len(found), 16) if found[i : i + 16] != about.blocks[i : i + 16]), 0) // 16
+        return f"{path} is damaged: its block {first} (1 MiB each) is not what was written"
+    try:
+        safe_open(path, "pt")
+    except SafetensorError as error:
+        return f"{path} is damaged: {error}"
+    return ""
 
 
 def prune(root: Path, keep: int, best: int | None, newest: int) -> None:
@@ -214,30 +265,8 @@ def prune(root: Path, keep: int, best: int | None, newest: int) -> None:
     Those after `newest` are damaged, as the run would have gone on from them: they are neither kept count of nor lost.
     """
     for path in _folders(root):
-        if re.fullmatch(r"step-\d+\.tmp-[0-9a-f]+", path.name):
-            shutil.rmtree(path, ignore_errors=True)
+        if TORN.fullmatch(path.name):
+            disk.remove(path, "torn")
     for step in [step for step in steps(root) if step <= newest][:-keep]:
         if step != best:
-            shutil.rmtree(root / f"step-{step}", ignore_errors=True)
-
-
-def _digest(path: Path) -> str:
-    words = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            words.update(block)
-    return words.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Until this returns, a power cut may undo the write."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def steps(root: Path) -> list[int]:
-    """The steps there are checkpoints of, whole or not."""
-    return sorted(int(m[1]) for p in _folders(root) if (m := NAME.fullmatch(p.name)))
+            disk.remove(root / f"step-{step}", "old")

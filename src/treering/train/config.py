@@ -81,6 +81,8 @@ class Checkpoint:
     every: int | None = None  # steps; the end is always saved
     keep: int = 2  # the newest so many, and the best evaluated one if it was saved
     best: bool = False  # also save whenever an evaluation is the best so far
+    asynchronous: bool = False  # write while training goes on, from a copy in host memory
+    force: bool = False  # go on although the data, seed or batch changed; `--force` sets it for one start
     resume: Literal["auto", "never"] = "auto"
 
     def __post_init__(self) -> None:

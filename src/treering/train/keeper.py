@@ -1,20 +1,24 @@
 """Keeps a run: its checkpoints, what must not change between them, and which is the best."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch.optim import Optimizer
 
 from treering.errors import CheckpointError
 from treering.folders import fingerprint
 from treering.plan import Plan, Run, StepReport, load
+from treering.together import is_first
 from treering.train import checkpoint, state
 from treering.train.job import Job
 from treering.train.prepare import RunData
+from treering.train.saver import Saver
+
+TENSORS = ("techniques", "dtype", "initialise", "optimizer")  # with another of these, the tensors would not fit
 
 
 class Keeper:
@@ -22,6 +26,7 @@ class Keeper:
         self.job, self.plan, self.data = job, plan, data
         self.root = Path(job.output) / "checkpoints"
         self.saved: checkpoint.Saved | None = None
+        self.saver = Saver(job.train.checkpoint.asynchronous)
         self.counts: dict[str, Any] = {"skipped": 0, "best": None, "best_step": None, "without_improvement": 0}
 
     def load(self, warn: Callable[[str], None]) -> Run:
@@ -43,7 +48,8 @@ class Keeper:
         prepared = Path(self.job.output) / "prepared"
         if newest is None:
             return load(self.plan, prepared=prepared)
-        check_same(newest, self.identity())
+        for note in check_same(newest, self.identity(), force=self.job.train.checkpoint.force):
+            warn(note)
         self.saved = newest
         return load(self.plan, resume=newest.tensors)
 
@@ -82,11 +88,26 @@ class Keeper:
         return patience is not None and self.counts["without_improvement"] >= patience
 
     def save(self, run: Run, optimizers: Sequence[Optimizer], step: int) -> Path:
-        facts = {"identity": self.identity(), "counts": self.counts, "eval": self._eval()}
-        made = checkpoint.save(self.root, step, state.tensors(run, optimizers), facts)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            checkpoint.prune(self.root, self.job.train.checkpoint.keep, self.counts["best_step"], step)
-        return made
+        mesh = self.plan.mesh
+        facts = {
+            "identity": self.identity(),
+            "counts": dict(self.counts),
+            "eval": self._eval(),
+            "position": None if self.data is None else self.data.train.position(step),
+            "mesh": None if mesh is None else dict(zip(mesh.mesh_dim_names or (), mesh.shape)),
+            "config": hashlib.sha256(self.job.written.encode()).hexdigest(),
+        }
+        best, keep = self.counts["best_step"], self.job.train.checkpoint.keep
+
+        def then() -> None:
+            if is_first():
+                checkpoint.prune(self.root, keep, best, step)
+
+        return self.saver.save(self.root, step, state.tensors(run, optimizers), facts, then)
+
+    def finish(self) -> None:
+        """Wait for a checkpoint that is still being written; its error is raised here."""
+        self.saver.wait()
 
     def _eval(self) -> str | None:
         return None if self.data is None or self.data.held_out is None else self.data.held_out.digest
@@ -114,11 +135,17 @@ class Keeper:
         return json.loads(json.dumps(found))
 
 
-def check_same(saved: checkpoint.Saved, now: Mapping[str, Any]) -> None:
+def check_same(saved: checkpoint.Saved, now: Mapping[str, Any], force: bool = False) -> list[str]:
+    """Refuse to go on as another run. With `force`, what leaves the tensors as they are is noted instead."""
     then = saved.facts.get("identity", {})
+    noted = []
     for name, value in now.items():
-        if then.get(name) != value:
-            raise CheckpointError(
-                f"{saved.folder} was made with another {name}: {then.get(name)!r}, and this run has {value!r}. "
-                "Restore the setting, or give the new run another output folder"
-            )
+        if then.get(name) == value:
+            continue
+        said = f"{saved.folder} was made with another {name}: {then.get(name)!r}, and this run has {value!r}"
+        if force and name not in TENSORS:
+            noted.append(f"forced: {said}")
+            continue
+        remedy = "Restore the setting, or give the new run another output folder"
+        raise CheckpointError(f"{said}. {remedy}" + ("" if name in TENSORS else "; --force goes on all the same"))
+    return noted

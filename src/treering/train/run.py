@@ -83,6 +83,7 @@ def train(job: Job, callbacks: Sequence[Callback] = (), *, profile: bool = False
         if stop:
             tell.note(f"stopped early: no improvement in {settings.evaluate.patience} evaluations")
             break
+    keeper.finish()
     return tell.finished(keeper, watch)
 
 
