@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from treering.data.config import Data
 from treering.data.encode import Encoder, recipe
 from treering.data.formats import Sample
-from treering.data.places import Offsets, Placer, Spelled
+from treering.data.places import Offsets, Placer, Spelled, Tokens
 
 TEXT = st.text(st.sampled_from("ab Z9\n\té😀ñ語\u0301\u200b'<|"), max_size=30)
 PIECES = st.lists(
@@ -28,12 +28,16 @@ def placer(backend: str) -> Placer:
     return Placer(Tokenizer.from_str(backend), json.loads(backend))
 
 
+def placed(under_test: Placer, *texts: str) -> list[Tokens]:
+    return under_test.place(texts, under_test.encode(texts))
+
+
 @pytest.fixture(scope="module")
 def byte_level(backend) -> tuple[Tokenizer, Placer]:
     return Tokenizer.from_str(bare(backend)), placer(bare(backend))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(pieces=PIECES, data=st.data())
 def test_spelling_and_offsets_give_the_same_tokens(byte_level, pieces, data):
     tokenizer, under_test = byte_level
@@ -41,7 +45,7 @@ def test_spelling_and_offsets_give_the_same_tokens(byte_level, pieces, data):
     borders = sorted(data.draw(st.lists(st.integers(0, len(text)), min_size=8, max_size=8)))
     low, start, end, high = borders[::2]
     limits, spans = [(low, high), (end, borders[7])], [(start, end), (borders[5], borders[7])]
-    (spelled,) = under_test.encode([text])
+    (spelled,) = placed(under_test, text)
     assert isinstance(spelled, Spelled)
     offsets = Offsets(tokenizer.encode(text, add_special_tokens=False))
     assert spelled.ids.tolist() == offsets.ids.tolist()
@@ -50,11 +54,19 @@ def test_spelling_and_offsets_give_the_same_tokens(byte_level, pieces, data):
         assert [(a, b) for a, b in spelled.ranges(spans, bounds) if a < b] == expected
 
 
+def test_nothing_overlaps_an_empty_span_inside_a_token(byte_level):
+    _, under_test = byte_level
+    (tokens,) = placed(under_test, "99 the")
+    assert tokens.ranges([(3, 4)], [(0, 6)]) == [(len(tokens.ids) - 1, len(tokens.ids))]
+    ((first, stop),) = tokens.ranges([(3, 3)], [(0, 6)])
+    assert first == stop
+
+
 def test_a_text_that_a_normalizer_changes_is_placed_by_offsets_and_its_neighbours_are_not(backend):
     under_test = placer(bare(backend, normalizer={"type": "NFC"}))
     composed, apart = "caf\u00e9 au lait", "cafe\u0301 au lait"
     assert unicodedata.normalize("NFC", apart) == composed
-    kinds = [type(tokens) for tokens in under_test.encode([composed, apart, "plain"])]
+    kinds = [type(tokens) for tokens in placed(under_test, composed, apart, "plain")]
     assert kinds == [Spelled, Offsets, Spelled]
 
 
@@ -62,14 +74,14 @@ def test_a_token_that_swallows_spaces_is_not_believed(backend):
     state = json.loads(bare(backend))
     for token in state["added_tokens"]:
         token["lstrip"] = token["content"] == "<eos>"
-    tight, wide = placer(json.dumps(state)).encode(["a<eos>", "a  <eos>"])
+    tight, wide = placed(placer(json.dumps(state)), "a<eos>", "a  <eos>")
     assert isinstance(tight, Spelled) and isinstance(wide, Offsets)
     assert tight.ids.tolist() == wide.ids.tolist()
 
 
 def test_a_space_that_the_tokenizer_adds_is_no_part_of_the_text(backend):
     spaced = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    (tokens,) = placer(bare(backend, pre_tokenizer=spaced)).encode(["the end"])
+    (tokens,) = placed(placer(bare(backend, pre_tokenizer=spaced)), "the end")
     assert isinstance(tokens, Offsets) and tokens.ranges([(0, 3)], [(0, 3)]) == [(0, 1)]
 
 

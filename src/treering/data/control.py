@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from treering.data.places import Placer, Tokens
+from treering.data.places import Placer
 from treering.data.strings import CONTROL_CLOSE, CONTROL_OPEN, NAME_CLOSE, NAME_OPEN
 from treering.errors import DataError
 
@@ -81,10 +81,8 @@ class Control:
 
         return self._rendered.sub(name, rendered)
 
-    def encode(self, texts: Sequence[str], *, renamed: bool) -> list[Tokens]:
-        if not texts:
-            return []
-        return (self._named() if renamed else self._ordinary).encode(texts)
+    def placer(self, *, renamed: bool) -> Placer:
+        return self._named() if renamed else self._ordinary
 
     def _named(self) -> Placer:
         if self._renamed is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from tokenizers import Encoding
 
 from treering.data.chat import Chat, Rendered
 from treering.data.config import Data, Format
@@ -105,15 +106,17 @@ class Encoded:
     endless: bool
 
 
+Encodings = dict[bool, list[Encoding]]  # as Prepared.texts
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """A batch between its two Python parts. A prompt and its completion are two texts of one sample."""
 
     samples: Sequence[Sample]
     errors: dict[int, SampleError]
-    texts: list[str]
-    jobs: list[tuple[int, Rendered | None]]  # (sample, how it was rendered) of each text
-    renamed: list[bool]  # whether the text is for the renamed backend
+    texts: dict[bool, list[str]]  # by whether they are for the renamed backend
+    jobs: list[tuple[int, Rendered | None, bool]]  # (sample, how it was rendered, renamed) of each text
 
 
 class Encoder:
@@ -131,7 +134,7 @@ class Encoder:
 
     def prepare(self, samples: Sequence[Sample]) -> "Prepared":
         """Everything before the tokenizer."""
-        prepared = Prepared(samples=samples, errors={}, texts=[], jobs=[], renamed=[])
+        prepared = Prepared(samples=samples, errors={}, texts={}, jobs=[])
         for i, sample in enumerate(samples):
             try:
                 parts = list(self._texts(sample))
@@ -140,29 +143,26 @@ class Encoder:
                 continue
             for text, rendered in parts:
                 special = self.control.needs_names(text)
-                prepared.texts.append(self.control.rename(text) if special else text)
-                prepared.jobs.append((i, rendered))
-                prepared.renamed.append(special)
+                prepared.texts.setdefault(special, []).append(self.control.rename(text) if special else text)
+                prepared.jobs.append((i, rendered, special))
         return prepared
 
-    def tokenise(self, prepared: "Prepared") -> list[Tokens]:
+    def tokenise(self, prepared: "Prepared") -> Encodings:
         """The tokenizer's part: it runs without Python's lock, so it may run in a thread of its own."""
-        groups = {
-            flag: iter(
-                self.control.encode(
-                    [text for text, r in zip(prepared.texts, prepared.renamed, strict=True) if r == flag], renamed=flag
-                )
-            )
-            for flag in set(prepared.renamed)
+        return {
+            renamed: self.control.placer(renamed=renamed).encode(texts) for renamed, texts in prepared.texts.items()
         }
-        return [next(groups[flag]) for flag in prepared.renamed]
 
-    def finish(self, prepared: "Prepared", found: list[Tokens]) -> list[list[Encoded] | SampleError]:
+    def finish(self, prepared: "Prepared", encodings: Encodings) -> list[list[Encoded] | SampleError]:
         """Everything after the tokenizer."""
+        placed = {
+            renamed: iter(self.control.placer(renamed=renamed).place(texts, encodings[renamed]))
+            for renamed, texts in prepared.texts.items()
+        }
         results: list[list[Encoded] | SampleError] = [prepared.errors.get(i, []) for i in range(len(prepared.samples))]
         by_sample: dict[int, list[tuple[Rendered | None, Tokens]]] = {}
-        for (i, rendered), tokens in zip(prepared.jobs, found, strict=True):
-            by_sample.setdefault(i, []).append((rendered, tokens))
+        for i, rendered, renamed in prepared.jobs:
+            by_sample.setdefault(i, []).append((rendered, next(placed[renamed])))
         for i, parts in by_sample.items():
             try:
                 results[i] = self._documents(prepared.samples[i], parts)

@@ -46,7 +46,7 @@ class Spelled:
         for i in range(count):
             # Token k begins where token k - 1 ends. Overlapping: ends behind the start and begins before the stop.
             first = max(right[i], left[count + i] + 1 if lows[i] else 0)
-            stop = min(left[i] + 1 if stops[i] else 0, right[count + i])
+            stop = min(left[i] + 1 if stops[i] > starts[i] else 0, right[count + i])  # nothing overlaps an empty span
             found.append((first, max(first, stop)))
         return found
 
@@ -110,16 +110,20 @@ class Placer:
         self._spelling = _spelling(state)
         self._sizes = np.array([len(piece) for piece in self._spelling or ()], dtype=np.int64)
 
-    def encode(self, texts: Sequence[str]) -> list[Tokens]:
+    def encode(self, texts: Sequence[str]) -> list[Encoding]:
+        """The part without Python's lock."""
         if self._spelling is None:
-            return self._with_offsets(texts)
-        quick = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        found: list[Tokens | None] = [self._spelled(text, encoding.ids) for text, encoding in zip(texts, quick)]
-        again = iter(self._with_offsets([text for text, tokens in zip(texts, found) if tokens is None]))
-        return [next(again) if tokens is None else tokens for tokens in found]
+            return self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
 
-    def _with_offsets(self, texts: Sequence[str]) -> list[Tokens]:
-        return [Offsets(encoding) for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+    def place(self, texts: Sequence[str], encodings: Sequence[Encoding]) -> list[Tokens]:
+        """What `encode` gave for `texts`, with places."""
+        if self._spelling is None:
+            return [Offsets(encoding) for encoding in encodings]
+        found: list[Tokens | None] = [self._spelled(text, e.ids) for text, e in zip(texts, encodings, strict=True)]
+        rest = [text for text, tokens in zip(texts, found, strict=True) if tokens is None]
+        again = iter(self._backend.encode_batch(rest, add_special_tokens=False))
+        return [Offsets(next(again)) if tokens is None else tokens for tokens in found]
 
     def _spelled(self, text: str, ids: list[int]) -> Spelled | None:
         assert self._spelling is not None

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 from treering.data.config import Data, Format
-from treering.data.encode import Encoded, Encoder, Prepared, Recipe
+from treering.data.encode import Encoded, Encoder, Encodings, Prepared, Recipe
 from treering.data.formats import Sample, parse
-from treering.data.places import Tokens
 from treering.data.records import Record, SampleError
 from treering.errors import DataError
 
@@ -73,7 +72,7 @@ def _size(value: object) -> int:
 def _here(records: Iterator[Record], job: Job) -> Iterator[Result]:
     """In this process; the tokenizer works on a batch while Python renders the next one."""
     encoder = Encoder(job.plan)
-    before: tuple[list[Result], Prepared, Future[list[Tokens]]] | None = None
+    before: tuple[list[Result], Prepared, Future[Encodings]] | None = None
     with ThreadPoolExecutor(1, "treering-tokenise") as pool:
         for batch in _batches(records, _HERE):
             results, samples = _parse(batch, job)
