@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "treering"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-GROUND = {"technique", "errors", "seeds", "together", "anatomy", "folders", "weights", "topology"}
+GROUND = {"technique", "errors", "seeds", "together", "anatomy", "folders", "writing", "weights", "topology", "trust"}
 FIRST = {"attention", "formats", "curvature"}
 TECHNIQUES = {"full", "lora", "shard", "compile"}
 MAY_IMPORT = {

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
         CheckpointError,
         ConfigError,
         DataError,
+        Interrupted,
         NumericsError,
         PlanError,
+        RankLost,
         TreeringError,
     )
     from treering.full import Full
@@ -33,8 +35,10 @@ _WHERE = {
     "TreeringError": "treering.errors",
     "ConfigError": "treering.errors",
     "PlanError": "treering.errors",
+    "RankLost": "treering.errors",
     "DataError": "treering.errors",
     "CheckpointError": "treering.errors",
+    "Interrupted": "treering.errors",
     "NumericsError": "treering.errors",
 }
 
@@ -44,9 +48,11 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Full",
+    "Interrupted",
     "LoRA",
     "NumericsError",
     "PlanError",
+    "RankLost",
     "Run",
     "Shard",
     "TreeringError",

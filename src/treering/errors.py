@@ -46,3 +46,15 @@ class NumericsError(TreeringError):
     """Too many steps in a row had a gradient that was not finite."""
 
     exit_code = 6
+
+
+class Interrupted(TreeringError):
+    """A signal asked the run to stop. What was done is in a checkpoint, and the same command goes on from there."""
+
+    exit_code = 7
+
+
+class RankLost(TreeringError):
+    """Another rank is gone, does not answer, or does something else than this one."""
+
+    exit_code = 8

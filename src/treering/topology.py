@@ -9,6 +9,7 @@ Four axes, always all of them, outermost first:
 """
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from treering.errors import PlanError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("replicate", "shard", "sequence", "expert")
+STARTUP = timedelta(minutes=30)  # how long a rank waits for another one that loads or compiles; training then lowers it
 
 
 def sizes(world: int, *, replicate: int = 1, shard: int = -1, sequence: int = 1, expert: int = 1) -> tuple[int, ...]:
@@ -69,7 +71,7 @@ def join(kind: str) -> int:
         if kind == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=STARTUP)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return dist.get_world_size()

@@ -98,23 +98,10 @@ def keep_wide(model: "PreTrainedModel", dtype: torch.dtype) -> None:
 
 def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
     """The tensors of an HF folder, for a model (on meta) made from the folder's config."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
     files = tensor_files(folder)
     wanted = plain_tensors(model)
-    mapping = get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     state = model.state_dict(keep_vars=True)
-    gathered: dict[str, list[tuple[str, str | None]]] = {}
-    for key in sorted(files, key=dot_natural_key):
-        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if target not in state and key in state:  # a renaming that was meant for older files
-            target, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
-        gathered.setdefault(target, []).append((key, pattern))
-
+    gathered, by_pattern = places(model, files, state)
     tensors: dict[str, PlainTensor] = {}
     groups: list[tuple[str, ...]] = []
     unused: list[str] = []
@@ -148,6 +135,28 @@ def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
             + f" of {type(model).__name__}; the folder is incomplete or belongs to another architecture"
         )
     return Source(tensors=tensors, groups=tuple(groups), where=str(folder), unused=tuple(unused))
+
+
+def places(
+    model: "PreTrainedModel", keys: Iterable[str], state: dict[str, Any]
+) -> tuple[dict[str, list[tuple[str, str | None]]], dict[str, Any]]:
+    """Which of a folder's `keys` become which tensor of the module, whose names are those of `state`.
+
+    A converter's pattern stands beside each key that goes through one; the converters by pattern come second.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    gathered: dict[str, list[tuple[str, str | None]]] = {}
+    for key in sorted(keys, key=dot_natural_key):
+        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if target not in state and key in state:  # a renaming that was meant for older files
+            target, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
+        gathered.setdefault(target, []).append((key, pattern))
+    return gathered, {pattern: c for c in converters for pattern in c.source_patterns}
 
 
 def _stored(name: str, key: str, file: Path, like: Tensor) -> PlainTensor:

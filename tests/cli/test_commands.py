@@ -178,7 +178,7 @@ def test_data_build_fills_the_cache(chat, tmp_path, capsys):
 def test_data_commands_explain_what_is_missing(chat, capsys):
     assert run("data", "check", chat, "--which", "eval") == 2
     assert "data.eval" in capsys.readouterr().err
-    assert run("data", "check", chat, "--set", f"model.path={chat.parent}") == 2
+    assert run("data", "check", chat, "--set", f"model.path={chat.parent}") == 5
     assert "no tokenizer" in capsys.readouterr().err
 
 

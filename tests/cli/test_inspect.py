@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treering.cli.folders import describe
-from treering.cli.headers import read_header
 from treering.errors import CheckpointError
+from treering.train.manifest import Manifest
+from treering.trust import read_header
 
 
 def write(file, tensors, *, room=None):
@@ -135,7 +136,8 @@ def test_an_adapter_a_checkpoint_and_a_run_are_told_apart(tmp_path):
         folder.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
     write(adapter / "adapter_model.safetensors", {"q_proj.lora_A.weight": (8, 4)})
-    (checkpoint / "manifest.json").write_text(json.dumps({"step": 12, "files": {}}))
+    said = Manifest(step=12, world=1, facts={}, files={}, tensors={})
+    (checkpoint / "manifest.json").write_bytes(said.dump())
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 3.5}\n{"step": 2, "loss": 3.25}\n')
     (run / "step-2").mkdir()
     (run / "step-2.tmp-1").mkdir()

@@ -181,7 +181,7 @@ def test_a_broken_template_is_no_sample_s_fault(tokenizer, tmp_path):
 def test_a_hostile_template_is_confined_to_the_sandbox(tokenizer, tmp_path):
     path = tmp_path / "chat.jinja"
     path.write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
-    with pytest.raises(SampleError, match="the chat template refused it"):
+    with pytest.raises(DataError, match=r"__mro__.*is refused: access to attribute '__class__'"):
         encode(tokenizer, CONVERSATION, template=str(path))
 
 

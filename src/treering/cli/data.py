@@ -90,15 +90,10 @@ def _built(config: "RunConfig", which: Literal["train", "eval"]) -> "tuple[Examp
 
 
 def _tokenizer(path: str) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
+    from treering.plan.opening import locate
+    from treering.trust import open_tokenizer
 
-    from treering.cli.text import short
-    from treering.errors import ConfigError
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer can be loaded from model.path {path}: {short(str(error), 300)}") from None
+    return open_tokenizer(locate(path))
 
 
 @contextmanager

@@ -8,9 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
+from treering.cli import outcome
 from treering.cli.text import plain_lines
 from treering.errors import CheckpointError, TreeringError
 
+SAVING = 3600  # seconds that ranks have for their checkpoint after a signal; a second signal ends them at once
 TAIL = 4000  # characters of a failed rank's log that are shown
 
 
@@ -47,6 +49,8 @@ def start(nproc: int, arguments: list[str], logs: Path) -> None:
         rdzv_endpoint="localhost:0",  # port 0: the system picks a free one
         local_addr="localhost",  # the machine's own name may not resolve, or resolve to another machine
         max_restarts=0,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        shutdown_timeout=SAVING,
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=dict.fromkeys(range(1, nproc), Std.ALL)),
     )
     try:
@@ -54,6 +58,9 @@ def start(nproc: int, arguments: list[str], logs: Path) -> None:
     except ChildFailedError as error:
         _failed(error, logs)
     except SignalException as stopped:
+        # The ranks got the signal too, and have ended by now: rank 0 has told how, unless it died of it.
+        if (code := outcome.left(logs)) is not None:
+            raise RanksFailed(f"stopped by {stopped.sigval.name}; rank 0's message is above", code) from None
         if stopped.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
         raise RanksFailed(f"stopped by {stopped.sigval.name}", 128 + stopped.sigval) from None
@@ -82,7 +89,7 @@ def _failed(error: Any, logs: Path) -> NoReturn:
         text += "; its message is above"
     elif log := _tail(logs, rank):
         text += f". The end of its log:\n{log}"
-    raise RanksFailed(text, code if 0 < code < 128 else 1)
+    raise RanksFailed(text, code if code > 0 else 1)
 
 
 def _tail(logs: Path, rank: int) -> str:

@@ -7,9 +7,10 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from treering.cli import outcome
 from treering.errors import TreeringError
 
-CRASHED = 70  # EX_SOFTWARE; 1 to 6 are ours, 2 is also a wrong argument
+CRASHED = 70  # EX_SOFTWARE; 1 to 8 are ours, 2 is also a wrong argument
 INTERRUPTED = 130
 
 
@@ -37,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except TreeringError as error:
-        _explain(error, debug)
+        outcome.leave(_explain(error, debug), error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         _say("interrupted")
@@ -48,27 +49,29 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _explain(error: TreeringError, debug: bool) -> None:
-    from treering.cli.text import plain_lines
+def _explain(error: TreeringError, debug: bool) -> str:
+    from treering.cli.text import plain_lines, scrubbed
 
     if debug:
-        traceback.print_exc()
-    _say(plain_lines(str(error)))
+        _say(plain_lines(scrubbed(traceback.format_exc())))
+    told = scrubbed(str(error))
+    _say(plain_lines(told))
+    return told
 
 
 def _report(error: Exception, debug: bool) -> None:
-    from treering.cli.text import plain_lines, short
+    from treering.cli.text import plain_lines, scrubbed, short
 
+    text = scrubbed("".join(traceback.format_exception(error)))
     if debug:
-        traceback.print_exc()
-    text = "".join(traceback.format_exception(error))
+        _say(plain_lines(text))
     with tempfile.NamedTemporaryFile(
         "w", prefix="treering-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
     ) as file:
         file.write(plain_lines(text))
     name = type(error).__name__
     _say(
-        f"{name}: {short(str(error), 300)}\n"
+        f"{name}: {short(scrubbed(str(error)), 300)}\n"
         f"This is a bug in treering, or in something below it. The traceback is in {file.name}\n"
         "Please report it with that file and the output of `treering env`; --debug shows it here."
     )

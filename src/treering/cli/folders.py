@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from treering.cli.headers import Header, basename, read_header, read_json
+from treering.cli.saved import Whole, damage, describe_saved
 from treering.cli.text import count, masked, plain, short, size
 from treering.errors import CheckpointError
+from treering.trust import Header, basename, read_header, read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".distcp")
 Kind = Literal["model", "adapter", "checkpoint", "run", "folder of safetensors", "folder"]
@@ -33,18 +34,21 @@ class Report:
     facts: dict[str, str]
     rows: tuple[Row, ...] = ()
     warnings: list[str] = field(default_factory=list)
+    damage: tuple[str, ...] = ()  # of a checkpoint: why it would not be loaded
 
 
-def describe(folder: Path) -> Report:
-    """Say what `folder` is."""
+def describe(folder: Path, verify: bool = False) -> Report:
+    """Say what `folder` is. `verify`: read every byte of a checkpoint, and compare with what was written."""
     if not folder.is_dir():
         missing = "it is a file" if folder.exists() else "there is no such folder"
         raise CheckpointError(f"{plain(str(folder))}: {missing}; give the folder of a model, an adapter or a run")
     warnings = _warnings(folder)
+    if _regular(folder / "manifest.json"):
+        return _checkpoint(folder, warnings, verify)
+    if verify:
+        raise CheckpointError(f"{plain(str(folder))} is no checkpoint; only those have digests to --verify")
     if _regular(folder / "adapter_config.json"):
         return _adapter(folder, warnings)
-    if _regular(folder / "manifest.json"):
-        return _checkpoint(folder, warnings)
     if _regular(folder / "config.json"):
         return _model(folder, warnings)
     if _regular(folder / "metrics.jsonl") or _steps(folder):
@@ -92,16 +96,18 @@ def _adapter(folder: Path, warnings: list[str]) -> Report:
     )
 
 
-def _checkpoint(folder: Path, warnings: list[str]) -> Report:
-    manifest = read_json(folder / "manifest.json")
-    facts = _some(manifest, tuple(k for k, v in manifest.items() if isinstance(v, (str, int, float))))
-    facts |= _some(_mapping(manifest.get("facts")), tuple(_mapping(manifest.get("facts")))[:12])
-    for name in sorted({basename(n, folder / "manifest.json") for n in _mapping(manifest.get("files"))}):
-        if not _regular(folder / name):
-            warnings.append(f"manifest.json names {plain(name)}, which is missing")
-    # Every rank's file holds its rows of a tensor under the same name.
-    tensors = [tensor for file in _safetensors(folder) for tensor in read_header(file)]
-    return Report(kind="checkpoint", facts={**facts, **_totals(tensors)}, rows=_rows(tensors), warnings=warnings)
+def _checkpoint(folder: Path, warnings: list[str], verify: bool) -> Report:
+    facts, tensors = describe_saved(folder)
+    problems = tuple(damage(folder, verify))
+    if verify and not problems:
+        facts["verified"] = "every block of every file is what was written"
+    return Report(
+        kind="checkpoint",
+        facts={**facts, **_totals(tensors)},
+        rows=_rows(tensors),
+        warnings=warnings,
+        damage=problems,
+    )
 
 
 def _run(folder: Path, warnings: list[str]) -> Report:
@@ -155,7 +161,7 @@ def _safetensors(folder: Path) -> list[Path]:
     return [f for f in sorted(folder.glob("*.safetensors")) if _regular(f)]
 
 
-def _totals(tensors: Iterable[Header]) -> dict[str, str]:
+def _totals(tensors: Iterable[Header | Whole]) -> dict[str, str]:
     tensors = list(tensors)
     if not tensors:
         return {}
@@ -168,8 +174,8 @@ def _totals(tensors: Iterable[Header]) -> dict[str, str]:
     }
 
 
-def _rows(tensors: Iterable[Header]) -> tuple[Row, ...]:
-    groups: dict[tuple[str, str, tuple[int, ...]], list[Header]] = {}
+def _rows(tensors: Iterable[Header | Whole]) -> tuple[Row, ...]:
+    groups: dict[tuple[str, str, tuple[int, ...]], list[Header | Whole]] = {}
     for tensor in tensors:
         # `model.layers.17.mlp` and `model.layers.3.mlp` are one row.
         name = re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", tensor.name)

@@ -1,6 +1,7 @@
 """Text from files, data and arguments, made harmless before a terminal sees it."""
 
 import json
+import os
 import re
 from typing import Any
 
@@ -13,7 +14,8 @@ _SECRET_KEY = re.compile(
     re.IGNORECASE,
 )
 _SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-)[A-Za-z0-9_-]{16,}")
-_USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+@")
+_USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
+_SECRET_NAME = re.compile(r"TOKEN$|(^|_)KEY$|SECRET|PASSWORD|PASSWD|CREDENTIAL")  # of an environment variable
 MASK = "***"
 
 
@@ -45,6 +47,14 @@ def masked(key: str, value: Any) -> Any:
     if _SECRET_KEY.search(key):
         return MASK
     return _USER_IN_URL.sub(MASK + "@", _SECRET_VALUE.sub(MASK, value))
+
+
+def scrubbed(text: str) -> str:
+    """A message or traceback without secrets: what looks like one, and the values of variables named like one."""
+    values = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8]
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, MASK)
+    return str(masked("", text))
 
 
 def shown(value: Any, *, key: str = "") -> str:

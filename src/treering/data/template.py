@@ -1,4 +1,4 @@
-"""Rendering a chat template through transformers' sandboxed Jinja."""
+"""Rendering a chat template in a sandbox like transformers', with a bound on what it may cost."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from treering.data.messages import THOUGHTS
+from treering.data.meter import TooExpensiveError
 from treering.data.records import bad
+from treering.data.sandbox import Rendering
 from treering.errors import DataError
 
 Span = tuple[int, int]
@@ -42,21 +44,28 @@ class Template:
     ) -> tuple[str, list[Span]]:
         """The text, and with `spans` the character ranges of the template's generation tags."""
         import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            rendered: Any = render_jinja_template(  # its own annotation says one string
-                conversations=[list(messages)],
-                tools=tools,
-                chat_template=self.source,
-                return_assistant_tokens_mask=spans,
-                add_generation_prompt=prompt,
-                **self.variables,
-            )
+            given = {"messages": _aliased(messages), "tools": tools, "documents": None}
+            text, found = self._rendering.render({**given, "add_generation_prompt": prompt, **self.variables})
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
+        except (TooExpensiveError, jinja2.exceptions.SecurityError, RecursionError, MemoryError) as error:
+            raise DataError(f"{where}: the chat template {self.source[:60]!r}… is refused: {error}") from None
         except Exception as error:  # a template is a program: what it may raise has no common base
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise bad(where, "template", f"the chat template refused it: {reason}", at="messages") from error
-        texts, found = rendered
-        return texts[0], found[0] if spans else []
+        return text, found if spans else []
+
+    @cached_property
+    def _rendering(self) -> Rendering:
+        return Rendering(self.source)
+
+
+def _aliased(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Thoughts under every name that templates read them by, as transformers gives them."""
+    aliased = []
+    for message in messages:
+        thought = next((message[field] for field in THOUGHTS if message.get(field) is not None), None)
+        aliased.append(message if thought is None else {"thinking": thought, **message, "reasoning_content": thought})
+    return aliased

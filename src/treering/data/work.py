@@ -1,9 +1,13 @@
 """Encoding batches of records, here or in worker processes, always in the order of the data."""
 
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 
@@ -15,6 +19,7 @@ from treering.errors import DataError
 
 _CHARACTERS = 4 << 20  # of one batch, and how many records:
 _HERE, _APART = 2048, 512  # large ones keep the tokenizer's threads busy, small ones all processes
+ASKING = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}  # as in train/signals.py
 Result = list[Encoded] | SampleError
 
 
@@ -35,7 +40,8 @@ def encoded(records: Iterator[Record], job: Job, workers: int) -> Iterator[Resul
         waiting: deque[Future[list[Result]]] = deque()
         try:
             for batch in _batches(records, _APART):
-                waiting.append(pool.submit(_run, batch))
+                with _signals_held():  # a worker is born in here, and inherits what is held
+                    waiting.append(pool.submit(_run, batch))
                 if len(waiting) > 2 * workers:  # bounds memory: reading is faster than encoding
                     yield from waiting.popleft().result()
             while waiting:
@@ -104,11 +110,39 @@ def _merge(results: list[Result], found: list[Result]) -> Iterator[Result]:
         yield result if isinstance(result, SampleError) else next(rest)
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _outlive_signals() -> None:
+    """A signal to the whole job asks the run to stop, not its workers to die under it: only the run may end them.
+
+    They also end when it is gone; nobody else would ever tell them.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    run = os.getppid()
+
+    def wait() -> None:
+        while os.getppid() == run:
+            told = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+            if told is not None and told.si_pid == run:
+                break
+        os._exit(0)
+
+    threading.Thread(target=wait, name="treering-worker", daemon=True).start()
+
+
 _encoder: tuple[Job, Encoder] | None = None  # one a worker process: made once, used for every batch
 
 
 def _start(job: Job) -> None:
     global _encoder
+    _outlive_signals()
     _encoder = (job, Encoder(job.plan))
 
 

@@ -1,12 +1,12 @@
 """Adapter folders as peft writes and reads them: adapter_config.json and adapter_model.safetensors."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treering.errors import CheckpointError
 from treering.technique import Adapter
+from treering.trust import in_folder, read_header, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,15 +69,11 @@ def describe(config: "LoRA", linears: "Iterable[Linear]", anatomy: "Anatomy") ->
 def read_config(folder: Path) -> dict[str, Any]:
     """The settings of an adapter folder as keywords of `LoRA`."""
     path = folder / "adapter_config.json"
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not an adapter folder: it has no adapter_config.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(body, dict) or body.get("peft_type") != "LORA":
-        found = body.get("peft_type") if isinstance(body, dict) else type(body).__name__
-        raise CheckpointError(f"{path}: peft_type is {found!r}; only LORA adapters can be read")
+    if in_folder(folder, path.name) is None:
+        raise CheckpointError(f"{folder} is not an adapter folder: it has no adapter_config.json")
+    body = read_json(path)
+    if body.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {body.get('peft_type')!r}; only LORA adapters can be read")
     _refuse_strange(path, body)
     rank, alpha = body.get("r"), body.get("lora_alpha", 8)  # 8 is peft's default, whatever r is
     if not isinstance(rank, int) or rank < 1:
@@ -136,6 +132,7 @@ def _adapted(folder: Path) -> list[str]:
 def _opened(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
+    read_header(path)
     try:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
@@ -143,8 +140,8 @@ def _opened(path: Path) -> Any:
 
 
 def _tensors(folder: Path) -> Path:
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
+    path = in_folder(folder, "adapter_model.safetensors")
+    if path is None:
         other = "; adapter_model.bin is a pickle and never read" if (folder / "adapter_model.bin").exists() else ""
         raise CheckpointError(f"{folder} has no adapter_model.safetensors{other}")
     return path

@@ -1,25 +1,27 @@
-"""Plain tensors out: the same joins over the live tensors, gathered one group at a time."""
+"""A Hugging Face folder of the dense model, or a peft folder of an adapter: streamed, read again, then published.
+
+One group of tensors is gathered, joined, translated and written at a time. What fails on rank 0 ends all.
+"""
 
 import copy
 import json
-import os
 import shutil
-import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from treering.errors import CheckpointError, PlanError
-from treering.folders import Writer
-from treering.plan.fill import join
-from treering.plan.place import gather
+from treering.errors import CheckpointError
+from treering.folders import tensor_files
+from treering.plan.adapter import exportable
 from treering.plan.plan import Plan
-from treering.together import from_first, is_first, together
-from treering.weights import export_groups, to_file_layout
+from treering.plan.publish import on_first, published, refuse_full, refuse_taken
+from treering.plan.values import Values, announced, groups, joined, like, live_values, take_part
+from treering.technique import Adapter
+from treering.together import is_first
+from treering.weights import to_file_layout
+from treering.writing import LIMIT, Writer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -37,71 +39,81 @@ BESIDE = (
 )
 
 
-def plain(plan: Plan, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Each plain tensor as the chain reproduces it now, in its stored dtype."""
-    live = plan.live()
-    for name in names if names is not None else plan.plain:
-        shape, dtype = plan.plain[name]
-        chain = plan.chains.get(name)
-        base = gather(live[name]) if name in live else torch.zeros(shape, dtype=dtype)
-        if chain is None:
-            yield name, base
-            continue
-        tensors = {own: gather(live[own]) for part in chain.parts for own in part.names}
-        yield name, join(chain.parts, tensors, base).to(dtype)
+def export(
+    plan: Plan,
+    folder: Path,
+    adapter: str | None,
+    *,
+    values: Values | None = None,
+    beside: Mapping[str, Path] | None = None,
+    limit: int = LIMIT,
+) -> Path:
+    """Every rank calls it; rank 0 writes.
 
-
-def export(plan: Plan, folder: Path, adapter: str | None) -> Path:
-    """Written beside `folder` under another name and moved there whole: a killed export leaves nothing to load."""
-    first = is_first()
-    state = together(lambda: free(folder), f"looking at {folder}")[0]
-    if state:
-        raise CheckpointError(f"{folder} is {state}; give an export a folder of its own")
-    temporary = folder.with_name(f"{folder.name}.tmp-{from_first(uuid.uuid4().hex[:8])}")
-    together(lambda: temporary.mkdir(parents=True) if first else None, f"making {temporary}")
-    try:
+    values   of a run that is not in memory; else those of the live model
+    beside   name -> file that comes with a dense model, instead of the base model's of that name
+    limit    bytes of one file
+    """
+    on_first(lambda: refuse_taken(folder), f"looking at {folder}")
+    values = values or live_values(plan)
+    if adapter is None:
+        writer = Writer(layout(plan), limit=limit)
+        coming = _dense(plan, values)
+    else:
+        chosen = exportable(plan, adapter)
+        writer = Writer({key: like(plan, own) for own, key in chosen.keys.items()}, file=chosen.file, limit=None)
+        coming = ({key: values.read(own).cpu()} for own, key in chosen.keys.items())
+    need = writer.bytes
+    on_first(lambda: refuse_full(folder, need), f"looking at {folder}")
+    with published(folder, need) as (temporary, do):
+        do(lambda: writer.open(temporary))
+        for tensors in coming:
+            do(lambda tensors=tensors: _write(plan, writer, tensors, adapter is None))  # type: ignore[misc]
+            tensors.clear()  # the loop would hold it while the next group is made
+        do(writer.close)
+        do(writer.check)
         if adapter is None:
-            _dense(plan, temporary, first)
+            do(lambda: _describe(plan, writer, temporary, beside or {}))
         else:
-            _adapter(plan, temporary, adapter, first)
-    except BaseException:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if first:
-        if folder.exists():
-            folder.rmdir()
-        os.replace(temporary, folder)
-    if dist.is_initialized():
-        dist.barrier()
+            do(lambda: _describe_adapter(plan, temporary, chosen))
     return folder
 
 
-def free(folder: Path) -> str:
-    """Why nothing can be exported to `folder`; empty if it can."""
-    if folder.exists() and not folder.is_dir():
-        return "a file"
-    return "not empty" if folder.is_dir() and any(folder.iterdir()) else ""
+def layout(plan: Plan) -> dict[str, Tensor]:
+    """What the files of the dense model will hold, on the meta device."""
+    return {name: tensor for group in groups(plan) for name, tensor in announced(plan, group).items()}
 
 
-def _dense(plan: Plan, folder: Path, first: bool) -> None:
-    writer = Writer(folder)
-    for group in export_groups(plan.model, plan.plain):
-        tensors = {name: value.cpu() for name, value in plain(plan, group)}
+def _dense(plan: Plan, values: Values) -> Iterator[dict[str, Tensor]]:
+    first = is_first()
+    for group in groups(plan):
         if first:
-            for name, value in to_file_layout(plan.model, tensors).items():
-                writer.add(name, value)
-    if not first:
-        return
-    writer.close()
-    _config(plan).save_pretrained(folder)
+            yield {name: joined(plan, name, values).cpu() for name in group}
+        else:
+            for name in group:
+                take_part(plan, name, values)
+            yield {}
+
+
+def _write(plan: Plan, writer: Writer, tensors: dict[str, Tensor], translate: bool) -> None:
+    for name, value in (to_file_layout(plan.model, tensors) if translate else tensors).items():
+        writer.add(name, value)
+
+
+def _describe(plan: Plan, writer: Writer, folder: Path, beside: Mapping[str, Path]) -> None:
+    """Everything but weights. The configuration is the last: without it no one loads the folder."""
+    if set(tensor_files(folder)) != set(writer.tensors):
+        raise CheckpointError(f"{folder} and its index do not name the same tensors")
     for name in BESIDE:
-        beside = plan.folder / name if plan.folder is not None else None
-        if beside is not None and beside.is_file():
-            shutil.copy(beside, folder / name)
+        path = beside.get(name) or (plan.folder / name if plan.folder is not None else None)
+        if path is not None and path.is_file():
+            shutil.copyfile(path, folder / name)
     generation = getattr(plan.model, "generation_config", None)
     if generation is not None and not (folder / "generation_config.json").exists():
         generation.save_pretrained(folder)
+    config = _config(plan)
+    config.save_pretrained(folder)
+    _reopen_config(config, folder)
 
 
 def _config(plan: Plan) -> "PretrainedConfig":
@@ -112,30 +124,18 @@ def _config(plan: Plan) -> "PretrainedConfig":
     return config
 
 
-def _adapter(plan: Plan, folder: Path, name: str, first: bool) -> None:
-    from safetensors.torch import save_file
+def _reopen_config(wrote: "PretrainedConfig", folder: Path) -> None:
+    """A family that transformers does not know is read by its own class."""
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    adapters = {a.adapter.name: a.adapter for a in plan.applied if a.adapter is not None}
-    if name not in adapters:
-        raise PlanError(f"there is no adapter called {name!r}; there is {', '.join(adapters) or 'none at all'}")
-    chosen = adapters[name]
-    moved = [
-        n for n, chain in plan.chains.items() for p in chain.parts if p.moves_base and set(p.names) & set(chosen.keys)
-    ]
-    if moved:
-        raise PlanError(
-            f"the adapter {name!r} moved the base weights at its start ({moved[0]} and {len(moved) - 1} more), so it "
-            "does not fit the original model; export the dense model instead"
-        )
-    beside = [name for a in plan.applied for name in a.trainable if name not in chosen.keys and name in plan.plain]
-    if beside:
-        raise PlanError(
-            f"{beside[0]} and {len(beside) - 1} more plain parameters were trained beside the adapter {name!r}, and an "
-            "adapter folder cannot hold them; export the dense model instead"
-        )
-    live = plan.live()
-    tensors = {key: gather(live[own]).cpu().contiguous() for own, key in chosen.keys.items()}
-    if first:
-        save_file(tensors, folder / chosen.file, metadata={"format": "pt"})
-        config = {**chosen.config, "base_model_name_or_path": plan.source_name}
-        (folder / chosen.config_file).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    if wrote.model_type in CONFIG_MAPPING:
+        read = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    else:
+        read = type(wrote).from_pretrained(folder)
+    if type(read) is not type(wrote) or read.architectures != wrote.architectures or read.dtype != wrote.dtype:
+        raise CheckpointError(f"{folder}/config.json is read as another configuration than was written")
+
+
+def _describe_adapter(plan: Plan, folder: Path, chosen: Adapter) -> None:
+    config = {**chosen.config, "base_model_name_or_path": plan.source_name}
+    (folder / chosen.config_file).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

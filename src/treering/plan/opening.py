@@ -8,6 +8,7 @@ from torch import nn
 
 from treering.errors import CheckpointError, PlanError
 from treering.seeds import derive
+from treering.trust import check_folder, first_line
 from treering.weights import Source, from_folder, from_model, keep_wide
 
 if TYPE_CHECKING:
@@ -32,10 +33,9 @@ def locate(path: str) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=list(NEEDED)))
     except Exception as error:  # the hub client has many; none of them is more than "could not be had"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{path} is neither a folder here nor to be had from the hub ({reason}); check the name, the network and, "
-            "for a gated model, your access token"
+            f"{path} is neither a folder here nor to be had from the hub ({first_line(error)}); check the name, the "
+            "network and, for a gated model, your access token"
         ) from None
 
 
@@ -48,11 +48,16 @@ def on_meta(folder: Path, dtype: str) -> "PreTrainedModel":
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=chosen)
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # what a model's constructor makes of numbers that do not fit together
+        raise CheckpointError(
+            f"{folder}/config.json describes no model that can be made: {first_line(error)}"
+        ) from None
     keep_wide(model, chosen)
     if (folder / "generation_config.json").is_file():  # where a chat model's ends of turn are told
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{folder}/generation_config.json cannot be used: {first_line(error)}") from None
     return model
 
 
@@ -72,10 +77,13 @@ def read_config(folder: Path) -> "PretrainedConfig":
 
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; it is not a Hugging Face model folder")
+    check_folder(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}/config.json cannot be used: {str(error).splitlines()[0]}") from None
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # its validators raise kinds of their own
+        raise CheckpointError(f"{folder}/config.json cannot be used: {first_line(error)}") from None
+    if config.dtype is not None and not isinstance(config.dtype, torch.dtype):
+        raise CheckpointError(f"{folder}/config.json: dtype is {str(config.dtype)[:80]!r}, which is none")
     if getattr(config, "quantization_config", None):
         raise PlanError(f"{folder} holds quantized weights; this version trains dense ones: take the dense model")
     if getattr(config, "output_router_logits", False):

@@ -27,15 +27,11 @@ from treering.plan.place import local, local_rows
 from treering.together import from_first, together
 from treering.train import disk, manifest
 from treering.train.manifest import Chunk, Entry, File, Manifest
+from treering.writing import DTYPES
 
 STEP = re.compile(r"step-(\d{1,18})")
 TORN = re.compile(r"step-\d+\.tmp-[0-9a-f]+")
 UNTOUCHED = "; earlier checkpoints are untouched"
-# safetensors' names for dtypes
-WRITTEN = {
-    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +70,8 @@ class SavedTensor:
                 until = min(stop, chunk.stop)
                 pieces.append(self._piece(chunk, at - chunk.start, until - chunk.start))
                 at = until
+        if len(pieces) == 1:
+            return pieces[0]
         return torch.cat(pieces) if pieces else torch.empty((0, *self.shape[1:]), dtype=self.dtype)
 
     def _piece(self, chunk: Chunk, start: int, stop: int) -> Tensor:
@@ -106,10 +104,10 @@ def stage(tensors: Mapping[str, Tensor], copy: bool) -> dict[str, Piece]:
     for name, tensor in tensors.items():
         if _first_copy(tensor, rank):
             held = local(tensor).detach()
-            rows = torch.empty_like(held, device="cpu", memory_format=torch.contiguous_format).copy_(held)
             start, stop = local_rows(tensor)
-            if not copy and held.device.type == "cpu" and held.is_contiguous():
-                rows = held
+            rows = held.cpu().contiguous()
+            if copy and rows.data_ptr() == held.data_ptr():
+                rows = rows.clone()
             staged[name] = Piece(shape=tuple(tensor.shape), start=start, stop=stop, rows=rows)
     return staged
 
@@ -181,7 +179,7 @@ def _bytes(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     header, at = {}, 0
     for name, tensor in tensors.items():
         end = at + tensor.numel() * tensor.element_size()
-        dtype = WRITTEN[str(tensor.dtype).removeprefix("torch.")]
+        dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -226,7 +224,7 @@ def read(folder: Path) -> Saved:
         said, problem = manifest.load(folder), ""
         for number, (file, about) in enumerate(sorted(said.files.items())):
             if not problem and number % world == rank:
-                problem = _verify(folder / file, about)
+                problem = _verify(folder / file, about, said.tensors)
         named = STEP.fullmatch(folder.name)
         if named and int(named[1]) != said.step:
             problem = problem or f"{folder} holds step {said.step}"
@@ -239,7 +237,7 @@ def read(folder: Path) -> Saved:
     return Saved(folder=folder, step=said.step, tensors=tensors, facts=said.facts)
 
 
-def _verify(path: Path, about: File) -> str:
+def _verify(path: Path, about: File, tensors: Mapping[str, Entry]) -> str:
     """Why `path` is not the file that was written; empty if it is."""
     try:
         if path.is_symlink() or not path.is_file():
@@ -253,9 +251,19 @@ def _verify(path: Path, about: File) -> str:
         first = next((i for i in range(0, len(found), 16) if found[i : i + 16] != about.blocks[i : i + 16]), 0) // 16
         return f"{path} is damaged: its block {first} (1 MiB each) is not what was written"
     try:
-        safe_open(path, "pt")
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 — no mapping
     except SafetensorError as error:
         return f"{path} is damaged: {error}"
+    held = {(name, rows.get_dtype(), tuple(rows.get_shape())) for name, rows in slices.items()}
+    said = {
+        (name, DTYPES[entry.dtype], (chunk.stop - chunk.start, *entry.shape[1:]) if entry.shape else ())
+        for name, entry in tensors.items()
+        for chunk in entry.chunks
+        if chunk.file == path.name
+    }
+    if held != said:  # a tensor that the manifest lacks would never be missed
+        return f"{path} does not hold what the manifest says it does, as of {min(held ^ said)[0]}"
     return ""
 
 

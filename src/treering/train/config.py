@@ -84,6 +84,7 @@ class Checkpoint:
     asynchronous: bool = False  # write while training goes on, from a copy in host memory
     force: bool = False  # go on although the data, seed or batch changed; `--force` sets it for one start
     resume: Literal["auto", "never"] = "auto"
+    on_error: Literal["stop", "warn"] = "stop"  # `warn`: a save on the way may fail, training goes on; the last may not
 
     def __post_init__(self) -> None:
         _positive(self.every, "every")
@@ -104,9 +105,10 @@ class Train:
     evaluate: Evaluate = field(default_factory=Evaluate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log_every: int = 1
+    timeout: float = 120.0  # seconds that a rank waits for another one, after the first step
 
     def __post_init__(self) -> None:
-        for name in ("steps", "epochs", "tokens_per_step", "clip", "max_skips", "log_every"):
+        for name in ("steps", "epochs", "tokens_per_step", "clip", "max_skips", "log_every", "timeout"):
             _positive(getattr(self, name), name)
 
 

@@ -1,12 +1,13 @@
 """Loss on held-out documents, and a few generations to read."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from treering.data.loader import Loader
+from treering.data.template import Template
 from treering.plan import Run
 
 if TYPE_CHECKING:
@@ -14,12 +15,17 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def held_out_loss(run: Run, loader: Loader) -> float:
-    """Mean over all trained tokens of the evaluation data, whatever the number of ranks and the cut into steps."""
+def held_out_loss(run: Run, loader: Loader, stop_asked: Callable[[], bool] = lambda: False) -> float | None:
+    """Mean over all trained tokens of the evaluation data, whatever the number of ranks and the cut into steps.
+
+    None if the run was asked to stop on the way.
+    """
     run.model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=run.plan.device)
     try:
         for batches in loader.once():
+            if stop_asked():
+                return None
             count = batches[0]["count"]
             for batch in run.ready(batches):
                 total[0] += run.loss(batch).double() * count
@@ -35,13 +41,20 @@ def held_out_loss(run: Run, loader: Loader) -> float:
 
 @torch.no_grad()
 def samples(
-    run: Run, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], new_tokens: int, template: str | None
+    run: Run,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    new_tokens: int,
+    template: str | None,
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """Greedy continuations. Every rank generates the same: a sharded model needs all of them in each forward."""
     run.model.eval()
     found: list[str] = []
     try:
         for prompt in prompts:
+            if stop_asked():
+                break
             ids = encode(tokenizer, prompt, template).to(run.plan.device)
             made = run.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, use_cache=True
@@ -55,10 +68,10 @@ def samples(
 def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, template: str | None) -> torch.Tensor:
     """As a user's turn in the chat template that the run trains with, as plain text where it trains on that."""
     if template is not None:
+        named = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         turns = [{"role": "user", "content": prompt}]
-        made: Any = tokenizer.apply_chat_template(
-            turns, chat_template=template, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        text, _ = Template(source=template, variables=named).render(turns, None, "train.evaluate.prompts", prompt=True)
+        made: Any = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     else:
         made = tokenizer(prompt, return_tensors="pt")
     return made["input_ids"].long()  # of an empty prompt transformers makes floats

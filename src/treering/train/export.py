@@ -1,12 +1,15 @@
 """A run's checkpoint as a folder that transformers, or peft, loads."""
 
-import shutil
+import logging
 from dataclasses import replace
 from pathlib import Path
 
+from treering import plan as room
 from treering.errors import CheckpointError
-from treering.plan import Run, load
-from treering.plan.export import free
+from treering.plan import Plan, Run
+from treering.plan.export import export as write
+from treering.plan.publish import on_first, refuse_taken
+from treering.plan.values import saved_values
 from treering.technique import Stage
 from treering.train import checkpoint
 from treering.train.job import Job
@@ -14,16 +17,22 @@ from treering.train.keeper import Keeper, check_same
 
 
 def export(job: Job, folder: Path, *, adapter: str | None = None, step: int | None = None) -> Path:
-    """Compose the job's model again, fill it from its newest checkpoint (or that of `step`), and write it out."""
-    if state := free(folder):  # said before the weights are read
-        raise CheckpointError(f"{folder} is {state}; give an export a folder of its own")
-    made = reopen(job, step=step).export(folder, adapter=adapter)
-    if job.data.template is not None and adapter is None:  # the one it was trained with, not the base model's
-        shutil.copy(job.data.template, made / "chat_template.jinja")
-    return made
+    """Write out the newest checkpoint of `job` (or that of `step`), tensor by tensor: the model is never in memory."""
+    on_first(lambda: refuse_taken(folder), f"looking at {folder}")  # said before gigabytes are verified
+    plan, saved = reread(job, step=step)
+    template = job.data.template  # the one it was trained with, not the base model's
+    beside = {"chat_template.jinja": Path(template).expanduser()} if template is not None else {}
+    return write(plan, folder, adapter, values=saved_values(plan, saved.tensors), beside=beside)
 
 
 def reopen(job: Job, *, step: int | None = None) -> Run:
+    """The run as it was at its newest checkpoint (or that of `step`), live in this process."""
+    plan, saved = reread(job, step=step)
+    return room.load(plan, resume=saved.tensors)
+
+
+def reread(job: Job, *, step: int | None = None) -> tuple[Plan, checkpoint.Saved]:
+    """The job's model composed again, without values, and the verified checkpoint that has them."""
     from treering.train.run import draft_of
 
     root = Path(job.output) / "checkpoints"
@@ -32,7 +41,7 @@ def reopen(job: Job, *, step: int | None = None) -> Run:
             raise CheckpointError(f"{root} has no step {step}; it has {', '.join(map(str, steps)) or 'none'}")
         saved: checkpoint.Saved | None = checkpoint.read(root / f"step-{step}")
     else:
-        saved = checkpoint.newest(root, _warn)
+        saved = checkpoint.newest(root, logging.getLogger("treering").warning)
     if saved is None:
         raise CheckpointError(f"{root} holds no whole checkpoint; train first: treering train {job.output}/config.yaml")
     # What only makes training faster or smaller has no part in the weights, and may not fit this machine.
@@ -43,10 +52,4 @@ def reopen(job: Job, *, step: int | None = None) -> Run:
     check_same(
         saved, {name: identity[name] for name in ("techniques", "dtype", "weights")}
     )  # its tensors would not fit, be cast, or stand beside a base that they were not trained on
-    return load(plan, resume=saved.tensors)
-
-
-def _warn(text: str) -> None:
-    import logging
-
-    logging.getLogger("treering").warning(text)
+    return plan, saved

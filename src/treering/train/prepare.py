@@ -1,21 +1,17 @@
 """What a run needs besides its model: the tokenizer, and data in the order in which it will be seen."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import torch.distributed as dist
-
+from treering import trust
 from treering.data.config import Format
 from treering.data.encode import ALPACA
 from treering.data.examples import Examples, build
 from treering.data.loader import Loader
 from treering.data.order import Order
-from treering.errors import CheckpointError, PlanError
+from treering.errors import PlanError
 from treering.plan import Plan
 from treering.plan.opening import locate
 from treering.topology import data_rank
@@ -23,8 +19,6 @@ from treering.train.job import Job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TOKENISING = timedelta(days=7)  # how long ranks wait for the first one: as long as it takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,30 +40,7 @@ class RunData:
 
 
 def open_tokenizer(job: Job) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
-
-    folder = locate(job.model.path)
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}") from None
-
-
-@contextmanager
-def ranks_wait_for_first() -> Iterator[None]:
-    """The first rank does the work and the others then find it done.
-
-    They wait at a barrier with a time-out of its own: tokenising may take longer than any collective should.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        yield
-        return
-    group = dist.new_group(backend="gloo", timeout=TOKENISING)
-    if dist.get_rank() > 0:
-        dist.monitored_barrier(group, timeout=TOKENISING)
-    yield
-    if dist.get_rank() == 0:
-        dist.monitored_barrier(group, timeout=TOKENISING)
+    return trust.open_tokenizer(locate(job.model.path))
 
 
 def open_data(job: Job, tokenizer: "PreTrainedTokenizerBase", plan: Plan) -> RunData:
@@ -106,7 +77,12 @@ def open_data(job: Job, tokenizer: "PreTrainedTokenizerBase", plan: Plan) -> Run
         examples=examples,
         held_out=held_out,
         template=_template(job, tokenizer, examples.report.format),
-        notes=(*_counted("train", examples), *_counted("eval", held_out), *_ragged(budget, capacity, order, ranks)),
+        notes=(
+            *(trust.notes_on(plan.folder) if plan.folder else ()),
+            *_counted("train", examples),
+            *_counted("eval", held_out),
+            *_ragged(budget, capacity, order, ranks),
+        ),
         steps=job.train.steps or _steps(order, job.train.epochs),
         tokens_per_step=budget,
         packing=packing,

@@ -7,53 +7,79 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.optim import Optimizer
 
-from treering.plan import Plan, draft
+from treering.plan import Plan, Run, draft
 from treering.plan.opening import initialised, locate
+from treering.plan.rehearse import rehearse
 from treering.seeds import derive
 from treering.technique import Stage
 from treering.topology import mesh
-from treering.train import evaluate, fits, optimizers
+from treering.train import fits, lock, optimizers
 from treering.train.callbacks import Callback
 from treering.train.job import Job
+from treering.train.judge import Judge
 from treering.train.keeper import Keeper
-from treering.train.prepare import open_data, open_tokenizer, ranks_wait_for_first
+from treering.train.prepare import open_data, open_tokenizer
+from treering.train.saving import save
 from treering.train.schedule import rate
+from treering.train.signals import Signals
 from treering.train.stopwatch import Stopwatch
 from treering.train.tell import Teller
+from treering.train.watchdog import Watchdog
 
 
 def train(job: Job, callbacks: Sequence[Callback] = (), *, profile: bool = False) -> dict[str, Any]:
-    """Run `job` to its end, from its newest checkpoint if there is one. Returns the facts of the summary."""
+    """Run `job` to its end, from its newest checkpoint if there is one. Returns the facts of the summary.
+
+    A signal ends it with `Interrupted` and a checkpoint, a rank that is gone ends the others with `RankLost`.
+    """
     began = time.monotonic()
-    settings = job.train
-    tokenizer = open_tokenizer(job)
-    plan = draft_of(job)
-    tell = Teller(job, plan, callbacks)
-    with ranks_wait_for_first():
-        data = open_data(job, tokenizer, plan)
-    for note in fits.check(job, plan, tokenizer, data):
-        tell.note(note)
-    keeper = Keeper(job, plan, data)
-    run = keeper.load(tell.note)
-    run.max_skips = settings.max_skips
-    steppers = optimizers.build(run, settings.optimizer)
-    start = keeper.restore(run, steppers)
-    tell.started(run, data, start, time.monotonic() - began)
-    watch = Stopwatch(profile, plan.device)
+    with Signals() as signals:
+        tokenizer = open_tokenizer(job)
+        plan = draft_of(job)
+        tell = Teller(job, plan, callbacks)
+        with Watchdog(job.train.timeout, signals) as watchdog, lock.held(tell.folder):
+            with watchdog.first_goes_first():
+                data = open_data(job, tokenizer, plan)
+            for note in fits.check(job, plan, tokenizer, data):
+                tell.note(note)
+            keeper = Keeper(job, plan, data)
+            run = keeper.load(tell.note)
+            rehearse(plan, tell.folder)
+            run.max_skips = job.train.max_skips
+            steppers = optimizers.build(run, job.train.optimizer)
+            start = keeper.restore(run, steppers)
+            tell.started(run, data, start, time.monotonic() - began)
+            watch = Stopwatch(profile, plan.device, watchdog.phase)
+            judge = Judge(
+                run=run, data=data, tokenizer=tokenizer, keeper=keeper, tell=tell, watch=watch, watchdog=watchdog
+            )
+            watchdog.spared = keeper.saver.group
+            signals.at_once = False
+            _steps(run, steppers, judge, start)
+            return tell.finished(keeper, watch)
+
+
+def _steps(run: Run, steppers: Sequence[Optimizer], judge: Judge, start: int) -> None:
+    """The loop: from step `start` to the last one, or to where it is asked to stop."""
+    keeper, tell, data, watch, watchdog = judge.keeper, judge.tell, judge.data, judge.watch, judge.watchdog
+    job, settings = keeper.job, keeper.job.train
     batches = data.train.iter_from(start)
+    judge.pay(start)
     steps = range(start, start if keeper.patience_is_over() else data.steps)
     if not steps:
         tell.note(f"nothing is left to do: step {start} of {data.steps} was the last")
 
     for step in steps:
+        watchdog.phase.begin(step + 1)
         learning_rate = settings.optimizer.lr * rate(settings.schedule, step, data.steps)
         optimizers.set_rate(steppers, learning_rate)
         # Only a model that keeps its dropout draws from this; seeded by step, so that a resumed run draws the same.
         torch.manual_seed(derive(job.seed, "dropout", step, data.rank))
         with watch("data"):
             micro_batches = run.ready(next(batches))
-        loss = torch.zeros((), dtype=torch.float64, device=plan.device)
+        loss = torch.zeros((), dtype=torch.float64, device=run.plan.device)
         for batch in micro_batches:
             with watch("forward"):
                 share = run.loss(batch)
@@ -67,24 +93,20 @@ def train(job: Job, callbacks: Sequence[Callback] = (), *, profile: bool = False
         with watch("telling"):
             tell.stepped(step + 1, loss, learning_rate, report, log=judged or due(step + 1, settings.log_every))
         keeper.took(report)
-        if data.eval is not None and judged:
-            with watch("evaluation"):
-                held_out = evaluate.held_out_loss(run, data.eval)
-                keeper.judge(step + 1, held_out)
-                tell.evaluated(step + 1, held_out)
-        if settings.evaluate.prompts and judged:
-            with watch("samples"):
-                prompts, new_tokens = settings.evaluate.prompts, settings.evaluate.new_tokens
-                tell.sampled(prompts, evaluate.samples(run, tokenizer, prompts, new_tokens, data.template))
-        stop = keeper.patience_is_over()
-        if last or stop or keeper.wants(step + 1) or due(step + 1, settings.checkpoint.every):
-            with watch("checkpoint"):
-                tell.saved(keeper.save(run, steppers, step + 1))
-        if stop:
+        with watchdog.patience():
+            if judged:
+                judge.after(step + 1)
+            early, asked = keeper.patience_is_over(), watchdog.stop_asked()
+            final = last or early or asked
+            if final or keeper.wants(step + 1) or due(step + 1, settings.checkpoint.every):
+                with watch("checkpoint"):
+                    save(keeper, run, steppers, step + 1, tell, final)
+        if asked and not (last and keeper.counts.get("owed") is None):
+            raise watchdog.signals.ended(f"saved step {step + 1}, and the same command goes on from there")
+        if early:
             tell.note(f"stopped early: no improvement in {settings.evaluate.patience} evaluations")
             break
-    keeper.finish()
-    return tell.finished(keeper, watch)
+        watchdog.hurry()  # the first step has compiled and loaded what there was
 
 
 def draft_of(job: Job) -> Plan:

@@ -35,7 +35,7 @@ class Saver:
         if not self.asynchronous:
             work()
         else:
-            self.thread = threading.Thread(target=self._guard, args=(work,), name=f"save of step {step}")
+            self.thread = threading.Thread(target=self._guard, args=(work,), name=f"save of step {step}", daemon=True)
             self.thread.start()
         return root / f"step-{step}"
 

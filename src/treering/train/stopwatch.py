@@ -6,16 +6,20 @@ from contextlib import contextmanager
 
 import torch
 
+from treering.train.pulse import Phase
+
 
 class Stopwatch:
     """with watch("forward"): …   A phase that lies inside another is not counted twice: keep them side by side."""
 
-    def __init__(self, on: bool, device: torch.device):
+    def __init__(self, on: bool, device: torch.device, phase: Phase | None = None):
         self.on, self.device = on, device
+        self.at = phase or Phase()  # always kept: it is what other ranks are told when this one is missed
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        self.at.name = phase
         if not self.on:
             yield
             return

@@ -1,0 +1,259 @@
+"""Jinja for templates that nobody has read: transformers' sandbox, with a bound on what a rendering may cost.
+
+A timer cannot stop `'a' * 10**10`, and none works in every thread. So whatever can repeat or grow pays first: rounds of
+loops, calls, texts by their length. The allowance is in proportion to the conversation. A template that uses it up is
+refused, at the same place on every machine.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import update_wrapper
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+from treering.data.meter import Meter, TooExpensiveError
+
+LONGEST = 1 << 20  # characters of a template
+_LEFT_OUT = ("pprint", "urlize", "random", "xmlattr", "urlencode")
+_CHEAP = {"defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "number", "boolean", "integer"}
+_CHEAP |= {"float", "true", "false", "callable", "odd", "even", "sameas", "filter", "test"}
+
+
+class _Generator(CodeGenerator):
+    """Jinja's own code, with payments where it joins and slices in place."""
+
+    def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:
+        if isinstance(node.node, nodes.EnvironmentAttribute) and node.node.name in ("charge", "written"):
+            self.write(f"environment.{node.node.name}(")  # our own payments need no leave of the sandbox
+            self.visit(node.args[0], frame)
+            self.write(")")
+        else:
+            super().visit_Call(node, frame, forward_caller=forward_caller)
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self.write("environment.joined((")
+        for item in node.nodes:
+            self.visit(item, frame)
+            self.write(", ")
+        self.write("))")
+
+    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
+        sliced = isinstance(node.arg, nodes.Slice)
+        self.write("environment.copied(" if sliced else "")
+        super().visit_Getitem(node, frame)
+        self.write(")" if sliced else "")
+
+
+class _Paying(NodeTransformer):
+    """Puts a payment at the head of whatever runs more than once, and around what is made or compared in place."""
+
+    def _head(self, node: Any) -> Any:
+        price = 1 + sum(map(_price, (inner for part in node.body for inner in _all(part)))) // 8
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_own("charge", nodes.Const(price)), lineno=node.lineno))
+        return node
+
+    visit_For = visit_Macro = visit_CallBlock = visit_Block = _head
+
+    def _made(self, node: Any) -> Any:
+        self.generic_visit(node)
+        stored = getattr(node, "ctx", "load") != "load"  # {% set a, b = … %}
+        return node if stored else _own("written", node)
+
+    visit_List = visit_Tuple = visit_Dict = _made
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
+        """To look into a value, or to compare it with another one, costs what the value is long."""
+        self.generic_visit(node)
+        sides = [node.expr, *(operand.expr for operand in node.ops)]
+        known = any(isinstance(side, nodes.Const) for side in sides) and len(sides) == 2
+        if not known:
+            node.expr = _own("written", node.expr)
+        for operand in node.ops:
+            if not isinstance(operand.expr, nodes.Const) and not (known and operand.op in ("eq", "ne")):
+                operand.expr = _own("written", operand.expr)
+        return node
+
+
+def _all(node: nodes.Node) -> Iterator[nodes.Node]:
+    yield node
+    yield from node.find_all(nodes.Node)
+
+
+def _price(node: nodes.Node) -> int:
+    text = node.data if isinstance(node, nodes.TemplateData) else getattr(node, "value", "")
+    return 1 + len(text) // 64 if isinstance(text, str) and text else 0 if isinstance(node, nodes.Name) else 1
+
+
+def _own(name: str, argument: nodes.Expr) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(name), [argument], [], None, None, lineno=argument.lineno)
+
+
+class _Generation(Extension):
+    """`{% generation %}`: what the assistant says. The spans are collected while `blocks` is a list."""
+
+    tags = {"generation"}  # noqa: RUF012 — how jinja's extensions say it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
+
+    def _said(self, caller: Callable[[], str]) -> str:
+        said, environment = caller(), self.environment
+        assert isinstance(environment, Environment)
+        if environment.blocks is not None:
+            start = sum(map(len, environment.blocks))
+            environment.spans.append((start, start + len(said)))
+        return said
+
+
+class Environment(ImmutableSandboxedEnvironment):
+    """As transformers sets it up, and metered."""
+
+    code_generator_class = _Generator
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
+
+    def __init__(self) -> None:
+        self.meter = Meter()
+        self.charge, self.copied = self.meter.pay, self.meter.copied
+        self.written = self.meter.written
+        self.blocks: list[str] | None = None
+        self.spans: list[tuple[int, int]] = []
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, loopcontrols],
+            finalize=self.meter.written,
+        )
+        for name in _LEFT_OUT:
+            del self.filters[name]
+        del self.globals["lipsum"]
+        self.filters["tojson"] = _tojson
+        self.filters = {name: self._metered(name, filter) for name, filter in self.filters.items()}
+        self.tests = {n: test if n in _CHEAP else self._metered(n, test) for n, test in self.tests.items()}
+        self.globals |= {"raise_exception": _refuse, "strftime_now": _now, "dict": _Dict(), "namespace": _Namespace}
+
+    def compiled(self, source: str) -> jinja2.Template:
+        if len(source) > LONGEST:
+            raise TooExpensiveError(f"it is longer than {LONGEST:,} characters")
+        tree = _Paying().visit(self.parse(source))
+        tree.set_environment(self)
+        return jinja2.Template.from_code(self, self.compile(tree), self.make_globals(None))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        self.meter.operate(operator, left, right)
+        return self.binop_table[operator](left, right)
+
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        subject = getattr(getattr(function, "__wrapped__", function), "__self__", None)
+        given = [value if type(value) is str else self._whole(value) for value in args]
+        named = [kwargs[key] for key in kwargs if key not in ("_loop_vars", "_block_vars", "caller")]
+        self.meter.call(getattr(function, "__name__", ""), subject, [*given, *named] if named else given)
+        return super().call(context, function, *given, **kwargs)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if isinstance(obj, str) and attr == "encode":  # bytes would grow unseen
+            return False
+        return super().is_safe_attribute(obj, attr, value)
+
+    def joined(self, parts: tuple[Any, ...]) -> str:
+        for part in parts:
+            self.meter.written(part)
+        return "".join(map(str, parts))
+
+    def _whole(self, value: Any) -> Any:
+        return self.meter.items(value) if isinstance(value, Iterator) else value
+
+    def _metered(self, name: str, function: Any) -> Callable[..., Any]:
+        hidden = 1 if hasattr(function, "jinja_pass_arg") else 0  # the environment or context comes first
+
+        def metered(*args: Any, **kwargs: Any) -> Any:
+            whole = [value if type(value) is str else self._whole(value) for value in args[hidden:]]
+            self.meter.call(name, whole[0] if whole else None, [*whole[1:], *kwargs.values()])
+            made = function(*args[:hidden], *whole, **kwargs)
+            return self.meter.copied(made)
+
+        return update_wrapper(metered, function)
+
+
+class Rendering:
+    """A template that can be rendered again and again. Not in two threads at once."""
+
+    def __init__(self, source: str):
+        self.environment = Environment()
+        self.template = self.environment.compiled(source)
+
+    def render(self, values: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and where in it generation tags stand."""
+        environment = self.environment
+        environment.meter.fill(*_size(values["messages"], values["tools"]))
+        blocks: list[str] = []
+        environment.blocks, environment.spans = blocks, []
+        try:
+            for block in self.template.generate(values):
+                blocks.append(block)
+            return "".join(blocks), environment.spans
+        finally:
+            environment.blocks = None
+
+
+def _size(messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[int, int]:
+    """Values and characters of a conversation."""
+    texts = [value for message in messages for value in message.values()]
+    characters = sum([len(value) for value in texts if type(value) is str])
+    beside = [value for value in texts if type(value) is not str and value is not None]
+    if beside or tools:
+        written = len(json.dumps([beside, tools]))
+        return len(texts) + written // 16, characters + written
+    return len(texts), characters
+
+
+class _Dict:
+    """`dict` for templates: a function, not a class with all that hangs on one."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    def __init__(*args: Any, **kwargs: Any) -> None:  # Jinja's signature: `self` may be a name of the template's
+        self, given = args[0], dict(*args[1:], **kwargs)
+        for name in given:
+            _named(name)
+        Namespace.__init__(self, given)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _named(name)
+        super().__setitem__(name, value)
+
+
+def _named(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace has no place for {name!r}: names must not begin with _")
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _now(format: str) -> str:
+    return datetime.now().strftime(format)

@@ -1,0 +1,85 @@
+"""Plain tensors out: the joins of the chains over whole tensors, whether a model is in memory or not."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from treering.errors import PlanError
+from treering.plan.fill import join
+from treering.plan.place import gather
+from treering.plan.plan import Plan
+from treering.technique import LazyTensor
+from treering.weights import export_groups, plain_tensors, to_file_layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """Whole tensors by live name. `read` is a collective where the model is sharded."""
+
+    names: frozenset[str]
+    read: Callable[[str], Tensor]
+
+
+def live_values(plan: Plan) -> Values:
+    """As the model holds them now, gathered one at a time."""
+    live = plan.live()
+    return Values(names=frozenset(live), read=lambda name: gather(live[name]))
+
+
+def saved_values(plan: Plan, saved: Mapping[str, LazyTensor]) -> Values:
+    """Of a run that is not in memory, as `refill` would give them: owned ones were saved, the rest is the source's."""
+    if plan.source is None:
+        raise PlanError("this plan was drafted without weights")
+    live, owned, source = plain_tensors(plan.model), set(plan.owned), plan.source.tensors
+
+    def read(name: str) -> Tensor:
+        tensor: LazyTensor = saved[name] if name in owned else source[name]
+        return tensor.read().to(live[name].dtype)
+
+    return Values(names=frozenset(live), read=read)
+
+
+def plain(plan: Plan, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Each plain tensor as the chain reproduces it now, in its stored dtype."""
+    values = live_values(plan)
+    for name in names if names is not None else plan.plain:
+        yield name, joined(plan, name, values)
+
+
+@torch.no_grad()
+def joined(plan: Plan, name: str, values: Values) -> Tensor:
+    shape, dtype = plan.plain[name]
+    base = values.read(name) if name in values.names else torch.zeros(shape, dtype=dtype)
+    chain = plan.chains.get(name)
+    if chain is None:
+        return base.to(dtype)
+    tensors = {own: values.read(own) for part in chain.parts for own in part.names}
+    return join(chain.parts, tensors, base).to(dtype)
+
+
+def take_part(plan: Plan, name: str, values: Values) -> None:
+    """The collectives of `joined`, on a rank that has no use for the result."""
+    chain = plan.chains.get(name)
+    for own in ({name} & values.names, *(part.names for part in (chain.parts if chain else ()))):
+        for one in own:
+            values.read(one)
+
+
+def groups(plan: Plan, names: Iterable[str] | None = None) -> list[tuple[str, ...]]:
+    """Plain names that become tensors of the file together: a projection, or the experts of one block."""
+    return export_groups(plan.model, plan.plain if names is None else names)
+
+
+def announced(plan: Plan, group: Iterable[str]) -> dict[str, Tensor]:
+    """What the file will hold of a group, on the meta device: names, shapes and dtypes."""
+    shapes = {name: plan.plain[name] for name in group}
+    empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
+    return to_file_layout(plan.model, empty)
+
+
+def like(plan: Plan, own: str) -> Tensor:
+    """A live tensor as it is when whole, on the meta device."""
+    live = plan.model.get_parameter(own)
+    return torch.empty(tuple(live.shape), dtype=live.dtype, device="meta")
