@@ -164,7 +164,8 @@ class Chat:
             found += 1
         closing = self._closing(text, spans, messages, tools, where)
         closed = [(start, end + len(closing) if text.startswith(closing, end) else end) for start, end in spans]
-        return Rendered(text=text, trained=closed, limits=closed, endless=any(a == b for a, b in zip(closed, spans)))
+        endless = not all(self._ended(text, span) for span in closed)
+        return Rendered(text=text, trained=closed, limits=closed, endless=endless)
 
     def _closing(self, text: str, spans: list[Span], messages: list[dict[str, Any]], tools: Any, where: str) -> str:
         """The end-of-turn token, if the template writes it behind its tag: it must be learned all the same."""
@@ -173,10 +174,13 @@ class Chat:
             text, spans = self._template.render(messages[: last + 1], tools, where, spans=True)
         start, end = spans[-1]
         token = self._control.any.match(text, end)
+        return "" if token is None or self._ended(text, (start, end)) else token[0]
+
+    def _ended(self, text: str, span: Span) -> bool:
+        """Whether the last thing in `span` is a control token."""
+        start, end = span
         inside = [m.end() for m in self._control.any.finditer(text, start, end)]
-        if token is None or (inside and not text[inside[-1] : end].strip()):
-            return ""
-        return token[0]
+        return bool(inside) and not text[inside[-1] : end].strip()
 
 
 def _fillings(slot: Slot, message: dict[str, Any]) -> Iterator[str]:
