@@ -50,6 +50,9 @@ class Keeper:
             return load(self.plan, prepared=prepared)
         for note in check_same(newest, self.identity(), force=self.job.train.checkpoint.force):
             warn(note)
+        absent = [name for name in self.plan.owned if name not in newest.tensors]
+        if absent:
+            raise CheckpointError(f"{newest.folder} has no {absent[0]} and {len(absent) - 1} more that this run trains")
         self.saved = newest
         return load(self.plan, resume=newest.tensors)
 
