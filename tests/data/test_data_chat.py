@@ -197,9 +197,12 @@ def test_a_template_without_an_end_of_turn_is_reported(tokenizer, tmp_path):
 @pytest.mark.parametrize(("inside", "endless"), [("<|im_end|>", False), ("", True)])
 def test_an_end_of_turn_inside_or_missing_from_the_tag_is_told_apart(tokenizer, tmp_path, inside, endless):
     path = tmp_path / "chat.jinja"
-    path.write_text("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
-                    "{% generation %}{{ m.content }}" + inside + "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>"
-                    "{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")  # fmt: skip
+    path.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}" + inside + "{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
     assert encode(tokenizer, CONVERSATION, template=str(path)).endless is endless
 
 
