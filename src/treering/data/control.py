@@ -67,9 +67,6 @@ class Control:
             return [self.mark_all(entry, structural=structural) for entry in value]
         return value
 
-    def unmark(self, text: str) -> str:
-        return text.replace(CONTROL_OPEN, "").replace(CONTROL_CLOSE, "")
-
     def needs_names(self, rendered: str) -> bool:
         return CONTROL_OPEN in rendered or CONTROL_CLOSE in rendered
 

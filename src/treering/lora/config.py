@@ -1,6 +1,5 @@
 """The technique `lora`: low-rank adapters beside dense linears."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -108,6 +107,3 @@ class LoRA:
         from treering.lora.addend import attach
 
         return attach(model, self, site)
-
-    def __str__(self) -> str:
-        return json.dumps({"rank": self.rank, "scale": self.scale, "init": self.init})
