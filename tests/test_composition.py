@@ -3,8 +3,9 @@
 `python -m tests.test_composition > docs/composition.md` prints the table below as a page.
 
 The reference knows no technique: transformers' own model with the weights that the run holds, each document a row of
-its own, one backward over the whole global batch. An adapter's gradients follow from that of the dense weight,
-∂A = s Bᵀ ∂W and ∂B = s ∂W Aᵀ; one step of SGD by hand then gives the weights that the run must export.
+its own, one backward over the whole global batch. The gradients of what a technique trains instead of a weight W follow
+from that of W: they are those of ⟨∂W, W(x)⟩, with W(x) the technique's formula, a line each in `FORMULAS`. One step of
+SGD by hand then gives the weights that the run must export.
 """
 
 import tempfile
@@ -28,6 +29,10 @@ TECHNIQUES = {
     "full": tr.Full(),
     "lora": tr.LoRA(targets=TARGETS, rank=4, alpha=8.0, dtype="float64"),
     "lora (pissa)": tr.LoRA(name="pissa", targets=TARGETS, rank=4, alpha=8.0, dtype="float64", init="pissa"),
+    "osft": tr.OSFT(protect="weights", ratio=0.4, targets=TARGETS),
+    "osft (one_sided)": tr.OSFT(protect="weights", ratio=0.4, targets=TARGETS, form="one_sided"),
+    "osft (forward)": tr.OSFT(protect="weights", ratio=0.4, targets=TARGETS, form="forward"),
+    "osft (factors)": tr.OSFT(protect="weights", ratio=0.4, targets=TARGETS, form="factors"),
     "shard": tr.Shard(),
     "compile": tr.Compile(backend="aot_eager"),
 }
@@ -46,25 +51,17 @@ MEANING = {
 }
 
 # (on one rank, on two ranks); with and without packing alike
+ADAPTING = [name for name in TECHNIQUES if name not in ("shard", "compile")]
 TABLE: dict[tuple[str, ...], tuple[str, str]] = {
-    ("full",): (EQUAL, NO_SUM),
-    ("lora",): (EQUAL, NO_SUM),
-    ("lora (pissa)",): (EQUAL, NO_SUM),
+    **{(name,): (EQUAL, NO_SUM) for name in ADAPTING},
     ("shard",): (NOTHING, NOTHING),
     ("compile",): (NOTHING, NOTHING),
-    ("full", "lora"): (SAME, SAME),
-    ("full", "lora (pissa)"): (SAME, SAME),
-    ("full", "shard"): (EQUAL, EQUAL),
-    ("full", "compile"): (EQUAL, NO_SUM),
+    **dict.fromkeys(combinations(ADAPTING, 2), (SAME, SAME)),
     ("lora", "lora (pissa)"): (ALONE, ALONE),
-    ("lora", "shard"): (EQUAL, EQUAL),
-    ("lora", "compile"): (EQUAL, NO_SUM),
-    ("lora (pissa)", "shard"): (EQUAL, EQUAL),
-    ("lora (pissa)", "compile"): (EQUAL, NO_SUM),
+    **{(name, "shard"): (EQUAL, EQUAL) for name in ADAPTING},
+    **{(name, "compile"): (EQUAL, NO_SUM) for name in ADAPTING},
     ("shard", "compile"): (NOTHING, NOTHING),
-    ("full", "shard", "compile"): (EQUAL, EQUAL),
-    ("lora", "shard", "compile"): (EQUAL, EQUAL),
-    ("lora (pissa)", "shard", "compile"): (EQUAL, EQUAL),
+    **{(name, "shard", "compile"): (EQUAL, EQUAL) for name in ADAPTING},
 }
 
 
@@ -95,20 +92,77 @@ def dense_gradients(plain, packing):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def reference(plain, live, scale, packing):
-    """(gradients by live name, plain weights after one step of SGD)."""
+def lora(own, base):
+    return base + 2.0 * own["B"] @ own["A"]
+
+
+def adapter(own, base):
+    """ΔW = B_out Z P, and its mirror."""
+    Z = own["Z"]
+    for end in ("out", "in"):
+        values = own[f"values_{end}"]
+        if f"B_{end}" in own:
+            P = own[f"B_{end}"] * values
+            Z = P @ Z if end == "out" else Z @ P.T
+        else:
+            Q, rest = own[f"Q_{end}"], own[f"rest_{end}"]
+            P = rest * torch.eye(len(Q), dtype=Q.dtype) + (Q * (values - rest)) @ Q.T
+            Z = P @ Z if end == "out" else Z @ P
+    return base + Z
+
+
+def closed(Q, X):
+    return X - Q @ (Q.T @ X)
+
+
+def projected(own, base):
+    low = {end: closed(own[f"{end}_high"], own[f"{end}_low"]) for end in "UV"}
+    return factored(own | {"U_low": low["U"], "V_low": low["V"]}, base)
+
+
+def factored(own, base):
+    high = (own["U_high"] * own["S_high"]) @ own["V_high"].T
+    return high + (own["U_low"] * own["S_low"]) @ own["V_low"].T
+
+
+# what a technique's own tensors of one weight stand for; a step of SGD on them that is not the plain one
+FORMULAS = {"lora": lora, "osft (one_sided)": adapter, "osft (forward)": projected, "osft (factors)": factored}
+
+
+def stepped(kind, own, name, gradient):
+    if kind == "osft (factors)" and name[0] in "UV":
+        held = own[f"{name[0]}_high"]
+        return closed(held, own[name] - RATE * closed(held, gradient))
+    return own[name] - RATE * gradient
+
+
+def held_step(W, G):
+    """Form update: c · P (P G P) P."""
+    from treering.osft import reference_dense as plain
+
+    out, into = plain.held_by_weights(W, min(W.shape) - int(0.4 * min(W.shape)))
+    return plain.stretch(out, into) * out @ (out @ G @ into) @ into
+
+
+def reference(plain, live, kind, trainable, packing):
+    """(gradients by live name, plain weights after one step of SGD). `live`: everything that the run holds."""
     dense = dense_gradients(plain, packing)
-    if scale is None:
-        return dense, {name: W - RATE * dense[name] for name, W in plain.items()}
-    gradients, after = {}, dict(plain)
-    for a_name, A in live.items():
-        if not a_name.endswith(".A"):
-            continue
-        b_name, weight = f"{a_name[:-2]}.B", f"{a_name.rpartition('.lora_')[0]}.weight"
-        B, G = live[b_name], dense[weight]
-        gradients[a_name], gradients[b_name] = scale * B.T @ G, scale * G @ A.T
-        new = (B - RATE * gradients[b_name]) @ (A - RATE * gradients[a_name])
-        after[weight] = plain[weight] + scale * (new - B @ A)
+    after = dict(plain)
+    if kind not in FORMULAS:
+        for name in trainable:
+            after[name] = plain[name] - RATE * (dense[name] if kind == "full" else held_step(plain[name], dense[name]))
+        return {name: dense[name] for name in trainable}, after
+    gradients = {}
+    for fqn in {name.rpartition(".")[0] for name in trainable}:
+        weight = f"{fqn.rpartition('.')[0]}.weight"
+        own = {n.rpartition(".")[2]: v.clone() for n, v in live.items() if n.rpartition(".")[0] == fqn}
+        learning = {n: own[n].requires_grad_() for n in own if f"{fqn}.{n}" in trainable}
+        value = FORMULAS[kind](own, live.get(weight, torch.zeros(())))
+        found = torch.autograd.grad((value * dense[weight]).sum(), list(learning.values()))
+        gradients |= {f"{fqn}.{n}": g for n, g in zip(learning, found)}
+        with torch.no_grad():
+            new = {n: stepped(kind, own, n, g) for n, g in zip(learning, found)}
+            after[weight] = FORMULAS[kind](own | new, live.get(weight, torch.zeros(())))
     return gradients, after
 
 
@@ -123,9 +177,10 @@ def cell(names, packing, folder):
         for name, parameter in run.trainable():
             if name.endswith(".lora_default.B"):
                 parameter.fill_(0.02)  # at zero, half of the gradients would be zero and prove nothing
-    live = {name: gather(p).clone() for name, p in run.trainable()}
-    lora = [t for t in techniques if isinstance(t, tr.LoRA)]
-    wanted_gradients, wanted = reference(weights(run), live, lora[0].scale if lora else None, packing)
+    live = {name: gather(value).clone() for name, value in run.plan.live().items()}
+    kind = names[0].replace("lora (pissa)", "lora")
+    trainable = {name for name, _ in run.trainable()}
+    wanted_gradients, wanted = reference(weights(run), live, kind, trainable, packing)
     rank, ranks = data_rank(run.plan.mesh)
     optimizer = run.optimizer(torch.optim.SGD, lr=RATE)
     for ready in run.steps([batches(packing)[rank::ranks]]):
@@ -138,9 +193,14 @@ def cell(names, packing, folder):
 
 
 def cells(slow):
-    """Compiling costs seconds: with packing, where the compiled blocks are the same, it is left to the long suite."""
+    """Compiling costs seconds: with packing, where the compiled blocks are the same, and for all but the simplest
+    techniques it is left to the long suite."""
     every = [(names, packing) for names in TABLE for packing in (False, True)]
-    return [(names, packing) for names, packing in every if ("compile" in names and packing) == slow]
+    return [(names, packing) for names, packing in every if _long(names, packing) == slow]
+
+
+def _long(names, packing):
+    return "compile" in names and (packing or names[0] not in ("full", "lora", "osft (forward)", "shard", "compile"))
 
 
 def column(folder, slow):

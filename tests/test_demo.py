@@ -10,7 +10,7 @@ from treering.demo.trigram import Trigram
 
 class Paper:
     def __init__(self):
-        self.lines = []
+        self.lines, self.rows = [], []
 
     def start(self, total_steps):
         pass
@@ -22,7 +22,7 @@ class Paper:
         self.lines.append(text)
 
     def table(self, rows):
-        pass
+        self.rows += rows
 
     def stop(self):
         pass
@@ -32,8 +32,10 @@ def test_every_act_runs_and_prints_its_command(tmp_path):
     paper = Paper()
     run(tmp_path / "demo", paper, characters=120_000, steps=2, epochs=1, places=1, strict=False)
     text = "\n".join(paper.lines)
-    for command in ("treering train", "treering export", "treering data show"):
+    for command in ("treering train", "treering export", "treering data show", "treering measure"):
         assert f"$ {command} {tmp_path}" in text
+    assert [row[""] for row in paper.rows[-4:]] == ["before", "full", "lora", "osft"]
+    assert "osft learned" in text
     assert "bits per byte" in text and "✓ the exported model's logits are bitwise those of the run" in text
 
 

@@ -16,7 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 GROUND = {"technique", "errors", "seeds", "together", "anatomy", "folders", "writing", "weights", "topology", "trust"}
 FIRST = {"attention", "formats", "curvature"}
-TECHNIQUES = {"full", "lora", "shard", "compile"}
+TECHNIQUES = {"full", "lora", "osft", "shard", "compile"}
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     **dict.fromkeys(FIRST | TECHNIQUES | {"plan"}, GROUND | FIRST),
@@ -34,6 +34,7 @@ NO_TORCH = [
 ]
 NO_TORCH += [
     "treering.lora",
+    "treering.osft",
     "treering.full",
     "treering.shard",
     "treering.compile",
@@ -188,5 +189,6 @@ def test_tests_are_not_much_shorter_than_the_source():
 def test_every_technique_is_laid_out_like_the_others(name):
     assert (SOURCE / name / "config.py").is_file() and (SOURCE / name / "README.md").is_file()
     text = (SOURCE / name / "README.md").read_text(encoding="utf-8")
-    assert text.startswith(f"# {name.capitalize() if name != 'lora' else 'LoRA'}: ")
+    title = {"lora": "LoRA", "osft": "OSFT"}.get(name, name.capitalize())
+    assert text.startswith(f"# {title}: ")
     assert "Limits" in text and "```" in text, "formula, limits and how to use it belong there"

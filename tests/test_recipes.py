@@ -16,7 +16,12 @@ from treering.cli.schema import RunConfig
 from treering.train.checkpoint import read
 
 NAMES = [name for name in recipes() if name.endswith(".yaml")]
-RANKS = {"lora-8gpu.yaml": 2, "full-8gpu.yaml": 2, "slurm.yaml": 4}  # slurm.yaml: two copies of two shards
+RANKS = {
+    "lora-8gpu.yaml": 2,
+    "full-8gpu.yaml": 2,
+    "osft-8gpu.yaml": 2,
+    "slurm.yaml": 4,
+}  # slurm.yaml: two copies of two shards
 SMALL = [
     "model.dtype=float32",
     "data.max_length=128",
@@ -32,7 +37,9 @@ def toys(tmp_path_factory):
     """A model wide enough for the recipes' ranks, and chats; made once."""
     root = tmp_path_factory.mktemp("toys")
     folder(root / "model", hidden_size=64, num_key_value_heads=4)
-    chats(root / "chat.jsonl")
+    data = str(chats(root / "chat.jsonl"))
+    measured = ["measure", str(root / "model"), "--data", data, "--max-length", "128", "--to", str(root / "known")]
+    assert entry.run(measured) == 0
     return root
 
 
@@ -47,6 +54,8 @@ def trained(file: Path, settings: list[str]) -> dict[str, Any]:
 def test_a_recipe_trains_and_leaves_a_checkpoint(name, toys, tmp_path):
     assert entry.run(["recipes", "cp", name, str(tmp_path)]) == 0
     places = {"model.path": toys / "model", "data.train": toys / "chat.jsonl", "data.cache": toys / "tokens"}
+    if "path: known" in (tmp_path / name).read_text(encoding="utf-8"):
+        places["statistics.path"] = toys / "known"
     settings = [*SMALL, *(f"{key}={value}" for key, value in places.items()), f"output={tmp_path / 'run'}"]
     ranks = RANKS.get(name, 1)
 

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from treering import curvature
     from treering.compile import Compile
+    from treering.curvature import measure
     from treering.errors import (
         CheckpointError,
         ConfigError,
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     )
     from treering.full import Full
     from treering.lora import LoRA
+    from treering.osft import OSFT
     from treering.plan.compose import compose
     from treering.plan.run import Run
     from treering.shard import Shard
@@ -28,7 +31,9 @@ _WHERE = {
     "Compile": "treering.compile",
     "Full": "treering.full",
     "LoRA": "treering.lora",
+    "OSFT": "treering.osft",
     "Shard": "treering.shard",
+    "measure": "treering.curvature",
     "mesh": "treering.topology",
     "Run": "treering.plan",
     "compose": "treering.plan",
@@ -43,6 +48,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "OSFT",
     "CheckpointError",
     "Compile",
     "ConfigError",
@@ -57,11 +63,15 @@ __all__ = [
     "Shard",
     "TreeringError",
     "compose",
+    "curvature",
+    "measure",
     "mesh",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "curvature":  # a room as it is: its `open` and `add` are no names to stand alone
+        return import_module("treering.curvature")
     if name not in _WHERE:
         raise AttributeError(f"treering has no {name!r}")
     value = getattr(import_module(_WHERE[name]), name)

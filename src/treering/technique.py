@@ -2,7 +2,7 @@
 
     claims(anatomy, mesh)   what it will touch: pure, before any weight is read
     apply(model, site)      structure only, in place, on the meta device; returns an `Applied`
-    resolve(...)            optional: data-dependent choices become explicit settings
+    resolve(anatomy, source, statistics)   optional: data-dependent choices become explicit settings
 
 How plain weights get in and out is told by `Part`s: loading is `split`, exporting is `join`, resuming is neither.
 """
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.optim import Optimizer
 
     from treering.anatomy import Anatomy
 
@@ -102,14 +103,28 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Derived:
+    """A tensor of a published file that is made of a technique's own."""
+
+    names: tuple[str, ...]  # own live names
+    shape: tuple[int, ...]
+    make: "Callable[[Mapping[str, Tensor]], Tensor]"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
     """How a technique's own tensors are published: the file's keys and the config that goes beside them."""
 
     name: str
     keys: Mapping[str, str]  # own live name -> key in the file
     config: Mapping[str, Any]
+    derived: Mapping[str, Derived] = field(default_factory=dict)  # key in the file -> what it is made of
     file: str = "adapter_model.safetensors"
     config_file: str = "adapter_config.json"
+
+    @property
+    def own(self) -> set[str]:
+        return set(self.keys) | {name for derived in self.derived.values() for name in derived.names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +136,7 @@ class Applied:
     batch: "Callable[[Batch], Batch] | None" = None  # a transform of each micro-batch
     loss: "Callable[[nn.Module, Batch], Tensor] | None" = None  # sum over trained tokens; at most one technique
     gradients: Callable[[], None] | None = None  # once per step, after the last backward, before the guard and clip
-    before_step: Callable[[], None] | None = None  # after clipping: keep what `after_step` needs of the old values
+    before_step: "Callable[[Sequence[Optimizer]], None] | None" = None  # after clipping: keep what `after_step` needs
     after_step: Callable[[], None] | None = None  # retraction
     state: "Callable[[], dict[str, Tensor]] | None" = None  # live tensors that a checkpoint keeps, restored in place
     metrics: Callable[[], dict[str, float]] | None = None
@@ -133,7 +148,7 @@ class Applied:
 
 @runtime_checkable
 class Technique(Protocol):
-    """What `compose` accepts. `resolve(source, statistics) -> Technique` is optional."""
+    """What `compose` accepts. `resolve(anatomy, source, statistics) -> Technique` is optional."""
 
     @property
     def stage(self) -> Stage: ...

@@ -52,11 +52,6 @@ def test_the_schema_is_json(capsys):
     assert json.loads(capsys.readouterr().out)["type"] == "object"
 
 
-def test_measure_does_not_pretend(capsys):
-    assert run("measure") == 2
-    assert "not in this version" in capsys.readouterr().err
-
-
 def test_a_wrong_word_is_2_and_suggests(capsys):
     assert run("trian") == 2
     assert "train" in capsys.readouterr().err
@@ -98,7 +93,7 @@ def test_an_interrupt_is_130(small, capsys, monkeypatch):
 
 def test_a_rank_says_which_it_is(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
-    assert run("measure") == 2
+    assert run("config", "check", "nowhere.yaml") == 2
     assert capsys.readouterr().err.startswith("[rank 3] ")
 
 

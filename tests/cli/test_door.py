@@ -193,7 +193,7 @@ def test_the_json_schema_says_what_the_door_says():
     assert {"type": "string"} in schema["properties"]["model"]["anyOf"]
     techniques = schema["$defs"]["Techniques"]
     assert techniques["additionalProperties"] is False
-    assert set(techniques["properties"]) == {"full", "lora", "shard", "compile"}
+    assert set(techniques["properties"]) == {"full", "lora", "osft", "shard", "compile"}
     assert schema["$defs"]["Optimizer"]["properties"]["name"]["default"] == "adamw"
     assert schema["$defs"]["Optimizer"]["properties"]["lr"]["default"] == 1e-5
 

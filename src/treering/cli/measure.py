@@ -1,14 +1,213 @@
-"""`treering measure`: a reserved name."""
+"""`treering measure`: what a model's layers see of text that stands for what must be kept."""
 
-from treering.errors import TreeringError
+import os
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from treering.cli.launch import export, ranks_from
+from treering.errors import ConfigError
+
+if TYPE_CHECKING:
+    from treering.curvature import Statistics
+    from treering.data.examples import Document
+    from treering.plan import Run
 
 NAME = "measure"
 
 
-class NotInThisVersion(TreeringError):
-    exit_code = 2
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub name.", show_default=False)],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to write.", show_default=False)],
+    data: Annotated[
+        list[str] | None, typer.Option("--data", metavar="FILE", help="Text that stands for what must be kept.")
+    ] = None,
+    generate: Annotated[bool, typer.Option("--generate", help="Let the model write the text itself.")] = False,
+    format: Annotated[
+        Literal["auto", "messages", "prompt", "alpaca", "text"], typer.Option(help="Of the records in FILE.")
+    ] = "auto",
+    tokens: Annotated[int, typer.Option(min=1, help="So many are measured.")] = 32768,
+    max_length: Annotated[int, typer.Option(min=2, help="The longest document, in tokens.")] = 2048,
+    trained: Annotated[bool, typer.Option("--trained", help="Count only where an answer is predicted.")] = False,
+    add: Annotated[
+        list[Path] | None, typer.Option("--add", metavar="DIR", help="Earlier statistics to add this to. Repeatable.")
+    ] = None,
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="To compute in.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Decides which documents, and what is written.")] = 0,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Start so many ranks on this machine.")] = None,
+) -> None:
+    """Measure which directions the inputs of each layer use: what `osft` keeps, and the next task adds to."""
+    if bool(data) == generate:
+        raise ConfigError("give text to measure: --data FILE, or --generate to let the model write it; one of the two")
+    if trained and generate:
+        raise ConfigError("--trained counts answers in data, and --generate has none; leave one of them out")
+    ranks = ranks_from(os.environ)
+    if ranks is not None:
+        export(ranks, os.environ)
+    elif nproc is not None and nproc > 1:
+        _start_ranks(nproc)
+        return
+    _refuse_taken(to, add or [])
+    run = _composed(model, dtype)
+    _refuse_longer(run, max_length)
+    documents, packing = _documents(run, data, format, generate, tokens, max_length, seed)
+    made = _measured(run, documents, packing, data, trained, add or [], max_length, to)
+    _table(made)
+    _few(made.rings[-1].tokens, tokens, trained)
 
 
-def command() -> None:
-    """Reserved; not in this version."""
-    raise NotInThisVersion("`treering measure` is not in this version: the name is reserved, and nothing was measured")
+def _start_ranks(nproc: int) -> None:
+    import sys
+
+    from treering.cli.elastic import start
+
+    arguments = sys.argv[sys.argv.index(NAME) :]
+    start(nproc, arguments, Path(tempfile.gettempdir()) / "treering-logs")
+
+
+def _few(found: int, asked: int, trained: bool) -> None:
+    from treering.cli.console import say
+    from treering.together import is_first
+
+    if found < asked and not trained and is_first():
+        say(f"! only {found:,} of {asked:,} tokens: there is no more text", "yellow")
+
+
+def _composed(model: str, dtype: str) -> "Run":
+    """The plain model, sharded where there are several ranks. Nothing is trained."""
+    from treering.full import Full
+    from treering.plan import compose
+    from treering.shard import Shard
+
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return compose(model, [Full(), Shard()] if several else [Full()], dtype=dtype, dropout="off")
+
+
+def _refuse_taken(to: Path, add: list[Path]) -> None:
+    """Before anything is loaded: rings that are there already are not to be lost."""
+    from treering.curvature.disk import NAME as JSON
+    from treering.curvature.disk import refuse_foreign
+    from treering.errors import CheckpointError
+
+    refuse_foreign(to)
+    if (to / JSON).exists() and to.resolve() not in [folder.resolve() for folder in add]:
+        raise CheckpointError(
+            f"{to} holds statistics already; write --add {to} to add to them, or give another folder to --to"
+        )
+
+
+def _refuse_longer(run: "Run", max_length: int) -> None:
+    from treering.errors import PlanError
+
+    positions = getattr(run.model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < max_length:
+        raise PlanError(
+            f"--max-length is {max_length}, and {run.plan.source_name} was made for {positions} positions; "
+            f"write --max-length {positions}"
+        )
+
+
+def _documents(
+    run: "Run", data: list[str] | None, format: str, generate: bool, tokens: int, max_length: int, seed: int
+) -> "tuple[list[Document], Literal['on', 'off']]":
+    from treering.cli.console import console
+    from treering.data.config import Data
+    from treering.data.examples import build
+    from treering.together import is_first, together
+    from treering.train import calibration
+    from treering.train.generated import generated
+    from treering.trust import open_tokenizer
+
+    assert run.plan.folder is not None
+    tokenizer = open_tokenizer(run.plan.folder)
+    packing: Literal["on", "off"] = "off" if run.plan.unpackable else "on"
+    with console(stderr=True).status("writing" if generate else "reading") as status:
+        if generate:
+            say = lambda done, of: status.update(f"writing: {done:,} of {of:,} tokens")  # noqa: E731
+            made = generated(run, tokenizer, tokens=tokens, length=max_length, seed=seed, progress=say)
+            return calibration.first(made, tokens), packing
+        config = Data(train=tuple(data or ()), format=format, max_length=max_length)  # type: ignore[arg-type]
+        count = lambda done: status.update(f"reading: {done:,} records")  # noqa: E731
+        if is_first():
+            build(config, tokenizer, progress=count)  # the others then find the cache
+        together(lambda: None, "reading")
+        return calibration.sample(build(config, tokenizer), tokens, seed), packing
+
+
+def _measured(
+    run: "Run",
+    documents: "list[Document]",
+    packing: "Literal['on', 'off']",
+    data: list[str] | None,
+    trained: bool,
+    add: list[Path],
+    max_length: int,
+    to: Path,
+) -> "Statistics":
+    from treering.cli.console import console
+    from treering.curvature import Ring, measure, open
+    from treering.train import calibration
+
+    batches = calibration.batches(documents, run.plan, max_length, packing)
+    name = ", ".join(Path(one).name for one in data) if data else "generated"
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    ring = Ring(name=name, tokens=0, data=calibration.digest(documents), date=date)
+    with console(stderr=True).status("measuring") as status:
+        return measure(
+            run,
+            batches,
+            tokens="trained" if trained else "real",
+            ring=ring,
+            onto=[open(folder) for folder in add],
+            to=to,
+            progress=lambda done, of: status.update(f"measuring: batch {done} of {of}"),
+        )
+
+
+def _table(made: "Statistics") -> None:
+    """One row for all matrices of a kind. Effective rank: (Σ e)² / Σ e² of the eigenvalues, without computing them."""
+    from treering.cli.console import console, safe, say, table
+    from treering.cli.text import count, size
+    from treering.together import is_first
+
+    if not is_first():
+        return
+    kinds: dict[str, list[str]] = {}
+    for key in made.tensors:
+        shared = [w for w, entry in made.entries.items() if entry.key == key]
+        names = [w.removesuffix(".weight").rpartition(".")[2] for w in shared]
+        kinds.setdefault(" ".join(names), []).append(key)
+    listing = table("inputs of", "times", "width", "tokens", "effective rank", "size", right=("times", "width"))
+    for kind, keys in kinds.items():
+        entries = [made.tensors[key] for key in keys]
+        tokens = sorted(t for e in entries for t in (e.tokens if isinstance(e.tokens, tuple) else (e.tokens,)))
+        ranks = sorted(rank for key in keys for rank in _ranks(made, key))
+        widths = sorted({entry.shape[-1] for entry in entries})
+        listing.add_row(
+            safe(kind), str(len(keys)), ", ".join(map(str, widths)), _range(tokens), _range([round(r) for r in ranks]),
+            size(sum(4 * _elements(entry.shape) for entry in entries)),
+        )  # fmt: skip
+    console().print(listing)
+    for ring in made.rings:
+        say(f"ring {ring.name}: {ring.tokens:,} tokens{f', {ring.date}' if ring.date else ''}")
+    say(f"wrote {made.where}: {count(len(made.entries), 'weight')}, {size(made.bytes)}")
+
+
+def _ranks(made: "Statistics", key: str) -> list[float]:
+    matrix = made[key]["inputs"].double()
+    traces, squares = matrix.diagonal(dim1=-2, dim2=-1).sum(-1), matrix.square().sum((-2, -1))
+    return (traces.square() / squares.clamp_min(1e-300)).reshape(-1).tolist()
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    product = 1
+    for n in shape:
+        product *= n
+    return product
+
+
+def _range(values: list[int]) -> str:
+    return f"{values[0]:,}" if values[0] == values[-1] else f"{values[0]:,}–{values[-1]:,}"

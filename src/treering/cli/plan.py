@@ -30,9 +30,11 @@ def command(
 
 def explanation(config: "RunConfig", ranks: int) -> str:
     """`explain()` of `config` as rank 0 of `ranks` would see it."""
+    from treering.cli.train import job_of
     from treering.plan import draft
     from treering.plan.explain import explain
     from treering.topology import mesh
+    from treering.train.rings import find
 
     with _pretend(ranks):
         laid_out = mesh(**asdict(config.mesh), device="cpu")
@@ -43,6 +45,7 @@ def explanation(config: "RunConfig", ranks: int) -> str:
             dtype=config.model.dtype,
             seed=config.seed,
             dropout=config.model.dropout,
+            statistics=find(job_of(config)),
             roles=config.model.roles,
             weights=False,
         )

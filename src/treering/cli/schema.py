@@ -7,8 +7,9 @@ from treering.data.config import Data
 from treering.errors import ConfigError
 from treering.full import Full
 from treering.lora import LoRA
+from treering.osft import OSFT
 from treering.shard import Shard
-from treering.train.config import Model, Train
+from treering.train.config import Model, Statistics, Train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,7 @@ class Techniques:
 
     full: Full | None = None
     lora: LoRA | tuple[LoRA, ...] | None = None  # a list: several adapters, each with a name
+    osft: OSFT | None = None
     shard: Shard | None = None
     compile: Compile | None = None
 
@@ -30,10 +32,10 @@ class Techniques:
                     message = f"two adapters are named {name!r}; give each a name of its own"
                     raise ConfigError(message, field=f"lora[{i}].name")
 
-    def chosen(self) -> tuple[Full | LoRA | Shard | Compile, ...]:
+    def chosen(self) -> tuple[Full | LoRA | OSFT | Shard | Compile, ...]:
         """The techniques that are on, each adapter on its own. `compose` puts them in order."""
         adapters = self.lora if isinstance(self.lora, tuple) else (self.lora,)
-        return tuple(t for t in (self.full, *adapters, self.shard, self.compile) if t is not None)
+        return tuple(t for t in (self.full, *adapters, self.osft, self.shard, self.compile) if t is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,7 @@ class RunConfig:
     data: Data
     techniques: Techniques = field(default_factory=Techniques)
     train: Train = field(default_factory=Train)
+    statistics: Statistics = field(default_factory=Statistics)
     mesh: Mesh = field(default_factory=Mesh)
     output: str
     seed: int = 0

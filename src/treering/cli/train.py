@@ -62,6 +62,7 @@ def job_of(config: "RunConfig") -> "Job":
         techniques=config.techniques.chosen(),
         output=config.output,
         train=config.train,
+        statistics=config.statistics,
         mesh=asdict(config.mesh),
         seed=config.seed,
         written=to_yaml(_unforced(config)),

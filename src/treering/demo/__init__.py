@@ -12,9 +12,10 @@ MARK = ".treering-demo"  # only a folder that the demo made itself is ever clear
 
 def run(root: Path, console: Any, **sizes: Any) -> None:
     """Play all acts in `root`. `sizes` makes them smaller, for tests."""
+    from treering.cli.measure import command as measure
     from treering.cli.options import load
     from treering.cli.train import job_of
-    from treering.demo import acts, check
+    from treering.demo import acts, check, remember
     from treering.train.callbacks import Console
     from treering.train.export import export
     from treering.train.run import train
@@ -26,6 +27,8 @@ def run(root: Path, console: Any, **sizes: Any) -> None:
         note=console.note,
         train=lambda file: train(job_of(load(file, None)), [Console(console)]),
         export=lambda run, to: export(job_of(load(run / "config.yaml", None)), to),
+        measure=lambda model, to, data: measure(model, to, data, max_length=256),
+        table=console.table,
         **sizes,
     )
     for number, (title, act) in enumerate(
@@ -37,6 +40,7 @@ def run(root: Path, console: Any, **sizes: Any) -> None:
                 "load the export with plain transformers",
                 lambda s: check.check(s, job_of(load(root / "teach.yaml", None))),
             ),
+            ("what does it still know", remember.remember),
         ],
         1,
     ):

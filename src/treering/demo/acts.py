@@ -33,14 +33,14 @@ train:
 output: "{root}/pretrain"
 """
 TEACH = """\
-# Teach the pretrained model facts that nobody has ever known.
+# Teach the pretrained model facts that nobody has ever known.{why}
 model: {{path: "{root}/base", dtype: float32}}
 data:
   train: "{root}/facts/train.jsonl"
   max_length: 256
   cache: "{root}/tokens"
-techniques:
-  full:
+{statistics}techniques:
+  {technique}
 train:
   epochs: {epochs}
   tokens_per_step: 1024
@@ -48,7 +48,7 @@ train:
   optimizer: {{name: adamw, lr: 2.0e-3}}
   schedule: {{name: cosine, warmup: 5}}
   evaluate: {{prompts: ["{question}"], new_tokens: 12}}
-output: "{root}/teach"
+output: "{root}/{output}"
 """
 
 
@@ -64,6 +64,8 @@ class Stage:
     note: Callable[[str], None]
     train: Callable[[Path], Any]  # runs a configuration file, as `treering train FILE` does
     export: Callable[[Path, Path], Any]  # as `treering export RUN --to DIR`
+    measure: Callable[[str, Path, list[str]], Any]  # as `treering measure MODEL --to DIR --data FILE`
+    table: Callable[[list[dict[str, Any]]], None]
     characters: int = 1_600_000
     steps: int = 300
     epochs: int = 40
@@ -103,7 +105,7 @@ def pretrain(stage: Stage) -> None:
 def teach(stage: Stage) -> None:
     taught = facts.invent(stage.places)
     facts.write(stage.root / "facts" / "train.jsonl", taught)
-    file = _config(stage, "teach.yaml", TEACH, epochs=stage.epochs, question=taught[0].question)
+    file = teaching(stage, "full", "full:")
     stage.command("treering", "data", "show", file, "-n", 1)
     stage.command("treering", "train", file)
     stage.train(file)
@@ -116,7 +118,32 @@ def teach(stage: Stage) -> None:
     stage.bar(right >= 0.9 * len(taught), f"{right} of {len(taught)} taught facts answered; {known} before teaching")
 
 
-def bits_per_byte(model: Any, tokenizer: Any, texts: list[str], baseline: Trigram) -> tuple[float, float]:
+def teaching(stage: Stage, name: str, technique: str) -> Path:
+    """The configuration that teaches by `technique`; all of them alike in everything else."""
+    output = "teach" if name == "full" else f"teach-{name}"
+    known = json.dumps(str(stage.root / "known"))
+    return _config(
+        stage,
+        f"{output}.yaml",
+        TEACH,
+        epochs=stage.epochs,
+        question=facts.invent(stage.places)[0].question,
+        technique=technique,
+        statistics=f"statistics: {{path: {known}, tokens: 0}}\n" if name == "osft" else "",
+        output=output,
+        why="\n# What the old text uses is held: `treering measure` has looked." if name == "osft" else "",
+    )
+
+
+def known(folder: Path, taught: list[facts.Fact]) -> int:
+    return sum(fact.answer in answer for fact, answer in zip(taught, _answers(folder, taught)))
+
+
+def bits(model: Any, tokenizer: Any, texts: list[str]) -> float:
+    return bits_per_byte(model, tokenizer, texts, None)[0]
+
+
+def bits_per_byte(model: Any, tokenizer: Any, texts: list[str], baseline: Trigram | None) -> tuple[float, float]:
     """(model, trigram) on the same bytes: those the model predicts, which leaves out each document's first token."""
     import numpy as np
 
@@ -129,9 +156,9 @@ def bits_per_byte(model: Any, tokenizer: Any, texts: list[str], baseline: Trigra
         nats = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
         # In a byte-level vocabulary a token is written with one character a byte.
         sizes = [len(token) for token in tokenizer.convert_ids_to_tokens(ids[0].tolist())]
-        bits = baseline.bits(text.encode()[: sum(sizes)])
         ours += float(nats) / float(np.log(2))
-        theirs += float(bits[sizes[0] :].sum())
+        if baseline is not None:
+            theirs += float(baseline.bits(text.encode()[: sum(sizes)])[sizes[0] :].sum())
         count += sum(sizes[1:])
     return ours / count, theirs / count
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from treering import attention
 from treering.anatomy import Anatomy, examine
+from treering.curvature import Statistics as Measured
 from treering.errors import PlanError
 from treering.plan import conflicts, opening
 from treering.plan.fill import Chain, Statistics, fill, refill
@@ -83,9 +84,11 @@ def draft(
         raise PlanError(f"dtype is {dtype} and the live model is {built.dtype}; cast it before, or leave dtype out")
     called = name or (type(built).__name__ if live else str(model))  # FSDP will rename the class
     anatomy = examine(built, roles)
+    if isinstance(statistics, Measured):
+        statistics.check(anatomy)
     opening.quiet_dropout(built, dropout)
     source = opening.source_of(built, None if live else folder) if weights else None  # type: ignore[arg-type]
-    ordered = tuple(t.resolve(source, statistics) if hasattr(t, "resolve") else t for t in ordered)
+    ordered = tuple(t.resolve(anatomy, source, statistics) if hasattr(t, "resolve") else t for t in ordered)
     if mesh is None and (any(t.stage == Stage.SHARD for t in ordered) or _several_ranks()):
         mesh = make_mesh()  # of all ranks: without one, each would train a model of its own and nobody would tell
     claimed = [t.claims(anatomy, mesh) for t in ordered]
@@ -188,6 +191,8 @@ def _apply(
         applied = technique.apply(model, Site(anatomy=anatomy, mesh=mesh, seed=seed, parts=dict(parts)))
         _check_names(technique, applied, before, set(dict(model.named_parameters())), claims)
         live = dict(model.named_parameters())
+        for name in live.keys() - before:
+            live[name].requires_grad_(False)  # what is not declared does not learn, however it was made
         for name in applied.trainable:
             live[name].requires_grad_(True)
         for name, part in applied.parts.items():

@@ -82,7 +82,7 @@ def check_whole(techniques: Sequence[Technique], claimed: Sequence[Sequence[Clai
 
     aspects = {claim.aspect for claims in claimed for claim in claims}
     if not any(technique.stage == Stage.ADAPT for technique in techniques):
-        raise PlanError("nothing would be trained: add full or lora to the techniques")
+        raise PlanError("nothing would be trained: add full, lora or osft to the techniques")
     losses = [name_of(t) for t, claims in zip(techniques, claimed) if any(c.aspect == "loss" for c in claims)]
     if len(losses) > 1:
         raise PlanError(f"{' and '.join(losses)} both compute the loss; use one of them")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
 
 from treering.plan.conflicts import name_of
 from treering.plan.place import local_rows
@@ -26,13 +27,16 @@ class Figures:
 
 def figures(plan: Plan) -> Figures:
     counts = dict.fromkeys(("parameters", "trained", "held", "gradients", "optimizer", "gathered", "reduced"), 0)
-    for parameter in plan.model.parameters():
+    # Buffers count as well: bases that a technique keeps can be as large as weights.
+    for parameter in (*plan.model.parameters(), *plan.model.buffers()):
         whole = parameter.numel()
         start, stop = local_rows(parameter)
         mine = whole // max(parameter.shape[0], 1) * (stop - start) if parameter.ndim else whole
         size = parameter.element_size()
-        counts["parameters"] += whole
         counts["held"] += mine * size
+        if not isinstance(parameter, Parameter):
+            continue
+        counts["parameters"] += whole
         sharded = isinstance(parameter, DTensor) and mine < whole
         if sharded:
             counts["gathered"] += 2 * (whole - mine) * size

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from treering.curvature import open as open_statistics
+from treering.curvature.disk import copy_folder
 from treering.errors import CheckpointError
 from treering.folders import tensor_files
-from treering.plan.adapter import exportable
+from treering.plan.adapter import contents, exportable
+from treering.plan.adapter import tensors as tensors_of
 from treering.plan.plan import Plan
 from treering.plan.publish import on_first, published, refuse_full, refuse_taken
-from treering.plan.values import Values, announced, groups, joined, like, live_values, take_part
+from treering.plan.values import Values, announced, groups, joined, live_values, take_part
 from treering.technique import Adapter
 from treering.together import is_first
 from treering.weights import to_file_layout
@@ -46,12 +49,14 @@ def export(
     *,
     values: Values | None = None,
     beside: Mapping[str, Path] | None = None,
+    statistics: Path | None = None,
     limit: int = LIMIT,
 ) -> Path:
     """Every rank calls it; rank 0 writes.
 
     values   of a run that is not in memory; else those of the live model
     beside   name -> file that comes with a dense model, instead of the base model's of that name
+    statistics   a folder of them that comes with a dense model, as `statistics` in its folder
     limit    bytes of one file
     """
     on_first(lambda: refuse_taken(folder), f"looking at {folder}")
@@ -61,9 +66,10 @@ def export(
         coming = _dense(plan, values)
     else:
         chosen = exportable(plan, adapter)
-        writer = Writer({key: like(plan, own) for own, key in chosen.keys.items()}, file=chosen.file, limit=None)
-        coming = ({key: values.read(own).cpu()} for own, key in chosen.keys.items())
-    need = writer.bytes
+        writer = Writer(contents(plan, chosen), file=chosen.file, limit=None)
+        coming = tensors_of(chosen, values)
+    measured = None if statistics is None else open_statistics(statistics)
+    need = writer.bytes + (measured.bytes if measured else 0)
     on_first(lambda: refuse_full(folder, need), f"looking at {folder}")
     with published(folder, need) as (temporary, do):
         do(lambda: writer.open(temporary))
@@ -72,6 +78,8 @@ def export(
             tensors.clear()  # the loop would hold it while the next group is made
         do(writer.close)
         do(writer.check)
+        if measured is not None:
+            do(lambda: copy_folder(Path(measured.where), temporary / "statistics"))
         if adapter is None:
             do(lambda: _describe(plan, writer, temporary, beside or {}))
         else:

@@ -33,6 +33,10 @@ class Chain:
         return any(part.reads_weight for part in self.parts)
 
     @property
+    def moves_base(self) -> bool:
+        return any(part.moves_base for part in self.parts)
+
+    @property
     def cost(self) -> float:
         return sum(part.cost for part in self.parts)
 
@@ -52,7 +56,7 @@ def fill(
     for group in source.groups:
         for name in group:
             chain = chains.get(name)
-            if name in live and not (chain and chain.reads):
+            if name in live and not (chain and chain.moves_base):
                 put_rows(live[name], _rows(source.tensors[name], live[name]))
             if chain and not chain.reads:
                 tensors = _split(chain, source.tensors[name], live, statistics)
@@ -154,8 +158,6 @@ def _shared(
             wide = whole.to(torch.promote_types(whole.dtype, torch.float32))
             norm = wide.norm().clamp_min(torch.finfo(torch.float32).tiny)
             loss = float((join(chain.parts, tensors, base) - wide).norm() / norm)
-            if chain.name in live:
-                tensors.setdefault(chain.name, whole.to(live[chain.name].dtype))
             if prepared is None:
                 for own, value in tensors.items():
                     put(live[own], value)
@@ -175,18 +177,22 @@ def _shared(
         made = {name: value for _, part in everyone for name, value in part.items()}
     if prepared is not None:
         for chain in chains:
-            names = {own for part in chain.parts for own in part.names} | ({chain.name} & set(live))
-            for own in sorted(names):
+            for own in _names(chain):
                 start, stop = local_rows(live[own])
                 put_rows(live[own], prepared.rows(made[chain.name][0], own, start, stop))
     return {name: loss for name, (_, loss) in made.items()}
 
 
 def _identity(chain: Chain, live: Mapping[str, Tensor], statistics: Statistics | None) -> str:
-    names = sorted({own for part in chain.parts for own in part.names} | ({chain.name} & set(live)))
-    dtypes = [f"{n}:{live[n].dtype}" for n in names]
+    dtypes = [f"{n}:{live[n].dtype}" for n in _names(chain)]
     measured = (statistics or {}).get(chain.name, {})
     return "\0".join([chain.name, *dtypes, *(f"{n}={digest(t)}" for n, t in sorted(measured.items()))])
+
+
+def _names(chain: Chain) -> list[str]:
+    """What splitting gives values to. A base that stays where it is comes straight from the source."""
+    own = {name for part in chain.parts for name in part.names}
+    return sorted(own | ({chain.name} if chain.moves_base else set()))
 
 
 def _deal(chains: Sequence[Chain], ranks: int) -> list[list[Chain]]:

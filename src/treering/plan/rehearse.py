@@ -9,11 +9,11 @@ from torch import Tensor
 
 from treering.errors import CheckpointError, PlanError
 from treering.folders import tensor_files
-from treering.plan.adapter import exportable
+from treering.plan.adapter import contents, exportable
 from treering.plan.export import layout
 from treering.plan.plan import Plan
 from treering.plan.publish import on_first, refuse_full
-from treering.plan.values import announced, groups, joined, like, live_values
+from treering.plan.values import announced, groups, joined, live_values
 from treering.weights import places, to_file_layout
 from treering.writing import size
 
@@ -50,7 +50,7 @@ def _least(plan: Plan, whole: Mapping[str, Tensor]) -> int:
                 chosen = exportable(plan, applied.adapter.name)
             except PlanError:
                 return sum(map(size, whole.values()))
-            need += sum(size(like(plan, own)) for own in chosen.keys)
+            need += sum(map(size, contents(plan, chosen).values()))
     return need or sum(map(size, whole.values()))
 
 

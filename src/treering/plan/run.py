@@ -114,10 +114,12 @@ class Run:
         self._check_same(self.trainable(), [optimizer])
 
         def before(*_: Any) -> None:
+            settle(self.model)
             for applied in self.plan.applied:
-                for work in (applied.gradients, applied.before_step):
-                    if work is not None:
-                        work()
+                if applied.gradients is not None:
+                    applied.gradients()
+                if applied.before_step is not None:
+                    applied.before_step([optimizer])
 
         def after(*_: Any) -> None:
             for applied in self.plan.applied:

@@ -47,7 +47,7 @@ def take(
                 torch._foreach_mul_(held, clip / norm)
         for one in applied:
             if one.before_step is not None:
-                one.before_step()
+                one.before_step(optimizers)
         for optimizer in optimizers:
             optimizer.step()
         for one in applied:

@@ -125,3 +125,17 @@ class Model:
     def __post_init__(self) -> None:
         if not self.path.strip():
             raise ConfigError("path is empty; give a folder or a hub name", field="path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """What the model is used for and is to keep, as `treering measure` found it; a run adds what it taught."""
+
+    path: str | None = None  # a folder of `treering measure`; null: `statistics` in the model's folder, if it is there
+    tokens: int = 32768  # of the training data, measured at the end and added, if there are statistics; 0: none are
+
+    def __post_init__(self) -> None:
+        if self.path is not None and not self.path.strip():
+            raise ConfigError("path is empty; name a folder of `treering measure`, or write null", field="path")
+        if self.tokens < 0:
+            raise ConfigError(f"tokens is {self.tokens}; it is at least 0", field="tokens")

@@ -14,6 +14,7 @@ from treering.technique import Stage
 from treering.train import checkpoint
 from treering.train.job import Job
 from treering.train.keeper import Keeper, check_same
+from treering.train.rings import carried
 
 
 def export(job: Job, folder: Path, *, adapter: str | None = None, step: int | None = None) -> Path:
@@ -22,7 +23,9 @@ def export(job: Job, folder: Path, *, adapter: str | None = None, step: int | No
     plan, saved = reread(job, step=step)
     template = job.data.template  # the one it was trained with, not the base model's
     beside = {"chat_template.jinja": Path(template).expanduser()} if template is not None else {}
-    return write(plan, folder, adapter, values=saved_values(plan, saved.tensors), beside=beside)
+    statistics = carried(job, saved.step) if adapter is None else None
+    values = saved_values(plan, saved.tensors)
+    return write(plan, folder, adapter, values=values, beside=beside, statistics=statistics)
 
 
 def reopen(job: Job, *, step: int | None = None) -> Run:

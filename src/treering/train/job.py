@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from treering.data.config import Data
 from treering.technique import Technique
-from treering.train.config import Model, Train
+from treering.train.config import Model, Statistics, Train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +15,7 @@ class Job:
     techniques: tuple[Technique, ...]
     output: str
     train: Train = field(default_factory=Train)
+    statistics: Statistics = field(default_factory=Statistics)
     mesh: Mapping[str, int] = field(default_factory=dict)  # keywords of treering.mesh
     seed: int = 0
     written: str = ""  # the resolved configuration as text, kept beside the run

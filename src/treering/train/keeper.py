@@ -13,7 +13,7 @@ from treering.errors import CheckpointError
 from treering.folders import fingerprint
 from treering.plan import Plan, Run, StepReport, load
 from treering.together import is_first
-from treering.train import checkpoint, state
+from treering.train import checkpoint, rings, state
 from treering.train.job import Job
 from treering.train.prepare import RunData
 from treering.train.saver import Saver
@@ -24,6 +24,7 @@ TENSORS = ("techniques", "dtype", "initialise", "optimizer")  # with another of 
 class Keeper:
     def __init__(self, job: Job, plan: Plan, data: RunData | None):
         self.job, self.plan, self.data = job, plan, data
+        self.statistics = rings.find(job)
         self.root = Path(job.output) / "checkpoints"
         self.saved: checkpoint.Saved | None = None
         self.saver = Saver(job.train.checkpoint.asynchronous)
@@ -47,14 +48,14 @@ class Keeper:
             )
         prepared = Path(self.job.output) / "prepared"
         if newest is None:
-            return load(self.plan, prepared=prepared)
+            return load(self.plan, statistics=self.statistics, prepared=prepared)
         for note in check_same(newest, self.identity(), force=self.job.train.checkpoint.force):
             warn(note)
         absent = [name for name in self.plan.owned if name not in newest.tensors]
         if absent:
             raise CheckpointError(f"{newest.folder} has no {absent[0]} and {len(absent) - 1} more that this run trains")
         self.saved = newest
-        return load(self.plan, resume=newest.tensors)
+        return load(self.plan, statistics=self.statistics, resume=newest.tensors)
 
     def restore(self, run: Run, optimizers: Sequence[Optimizer]) -> int:
         """The optimizers' state and the counts; returns the step to go on from."""
@@ -126,6 +127,7 @@ class Keeper:
             "weights": None if self.job.model.initialise or self.plan.folder is None else fingerprint(self.plan.folder),
             "optimizer": settings.optimizer.name,
             "seed": self.job.seed,
+            "statistics": None if self.statistics is None else self.statistics.digest,
         }
         if self.data is not None:
             found |= {

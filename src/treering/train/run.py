@@ -15,7 +15,7 @@ from treering.plan.rehearse import rehearse
 from treering.seeds import derive
 from treering.technique import Stage
 from treering.topology import mesh
-from treering.train import fits, lock, optimizers
+from treering.train import fits, lock, optimizers, rings
 from treering.train.callbacks import Callback
 from treering.train.job import Job
 from treering.train.judge import Judge
@@ -58,6 +58,7 @@ def train(job: Job, callbacks: Sequence[Callback] = (), *, profile: bool = False
             watchdog.spared = keeper.saver.group
             signals.at_once = False
             _steps(run, steppers, judge, start)
+            rings.grow(run, job, data, keeper.statistics, tell, watchdog)
             return tell.finished(keeper, watch)
 
 
@@ -120,6 +121,7 @@ def draft_of(job: Job) -> Plan:
         dtype=job.model.dtype,
         seed=job.seed,
         dropout=job.model.dropout,
+        statistics=rings.find(job),
         roles=job.model.roles,
         name=job.model.path,
         folder=folder,

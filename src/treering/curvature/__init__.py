@@ -1,0 +1,14 @@
+"""Second moments of what the layers of a model see: measured, added up, kept on disk.
+
+with observe(model, anatomy) as seen: model(...)     in anybody's loop
+statistics = measure(model, batches, to="old")       whole measurements, on one rank or many
+statistics = open("old");  add(["old", "new"], to="both")
+"""
+
+from treering.curvature.adding import add
+from treering.curvature.disk import open_folder as open
+from treering.curvature.measuring import measure
+from treering.curvature.observe import Observer, observe
+from treering.curvature.statistics import Ring, Statistics
+
+__all__ = ["Observer", "Ring", "Statistics", "add", "measure", "observe", "open"]

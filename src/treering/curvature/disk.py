@@ -1,0 +1,232 @@
+"""Statistics in a folder: safetensors files, and statistics.json, which says what is in them and is written last.
+
+Files of data have names that are never used again, and the JSON that names them takes the place of the one before in
+one move: whoever is killed while writing leaves what was there before, whole.
+"""
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from treering.curvature.statistics import Counts, Entry, Ring, Statistics
+from treering.errors import CheckpointError, TreeringError
+from treering.together import is_first, together
+from treering.trust import basename, in_folder, read_header, read_json
+from treering.writing import LIMIT, Writer, content_of
+
+FORMAT = 1
+NAME = "statistics.json"
+_OWN = re.compile(r"statistics(\.json(\.tmp)?|-[0-9a-f]{8}(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?)")
+
+
+def open_folder(folder: str | Path) -> Statistics:
+    """Statistics as they were written; tensors are read, and compared with their digests, when asked for."""
+    folder = Path(folder)
+    path = in_folder(folder, NAME) if folder.is_dir() else None
+    if path is None:
+        raise CheckpointError(f"{folder} holds no {NAME}; make one: treering measure MODEL --data FILE --to {folder}")
+    told = read_json(path)
+    if told.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has the format {str(told.get('format'))[:40]!r}, and this version reads {FORMAT}; measure again"
+        )
+    try:
+        rings = tuple(Ring(**_checked(ring, Ring)) for ring in told["rings"])
+        entries = {str(weight): Entry(**_entry(told, entry)) for weight, entry in told["weights"].items()}
+        model_type = str(told["model_type"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); measure again") from None
+    _check_files(folder, path, entries)
+    return Statistics(
+        model_type=model_type,
+        entries=entries,
+        rings=rings,
+        read=lambda entry: _read(folder, entry),
+        where=str(folder),
+    )
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Nothing is written where anything but statistics is."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give statistics a folder of their own")
+    strange = [entry.name for entry in folder.iterdir() if not _OWN.fullmatch(entry.name)] if folder.exists() else []
+    if strange:
+        raise CheckpointError(f"{folder} holds {sorted(strange)[0]}; give statistics a folder of their own")
+
+
+def copy_folder(folder: Path, to: Path) -> None:
+    """The same statistics in a new folder, file by file, the JSON last."""
+    found = open_folder(folder)
+    to.mkdir()
+    for name in [*sorted({entry.file for entry in found.entries.values()}), NAME]:
+        shutil.copyfile(folder / name, to / name)
+        _sync(to / name)
+    _sync(to)
+    open_folder(to)
+
+
+class Pages:
+    """What `writing` yields. Every rank calls everything; the first writes."""
+
+    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], limit: int):
+        self.folder, self.token = folder, uuid.uuid4().hex[:8]
+        meta = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        self.writer = Writer(meta, file=f"statistics-{self.token}.safetensors", limit=limit)
+        self.counts: dict[str, Counts] = {}
+
+    def add(self, key: str, make: Callable[[], tuple[Tensor, Counts]]) -> None:
+        """Each announced tensor once, in any order; made on the rank that writes it."""
+
+        def work() -> None:
+            tensor, self.counts[key] = make()
+            self.writer.add(key, tensor)
+
+        self.first(work)
+
+    def first(self, work: Callable[[], None]) -> None:
+        """Rank 0 does it; what is wrong with it ends all ranks."""
+
+        def told() -> str:
+            try:
+                if is_first():
+                    work()
+                return ""
+            except TreeringError as error:
+                return str(error)
+
+        if problem := together(told, f"writing {self.folder}")[0]:
+            raise CheckpointError(problem)
+
+    def open(self) -> None:
+        refuse_foreign(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.writer.open(self.folder)
+
+    def publish(self, model_type: str, owners: Mapping[str, str], rings: Sequence[Ring]) -> None:
+        self.writer.close()
+        self.writer.check()
+        tensors = {
+            key: {
+                "file": place.file,
+                "digest": self.writer.digests[key],
+                "shape": list(self.writer.tensors[key].shape),
+                "tokens": self.counts[key],
+            }
+            for key, place in self.writer.places.items()
+        }
+        told = {
+            "format": FORMAT,
+            "model_type": model_type,
+            "rings": [asdict(ring) for ring in rings],
+            "weights": dict(owners),
+            "tensors": tensors,
+        }
+        temporary = self.folder / f"{NAME}.tmp"
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(told, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.folder / NAME)
+        _sync(self.folder)
+        self.sweep(lambda name: self.token not in name)
+
+    def sweep(self, old: Callable[[str], bool]) -> None:
+        """Remove data that no JSON names."""
+        for path in list(self.folder.iterdir()):
+            if path.name != NAME and _OWN.fullmatch(path.name) and old(path.name):
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    model_type: str,
+    owners: Mapping[str, str],
+    rings: Sequence[Ring],
+    limit: int = LIMIT,
+) -> Iterator[Pages]:
+    """Write a folder, tensor by tensor: `shapes` announces them by key, `owners` names the key of each weight."""
+    pages = Pages(folder, shapes, limit)
+    pages.first(pages.open)
+    try:
+        yield pages
+        pages.first(lambda: pages.publish(model_type, owners, rings))
+    except BaseException:
+        if is_first():
+            pages.sweep(lambda name: pages.token in name)
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checked(value: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    found = {name: value[name] for name in kind.__dataclass_fields__}  # type: ignore[attr-defined]
+    for name, content in found.items():
+        if not (_is_count(content) if name == "tokens" else isinstance(content, str)):
+            raise ValueError(f"{name} is {str(content)[:40]!r}")
+    return found
+
+
+def _entry(told: Mapping[str, Any], key: Any) -> dict[str, Any]:
+    tensor = told["tensors"][str(key)]
+    tokens, shape = tensor["tokens"], tuple(tensor["shape"])
+    counts = tokens if isinstance(tokens, list) else [tokens]
+    square = len(shape) in (2, 3) and all(_is_count(n) for n in shape) and shape[-1] == shape[-2]
+    fits = len(counts) == shape[0] if isinstance(tokens, list) else len(shape) == 2
+    if not (square and fits and all(map(_is_count, counts)) and isinstance(tensor["digest"], str)):
+        raise ValueError(f"the entry of {str(key)[:80]!r}")
+    held: Counts = tuple(tokens) if isinstance(tokens, list) else tokens
+    return {"key": str(key), "tokens": held, "shape": shape, "digest": tensor["digest"], "file": tensor["file"]}
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _check_files(folder: Path, path: Path, entries: Mapping[str, Entry]) -> None:
+    """Every tensor is where the JSON says, before anybody waits hours for one that is not."""
+    headers: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+    for weight, entry in entries.items():
+        if entry.file not in headers:
+            file = in_folder(folder, basename(entry.file, path))
+            if file is None:
+                raise CheckpointError(f"{folder} lacks {entry.file}, which its {NAME} names; measure again")
+            headers[entry.file] = {t.name: (t.dtype, t.shape) for t in read_header(file)}
+        if headers[entry.file].get(entry.key) != ("F32", entry.shape):
+            raise CheckpointError(f"{folder / entry.file} does not hold what {NAME} says of {weight}; measure again")
+
+
+def _read(folder: Path, entry: Entry) -> Tensor:
+    path = folder / entry.file
+    try:
+        with safe_open(path, "pt") as file:
+            tensor = file.get_tensor(entry.key)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read any more: {error}") from None
+    if xxhash.xxh3_128_hexdigest(content_of(tensor)) != entry.digest:
+        raise CheckpointError(
+            f"{path}: {entry.key} has other values than were written; the file is damaged, measure again"
+        )
+    return tensor

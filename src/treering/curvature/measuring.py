@@ -1,0 +1,271 @@
+"""A whole measurement: every batch through the model, as often as memory asks, and each tensor written and dropped."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from treering.anatomy import examine
+from treering.curvature.adding import added, joint, refuse_other
+from treering.curvature.disk import open_folder, writing
+from treering.curvature.observe import Observer, observe
+from treering.curvature.statistics import Counts, Entry, Ring, Statistics, in_memory, sizes
+from treering.errors import DataError, PlanError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from treering.anatomy import Anatomy
+
+ROOM = 8 << 30  # bytes of sums at a time
+_INPUTS = ("input_ids", "position_ids", "attention_mask", "documents")
+Batch = dict[str, Any]
+
+
+class Composed(Protocol):
+    """A `treering.Run`."""
+
+    model: Any
+    plan: Any
+
+    def ready(self, micro_batches: Sequence[Batch]) -> list[Batch]: ...
+
+
+def measure(
+    model: "nn.Module | Composed",
+    batches: Iterable[Batch],
+    *,
+    anatomy: "Anatomy | None" = None,
+    mesh: "DeviceMesh | None" = None,
+    tokens: Literal["real", "trained"] = "real",
+    ring: Ring | None = None,
+    onto: Sequence[Statistics] = (),
+    to: str | Path | None = None,
+    room: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Statistics:
+    """Second moments of the inputs of all linears and experts in the blocks of `model`, over the tokens of `batches`.
+
+    model     a live transformers model, sharded or not, or a composed run
+    batches   `input_ids` [B, S], and what tells padding from tokens if B > 1: `real` or `attention_mask`, both [B, S],
+              or `documents` of a packed row. With several ranks each has its own, and all have equally many
+    anatomy   of the plain model, where techniques have changed it already; a run knows it
+    mesh      from treering.mesh(…); default: the run's, else all ranks have batches of their own
+    tokens    `trained`: only those from which a trained token is predicted
+    ring      name, data and date of this measurement; its tokens are counted here
+    onto      earlier statistics that this ring is added to
+    to        a folder to write, instead of keeping everything in memory
+    room      bytes of sums at a time: where all do not fit, the batches go through the model several times.
+              Default: 8 GiB, or half of what the device has free
+    """
+    found = _Subject.of(model, anatomy, mesh)
+    given = list(batches)
+    if not given:
+        raise DataError("there is no batch to measure; every rank needs at least one")
+    asked = [(batch, real_tokens(batch, tokens)) for batch in given]
+    with _evaluating(found.model):
+        owners, passes = _passes(found, asked, room or _room(found.device))
+        return _measured(found, asked, owners, passes, ring or Ring(name="", tokens=0), onto, to, progress)
+
+
+class _Subject:
+    """The model that is measured, and how to get a batch into it."""
+
+    def __init__(self, model: nn.Module, anatomy: "Anatomy", mesh: "DeviceMesh | None", run: Composed | None):
+        self.model, self.anatomy, self.run = model, anatomy, run
+        self.groups = _groups(mesh)
+        self.device = run.plan.device if run is not None else next(model.parameters()).device
+        self.short = {"use_cache": False}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            self.short["logits_to_keep"] = 1  # type: ignore[assignment]  # nobody looks at them
+
+    @classmethod
+    def of(cls, model: "nn.Module | Composed", anatomy: "Anatomy | None", mesh: "DeviceMesh | None") -> "_Subject":
+        if isinstance(model, nn.Module):
+            return cls(model, anatomy or examine(model), mesh, None)  # type: ignore[arg-type]
+        return cls(model.model, anatomy or model.plan.anatomy, mesh or model.plan.mesh, model)
+
+    def forward(self, seen: Observer, batch: Batch, real: Tensor | None) -> None:
+        if self.run is not None:
+            batch = self.run.ready([batch])[0]
+        inputs = {n: batch[n] for n in _INPUTS if batch.get(n) is not None}
+        inputs = {n: v.to(self.device) if hasattr(v, "to") else v for n, v in inputs.items()}
+        with seen.counting(real):
+            self.model(**inputs, **self.short)
+
+
+def real_tokens(batch: Batch, tokens: Literal["real", "trained"]) -> Tensor | None:
+    """Which tokens of a batch count, [B, S]; None: all."""
+    ids = batch["input_ids"]
+    if "samples" in batch and not batch["samples"]:  # nothing but company for other ranks
+        return torch.zeros(ids.shape, dtype=torch.bool)
+    real = batch.get("real", batch.get("attention_mask"))
+    if real is None and ids.shape[0] > 1 and batch.get("documents") is None:
+        raise DataError(
+            f"a batch of {ids.shape[0]} rows does not tell padding from tokens; give it `real` or `attention_mask`, "
+            "[B, S], or measure packed rows"
+        )
+    if tokens == "real":
+        return real
+    predicts = torch.zeros(ids.shape, dtype=torch.bool)
+    predicts[:, :-1] = batch["labels"][:, 1:] != -100
+    return predicts if real is None else predicts & (real.cpu() != 0)
+
+
+def _passes(found: _Subject, asked: Sequence[tuple[Batch, Tensor | None]], room: int) -> tuple[Any, list[set[str]]]:
+    """The weights of each pass through the batches. Who shares with whom has to be known to cut them well."""
+    shapes = sizes(found.anatomy)
+    if sum(map(_bytes, shapes.values())) <= room:
+        return None, [set(shapes)]
+    batch = asked[0][0]
+    with observe(found.model, found.anatomy) as seen:
+        found.forward(seen, batch, torch.zeros(batch["input_ids"].shape, dtype=torch.bool))
+    owners = seen.order()
+    passes: list[set[str]] = []
+    held = room
+    for owner in dict.fromkeys(owners.values()):
+        held += _bytes(shapes[owner])
+        if held > room:
+            passes.append(set())
+            held = _bytes(shapes[owner])
+        passes[-1] |= {weight for weight, other in owners.items() if other == owner}
+    return owners, passes
+
+
+def _room(device: torch.device) -> int:
+    """The same on every rank: all go through the model equally often."""
+    room = ROOM
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        room = min(room, (torch.cuda.mem_get_info(device)[0] + unused) // 2)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        least = torch.tensor(room, device=device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        room = int(least)
+    return room
+
+
+def _bytes(shape: tuple[int, ...]) -> int:
+    return 4 * torch.Size(shape).numel()
+
+
+def _measured(
+    found: _Subject,
+    asked: Sequence[tuple[Batch, Tensor | None]],
+    owners: dict[str, str] | None,
+    passes: Sequence[set[str]],
+    ring: Ring,
+    onto: Sequence[Statistics],
+    to: str | Path | None,
+    progress: Callable[[int, int], None],
+) -> Statistics:
+    for one in onto:
+        one.check(found.anatomy)
+    watched = _watched(found, asked, passes, progress)
+    first = next(watched)
+    owners = owners or first.order()
+    rings = [*(r for one in onto for r in one.rings), replace(ring, tokens=first.counted(found.groups))]
+    for one in onto:
+        if set(one.entries) != set(owners):
+            refuse_other(one, _described(found, owners))
+    keys = joint(owners, *({w: e.key for w, e in one.entries.items()} for one in onto))
+    means = (mean for seen in chain([first], watched) for mean in seen.means(found.groups))
+    if to is None:
+        tensors: dict[str, Tensor] = {}
+        counts: dict[str, Counts] = {}
+        for owner, mean, count in means:
+            for key in _keys_of(owner, owners, keys):
+                tensors[key], counts[key] = added(key, onto, mean.clone() if onto else mean, count)
+        return in_memory(found.anatomy.model_type, tensors, keys, counts, tuple(rings))
+    shapes = {key: sizes(found.anatomy)[key] for key in dict.fromkeys(keys.values())}
+    with writing(Path(to), shapes, found.anatomy.model_type, keys, rings) as pages:
+        for owner, mean, count in means:
+            for key in _keys_of(owner, owners, keys):
+                pages.add(key, partial(added, key, onto, mean.clone() if onto else mean, count))
+    return open_folder(to)
+
+
+def _watched(
+    found: _Subject,
+    asked: Sequence[tuple[Batch, Tensor | None]],
+    passes: Sequence[set[str]],
+    progress: Callable[[int, int], None],
+) -> Iterator[Observer]:
+    """After each pass, with its sums complete."""
+    for number, weights in enumerate(passes):
+        with observe(found.model, found.anatomy, weights=weights) as seen:
+            for i, (batch, real) in enumerate(asked):
+                found.forward(seen, batch, real)
+                progress(number * len(asked) + i + 1, len(passes) * len(asked))
+        _agree(seen.order())
+        yield seen
+
+
+def _agree(owners: dict[str, str]) -> None:
+    """Sums of different things, or in another order, would be added up, or wait for each other for ever."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, owners)
+    for rank, other in enumerate(everyone):
+        if list(other.items()) != list(everyone[0].items()):
+            raise PlanError(
+                f"rank {rank} saw other linears at work than rank 0, or others that share their inputs ({len(other)} "
+                f"and {len(everyone[0])} weights); the model does not compute alike on all ranks and cannot be measured"
+            )
+
+
+def _keys_of(owner: str, owners: Mapping[str, str], keys: Mapping[str, str]) -> list[str]:
+    """The tensors that are made of one measured moment: one, unless earlier rings hold apart what is shared now."""
+    return [key for key in dict.fromkeys(keys.values()) if owners[key] == owner]
+
+
+def _described(found: _Subject, owners: Mapping[str, str]) -> Statistics:
+    """What would be measured, for a message."""
+    shapes = sizes(found.anatomy)
+    entries = {w: Entry(key=w, tokens=0, shape=shapes[w], digest="") for w in owners}
+    return Statistics(
+        model_type=found.anatomy.model_type, entries=entries, rings=(), read=lambda entry: Tensor(), where="this model"
+    )
+
+
+def _groups(mesh: "DeviceMesh | None") -> "list[ProcessGroup]":
+    """Over which ranks documents are dealt."""
+    if mesh is not None and {"replicate", "shard"} <= set(mesh.mesh_dim_names or ()):
+        return [mesh[axis].get_group() for axis in ("replicate", "shard") if mesh[axis].size() > 1]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        assert dist.group.WORLD is not None
+        return [dist.group.WORLD]
+    return []
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients; every module's own mode is given back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        _reshard(model)
+
+
+def _reshard(model: nn.Module) -> None:
+    """FSDP frees gathered parameters in a backward, and there is none."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

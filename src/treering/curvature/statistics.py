@@ -1,0 +1,135 @@
+"""What was measured, as a value: the second moment of each weight's inputs, by the weight's plain name.
+
+N outputs, M inputs, E experts. `inputs` is A: M × M, or E × M × M for stacked experts, float32.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import xxhash
+from torch import Tensor
+
+from treering.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from treering.anatomy import Anatomy
+
+Counts = int | tuple[int, ...]  # of tokens; of stacked experts one for each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ring:
+    """One measurement: what was looked at, how many tokens of it, and when, as the caller says it."""
+
+    name: str
+    tokens: int
+    data: str = ""  # digest of the tokens
+    date: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Where the moment of a weight is. Weights that see the same inputs have the same `key`."""
+
+    key: str
+    tokens: Counts
+    shape: tuple[int, ...]
+    digest: str  # of the values
+    file: str = ""  # "" in memory
+
+
+class Statistics(Mapping[str, Mapping[str, Tensor]]):
+    """statistics["model.layers.0.mlp.up_proj.weight"] is {"inputs": A, "tokens": count}, read when asked for.
+
+    A is the sum, over `rings`, of each one's mean of a aᵀ.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_type: str,
+        entries: Mapping[str, Entry],
+        rings: tuple[Ring, ...],
+        read: Callable[[Entry], Tensor],
+        where: str = "memory",
+    ):
+        self.model_type, self.entries, self.rings, self.where = model_type, dict(entries), rings, where
+        self._read = read
+        self._last: tuple[str, Tensor] | None = None  # q, k and v are asked for one after the other
+
+    def __getitem__(self, weight: str) -> Mapping[str, Tensor]:
+        entry = self.entries[weight]
+        if self._last is None or self._last[0] != entry.key:
+            self._last = None  # not two at once
+            self._last = entry.key, self._read(entry)
+        return {"inputs": self._last[1], "tokens": torch.tensor(entry.tokens)}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, weight: object) -> bool:
+        return weight in self.entries  # a Mapping would read the tensor to find out
+
+    @property
+    def digest(self) -> str:
+        """Identifies the values and what was counted; not the names and dates of rings."""
+        told = [[weight, e.digest, e.tokens] for weight, e in sorted(self.entries.items())]
+        return xxhash.xxh3_128_hexdigest(json.dumps([self.model_type, told]).encode())
+
+    @property
+    def tensors(self) -> dict[str, Entry]:
+        """Each tensor once, by its key."""
+        return {entry.key: entry for entry in self.entries.values()}
+
+    @property
+    def bytes(self) -> int:
+        return 4 * sum(torch.Size(entry.shape).numel() for entry in self.tensors.values())
+
+    def check(self, anatomy: "Anatomy") -> None:
+        """Refuse statistics of another model: protected directions would be of spaces that are not this one's."""
+        wanted = sizes(anatomy)
+        for weight, entry in self.entries.items():
+            if wanted.get(weight) != entry.shape:
+                has = f"whose inputs are {wanted[weight]}" if weight in wanted else "which this model does not have"
+                raise CheckpointError(
+                    f"{self.where} was measured on another model ({self.model_type}): it has {entry.shape} for "
+                    f"{weight}, {has} here; measure this one: treering measure MODEL --data FILE --to DIR"
+                )
+
+    def described(self) -> list[dict[str, object]]:
+        return [asdict(ring) for ring in self.rings]
+
+
+def sizes(anatomy: "Anatomy") -> dict[str, tuple[int, ...]]:
+    """Weight -> shape of its A, for every linear in the blocks and all stacked experts, in the model's order."""
+    found: dict[str, tuple[int, ...]] = {}
+    for linear in anatomy.linears:
+        if linear.block is not None:
+            found[linear.weight] = (linear.inputs, linear.inputs)
+    for experts in anatomy.experts:
+        for name in experts.stacked:
+            number, first, second = anatomy.parameters[name].shape
+            inputs = first if experts.transposed else second
+            found[name] = (number, inputs, inputs)
+    return dict(sorted(found.items(), key=lambda item: (anatomy.parameters[item[0]].block, 0)))
+
+
+def in_memory(
+    model_type: str, tensors: Mapping[str, Tensor], owners: Mapping[str, str], tokens: Mapping[str, Counts],
+    rings: tuple[Ring, ...],
+) -> Statistics:  # fmt: skip
+    """`owners`: weight -> the weight under whose name its tensor is."""
+    from treering.writing import content_of
+
+    digests = {key: xxhash.xxh3_128_hexdigest(content_of(tensor)) for key, tensor in tensors.items()}
+    entries = {
+        weight: Entry(key=key, tokens=tokens[key], shape=tuple(tensors[key].shape), digest=digests[key])
+        for weight, key in owners.items()
+    }
+    return Statistics(model_type=model_type, entries=entries, rings=rings, read=lambda entry: tensors[entry.key])

@@ -1,0 +1,60 @@
+"""One running sum of a aᵀ, and its mean over the tokens of all ranks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from treering.curvature.statistics import Counts
+from treering.errors import NumericsError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sum:
+    """`total` M × M or E × M × M, `tokens` a count or E of them."""
+
+    total: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "Sum":
+        total = torch.zeros(shape, dtype=dtype, device=device)
+        return cls(total=total, tokens=torch.zeros(shape[:-2], dtype=torch.int64))
+
+    def copy(self) -> "Sum":
+        return Sum(total=self.total.clone(), tokens=self.tokens.clone())
+
+    @torch.no_grad()
+    def add(self, rows: Tensor, expert: int | None = None) -> None:
+        """Inputs of one matrix, T × M; of the expert's, if there are several."""
+        total = self.total if expert is None else self.total[expert]
+        wide = rows.to(total.dtype)
+        total.addmm_(wide.mT, wide)  # in place: autocast leaves it alone
+        (self.tokens if expert is None else self.tokens[expert]).add_(rows.shape[0])
+
+    @torch.no_grad()
+    def mean(self, name: str, groups: "Sequence[ProcessGroup]") -> tuple[Tensor, Counts]:
+        """A in float32 on the host, and the tokens it is the mean of; the sum is used up. An expert without tokens
+        has A = 0."""
+        total = summed(self.total, groups).cpu()
+        tokens = summed(self.tokens.to(self.total.device), groups).cpu()
+        total /= tokens.clamp_min(1)[..., None, None]
+        mean = ((total + total.mT) / 2).float().contiguous()  # a gemm need not round both halves alike
+        if not bool(torch.isfinite(mean).all()):
+            raise NumericsError(
+                f"the inputs of {name} are not finite, or too large to be squared; does the model work in this dtype?"
+            )
+        return mean, int(tokens) if tokens.ndim == 0 else tuple(int(n) for n in tokens)
+
+
+def summed(value: Tensor, groups: "Sequence[ProcessGroup]") -> Tensor:
+    """In place, over the ranks of each group in turn."""
+    for group in groups:
+        dist.all_reduce(value, group=group)
+    return value

@@ -1,0 +1,3 @@
+from treering.osft.config import OSFT
+
+__all__ = ["OSFT"]

@@ -1,0 +1,157 @@
+"""Forms `one_sided` and `core`: an adapter that lives in the free directions, beside a weight that stays as it is.
+
+    ΔW = c · B_out Z B_inᵀ        Z trains, from zero; c: see protection.scale
+
+Each end is a basis B of the free directions, or, where it has none that is smaller, the operator P applied to Z in
+the forward. one_sided has one basis, on the end where the free directions are few and all of them are in it; core has
+both, which for a weight that is not square leaves out what lies free on the longer end alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from treering.errors import PlanError
+from treering.osft import protection
+from treering.osft.operator import Operator
+from treering.osft.peft_format import describe
+from treering.osft.protection import End, Side
+from treering.osft.targets import Target, oriented
+from treering.technique import Applied, LazyTensor, Part, Site
+
+if TYPE_CHECKING:
+    from treering.osft.config import OSFT
+
+
+class Addend(nn.Module):
+    """c · B_out Z B_inᵀ x. Bases and Z in float32 or wider; what meets tokens is rounded to the dtype they are in."""
+
+    def __init__(self, target: Target, ends: Mapping[End, Side], dtype: torch.dtype):
+        super().__init__()
+        self.ends = dict(ends)
+        sizes = {"out": target.outputs, "in": target.inputs}
+        for end, side in ends.items():
+            self._frozen(f"B_{end}" if side.thin else f"Q_{end}", (side.size, side.columns), dtype)
+            self._frozen(f"values_{end}", (side.columns,), dtype)
+            if side.thin:
+                sizes[end] = side.columns
+            else:
+                self._frozen(f"rest_{end}", (1,), dtype)
+        self.Z = nn.Parameter(torch.empty(sizes["out"], sizes["in"], dtype=dtype, device="meta"))
+
+    def _frozen(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensors = dict(self.named_parameters())
+        Z = held(self.ends, tensors).to(x.dtype)
+        if "in" in self.ends and self.ends["in"].thin:
+            x = x @ tensors["B_in"].to(x.dtype)
+        y = F.linear(x, Z)
+        return F.linear(y, tensors["B_out"].to(y.dtype)) if "out" in self.ends and self.ends["out"].thin else y
+
+
+def held(ends: Mapping[End, Side], tensors: Mapping[str, Tensor]) -> Tensor:
+    """Z as it acts between the bases: operators applied, values multiplied in."""
+    Z = tensors["Z"]
+    for end, side in ends.items():
+        values = tensors[f"values_{end}"]
+        if side.thin:
+            Z = Z * values if end == "in" else values[:, None] * Z
+        else:
+            operator = Operator(tensors[f"Q_{end}"], values, tensors[f"rest_{end}"])
+            Z = operator.right(Z) if end == "in" else operator.left(Z)
+    return Z
+
+
+def change(ends: Mapping[End, Side], tensors: Mapping[str, Tensor]) -> Tensor:
+    """ΔW, outputs × inputs."""
+    D = held(ends, tensors)
+    if "in" in ends and ends["in"].thin:
+        D = D @ tensors["B_in"].mT
+    return tensors["B_out"] @ D if "out" in ends and ends["out"].thin else D
+
+
+def attach(model: nn.Module, config: "OSFT", site: Site, chosen: Sequence[Target]) -> Applied:
+    parts, names, undone = {}, [], []
+    for target in chosen:
+        if target.experts is not None:
+            raise PlanError(
+                f"osft: form {config.form} puts adapters beside linear layers, and {target.weight} is a stack of "
+                "experts; use form update, or name other osft.targets",
+                settings=("techniques.osft.form", "techniques.osft.targets"),
+            )
+        module = model.get_submodule(target.module)
+        weight = getattr(module, "weight", None)
+        dtype = torch.promote_types(torch.float32 if weight is None else weight.dtype, torch.float32)
+        addend = Addend(target, protection.addend_sides(config, target), dtype)
+        module.add_module("osft", addend)
+        undone.append(_add_to_forward(module, addend))
+        own = f"{target.module}.osft"
+        names.append(f"{own}.Z")
+        parts[target.weight] = _part(target, config, own, addend, dtype)
+
+    def undo() -> None:
+        for restore in reversed(undone):
+            restore()
+
+    return Applied(
+        trainable=tuple(names),
+        parts=parts,
+        adapter=describe(chosen, model),
+        undo=undo,
+        notes=(f"{len(names)} adapters in the free directions",),
+    )
+
+
+def _add_to_forward(module: nn.Module, addend: Addend) -> Callable[[], None]:
+    plain = module.forward
+    replaced = module.__dict__.get("forward")
+
+    def forward(x: Tensor) -> Tensor:
+        return plain(x) + addend(x)
+
+    module.forward = forward  # type: ignore[method-assign]
+
+    def restore() -> None:
+        if replaced is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = replaced  # type: ignore[method-assign]
+
+    return restore
+
+
+def _part(target: Target, config: "OSFT", own: str, addend: Addend, dtype: torch.dtype) -> Part:
+    shape = tuple(addend.Z.shape)  # of the whole: sharding will replace the parameter
+
+    def split(
+        weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]:
+        ends = tuple(addend.ends.values())
+        made = protection.operators(ends, target, config.soften, weight.read, statistics)
+        tensors = {f"{own}.Z": torch.zeros(shape, dtype=dtype)}
+        c = protection.scale(ends, made, target)
+        for side in ends:
+            Q, values = made[side.end]
+            tensors |= {f"{own}.{'B' if side.thin else 'Q'}_{side.end}": Q, f"{own}.values_{side.end}": c * values}
+            if not side.thin:
+                tensors[f"{own}.rest_{side.end}"] = c
+            c = torch.ones_like(c)  # once is enough
+        return tensors
+
+    def join(tensors: Mapping[str, Tensor], below: Tensor) -> Tensor:
+        mine = {name.rpartition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{own}.")}
+        return below + oriented(change(addend.ends, mine), target).to(below.device)
+
+    return Part(
+        names=tuple(f"{own}.{name}" for name, _ in addend.named_parameters()),
+        split=split,
+        join=join,
+        compute_dtype=dtype,
+        tolerance=0.0,
+        cost=float(target.rank * target.outputs * target.inputs),
+    )

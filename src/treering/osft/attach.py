@@ -1,0 +1,44 @@
+"""From a configuration to a model that has it in place: one form each, and what trains besides."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from treering.errors import PlanError
+from treering.osft.ranks import free
+from treering.osft.targets import others, targets
+from treering.technique import Applied, Site
+
+if TYPE_CHECKING:
+    from treering.osft.config import OSFT
+
+
+def attach(model: nn.Module, config: "OSFT", site: Site) -> Applied:
+    every = targets(config, site.anatomy)
+    beside = others(config, site.anatomy, every)
+    chosen = [target for target in every if free(config, target)]  # without a free direction there is nothing to train
+    if not chosen and not beside:
+        raise PlanError(
+            "osft: no target has a free direction, so nothing would be trained; raise osft.ratio",
+            settings=("techniques.osft.ratio",),
+        )
+    applied = _form(config)(model, config, site, chosen)
+    closed = (f"{len(every) - len(chosen)} targets are closed",) if len(every) > len(chosen) else ()
+    more = (f"{len(beside)} other parameters learn without protection",) if beside else ()
+    said = f"{config.form}, protects {config.protect}" + (f" ({config.strength})" * (config.protect != "weights"))
+    return replace(applied, trainable=(*applied.trainable, *beside), notes=(said, *applied.notes, *closed, *more))
+
+
+def _form(config: "OSFT"):
+    if config.form == "update":
+        from treering.osft.update import attach as update
+
+        return update
+    if config.form in ("one_sided", "core"):
+        from treering.osft.addend import attach as addend
+
+        return addend
+    from treering.osft.factors import attach as factors
+
+    return factors

@@ -1,0 +1,137 @@
+"""The technique `osft`: training that leaves alone what the model already uses its weights for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from treering.errors import ConfigError, PlanError
+from treering.technique import Applied, Claim, Site, Stage
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from treering.anatomy import Anatomy
+
+FACTORED = ("forward", "factors")
+ADDENDS = ("one_sided", "core")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OSFT:
+    """W changes only by P_out ΔW P_in, where both P are complements of what is to be kept.
+
+    protect   inputs: the directions in which measured text reads the weight (needs `treering measure`)
+              weights: the largest singular directions of the weight; both: each on its own side
+    strength  of `inputs`. soft: a direction is held by how much it was used; hard: the most used are closed
+    soften    λ of soft protection, 1 / (energy / mean energy + λ): smaller holds faster
+    ratio     the part of the directions that is free. 0: nothing changes, 1: everything may. null: ¼ of the weights'
+              directions, ½ of the inputs' where a form or `hard` asks for a number; soft protection holds every
+              direction by its own use and needs none
+    ratios    pattern -> ratio, for weights that are to have another
+    rank      ratio: as written; energy: enough directions are kept for `energy` of the spectrum; importance: weights
+              that leave their inputs' direction as it is are kept more
+    energy    of `rank: energy`: the part of the spectrum that is kept
+    importance  of `rank: importance`: the least and the most that is kept
+    form      update: W itself trains, its gradient and its step are projected; exact for every optimizer
+              one_sided: an adapter ΔW = B Z inside the free directions; few parameters, W may be quantized
+              core: an adapter ΔW = B Z C between free directions on both sides; fewer still, and less free
+              forward: W in factors, projected inside the forward; no hook, no message of its own
+              factors: W in factors, gradients projected before the step and parameters after it
+    wire      of `factors`: coefficients are summed, the basis is gathered, or gathered once and kept
+    compute   of the factored forms: by token count, or always one way; all are equal
+    anchor    keep the weights from before, so that weight decay acts on the change and the leak is exact (`update`)
+    targets   `all-linear`: every linear and stacked expert inside the blocks but routers; or patterns
+    train     other plain parameters that learn, unprotected, by pattern; the rest of the model is frozen
+    free      weight -> number of free directions; what `rank` came to, written by `resolve`
+    """
+
+    protect: Literal["inputs", "weights", "both"] = "inputs"
+    strength: Literal["soft", "hard"] = "soft"
+    soften: float = 0.01
+    ratio: float | None = None
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    rank: Literal["ratio", "energy", "importance"] = "ratio"
+    energy: float = 0.9
+    importance: tuple[float, float] = (0.1, 0.8)
+    form: Literal["update", "one_sided", "core", "forward", "factors"] = "update"
+    wire: Literal["coefficients", "gather", "cached"] = "coefficients"
+    compute: Literal["auto", "factored", "dense", "rebuilt"] = "auto"
+    anchor: bool = False
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    train: tuple[str, ...] = ()
+    free: Mapping[str, int] = field(default_factory=dict)
+
+    stage: ClassVar[Stage] = Stage.ADAPT
+
+    def __post_init__(self) -> None:
+        for name, value in {"ratio": self.ratio, **{f"ratios.{k}": v for k, v in self.ratios.items()}}.items():
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"{name} is {value}; it lies between 0 (frozen) and 1 (all free)", field=name)
+        if not self.soften > 0:
+            raise ConfigError(f"soften is {self.soften}; it must be greater than 0", field="soften")
+        if not 0 < self.energy <= 1:
+            raise ConfigError(f"energy is {self.energy}; it lies above 0 and at most at 1", field="energy")
+        least, most = self.importance
+        if not 0 <= least <= most <= 1:
+            raise ConfigError(f"importance is {least}, {most}; write 0 ≤ least ≤ most ≤ 1", field="importance")
+        if self.targets != "all-linear" and (isinstance(self.targets, str) or not self.targets):
+            raise ConfigError(f"targets is {self.targets!r}; write all-linear or a list of patterns", field="targets")
+        if self.form in FACTORED and self.protect != "weights":
+            raise ConfigError(
+                f"form {self.form} holds W as its own singular factors, so it can protect: weights only; "
+                f"for protect: {self.protect} use form update or one_sided",
+                field="form",
+            )
+        if self.form == "core" and self.protect == "inputs":
+            raise ConfigError(
+                "form core trains between free directions on both sides, and protect: inputs knows one; "
+                "use form one_sided, or protect: weights or both",
+                field="form",
+            )
+        if self.anchor and self.form != "update":
+            raise ConfigError(f"anchor is of form update; form {self.form} knows its change without it", field="anchor")
+
+    @property
+    def measured(self) -> bool:
+        """Whether statistics of inputs are needed."""
+        return self.protect != "weights" or self.rank == "importance"
+
+    def resolve(self, anatomy: "Anatomy", source: Any, statistics: Any) -> "OSFT":
+        """Ranks that depend on the spectrum become explicit; statistics that are needed and absent are an error."""
+        if self.measured and statistics is None and source is not None:
+            raise PlanError(
+                "osft protects the directions that measured text uses, and there are no statistics. Measure text that "
+                "stands for what must be kept (treering measure MODEL --data FILE --to DIR) and name the folder as "
+                "statistics.path (statistics= in compose), or set osft.protect to weights",
+                settings=("techniques.osft.protect", "statistics.path"),
+            )
+        if self.rank == "ratio" or self.free or source is None:
+            return self
+        from treering.osft.ranks import resolved
+
+        return resolved(self, anatomy, source, statistics)
+
+    def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
+        from treering.osft.targets import others, targets
+
+        chosen = targets(self, anatomy)
+        claims = []
+        for target in chosen:
+            weight = target.weight
+            claims.append(Claim(fqn=weight, aspect="gradient", needs=("plain_weight",), setting="osft.targets"))
+            if self.form in FACTORED:
+                claims.append(Claim(fqn=weight, aspect="storage", setting="osft.targets"))
+            if self.form in ADDENDS:
+                claims[-1] = Claim(fqn=weight, aspect="gradient", exclusive=True, setting="osft.targets")
+                claims.append(Claim(fqn=weight, aspect="addend", setting="osft.targets"))
+            if self.form != "update":
+                claims.append(Claim(fqn=target.module, aspect="forward", exclusive=False, setting="osft.targets"))
+        for name in others(self, anatomy, chosen):
+            claims.append(Claim(fqn=name, aspect="gradient", needs=("plain_weight",), setting="osft.train"))
+        return claims
+
+    def apply(self, model: "nn.Module", site: Site) -> Applied:
+        from treering.osft.attach import attach
+
+        return attach(model, self, site)

@@ -1,0 +1,74 @@
+"""Text for a measurement: which documents stand for the rest, cut to a number of tokens, in bins for each rank."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xxhash
+
+from treering.data.batch import collate
+from treering.data.deal import deal
+from treering.data.examples import Document, Examples
+from treering.data.order import Order, scrambled
+from treering.errors import DataError
+from treering.plan import Plan
+from treering.seeds import derive
+from treering.topology import data_rank
+
+
+def sample(examples: Examples, tokens: int, seed: int) -> list[Document]:
+    """Whole documents in an order that the seed decides, the last one cut, so that they have `tokens` tokens, or all
+    there are. The same for any number of ranks."""
+    order = np.argsort(scrambled(len(examples), derive(seed, "measure")), kind="stable")
+    return first((examples.document(i) for i in order.tolist()), tokens)
+
+
+def first(documents: Iterable[Document], tokens: int) -> list[Document]:
+    """The first `tokens` tokens."""
+    found: list[Document] = []
+    for document in documents:
+        ids, mask = document.ids[:tokens], document.mask[:tokens]
+        found.append(Document(ids=ids, mask=mask, sample_id=document.sample_id))
+        tokens -= len(ids)
+        if not tokens:
+            break
+    return found
+
+
+def digest(documents: Sequence[Document]) -> str:
+    """Of the tokens, whatever their way into bins."""
+    words = xxhash.xxh3_128()
+    for document in documents:
+        words.update(len(document.ids).to_bytes(8, "little"))
+        words.update(np.ascontiguousarray(document.ids, dtype="<u4").tobytes())
+    return words.hexdigest()
+
+
+def batches(
+    documents: Sequence[Document], plan: Plan, capacity: int, packing: Literal["on", "off"]
+) -> list[dict[str, Any]]:
+    """This rank's bins, as many as any other's; in rows, `real` tells tokens from padding."""
+    lengths = np.asarray([len(document.ids) for document in documents], dtype=np.int32)
+    refuse_strange(documents, plan)
+    order = Order(lengths, seed=0, tokens_per_step=capacity, capacity=capacity, shuffle=False, packing=packing)
+    bins = [one for step in range(order.steps_in_epoch(0)) for one in order.bins(0, step)]
+    rank, ranks = data_rank(plan.mesh)
+    made = []
+    for chosen in deal(bins, lengths, ranks)[rank]:
+        batch = collate([documents[i] for i in chosen], 0, "cpu", packing)
+        if packing == "off":
+            held = torch.tensor([len(documents[i].ids) for i in chosen])
+            batch["real"] = torch.arange(batch["input_ids"].shape[1])[None] < held[:, None]
+        made.append(batch)
+    return made
+
+
+def refuse_strange(documents: Sequence[Document], plan: Plan) -> None:
+    rows = plan.model.get_input_embeddings().weight.shape[0]
+    for document in documents:
+        if (token := int(document.ids.max())) >= rows:
+            raise DataError(
+                f"{document.sample_id} has token {token}, and the embedding of {plan.source_name} has {rows} rows; use "
+                "the tokenizer that the model was trained with"
+            )

@@ -1,0 +1,113 @@
+"""Text that a model writes itself, sampled at temperature 1: it stands for what the model knows, where its old data
+is not at hand."""
+
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from treering.data.examples import Document
+from treering.errors import DataError
+from treering.plan import Run
+from treering.seeds import generator
+from treering.topology import data_rank
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LOOK = 16  # steps between two looks at whether every document has ended
+
+
+@torch.no_grad()
+def generated(
+    run: Run,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    tokens: int,
+    length: int,
+    seed: int = 0,
+    at_once: int = 8,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> list[Document]:
+    """At least `tokens` tokens of documents of at most `length`, on every rank the same. Each has a random stream of
+    its own, by its number, so that the ranks that share the work do not decide what is written."""
+    start, ends = marks(run, tokenizer)
+    rank, ranks = data_rank(run.plan.mesh)
+    at_once = min(at_once, max(1, -(-tokens // (length * ranks))))
+    documents: dict[int, list[int]] = {}
+    done, number = 0, 0
+    run.model.eval()
+    try:
+        while done < tokens:
+            rows = [number + rank * at_once + i for i in range(at_once)]
+            documents |= _everyone(dict(zip(rows, _written(run, rows, start, ends, length, seed))))
+            number += at_once * ranks
+            done = sum(map(len, documents.values()))
+            progress(min(done, tokens), tokens)
+    finally:
+        run.model.train()
+    return [
+        Document(ids=np.asarray(ids, np.uint32), mask=np.ones(len(ids), bool), sample_id=f"generated:{row}")
+        for row, ids in sorted(documents.items())
+    ]
+
+
+def marks(run: Run, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, set[int]]:
+    """The token that a document begins with, and those that end it."""
+    settings = [getattr(run.model, "generation_config", None), run.model.config, tokenizer]
+    begins: list[Any] = [getattr(one, "bos_token_id", None) for one in (tokenizer, run.model.config)]
+    ends: set[int] = set()
+    for one in settings:
+        end: Any = getattr(one, "eos_token_id", None)
+        ends |= set(end if isinstance(end, list) else [end]) - {None}
+    begin = next((b for b in begins if isinstance(b, int)), min(ends, default=None))
+    if begin is None:
+        raise DataError(
+            "the model has no token that begins or ends a text, so it cannot write any; give text: --data FILE"
+        )
+    return begin, ends
+
+
+def _written(run: Run, rows: list[int], start: int, ends: Collection[int], length: int, seed: int) -> list[list[int]]:
+    device = run.plan.device
+    streams = [generator(seed, "generate", row) for row in rows]
+    texts = [[start] for _ in rows]
+    open_rows = set(range(len(rows)))
+    ids = torch.full((len(rows), 1), start, device=device)
+    cache: Any = None
+    whole = ids
+    for step in range(length - 1):
+        if step % _LOOK == 0 and not _any(bool(open_rows), device):
+            break
+        fed = whole if cache is None else ids  # some models have a cache of another kind: they read all of it again
+        out = run.model(input_ids=fed, past_key_values=cache, use_cache=True)
+        cache = getattr(out, "past_key_values", None)
+        sums = out.logits[:, -1].double().softmax(-1).cumsum(-1)
+        draws = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in streams]).to(device)
+        ids = torch.searchsorted(sums, draws * sums[:, -1:]).clamp_max(sums.shape[1] - 1)
+        whole = torch.cat([whole, ids], 1) if cache is None else whole
+        for i, token in enumerate(ids[:, 0].tolist()):
+            if i in open_rows:
+                texts[i].append(token)
+                if token in ends:
+                    open_rows.discard(i)
+    return texts
+
+
+def _any(here: bool, device: torch.device) -> bool:
+    """Whether any rank has still something to write: a sharded model needs all of them in each forward."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return here
+    flag = torch.tensor([here], dtype=torch.uint8, device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def _everyone(own: dict[int, list[int]]) -> dict[int, list[int]]:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return own
+    all_of_them: list[dict[int, list[int]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(all_of_them, own)
+    return {row: ids for part in all_of_them for row, ids in part.items()}

@@ -1,0 +1,277 @@
+"""Form `update` and the adapters against whole matrices, one process; then what bad input gets."""
+
+import pytest
+import torch
+
+import treering as tr
+from tests.osft.measured import moments
+from tests.same import assert_all_same, assert_same
+from tests.toy import rows, train, weights
+from tests.zoo import build
+from treering.osft import reference_dense as reference
+from treering.osft.ranks import free
+from treering.osft.targets import oriented, targets
+
+STEPS = [rows(2, seed=i) for i in range(4)]
+
+
+def composed(config, arch="llama", dtype=torch.float64, **more):
+    model = build(arch, dtype=dtype)
+    statistics = moments(model, config) if config.measured else None
+    return tr.compose(model, [config], statistics=statistics, **more), statistics
+
+
+def logits(model):
+    return model(torch.arange(9)[None], use_cache=False).logits.detach()
+
+
+def dense(run, config, statistics, before):
+    """(P_out, P_in) of each target as matrices, by the plain formulas."""
+    found = {}
+    for target in targets(config, run.plan.anatomy):
+        W = oriented(before[target.weight], target)
+        out = torch.eye(target.outputs, dtype=W.dtype)
+        into = torch.eye(target.inputs, dtype=W.dtype)
+        open_ = free(config, target)
+        if config.protect == "weights":
+            out, into = reference.held_by_weights(W, target.rank - open_)
+        if config.protect == "both":
+            out, _ = reference.held_by_weights(W, target.rank - open_ * target.rank // target.inputs)
+        if config.protect != "weights":
+            A, held = statistics[target.weight]["inputs"], target.inputs - open_
+            soft = config.strength == "soft"
+            if soft and config.ratio is None and config.form == "update":
+                held = target.inputs
+            into = reference.held_softly(A, held, config.soften) if soft else reference.held_hard(A, held)
+        found[target.weight] = target, out, into
+    return found
+
+
+CASES = [
+    tr.OSFT(protect="weights", ratio=0.25),
+    tr.OSFT(protect="weights", ratio=0.75),
+    tr.OSFT(protect="inputs", strength="hard", ratio=0.25),
+    tr.OSFT(protect="inputs", strength="hard", ratio=0.6),
+    tr.OSFT(protect="inputs", ratio=0.4),
+    tr.OSFT(protect="both", ratio=0.3, soften=0.1),
+    tr.OSFT(),
+]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("config", CASES, ids=lambda c: f"{c.protect}-{c.strength}-{c.ratio}")
+def test_one_sgd_step_is_the_projected_gradient(config, arch):
+    run, statistics = composed(config, arch)
+    before = weights(run)
+    plain = tr.compose(build(arch, dtype=torch.float64), [tr.Full()])
+    for batches in plain.steps(STEPS[:1]):
+        for batch in batches:
+            plain.loss(batch).backward()
+    raw = {name: p.grad for name, p in plain.trainable()}
+    train(run, STEPS[:1], lr=0.1)
+    after, wanted = weights(run), dict(before)
+    for name, (target, out, into) in dense(run, config, statistics, before).items():
+        step = out @ (out @ oriented(raw[name], target) @ into) @ into
+        c = torch.ones(target.experts or 1, dtype=torch.float64)
+        for P in (out, into):
+            c = c * (P.shape[-1] / P.square().sum((-2, -1))).sqrt()
+        wanted[name] = before[name] - 0.1 * oriented(step * c[:, None, None] if target.experts else step * c, target)
+    assert_all_same(after, wanted, 1e-9)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Muon])
+@pytest.mark.parametrize("config", [CASES[0], CASES[2]], ids=["weights", "inputs"])
+def test_nothing_leaks_into_what_is_held(config, kind):
+    from dataclasses import replace
+
+    run, _ = composed(replace(config, anchor=True, targets=("q_proj", "down_proj")), dtype=torch.float32)
+    train(run, [rows(1, seed=i % 3) for i in range(200)], kind, lr=1e-2, weight_decay=0.1)
+    assert 0 < run.metrics()["osft/leak"] <= 1e-5
+
+
+def test_leak_is_what_it_says():
+    run, statistics = composed(tr.OSFT(protect="inputs", strength="hard", ratio=0.5, anchor=True))
+    before = weights(run)
+    train(run, STEPS, torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+    with torch.no_grad():
+        for _, p in run.trainable():
+            p.add_(0.01)  # as an optimizer that nobody retracts would
+    changed = weights(run)
+    worst = 0.0
+    for name, (_, _, into) in dense(run, CASES[2], statistics, before).items():
+        A = statistics[name]["inputs"]
+        into = reference.held_hard(A, A.shape[-1] - A.shape[-1] // 2)
+        change = changed[name] - before[name]
+        worst = max(worst, float((change - change @ into).norm() / change.norm()))
+    assert run.metrics()["osft/leak"] == pytest.approx(worst, rel=1e-9)
+
+
+def test_ratio_0_changes_nothing_and_ratio_1_is_unconstrained():
+    for form in ("update", "one_sided", "core"):
+        with pytest.raises(tr.PlanError, match="no target has a free direction"):
+            composed(tr.OSFT(protect="weights", ratio=0.0, form=form))
+    config = tr.OSFT(protect="weights", ratio=0.0, ratios={"q_proj": 1.0})
+    run, _ = composed(config)
+    before = weights(run)
+    train(run, STEPS, torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+    free_run = tr.compose(build("llama", dtype=torch.float64), [tr.Full(train=("q_proj",))])
+    train(free_run, STEPS, torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+    wanted = weights(free_run)
+    assert_all_same(weights(run), wanted, 0.0)
+    assert [name for name in before if not torch.equal(before[name], wanted[name])] == [
+        f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)
+    ]
+
+
+@pytest.mark.parametrize("form", ["one_sided", "core"])
+@pytest.mark.parametrize("config", CASES, ids=lambda c: f"{c.protect}-{c.strength}-{c.ratio}")
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_adapters_stay_where_it_is_free(form, config, arch):
+    from dataclasses import replace
+
+    if form == "core" and config.protect == "inputs":
+        pytest.skip("core has two ends")
+    config = replace(config, form=form)
+    run, statistics = composed(config, arch)
+    before = weights(run)
+    plain = tr.compose(build(arch, dtype=torch.float64), [tr.Full()]).model
+    assert_same(logits(run.model), logits(plain), 1e-12)  # a start changes nothing
+    train(run, STEPS, torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+    after = weights(run)
+    for name, (target, out, into) in dense(run, replace(config, strength="hard"), statistics, before).items():
+        change = oriented(after[name] - before[name], target)
+        assert float(change.norm()) > 0
+        if (
+            config.strength == "soft"
+            and form == "one_sided"
+            and config.protect == "both"
+            and target.inputs >= target.outputs
+        ):
+            into = torch.eye(target.inputs, dtype=torch.float64)  # soft and whole: nothing is closed
+        assert float((change - out @ change @ into).norm() / change.norm()) < 1e-9
+    plain.load_state_dict(after, strict=False)
+    assert_same(logits(run.model), logits(plain), 1e-9)
+
+
+def test_one_sided_reaches_all_that_is_free():
+    """A step of SGD on Z, at Z = 0, is the projected gradient, on both kinds of rectangles."""
+    config = tr.OSFT(protect="weights", ratio=0.3, form="one_sided")
+    run, _ = composed(config)
+    before = weights(run)
+    plain = tr.compose(build("llama", dtype=torch.float64), [tr.Full()])
+    for batches in plain.steps(STEPS[:1]):
+        for batch in batches:
+            plain.loss(batch).backward()
+    raw = {name: p.grad for name, p in plain.trainable()}
+    train(run, STEPS[:1], lr=0.1)
+    after = weights(run)
+    for name, (_, out, into) in dense(run, config, None, before).items():
+        direction = out @ raw[name] @ into
+        change = after[name] - before[name]
+        assert_same(change / change.norm(), -direction / direction.norm(), 1e-9)
+
+
+def test_weight_decay_without_an_anchor_is_refused_and_with_one_acts_on_the_change():
+    run, _ = composed(tr.OSFT(protect="weights"))
+    with pytest.raises(tr.PlanError, match="set osft"):
+        train(run, STEPS, torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+    decayed = {}
+    for rate in (0.0, 5.0):
+        run, _ = composed(tr.OSFT(protect="weights", anchor=True))
+        before = weights(run)
+        train(run, STEPS, torch.optim.AdamW, lr=1e-2, weight_decay=rate)
+        decayed[rate] = sum(float((w - before[n]).norm()) for n, w in weights(run).items())
+    assert 0 < decayed[5.0] < decayed[0.0]
+
+
+def test_somebodys_own_loop_with_hooks_is_the_same(tmp_path):
+    config = tr.OSFT(protect="weights", ratio=0.3)
+    ours, _ = composed(config)
+    train(ours, STEPS, torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+    theirs, _ = composed(config)
+    optimizer = torch.optim.AdamW([p for _, p in theirs.trainable()], lr=1e-2, weight_decay=0.0)
+    detach = theirs.attach(optimizer)
+    for batches in theirs.steps(STEPS):
+        for batch in batches:
+            theirs.loss(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    detach()
+    assert_all_same(weights(theirs), weights(ours), 0.0)
+
+
+def test_the_export_is_the_plain_model(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    for form in ("update", "one_sided"):
+        run, _ = composed(tr.OSFT(protect="inputs", ratio=0.5, form=form), dtype=torch.float32)
+        train(run, STEPS, torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+        run.export(tmp_path / form)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / form)
+        assert_same(logits(plain), logits(run.model), 1e-6)
+
+
+def test_the_clipped_norm_is_that_of_the_projected_gradient():
+    run, _ = composed(tr.OSFT(protect="weights", ratio=0.25))
+    optimizer = run.optimizer(torch.optim.SGD, lr=0.1)
+    for batches in run.steps(STEPS[:1]):
+        for batch in batches:
+            run.loss(batch).backward()
+        report = run.step(optimizer, clip=1e9)
+    assert report.norm == pytest.approx(run.metrics()["osft/projected_norm"], rel=1e-6)
+    assert report.norm < 0.9 * run.metrics()["osft/raw_norm"]
+
+
+def test_bad_input_is_told_what_to_write():
+    with pytest.raises(tr.PlanError, match="treering measure"):
+        tr.compose(build("llama"), [tr.OSFT()])
+    with pytest.raises(tr.PlanError, match="measured on another model"):
+        other = moments(build("llama"), tr.OSFT())
+        wrong = {name: {"inputs": m["inputs"][:-1, :-1]} for name, m in other.items()}
+        tr.compose(build("llama"), [tr.OSFT()], statistics=wrong)
+    with pytest.raises(tr.PlanError, match="nothing on the inputs"):
+        tr.compose(build("llama"), [tr.OSFT()], statistics={})
+    with pytest.raises(tr.PlanError, match="to float32"):
+        tr.compose(build("llama", dtype=torch.bfloat16), [tr.OSFT(protect="weights")])
+    with pytest.raises(tr.PlanError, match="stack of experts"):
+        tr.compose(build("qwen3_moe"), [tr.OSFT(protect="weights", form="one_sided")])
+    with pytest.raises(tr.PlanError, match="is no linear layer"):
+        tr.compose(build("llama"), [tr.OSFT(protect="weights", targets=("embed_tokens",))])
+    with pytest.raises(tr.PlanError, match="decide what happens to the gradient"):
+        tr.compose(build("llama"), [tr.OSFT(protect="weights"), tr.LoRA()])
+    with pytest.raises(tr.ConfigError, match="form update or one_sided"):
+        tr.OSFT(form="factors")
+
+
+def test_what_is_trained_besides_is_named(tmp_path):
+    run, _ = composed(tr.OSFT(protect="weights", train=("*norm*",)))
+    names = {name for name, _ in run.trainable()}
+    assert {"model.norm.weight", "model.layers.0.input_layernorm.weight"} < names
+    assert "model.embed_tokens.weight" not in names and "lm_head.weight" not in names
+    assert "without protection" in run.explain()
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        tr.OSFT(protect="inputs", ratio=0.4, form="one_sided"),
+        tr.OSFT(protect="both", ratio=0.3, form="one_sided"),
+        tr.OSFT(protect="weights", ratio=0.3, form="core"),
+        tr.OSFT(protect="weights", ratio=1.0, form="one_sided", targets=("c_fc", "up_proj", "down_proj", "c_proj")),
+    ],
+    ids=lambda c: f"{c.protect}-{c.form}-{c.ratio}",
+)
+def test_the_small_file_is_an_adapter_that_peft_loads(config, arch, tmp_path):
+    from dataclasses import replace
+
+    from peft import PeftModel
+
+    names = {"llama": ("up_proj", "down_proj"), "gpt2": ("c_fc", "c_proj")}
+    if config.ratio == 1:
+        config = replace(config, targets=names[arch])
+    run, _ = composed(config, arch, torch.float32)
+    train(run, STEPS, torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+    run.export(tmp_path / "adapter", adapter="osft")
+    theirs = PeftModel.from_pretrained(build(arch), tmp_path / "adapter")
+    assert_same(logits(theirs), logits(run.model), 1e-6)
