@@ -33,6 +33,10 @@ TECHNIQUES = {
     "osft (one_sided)": tr.OSFT(protect="weights", ratio=0.4, targets=TARGETS, form="one_sided"),
     "osft (forward)": tr.OSFT(protect="weights", ratio=0.4, targets=TARGETS, form="forward"),
     "osft (factors)": tr.OSFT(protect="weights", ratio=0.4, targets=TARGETS, form="factors"),
+    "tiledmlp": tr.TiledMLP(tile=5),
+    "tiledblock": tr.TiledBlock(tile=5),
+    "tiledloss": tr.TiledLoss(tile=5),
+    "recompute": tr.Recompute(offload="cpu"),
     "shard": tr.Shard(),
     "compile": tr.Compile(backend="aot_eager"),
 }
@@ -40,27 +44,35 @@ TECHNIQUES = {
 EQUAL = "equal"
 SAME = "decide what happens to the gradient of"
 ALONE = "one of them must be alone in that"
+REPLACED = "both replace the forward"
 NOTHING = "nothing would be trained"
 NO_SUM = "no technique sums their gradients"
 MEANING = {
     EQUAL: "equal",
     SAME: "refused: one weight cannot be trained twice",
     ALONE: "refused: a start that moves the base must be alone on it",
+    REPLACED: "refused: one forward cannot be replaced twice",
     NOTHING: "refused: nothing would be trained",
     NO_SUM: "refused: nothing sums the gradients; add shard",
 }
 
 # (on one rank, on two ranks); with and without packing alike
-ADAPTING = [name for name in TECHNIQUES if name not in ("shard", "compile")]
+TILED = ("tiledmlp", "tiledblock", "tiledloss")
+HELPING = (*TILED, "recompute", "shard", "compile")  # they train nothing
+ADAPTING = [name for name in TECHNIQUES if name not in HELPING]
 TABLE: dict[tuple[str, ...], tuple[str, str]] = {
     **{(name,): (EQUAL, NO_SUM) for name in ADAPTING},
-    ("shard",): (NOTHING, NOTHING),
-    ("compile",): (NOTHING, NOTHING),
+    **{names: (NOTHING, NOTHING) for n in (1, 2) for names in combinations(HELPING, n)},
     **dict.fromkeys(combinations(ADAPTING, 2), (SAME, SAME)),
     ("lora", "lora (pissa)"): (ALONE, ALONE),
     **{(name, "shard"): (EQUAL, EQUAL) for name in ADAPTING},
     **{(name, "compile"): (EQUAL, NO_SUM) for name in ADAPTING},
-    ("shard", "compile"): (NOTHING, NOTHING),
+    ("tiledmlp", "tiledblock"): (REPLACED, REPLACED),
+    **{(name, tiled): (EQUAL, NO_SUM) for name in ADAPTING for tiled in TILED},
+    **{(name, "tiledblock", "tiledloss", "recompute", "shard"): (EQUAL, EQUAL) for name in ADAPTING},
+    **{(name, "recompute"): (EQUAL, NO_SUM) for name in ADAPTING},
+    **{(name, "recompute", "shard"): (EQUAL, EQUAL) for name in ADAPTING},
+    ("full", "recompute", "shard", "compile"): (EQUAL, EQUAL),
     **{(name, "shard", "compile"): (EQUAL, EQUAL) for name in ADAPTING},
 }
 
@@ -200,7 +212,9 @@ def cells(slow):
 
 
 def _long(names, packing):
-    return "compile" in names and (packing or names[0] not in ("full", "lora", "osft (forward)", "shard", "compile"))
+    simple = ("full", "lora", "osft", *HELPING)
+    single = len(names) == 2 and names[1] in (*TILED, "recompute") and names[0] != "full"  # all together: below
+    return ("compile" in names and (packing or len(names) > 3)) or (len(names) > 1 and names[0] not in simple) or single
 
 
 def column(folder, slow):

@@ -16,7 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 GROUND = {"technique", "errors", "seeds", "together", "anatomy", "folders", "writing", "weights", "topology", "trust"}
 FIRST = {"attention", "formats", "curvature"}
-TECHNIQUES = {"full", "lora", "osft", "shard", "compile"}
+TECHNIQUES = {"full", "lora", "osft", "tiling", "recompute", "shard", "compile"}
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     **dict.fromkeys(FIRST | TECHNIQUES | {"plan"}, GROUND | FIRST),
@@ -35,6 +35,8 @@ NO_TORCH = [
 NO_TORCH += [
     "treering.lora",
     "treering.osft",
+    "treering.tiling",
+    "treering.recompute",
     "treering.full",
     "treering.shard",
     "treering.compile",

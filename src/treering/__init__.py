@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from treering.osft import OSFT
     from treering.plan.compose import compose
     from treering.plan.run import Run
+    from treering.recompute import Recompute
     from treering.shard import Shard
+    from treering.tiling import TiledBlock, TiledLoss, TiledMLP
     from treering.topology import mesh
 
 _WHERE = {
@@ -32,7 +34,11 @@ _WHERE = {
     "Full": "treering.full",
     "LoRA": "treering.lora",
     "OSFT": "treering.osft",
+    "Recompute": "treering.recompute",
     "Shard": "treering.shard",
+    "TiledBlock": "treering.tiling",
+    "TiledLoss": "treering.tiling",
+    "TiledMLP": "treering.tiling",
     "measure": "treering.curvature",
     "mesh": "treering.topology",
     "Run": "treering.plan",
@@ -59,8 +65,12 @@ __all__ = [
     "NumericsError",
     "PlanError",
     "RankLost",
+    "Recompute",
     "Run",
     "Shard",
+    "TiledBlock",
+    "TiledLoss",
+    "TiledMLP",
     "TreeringError",
     "compose",
     "curvature",

@@ -90,6 +90,9 @@ class Part:
     compute_dtype: "torch.dtype | None" = None  # pins storage and arithmetic against mixed precision
     tolerance: float | None = 1e-5  # of ‖join(split(W)) − W‖ / ‖W‖, checked at load; None: the start changes W
     cost: float = 0.0  # of split, any unit: work is shared out longest first
+    joins: tuple[str, ...] | None = None  # the names that `join` reads; None: all of them
+    identity: str = ""  # what split's result depends on besides weight and statistics; "": the technique and the seed
+    measured: bool = True  # False: split does not look at statistics
 
 
 @dataclass(frozen=True, kw_only=True)

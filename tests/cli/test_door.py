@@ -65,7 +65,7 @@ def test_whole_numbers_are_numbers():
         (
             "techniques: {shard: 3}",
             "techniques.shard",
-            "a section (compute, reduce, reshard, offload) or null",
+            "a section (compute, reduce, reshard, offload, hold) or null",
             "compute",
         ),
         (
@@ -193,7 +193,17 @@ def test_the_json_schema_says_what_the_door_says():
     assert {"type": "string"} in schema["properties"]["model"]["anyOf"]
     techniques = schema["$defs"]["Techniques"]
     assert techniques["additionalProperties"] is False
-    assert set(techniques["properties"]) == {"full", "lora", "osft", "shard", "compile"}
+    assert set(techniques["properties"]) == {
+        "full",
+        "lora",
+        "osft",
+        "tiledmlp",
+        "tiledblock",
+        "tiledloss",
+        "recompute",
+        "shard",
+        "compile",
+    }
     assert schema["$defs"]["Optimizer"]["properties"]["name"]["default"] == "adamw"
     assert schema["$defs"]["Optimizer"]["properties"]["lr"]["default"] == 1e-5
 

@@ -197,7 +197,7 @@ def test_somebodys_own_loop_with_hooks_is_the_same(tmp_path):
         optimizer.step()
         optimizer.zero_grad()
     detach()
-    assert_all_same(weights(theirs), weights(ours), 0.0)
+    assert_all_same(weights(theirs), weights(ours), 1e-12)  # ours is the fused AdamW
 
 
 def test_the_export_is_the_plain_model(tmp_path):

@@ -8,7 +8,10 @@ from treering.errors import ConfigError
 from treering.full import Full
 from treering.lora import LoRA
 from treering.osft import OSFT
+from treering.recompute import Recompute
 from treering.shard import Shard
+from treering.technique import Technique
+from treering.tiling import TiledBlock, TiledLoss, TiledMLP
 from treering.train.config import Model, Statistics, Train
 
 
@@ -19,6 +22,10 @@ class Techniques:
     full: Full | None = None
     lora: LoRA | tuple[LoRA, ...] | None = None  # a list: several adapters, each with a name
     osft: OSFT | None = None
+    tiledmlp: TiledMLP | None = None
+    tiledblock: TiledBlock | None = None
+    tiledloss: TiledLoss | None = None
+    recompute: Recompute | None = None
     shard: Shard | None = None
     compile: Compile | None = None
 
@@ -32,10 +39,12 @@ class Techniques:
                     message = f"two adapters are named {name!r}; give each a name of its own"
                     raise ConfigError(message, field=f"lora[{i}].name")
 
-    def chosen(self) -> tuple[Full | LoRA | OSFT | Shard | Compile, ...]:
+    def chosen(self) -> tuple[Technique, ...]:
         """The techniques that are on, each adapter on its own. `compose` puts them in order."""
         adapters = self.lora if isinstance(self.lora, tuple) else (self.lora,)
-        return tuple(t for t in (self.full, *adapters, self.osft, self.shard, self.compile) if t is not None)
+        tiled = (self.tiledmlp, self.tiledblock, self.tiledloss)
+        rest = (self.osft, *tiled, self.recompute, self.shard, self.compile)
+        return tuple(t for t in (self.full, *adapters, *rest) if t is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

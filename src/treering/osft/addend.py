@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from treering.errors import PlanError
 from treering.osft import protection
+from treering.osft.exactly import exactly
 from treering.osft.operator import Operator
 from treering.osft.peft_format import describe
 from treering.osft.protection import End, Side
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Addend(nn.Module):
-    """c · B_out Z B_inᵀ x. Bases and Z in float32 or wider; what meets tokens is rounded to the dtype they are in."""
+    """c · B_out Z B_inᵀ x. What decides which directions are open is computed in float32 or wider, the rest as x is."""
 
     def __init__(self, target: Target, ends: Mapping[End, Side], dtype: torch.dtype):
         super().__init__()
@@ -47,10 +47,14 @@ class Addend(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tensors = dict(self.named_parameters())
-        Z = held(self.ends, tensors).to(x.dtype)
-        if "in" in self.ends and self.ends["in"].thin:
-            x = x @ tensors["B_in"].to(x.dtype)
-        y = F.linear(x, Z)
+        with exactly():
+            Z = held(self.ends, tensors)
+            if "in" in self.ends and self.ends["in"].thin:
+                # Inputs are large where they are held: rounded before the basis is applied, they would leak into it.
+                x_low = x.to(Z.dtype) @ tensors["B_in"]
+            else:
+                x_low = x
+        y = F.linear(x_low.to(x.dtype), Z.to(x.dtype))
         return F.linear(y, tensors["B_out"].to(y.dtype)) if "out" in self.ends and self.ends["out"].thin else y
 
 
@@ -69,21 +73,16 @@ def held(ends: Mapping[End, Side], tensors: Mapping[str, Tensor]) -> Tensor:
 
 def change(ends: Mapping[End, Side], tensors: Mapping[str, Tensor]) -> Tensor:
     """ΔW, outputs × inputs."""
-    D = held(ends, tensors)
-    if "in" in ends and ends["in"].thin:
-        D = D @ tensors["B_in"].mT
-    return tensors["B_out"] @ D if "out" in ends and ends["out"].thin else D
+    with exactly():
+        D = held(ends, tensors)
+        if "in" in ends and ends["in"].thin:
+            D = D @ tensors["B_in"].mT
+        return tensors["B_out"] @ D if "out" in ends and ends["out"].thin else D
 
 
 def attach(model: nn.Module, config: "OSFT", site: Site, chosen: Sequence[Target]) -> Applied:
     parts, names, undone = {}, [], []
     for target in chosen:
-        if target.experts is not None:
-            raise PlanError(
-                f"osft: form {config.form} puts adapters beside linear layers, and {target.weight} is a stack of "
-                "experts; use form update, or name other osft.targets",
-                settings=("techniques.osft.form", "techniques.osft.targets"),
-            )
         module = model.get_submodule(target.module)
         weight = getattr(module, "weight", None)
         dtype = torch.promote_types(torch.float32 if weight is None else weight.dtype, torch.float32)
@@ -95,8 +94,8 @@ def attach(model: nn.Module, config: "OSFT", site: Site, chosen: Sequence[Target
         parts[target.weight] = _part(target, config, own, addend, dtype)
 
     def undo() -> None:
-        for restore in reversed(undone):
-            restore()
+        while undone:
+            undone.pop()()
 
     return Applied(
         trainable=tuple(names),
@@ -153,5 +152,7 @@ def _part(target: Target, config: "OSFT", own: str, addend: Addend, dtype: torch
         join=join,
         compute_dtype=dtype,
         tolerance=0.0,
-        cost=float(target.rank * target.outputs * target.inputs),
+        cost=protection.cost(tuple(addend.ends.values()), target),
+        identity=protection.identity(config, tuple(addend.ends.values())),
+        measured=config.protect != "weights",
     )

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from treering.errors import PlanError
 from treering.osft.ranks import free
 from treering.osft.targets import others, targets
 from treering.technique import Applied, Site
@@ -18,14 +17,11 @@ def attach(model: nn.Module, config: "OSFT", site: Site) -> Applied:
     every = targets(config, site.anatomy)
     beside = others(config, site.anatomy, every)
     chosen = [target for target in every if free(config, target)]  # without a free direction there is nothing to train
-    if not chosen and not beside:
-        raise PlanError(
-            "osft: no target has a free direction, so nothing would be trained; raise osft.ratio",
-            settings=("techniques.osft.ratio",),
-        )
     applied = _form(config)(model, config, site, chosen)
     closed = (f"{len(every) - len(chosen)} targets are closed",) if len(every) > len(chosen) else ()
     more = (f"{len(beside)} other parameters learn without protection",) if beside else ()
+    if config.rank != "ratio" and not config.free:
+        closed = (*closed, f"rank {config.rank} is counted when weights are read; until then the default ratio stands")
     said = f"{config.form}, protects {config.protect}" + (f" ({config.strength})" * (config.protect != "weights"))
     return replace(applied, trainable=(*applied.trainable, *beside), notes=(said, *applied.notes, *closed, *more))
 

@@ -1,6 +1,6 @@
 """The technique `osft`: training that leaves alone what the model already uses its weights for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from treering.anatomy import Anatomy
+    from treering.osft.targets import Target
 
 FACTORED = ("forward", "factors")
 ADDENDS = ("one_sided", "core")
@@ -32,7 +33,7 @@ class OSFT:
     rank      ratio: as written; energy: enough directions are kept for `energy` of the spectrum; importance: weights
               that leave their inputs' direction as it is are kept more
     energy    of `rank: energy`: the part of the spectrum that is kept
-    importance  of `rank: importance`: the least and the most that is kept
+    importance  of `rank: importance`: a and b of a + I (b − a), the part that is kept, with I of mean 1
     form      update: W itself trains, its gradient and its step are projected; exact for every optimizer
               one_sided: an adapter ΔW = B Z inside the free directions; few parameters, W may be quantized
               core: an adapter ΔW = B Z C between free directions on both sides; fewer still, and less free
@@ -116,6 +117,7 @@ class OSFT:
         from treering.osft.targets import others, targets
 
         chosen = targets(self, anatomy)
+        self._check(anatomy, chosen)
         claims = []
         for target in chosen:
             weight = target.weight
@@ -130,6 +132,36 @@ class OSFT:
         for name in others(self, anatomy, chosen):
             claims.append(Claim(fqn=name, aspect="gradient", needs=("plain_weight",), setting="osft.train"))
         return claims
+
+    def _check(self, anatomy: "Anatomy", chosen: "Sequence[Target]") -> None:
+        """What this model cannot have, before anything of it is touched."""
+        from treering.anatomy import matches
+        from treering.osft.ranks import choices, free
+
+        for pattern in self.ratios:
+            if not any(matches(t.weight, pattern) or matches(t.module, pattern) for t in chosen):
+                raise PlanError(
+                    f"osft: the pattern {pattern!r} of osft.ratios matches no target; {chosen[0].module} is one",
+                    settings=("techniques.osft.ratios",),
+                )
+        for target in chosen:
+            if not 0 <= free(self, target) <= choices(self, target):
+                raise PlanError(
+                    f"osft: {target.weight} has {choices(self, target)} directions, and osft.free says "
+                    f"{free(self, target)}",
+                    settings=("techniques.osft.free",),
+                )
+            if self.form in ADDENDS and target.experts is not None:
+                raise PlanError(
+                    f"osft: form {self.form} puts adapters beside linear layers, and {target.weight} is a stack of "
+                    "experts; use form update, or name other osft.targets",
+                    settings=("techniques.osft.form", "techniques.osft.targets"),
+                )
+        if not any(free(self, target) for target in chosen) and not self.train:
+            raise PlanError(
+                "osft: no target has a free direction, so nothing would be trained; raise osft.ratio",
+                settings=("techniques.osft.ratio",),
+            )
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:
         from treering.osft.attach import attach

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from treering.osft import passes
 from treering.osft.decompose import svd
+from treering.osft.exactly import exactly
 from treering.osft.held import dealt
 from treering.osft.ranks import free
 from treering.osft.retract import Steps
@@ -93,9 +94,11 @@ class FactoredLinear(Factored):
 
 
 class FactoredExperts(Factored):
-    def forward(self, dtype: torch.dtype) -> Tensor:
-        """[E, N, M]."""
-        return passes.weight(self.high, self.low, self.projected, dtype)
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """`hidden` as it is, and the weight, [E, N, M]. What FSDP frees after the backward of a module it frees when
+        the gradient of the module's input has come: without an input that goes through, at the end of everything."""
+        with exactly():
+            return hidden, passes.weight(self.high, self.low, self.projected, hidden.dtype)
 
 
 def attach(model: nn.Module, config: "OSFT", site: Site, chosen: Sequence[Target]) -> Applied:
@@ -149,10 +152,12 @@ def _show_experts(module: nn.Module, weights: Mapping[str, tuple[Target, Factore
     plain: Callable[..., Any] = module.forward
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        shown = {leaf: oriented(factored(hidden.dtype), target) for leaf, (target, factored) in weights.items()}
-        for leaf, weight in shown.items():
-            setattr(module, leaf, weight)
+        shown = []
         try:
+            for leaf, (target, factored) in weights.items():
+                hidden, weight = factored(hidden)
+                setattr(module, leaf, oriented(weight, target))
+                shown.append(leaf)
             return plain(hidden, *args, **kwargs)
         finally:
             for leaf in shown:
@@ -195,4 +200,6 @@ def part(target: Target, factored: Factored, own: str, dtype: torch.dtype) -> Pa
         compute_dtype=dtype,
         tolerance=1e-5,
         cost=float(target.rank * target.outputs * target.inputs * (target.experts or 1)),
+        identity=f"osft factors {factored.held} {factored.turned} {sorted(names)}",
+        measured=False,
     )

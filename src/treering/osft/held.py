@@ -4,15 +4,17 @@ A frozen parameter inside an FSDP unit would be gathered for every forward and b
 step. Row for row they lie with the parameter they belong to, so that one end of it needs no message at all.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
+from treering.osft.exactly import exactly
 from treering.osft.operator import Operator
 from treering.osft.protection import End, Made, Side
 from treering.osft.targets import Target
@@ -29,6 +31,7 @@ class Held(nn.Module):
         self, target: Target, sides: Sequence[Side], dtype: torch.dtype, mesh: "DeviceMesh | None", *, anchored: bool
     ):
         super().__init__()
+        self.target = target
         self.sides = {side.end: side for side in sides}
         self.hard = not any(side.soft for side in sides)
         # Rows of the stored weight are dealt over ranks; experts are whole matrices, dealt one by one.
@@ -49,38 +52,55 @@ class Held(nn.Module):
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, mesh: "DeviceMesh | None") -> None:
         self.register_buffer(name, dealt(shape, dtype, mesh))
 
-    def project(self, X: Tensor, weight: Tensor) -> Tensor:
-        """P_out X P_in of this rank's part `X` of a tensor that lies as `weight` does. A collective."""
-        columns, rows = self._whole(self.columns), self._own(self.rows)
+    def project(self, X: Tensor, weight: Tensor, columns: Tensor | None) -> Tensor:
+        """P_out X P_in of this rank's part `X` of a tensor that lies as `weight` does, and the whole `columns` of what
+        is held at that end (see `fetch`). A collective where coefficients are summed over rows."""
+        bases = {self.columns: columns}
+        if self.rows in self.sides:  # the rows of Q that lie with this rank's rows of the weight
+            bases[self.rows] = local(self.held(self.basis(self.rows)))
+        return self._multiply(X, bases, lambda c: c if X.ndim == 3 else sum_over_rows(c, weight))
+
+    def project_whole(self, X: Tensor, bases: Mapping[End, Tensor]) -> Tensor:
+        """P_out X P_in where all rows of everything are here."""
+        return self._multiply(X, bases, lambda c: c)
+
+    def fetch(self) -> Callable[[], Tensor | None]:
+        """What is held of the columns, of all ranks: on its way from here on, and waited for by the call."""
+        return gathering(self.held(self.basis(self.columns))) if self.columns in self.sides else lambda: None
+
+    def _multiply(
+        self, X: Tensor, bases: Mapping[End, Tensor | None], together: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        columns, rows = (self._operator(end, bases.get(end)) for end in (self.columns, self.rows))
         thin = isinstance(columns, Operator) and columns.rest == 0
-        if isinstance(columns, Operator):
-            X = columns.inside(X) if thin else columns.right(X)
-        elif columns is not None:
-            X = X @ columns
-        if rows is not None:
-            coefficients = rows.coefficients(X)
-            X = rows.combine(X, coefficients if X.ndim == 3 else sum_over_rows(coefficients, weight))
-        return X @ columns.Q.mT if isinstance(columns, Operator) and thin else X
+        with exactly():
+            if isinstance(columns, Operator):
+                X = columns.inside(X) if thin else columns.right(X)
+            elif columns is not None:
+                X = X @ columns
+            if isinstance(rows, Operator):
+                X = rows.combine(X, together(rows.coefficients(X)))
+            return X @ columns.Q.mT if isinstance(columns, Operator) and thin else X
 
     def stretch(self, X: Tensor) -> Tensor:
         """c X, in place."""
         scale = local(self.held("scale"))
         return X.mul_(scale[:, None, None] if X.ndim == 3 else scale)
 
-    def _own(self, end: End) -> Operator | None:
-        """As this rank holds it: the rows of Q that lie with its rows of the weight."""
-        if end not in self.sides:
-            return None
-        return Operator(local(self.held(f"Q_{end}")), local(self.held(f"values_{end}")), self.sides[end].rest)
+    def basis(self, end: End) -> str:
+        """The buffer that says what is held at this end: Q, or P itself where that is what is kept."""
+        return f"P_{end}" if f"P_{end}" in self._buffers else f"Q_{end}"
 
-    def _whole(self, end: End) -> Operator | Tensor | None:
-        """Gathered over ranks, where it is dealt by rows; P itself where that is what is kept."""
-        if end not in self.sides:
-            return None
-        if f"P_{end}" in self._buffers:
-            return gathered(self.held(f"P_{end}"))
-        values = local(self.held(f"values_{end}"))
-        return Operator(gathered(self.held(f"Q_{end}")), values, self.sides[end].rest)
+    def _operator(self, end: End, basis: Tensor | None) -> Operator | Tensor | None:
+        if basis is None or self.basis(end) == f"P_{end}":
+            return basis
+        return Operator(basis, local(self.held(f"values_{end}")), self.sides[end].rest)
+
+    @property
+    def cost(self) -> int:
+        """Multiplications of projecting the whole matrix."""
+        each = sum(s.size if self.basis(s.end) == f"P_{s.end}" else 2 * s.columns for s in self.sides.values())
+        return each * self.target.outputs * self.target.inputs
 
     def values(self, own: str, made: Made) -> dict[str, Tensor]:
         """The buffers' first values, by live name, of what was decomposed."""
@@ -96,6 +116,14 @@ class Held(nn.Module):
         found = self._buffers[name]
         assert found is not None
         return found
+
+
+class Pair(NamedTuple):
+    """`X` is this rank's part of a tensor that lies as `weight` does; it is projected in place."""
+
+    held: Held
+    X: Tensor
+    weight: Tensor
 
 
 def dealt(shape: tuple[int, ...], dtype: torch.dtype, mesh: "DeviceMesh | None") -> Tensor:
@@ -115,9 +143,25 @@ def local(value: Tensor) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def gathered(value: Tensor) -> Tensor:
-    """Rows of all ranks; a stack of experts stays with its rank, where its weights are."""
-    return value.full_tensor() if isinstance(value, DTensor) and value.ndim == 2 else local(value)
+def gathering(value: Tensor) -> Callable[[], Tensor]:
+    """Rows of all ranks, asked for now and waited for by the call; a stack of experts stays with its rank, where its
+    weights are."""
+    if not isinstance(value, DTensor) or value.ndim != 2:
+        return lambda: local(value)
+    moving = value.redistribute(placements=[Replicate()] * value.device_mesh.ndim, async_op=True).to_local()
+    return lambda: moving.wait() if isinstance(moving, AsyncCollectiveTensor) else moving
+
+
+@torch.no_grad()
+def project_all(pairs: Iterable[Pair]) -> None:
+    """Each X becomes P_out X P_in. A collective: what the next one needs travels while this one is multiplied."""
+    waiting: tuple[Pair, Callable[[], Tensor | None]] | None = None
+    for pair in (*pairs, None):
+        coming = None if pair is None else (pair, pair.held.fetch())
+        if waiting is not None:
+            (held, X, weight), fetched = waiting
+            X.copy_(held.project(X, weight, fetched()))
+        waiting = coming
 
 
 def sum_over_rows(value: Tensor, like: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from treering.osft.exactly import exactly
+
 Way = Literal["factored", "dense", "rebuilt"]
 WAYS: tuple[Way, ...] = ("factored", "dense", "rebuilt")
 Pair = tuple[Tensor, Tensor]
@@ -46,7 +48,10 @@ def choose(tokens: int, N: int, M: int, h: int, l: int, learning: bool) -> Way:
 
 def project(X: Tensor, Q: Tensor | None) -> Tensor:
     """(I − Q Qᵀ) X; X itself where nothing is held."""
-    return X if Q is None else X - Q @ (Q.mT @ X)
+    if Q is None:
+        return X
+    with exactly():
+        return X - Q @ (Q.mT @ X)
 
 
 def weight(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from treering.errors import PlanError
 from treering.osft.decompose import eigen, svd
 from treering.osft.moment import moment
 from treering.osft.ranks import OF_WEIGHTS, asked, choices, everywhere, floor, free
@@ -78,8 +79,9 @@ def addend_sides(config: "OSFT", target: Target) -> dict[End, Side]:
 def open_by_weights(config: "OSFT", target: Target) -> int:
     """Free singular directions. Under `both` a number is counted in inputs, and taken in proportion."""
     if config.protect == "both" and asked(config, target) is None and target.weight not in config.free:
-        return floor(OF_WEIGHTS, target.rank)
-    return min(target.rank, free(config, target) * target.rank // choices(config, target))
+        return max(1, floor(OF_WEIGHTS, target.rank))
+    # At least one: a weight of which nothing is free is not trained at all.
+    return min(target.rank, max(1, free(config, target) * target.rank // choices(config, target)))
 
 
 def _size(target: Target, end: End) -> int:
@@ -115,24 +117,31 @@ def operators(
         if side.source == "inputs":
             made[side.end] = from_inputs(side, soften, moment(target, statistics))
             continue
-        factors = factors or svd(oriented(weight(), target))
+        factors = factors or svd(oriented(finite(weight(), target), target))
         Q = _columns(side, factors[0] if side.end == "out" else factors[2])
         made[side.end] = Q, torch.full(Q.shape[:-2] + Q.shape[-1:], 1.0 - side.rest, dtype=Q.dtype)
     return made
+
+
+def finite(W: Tensor, target: Target) -> Tensor:
+    if not bool(torch.isfinite(W).all()):
+        raise PlanError(f"osft: {target.weight} has values that are not finite, and no singular vectors to hold")
+    return W
 
 
 def from_inputs(side: Side, soften: float, A: Tensor) -> tuple[Tensor, Tensor]:
     """Directions of measured inputs, most used first. Soft: open by 1 / (e/ē + λ), in proportion to the most open."""
     energy, basis = eigen(A)
     Q, own = _columns(side, basis), _columns(side, energy[..., None, :])[..., 0, :]
-    if not side.soft:
-        return Q, torch.full_like(own, 1.0 - side.rest)
     mean = energy.mean(-1, keepdim=True)
+    values = torch.full_like(own, 1.0 - side.rest)
+    if side.soft:
+        others = energy[..., side.columns :]
+        last = own[..., -1:] if side.thin or not others.shape[-1] else others.mean(-1, keepdim=True)
+        unit = torch.where(mean > 0, mean, torch.ones_like(mean))
+        values = ((last / unit + soften) / (own / unit + soften)).clamp(max=1.0)
     # Where nothing was measured (an expert that saw no token) nothing is held.
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    others = energy[..., side.columns :]
-    last = own[..., -1:] if side.thin or not others.shape[-1] else others.mean(-1, keepdim=True)
-    return Q, ((last / mean + soften) / (own / mean + soften)).clamp(max=1.0)
+    return Q, torch.where(mean > 0, values, torch.ones_like(values))
 
 
 def _columns(side: Side, basis: Tensor) -> Tensor:
@@ -149,3 +158,16 @@ def scale(chosen: Sequence[Side], made: Made, target: Target) -> Tensor:
         square = values.double().square().sum(-1) + (side.size - side.columns) * side.rest**2
         found = found * (square / side.size).clamp_min(1e-30).rsqrt()
     return found
+
+
+def cost(chosen: Sequence[Side], target: Target) -> float:
+    """Multiplications of what `operators` will decompose, in proportion."""
+    one = sum(float(side.size) ** 3 for side in chosen if side.source == "inputs")
+    if any(side.source == "weights" for side in chosen):
+        one += float(target.rank * target.outputs * target.inputs)
+    return one * (target.experts or 1)
+
+
+def identity(config: "OSFT", chosen: Sequence[Side]) -> str:
+    """What the decomposed bases depend on besides the weight and the statistics."""
+    return f"osft {config.form} soften {config.soften} {tuple(chosen)!r}"

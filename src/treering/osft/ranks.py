@@ -84,6 +84,9 @@ def _kept_by_energy(config: "OSFT", target: Target, source: Any, statistics: Map
     share = energy.cumsum(-1) / energy.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     # Rounding may leave the last share a hair under 1, which is all there is to keep.
     needed = (share < min(config.energy, 1 - 1e-12)).sum(-1) + 1
+    needed = torch.where(
+        energy.sum(-1) > 0, needed, torch.zeros_like(needed)
+    )  # an expert that saw no token asks nothing
     return float(needed.clamp(max=choices(config, target)).max())
 
 

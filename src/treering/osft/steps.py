@@ -10,27 +10,28 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from torch.optim import Optimizer
 
 from treering.errors import PlanError
-from treering.osft.held import Held, local
+from treering.osft.held import Held, Pair, local, project_all
+from treering.osft.owners import Owners
 
 
 class Steps:
     """The weights of one model, and what is held of each."""
 
-    def __init__(self, model: nn.Module, weights: Sequence[str], held: Mapping[str, Held], *, anchored: bool):
+    def __init__(
+        self, model: nn.Module, weights: Sequence[str], held: Mapping[str, Held], *, anchored: bool, cached: bool
+    ):
         self.model, self.weights, self.held, self.anchored = model, tuple(weights), held, anchored
+        self.cached = cached
+        self._owners: Owners | None = None  # with `cached`: known as soon as weights have been dealt out
         self._old: dict[str, Tensor] = {}
         self._squares: dict[str, tuple[Tensor, Tensor]] = {}  # of this rank's gradient, as it came and projected
 
     @torch.no_grad()
     def project(self) -> None:
-        for name, weight in self._live():
-            if weight.grad is None:
-                continue
-            gradient = local(weight.grad)
-            raw = _square(gradient)
-            if name in self.held:
-                gradient.copy_(self.held[name].project(gradient, weight))
-            self._squares[name] = raw, _square(gradient)
+        gradients = {name: local(w.grad) for name, w in self._live() if w.grad is not None}
+        raw = {name: _square(gradient) for name, gradient in gradients.items()}
+        self._project(gradients)
+        self._squares = {name: (raw[name], _square(gradient)) for name, gradient in gradients.items()}
 
     @torch.no_grad()
     def remember(self, optimizers: Sequence[Optimizer]) -> None:
@@ -46,14 +47,25 @@ class Steps:
 
     @torch.no_grad()
     def retract(self) -> None:
-        for name, weight in self._live():
-            if name not in self.held:
-                continue
-            held, values, old = self.held[name], local(weight), self._old.pop(name)
-            step = held.stretch(held.project(values.sub_(old), weight))
-            values.copy_(old.add_(step))
+        values = {name: local(weight) for name, weight in self._live() if name in self.held}
+        for name, value in values.items():
+            value.sub_(self._old[name])
+        self._project(values)
+        for name, value in values.items():
+            held = self.held[name]
+            value.copy_(self._old.pop(name).add_(held.stretch(value)))
             if self.anchored:
-                values.add_(local(held.held("before")))
+                value.add_(local(held.held("before")))
+
+    def _project(self, tensors: Mapping[str, Tensor]) -> None:
+        """In place, those that are held."""
+        live = dict(self._live())
+        pairs = {name: Pair(self.held[name], X, live[name]) for name, X in tensors.items() if name in self.held}
+        if not self.cached:
+            return project_all(pairs.values())
+        if self._owners is None:
+            self._owners = Owners(self.held, live)
+        return self._owners.project_all(pairs)
 
     def _check_decay(self, optimizers: Sequence[Optimizer]) -> None:
         if self.anchored:
@@ -85,14 +97,14 @@ class Steps:
     def leaks(self) -> dict[str, float]:
         """ρ of each weight that is held hard and anchored; 0 for one that has not moved."""
         found = {}
-        for name, weight in self._live():
-            held = self.held.get(name)
-            if held is None or not self.anchored or not held.hard:
-                continue
-            change = local(weight) - local(held.held("before"))
-            leak = change - held.project(change, weight)
-            whole, part = (self._norm([(weight, _square(x))]) for x in (change, leak))
-            found[name] = part / whole if whole else 0.0
+        for names in self._few_at_a_time():
+            changes = {name: local(weight) - local(self.held[name].held("before")) for name, weight in names.items()}
+            leaks = {name: change.clone() for name, change in changes.items()}
+            self._project(leaks)
+            for name, weight in names.items():
+                parts = changes[name], changes[name] - leaks[name]
+                whole, part = (self._norm([(weight, _square(x))]) for x in parts)
+                found[name] = part / whole if whole else 0.0
         return found
 
     def _live(self) -> list[tuple[str, nn.Parameter]]:

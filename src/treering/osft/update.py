@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 def attach(model: nn.Module, config: "OSFT", site: Site, chosen: Sequence[Target]) -> Applied:
     parts: dict[str, Part] = {}
     held: dict[str, Held] = {}
-    for target in chosen:
-        dtype = model.get_parameter(target.weight).dtype
+    dtypes = {target.weight: model.get_parameter(target.weight).dtype for target in chosen}
+    for target in chosen:  # all are looked at before the first is touched
+        dtype = dtypes[target.weight]
         if dtype not in (torch.float32, torch.float64):
             raise PlanError(
                 f"osft: form update steps {target.weight} itself, and in {str(dtype).removeprefix('torch.')} rounding "
@@ -36,10 +37,11 @@ def attach(model: nn.Module, config: "OSFT", site: Site, chosen: Sequence[Target
                 "arithmetic as it is), or use form one_sided, which leaves the weight alone",
                 settings=("model.dtype", "techniques.osft.form"),
             )
-        if (own := _hold(model, config, site, target, dtype)) is not None:
+    for target in chosen:
+        if (own := _hold(model, config, site, target, dtypes[target.weight])) is not None:
             held[target.weight], parts[target.weight] = own
     names = tuple(target.weight for target in chosen)
-    steps = Steps(model, names, held, anchored=config.anchor)
+    steps = Steps(model, names, held, anchored=config.anchor, cached=config.wire == "cached")
     return Applied(
         trainable=names,
         parts=parts,
@@ -73,6 +75,9 @@ def _hold(model: nn.Module, config: "OSFT", site: Site, target: Target, dtype: t
         split=split,
         join=lambda tensors, below: below,
         tolerance=0.0,
-        cost=float(target.rank * target.outputs * target.inputs * (target.experts or 1)),
+        joins=(),
+        cost=protection.cost(sides, target),
+        identity=f"{protection.identity(config, sides)} anchor {config.anchor}",
+        measured=config.protect != "weights",
     )
     return held, part

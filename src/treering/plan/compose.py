@@ -15,7 +15,7 @@ from treering.curvature import Statistics as Measured
 from treering.errors import PlanError
 from treering.plan import conflicts, opening
 from treering.plan.fill import Chain, Statistics, fill, refill
-from treering.plan.materialise import materialise, to_meta
+from treering.plan.materialise import materialise, remember, to_meta
 from treering.plan.plan import Plan
 from treering.plan.prepared import Prepared
 from treering.plan.run import Run
@@ -88,9 +88,9 @@ def draft(
         statistics.check(anatomy)
     opening.quiet_dropout(built, dropout)
     source = opening.source_of(built, None if live else folder) if weights else None  # type: ignore[arg-type]
-    ordered = tuple(t.resolve(anatomy, source, statistics) if hasattr(t, "resolve") else t for t in ordered)
     if mesh is None and (any(t.stage == Stage.SHARD for t in ordered) or _several_ranks()):
         mesh = make_mesh()  # of all ranks: without one, each would train a model of its own and nobody would tell
+    ordered = tuple(t.resolve(anatomy, source, statistics) if hasattr(t, "resolve") else t for t in ordered)
     claimed = [t.claims(anatomy, mesh) for t in ordered]
     conflicts.check(list(zip(ordered, claimed)))
     conflicts.check_whole(ordered, claimed, mesh)
@@ -98,11 +98,19 @@ def draft(
     unpackable = attention.packable(built, anatomy)
     setattr(built, COMPOSED, True)
     restore = () if unpackable else (attention.install(built, anatomy),)
+    give_back = remember(built)
     if live:
         to_meta(built)
     for parameter in built.parameters():
         parameter.requires_grad_(False)
-    applied, chains = _apply(built, ordered, claimed, anatomy, mesh, seed)
+    try:
+        applied, chains = _apply(built, ordered, claimed, anatomy, mesh, seed)
+    except PlanError:  # somebody's model is not to be lost by a refusal
+        give_back()
+        delattr(built, COMPOSED)
+        for take_off in restore:
+            take_off()
+        raise
     return Plan(
         model=built,
         anatomy=anatomy,
@@ -197,7 +205,7 @@ def _apply(
             live[name].requires_grad_(True)
         for name, part in applied.parts.items():
             parts[name] = (*parts.get(name, ()), part)
-            identities[name] = f"{identities.get(name, seed)}|{technique!r}"
+            identities[name] = f"{identities.get(name, '')}|{part.identity or f'{seed} {technique!r}'}"
         done.append(applied)
     chains = {name: Chain(name=name, parts=links, identity=identities[name]) for name, links in parts.items()}
     return tuple(done), chains

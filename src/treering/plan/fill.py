@@ -185,7 +185,8 @@ def _shared(
 
 def _identity(chain: Chain, live: Mapping[str, Tensor], statistics: Statistics | None) -> str:
     dtypes = [f"{n}:{live[n].dtype}" for n in _names(chain)]
-    measured = (statistics or {}).get(chain.name, {})
+    looked_at = any(part.measured for part in chain.parts)
+    measured = (statistics or {}).get(chain.name, {}) if looked_at else {}
     return "\0".join([chain.name, *dtypes, *(f"{n}={digest(t)}" for n, t in sorted(measured.items()))])
 
 

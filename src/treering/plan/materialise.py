@@ -1,5 +1,6 @@
 """From the meta device to memory: empty parameters, tied ones staying one, and buffers with their true values."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,23 @@ if TYPE_CHECKING:
 def to_meta(model: nn.Module) -> None:
     """Give every parameter's memory back; buffers stay. Whoever wants the values has made a Source before."""
     _replace(model, lambda p: torch.empty_like(p, device="meta"))
+
+
+def remember(model: nn.Module) -> Callable[[], None]:
+    """Returns what puts the parameters of now back in their places."""
+    places = [
+        (module, name, parameter, parameter.requires_grad)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+
+    def give_back() -> None:
+        for module, name, parameter, learns in places:
+            parameter.requires_grad_(learns)
+            module._parameters[name] = parameter
+
+    return give_back
 
 
 def materialise(model: "PreTrainedModel", device: torch.device, resting: torch.device) -> None:

@@ -1,5 +1,6 @@
 """A model with its techniques in place, ready to train: what `compose` returns."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Run:
         self.number = 0  # steps taken, skipped ones included
         self.skipped_in_a_row = 0
         self._samples: list[str] = []
+        self._attached = False
         losses = [a.loss for a in plan.applied if a.loss is not None]
         self._loss: Callable[[nn.Module, Batch], Tensor] = losses[0] if losses else cross_entropy
 
@@ -50,8 +52,17 @@ class Run:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def optimizer(self, kind: type[Optimizer] = torch.optim.AdamW, **settings: Any) -> Optimizer:
-        """`kind` over the trainable parameters. Weight decay acts on matrices; vectors (norms, biases) are spared."""
+        """`kind` over the trainable parameters. Nothing decays unless `weight_decay` says so, whatever the default of
+        `kind` is; then it acts on matrices, and vectors (norms, biases) are spared.
+
+        Where parameters rest on the CPU, AdamW is the fused one unless you say otherwise: it is several times faster.
+        """
         named = self.trainable()
+        chosen = settings.keys() & {"fused", "foreach", "differentiable", "capturable"}
+        if kind is torch.optim.AdamW and not chosen and {p.device.type for _, p in named} == {"cpu"}:
+            settings["fused"] = True
+        if "weight_decay" in inspect.signature(kind).parameters:
+            settings.setdefault("weight_decay", 0.0)
         if not settings.get("weight_decay"):
             return kind([p for _, p in named], **settings)
         groups: list[dict[str, Any]] = [
@@ -93,6 +104,7 @@ class Run:
 
         A gradient that is not finite anywhere skips the step on all ranks; `max_skips` in a row end the run.
         """
+        self._refuse_attached()
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         named = self.trainable()
         self._check_same(named, optimizers)
@@ -112,8 +124,15 @@ class Run:
         Returns what takes the hooks off again.
         """
         self._check_same(self.trainable(), [optimizer])
+        self._refuse_attached()
+        self._attached = True
 
-        def before(*_: Any) -> None:
+        def before(_: Optimizer, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+            if any(one is not None for one in (*args[1:], given.get("closure"))):  # the first is the optimizer
+                raise PlanError(
+                    "the optimizer was given a closure: it would compute gradients after they were to be projected. "
+                    "Call backward() yourself and step() without a closure"
+                )
             settle(self.model)
             for applied in self.plan.applied:
                 if applied.gradients is not None:
@@ -129,10 +148,15 @@ class Run:
         handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
         def detach() -> None:
+            self._attached = False
             for handle in handles:
                 handle.remove()
 
         return detach
+
+    def _refuse_attached(self) -> None:
+        if self._attached:
+            raise PlanError("the hooks of run.attach() are on an optimizer: each step would be projected twice. Detach")
 
     def _check_same(self, named: Sequence[tuple[str, nn.Parameter]], optimizers: Sequence[Optimizer]) -> None:
         """A parameter that no optimizer steps would silently never learn; one that two step would learn twice."""
@@ -149,6 +173,7 @@ class Run:
         )
 
     def metrics(self) -> dict[str, float]:
+        settle(self.model)
         found: dict[str, float] = {}
         for applied in self.plan.applied:
             if applied.metrics is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from treering.errors import PlanError
-from treering.plan.fill import join
+from treering.plan.fill import Chain, join
 from treering.plan.place import gather
 from treering.plan.plan import Plan
 from treering.technique import LazyTensor
@@ -55,16 +55,20 @@ def joined(plan: Plan, name: str, values: Values) -> Tensor:
     chain = plan.chains.get(name)
     if chain is None:
         return base.to(dtype)
-    tensors = {own: values.read(own) for part in chain.parts for own in part.names}
+    tensors = {own: values.read(own) for own in _joined_names(chain)}
     return join(chain.parts, tensors, base).to(dtype)
 
 
 def take_part(plan: Plan, name: str, values: Values) -> None:
     """The collectives of `joined`, on a rank that has no use for the result."""
     chain = plan.chains.get(name)
-    for own in ({name} & values.names, *(part.names for part in (chain.parts if chain else ()))):
-        for one in own:
-            values.read(one)
+    for own in (*({name} & values.names), *(_joined_names(chain) if chain else ())):
+        values.read(own)
+
+
+def _joined_names(chain: Chain) -> list[str]:
+    """What the joins read. Bases that are not part of the weight are not gathered for it."""
+    return [own for part in chain.parts for own in (part.names if part.joins is None else part.joins)]
 
 
 def groups(plan: Plan, names: Iterable[str] | None = None) -> list[tuple[str, ...]]:

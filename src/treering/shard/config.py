@@ -21,12 +21,15 @@ class Shard:
     reduce    dtype in which gradients are summed over ranks
     reshard   free a block's gathered parameters after its forward, and gather them again for its backward
     offload   where shards rest between uses; also useful with one GPU and no launcher
+    hold      what stays whole on each rank between the micro-batches of a step. `gradients`: they are summed over
+              ranks once a step, in its last backward. `all`: so are they, and parameters are gathered once a step
     """
 
     compute: Literal["stored", "bfloat16", "float32"] = "stored"
     reduce: Literal["float32", "bfloat16", "stored"] = "float32"
     reshard: bool = True
     offload: Literal["none", "cpu"] = "none"
+    hold: Literal["nothing", "gradients", "all"] = "nothing"
 
     stage: ClassVar[Stage] = Stage.SHARD
 
@@ -37,9 +40,14 @@ class Shard:
         return [Claim(fqn=fqn, aspect="sharding", setting="shard") for fqn in sorted(names)]
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:
+        from treering.shard.hold import Hold
         from treering.shard.units import shard
 
         if site.mesh is None:
             raise PlanError("shard: there is no mesh; pass mesh=treering.mesh(shard=-1)")
         notes = shard(model, self, site)
-        return Applied(notes=notes, resting="cpu" if self.offload == "cpu" else "device")
+        resting: Literal["device", "cpu"] = "cpu" if self.offload == "cpu" else "device"
+        if self.hold == "nothing":
+            return Applied(notes=notes, resting=resting)
+        hold = Hold(model, parameters=self.hold == "all")
+        return Applied(notes=notes, resting=resting, batch=hold.count, gradients=hold.check)

@@ -43,6 +43,7 @@ def shard(model: nn.Module, config: "Shard", site: Site) -> tuple[str, ...]:
     if config.offload == "cpu":
         offload = CPUOffloadPolicy(pin_memory=site.mesh.device_type == "cuda")
     pinned = _pinned(model, site)
+    reshard = config.reshard and config.hold != "all"
     apart = 0
     for unit in plan_units(site.anatomy):
         modules = [model.get_submodule(fqn) for fqn in unit]
@@ -53,9 +54,7 @@ def shard(model: nn.Module, config: "Shard", site: Site) -> tuple[str, ...]:
                 policy = MixedPrecisionPolicy(
                     param_dtype=dtype, reduce_dtype=_reduce(config, {dtype}), cast_forward_inputs=False
                 )
-                fully_shard(
-                    module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=config.reshard
-                )
+                fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
                 apart += 1
         _check_uniform(dict(zip(unit, modules)))
         target = modules if len(modules) > 1 else modules[0]
@@ -67,7 +66,7 @@ def shard(model: nn.Module, config: "Shard", site: Site) -> tuple[str, ...]:
             mesh=mesh,
             mp_policy=_policy(config, modules),
             offload_policy=offload,
-            reshard_after_forward=config.reshard and not root,
+            reshard_after_forward=reshard and not root,
         )
     for module in model.modules():
         if isinstance(module, FSDPModule):  # the loss is already divided by the global token count: sum, never average
@@ -79,6 +78,8 @@ def shard(model: nn.Module, config: "Shard", site: Site) -> tuple[str, ...]:
         notes.append(f"{apart} modules with a pinned dtype have units of their own")
     if config.offload == "cpu":
         notes.append("shards rest in host memory")
+    if config.hold != "nothing":
+        notes.append(f"{'parameters and gradients' if config.hold == 'all' else 'gradients'} stay whole within a step")
     return tuple(notes)
 
 

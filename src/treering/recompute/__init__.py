@@ -1,0 +1,3 @@
+from treering.recompute.config import Recompute
+
+__all__ = ["Recompute"]

@@ -1,0 +1,106 @@
+"""Give the feed-forward parts of a model forwards that run in tiles."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from treering.technique import Applied, Site
+from treering.tiling import forward, groups
+from treering.tiling.lengths import GIB, tile_length
+from treering.tiling.region import Region
+
+if TYPE_CHECKING:
+    from treering.anatomy import Anatomy, Experts
+    from treering.tiling.config import Accumulate, TiledBlock, TiledMLP
+
+
+def attach(model: nn.Module, config: "TiledMLP", site: Site) -> Applied:
+    anatomy = site.anatomy
+    undone = [_dense(model, config, anatomy, fqn, "tiledmlp") for fqn in dense(model, anatomy)]
+    several = [tile_experts(model, config, anatomy, experts, "tiledmlp") for experts in anatomy.experts]
+    return Applied(undo=forward.undo_all([*undone, *several]), notes=notes(config, len(undone), len(several)))
+
+
+def notes(config: "TiledMLP | TiledBlock", dense: int, experts: int) -> tuple[str, ...]:
+    long = f"of {config.budget:g} GiB" if config.tile == "budget" else f"of {config.tile} tokens"
+    long = "of as many tokens as the model is wide" if config.tile == "hidden" else long
+    found = [f"{dense} MLPs in tiles {long}"] if dense else []
+    if experts:
+        by = f"in tiles {long}" if config.experts == "tokens" else "by groups of experts"
+        found.append(f"the experts of {experts} blocks {by}, routers outside")
+    return tuple(found)
+
+
+def dense(model: nn.Module, anatomy: "Anatomy") -> list[str]:
+    """MLPs, and beside experts the ones that every token goes through."""
+    found = []
+    for block in anatomy.blocks:
+        if block.mlp is None:
+            continue
+        stacked = tuple(e.fqn for e in anatomy.experts if e.fqn.startswith(f"{block.mlp}."))
+        if not stacked and not any(e.fqn == block.mlp for e in anatomy.experts):
+            found.append(block.mlp)
+            continue
+        beside = (f"{block.mlp}.{name}" for name, _ in model.get_submodule(block.mlp).named_children())
+        found += [fqn for fqn in beside if fqn not in stacked and len(_outputs(anatomy, fqn)) > 1]
+    return found
+
+
+def _outputs(anatomy: "Anatomy", fqn: str) -> list[int]:
+    return [x.outputs for x in anatomy.linears if x.role == "mlp" and x.fqn.startswith(f"{fqn}.")]
+
+
+def token_width(anatomy: "Anatomy", fqn: str) -> int:
+    """Elements that one token needs at the peak of its backward: each linear's output, the activation of it or what
+    becomes of it, and a gradient. For a gated MLP of width I that is the 6 I of its well-known formula, and 3 H."""
+    return 3 * sum(_outputs(anatomy, fqn))
+
+
+def sums_wide(region: Region, accumulate: "Accumulate", budget: float) -> bool:
+    if accumulate == "budget":
+        return 4 * sum(p.numel() for m in region.modules for p in m.parameters() if p.requires_grad) <= budget * GIB
+    return accumulate == "float32"
+
+
+def _dense(model: nn.Module, config: "TiledMLP", anatomy: "Anatomy", fqn: str, setting: str) -> Callable[[], None]:
+    module: Any = model.get_submodule(fqn)
+    region, plain, width = Region(fqn, [module], setting), module.forward, token_width(anatomy, fqn)
+
+    def tiled(*args: Any, **kwargs: Any) -> Any:
+        fn, tokens, dims = forward.of_tokens(plain, args, kwargs, fqn, setting)
+        x = tokens[0]
+        size = tile_length(config.tile, config.budget, width * x.element_size(), x.shape[-1])
+        wide = sums_wide(region, config.accumulate, config.budget)
+        return region(fn, *tokens, size=size, dims=dims, wide=wide)
+
+    return forward.replace(module, tiled)
+
+
+def tile_experts(
+    model: nn.Module, config: "TiledMLP | TiledBlock", anatomy: "Anatomy", experts: "Experts", setting: str
+) -> Callable[[], None]:
+    """The call of stacked experts: tokens, their experts' numbers and weights are cut together; the router has seen
+    all tokens before, so a loss on what it gives has the gradient it always had."""
+    module: Any = model.get_submodule(experts.fqn)
+    region, plain = Region(experts.fqn, [module], setting), module.forward
+    hidden = model.config.hidden_size  # type: ignore[union-attr]
+    rows = sum(p.shape[1] if p.shape[2] == hidden else p.shape[2] for n, p in _stacked(model, experts))
+    if config.experts == "groups":
+        groups.check(module, experts, setting)
+
+    def tiled(*args: Any, **kwargs: Any) -> Any:
+        fn, tokens, dims = forward.of_tokens(plain, args, kwargs, experts.fqn, setting)
+        x, index = tokens[0], groups.index_of(tokens, experts.fqn, setting)
+        width = 3 * index.shape[-1] * (rows + x.shape[-1]) * x.element_size()
+        size = tile_length(config.tile, config.budget, width, x.shape[-1])
+        wide = sums_wide(region, config.accumulate, config.budget)
+        if config.experts == "groups":
+            return groups.call(module, experts, region, fn, tokens, dims, size, wide)
+        return region(fn, *tokens, size=size, dims=dims, wide=wide)
+
+    return forward.replace(module, tiled)
+
+
+def _stacked(model: nn.Module, experts: "Experts") -> list[tuple[str, Tensor]]:
+    return [(name, model.get_parameter(name)) for name in experts.stacked]
