@@ -14,7 +14,19 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "treering"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-GROUND = {"technique", "errors", "seeds", "together", "anatomy", "folders", "writing", "weights", "topology", "trust"}
+GROUND = {
+    "technique",
+    "errors",
+    "exactly",
+    "seeds",
+    "together",
+    "anatomy",
+    "folders",
+    "writing",
+    "weights",
+    "topology",
+    "trust",
+}
 FIRST = {"attention", "formats", "curvature"}
 TECHNIQUES = {"full", "lora", "osft", "tiling", "recompute", "shard", "compile"}
 MAY_IMPORT = {

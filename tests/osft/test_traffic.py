@@ -44,8 +44,8 @@ def linears() -> tuple[Target, ...]:
     return targets(tr.OSFT(), examine(model))
 
 
-def counted(technique) -> dict[str, float]:
-    traffic = of_a_step(CONFIG, [technique, tr.Shard()], RANKS, shapes_only=False)
+def counted(technique, ranks: int = RANKS, rank: int = 0, shapes_only: bool = False) -> dict[str, float]:
+    traffic = of_a_step(CONFIG, [technique, tr.Shard()], ranks, rank=rank, shapes_only=shapes_only)
     return {phase: traffic.sent(phase) for phase in ("model", "gradients", "step")}
 
 
@@ -111,6 +111,14 @@ def test_update_gathers_at_the_inputs_and_sums_at_the_outputs(technique):
             wanted += summed(at_outputs.columns * width)
     assert wanted > 0
     assert found["gradients"] == found["step"] == pytest.approx(wanted, rel=1e-12)
+
+
+def test_cached_operators_stay_and_rows_go_there_and_back():
+    ranks = 4  # divides all rows here, so that what all ranks send is the same whoever owns what
+    # Shapes only: the pretended group has nothing to hand to a rank that sends nothing.
+    every = [counted(tr.OSFT(protect="both", wire="cached"), ranks, rank, shapes_only=True) for rank in range(ranks)]
+    each = sum(2 * (ranks - 1) / ranks * t.outputs * t.inputs * BYTES / ranks for t in linears())
+    assert sum(found["gradients"] for found in every) == sum(found["step"] for found in every) == ranks * each
 
 
 def test_fsdp_gathers_twice_and_reduces_once():

@@ -275,3 +275,127 @@ def test_the_small_file_is_an_adapter_that_peft_loads(config, arch, tmp_path):
     run.export(tmp_path / "adapter", adapter="osft")
     theirs = PeftModel.from_pretrained(build(arch), tmp_path / "adapter")
     assert_same(logits(theirs), logits(run.model), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.Adam, {}), (torch.optim.AdamW, {}), (torch.optim.Muon, {})],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_decay_is_that_of_the_change(kind, settings):
+    """The same optimizer on the change itself, with the weight from before added in the forward."""
+    config = tr.OSFT(protect="weights", ratio=1.0, anchor=True, targets=("q_proj",))
+    run, _ = composed(config)
+    before = weights(run)
+    train(run, STEPS, kind, lr=1e-2, weight_decay=0.5, **settings)
+    after = weights(run)
+    plain = tr.compose(build("llama", dtype=torch.float64), [tr.Full(train=("q_proj",))])
+    changes = {name: torch.zeros_like(p) for name, p in plain.trainable()}
+    optimizer = kind(list(changes.values()), lr=1e-2, weight_decay=0.5, **settings)
+    for batches in plain.steps(STEPS):
+        for batch in batches:
+            plain.loss(batch).backward()
+        for name, p in plain.trainable():
+            changes[name].grad, p.grad = p.grad, None
+        optimizer.step()
+        with torch.no_grad():
+            for name, p in plain.trainable():
+                p.copy_(before[name] + changes[name])
+    for name, change in changes.items():
+        assert_same(after[name], before[name] + change, 1e-9, name)
+
+
+def test_an_optimizer_whose_decay_is_not_known_is_refused():
+    class Lion(torch.optim.SGD):
+        pass
+
+    run, _ = composed(tr.OSFT(protect="weights", anchor=True))
+    with pytest.raises(tr.PlanError, match="how Lion decays"):
+        train(run, STEPS, Lion, lr=1e-2, weight_decay=0.1)
+
+
+def test_a_failed_step_leaves_the_weights(monkeypatch):
+    run, _ = composed(tr.OSFT(protect="weights", anchor=True))
+    before = weights(run)
+    optimizer = run.optimizer(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(optimizer, "step", lambda: (_ for _ in ()).throw(MemoryError()))
+        for batches in run.steps(STEPS[:1]):
+            for batch in batches:
+                run.loss(batch).backward()
+            run.step(optimizer)
+    assert_all_same(weights(run), before, 0.0)
+
+
+def stepped(config, **context):
+    run, _ = composed(config, dtype=torch.float32)
+    optimizer = run.optimizer(torch.optim.AdamW, lr=1e-2)
+    for batches in run.steps([rows(1, seed=i) for i in range(10)]):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(context.get("autocast"))):
+            for batch in batches:
+                run.loss(batch).backward()
+            run.step(optimizer)
+    return run
+
+
+@pytest.mark.parametrize("form", ["update", "one_sided", "forward", "factors"])
+def test_neither_autocast_nor_fast_products_leak(form):
+    config = tr.OSFT(protect="weights", ratio=0.3, form=form, anchor=form == "update")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        base = {name: W.double() for name, W in weights(composed(config, dtype=torch.float32)[0]).items()}
+        run = stepped(config, autocast=True)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for target in targets(config, run.plan.anatomy):
+        W = base[target.weight]
+        U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+        held = target.rank - free(config, target)
+        change = weights(run)[target.weight].double() - W
+        for leak in (U[:, :held].T @ change, change @ Vh[:held].T):
+            assert float(leak.norm() / change.norm()) < 1e-4, target.weight
+
+
+def test_a_refusal_leaves_somebodys_model_as_it_was():
+    model = build("llama", dtype=torch.bfloat16)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(tr.PlanError, match="to float32"):
+        tr.compose(model, [tr.OSFT(protect="weights")])
+    assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.named_parameters())
+    tr.compose(model.float(), [tr.OSFT(protect="weights")])
+
+
+def test_closures_and_double_hooks_are_refused():
+    run, _ = composed(tr.OSFT(protect="weights"))
+    optimizer = torch.optim.SGD([p for _, p in run.trainable()], lr=0.1)
+    detach = run.attach(optimizer)
+    with pytest.raises(tr.PlanError, match="closure"):
+        optimizer.step(lambda: torch.zeros(()))
+    with pytest.raises(tr.PlanError, match="twice"):
+        run.attach(optimizer)
+    with pytest.raises(tr.PlanError, match="twice"):
+        run.step(optimizer)
+    detach()
+    assert run.metrics() == {}
+
+
+def test_what_was_measured_nowhere_is_held_nowhere():
+    from dataclasses import replace
+
+    for config in (tr.OSFT(strength="hard", ratio=0.5), tr.OSFT(rank="energy", energy=0.8)):
+        model = build("qwen3_moe", dtype=torch.float64)
+        statistics = {name: dict(found) for name, found in moments(model, config).items()}
+        empty = "model.layers.0.mlp.experts.gate_up_proj"
+        statistics[empty]["inputs"][1] = 0.0
+        run = tr.compose(model, [replace(config)], statistics=statistics)
+        held = run.model.get_submodule("model.layers.0.mlp.experts").osft_gate_up_proj
+        X = torch.randn(*held.target.shape, dtype=torch.float64)
+        projected = held.project(X, X, held.fetch()())
+        assert_same(projected[1], X[1], 1e-12)
+        assert float((projected[0] - X[0]).norm()) > 0.1 * float(X[0].norm())
+
+
+def test_a_pattern_of_ratios_that_names_nothing_is_an_error():
+    with pytest.raises(tr.PlanError, match="matches no target"):
+        composed(tr.OSFT(protect="weights", ratios={"q_prj": 0.5}))

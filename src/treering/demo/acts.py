@@ -45,7 +45,7 @@ train:
   epochs: {epochs}
   tokens_per_step: 1024
   log_every: 20
-  optimizer: {{name: adamw, lr: 2.0e-3}}
+  optimizer: {{name: adamw, lr: {lr:.1e}}}
   schedule: {{name: cosine, warmup: 5}}
   evaluate: {{prompts: ["{question}"], new_tokens: 12}}
 output: "{root}/{output}"
@@ -105,7 +105,7 @@ def pretrain(stage: Stage) -> None:
 def teach(stage: Stage) -> None:
     taught = facts.invent(stage.places)
     facts.write(stage.root / "facts" / "train.jsonl", taught)
-    file = teaching(stage, "full", "full:")
+    file = teaching(stage, "full", "full:", 2e-3, stage.epochs)
     stage.command("treering", "data", "show", file, "-n", 1)
     stage.command("treering", "train", file)
     stage.train(file)
@@ -118,15 +118,16 @@ def teach(stage: Stage) -> None:
     stage.bar(right >= 0.9 * len(taught), f"{right} of {len(taught)} taught facts answered; {known} before teaching")
 
 
-def teaching(stage: Stage, name: str, technique: str) -> Path:
-    """The configuration that teaches by `technique`; all of them alike in everything else."""
+def teaching(stage: Stage, name: str, technique: str, lr: float, epochs: int) -> Path:
+    """The configuration that teaches by `technique`; they are alike in everything that is not said here."""
     output = "teach" if name == "full" else f"teach-{name}"
     known = json.dumps(str(stage.root / "known"))
     return _config(
         stage,
         f"{output}.yaml",
         TEACH,
-        epochs=stage.epochs,
+        epochs=epochs,
+        lr=lr,
         question=facts.invent(stage.places)[0].question,
         technique=technique,
         statistics=f"statistics: {{path: {known}, tokens: 0}}\n" if name == "osft" else "",

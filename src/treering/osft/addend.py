@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from treering.exactly import exactly
 from treering.osft import protection
-from treering.osft.exactly import exactly
 from treering.osft.operator import Operator
 from treering.osft.peft_format import describe
 from treering.osft.protection import End, Side

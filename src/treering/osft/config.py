@@ -39,7 +39,8 @@ class OSFT:
               core: an adapter ΔW = B Z C between free directions on both sides; fewer still, and less free
               forward: W in factors, projected inside the forward; no hook, no message of its own
               factors: W in factors, gradients projected before the step and parameters after it
-    wire      of `factors`: coefficients are summed, the basis is gathered, or gathered once and kept
+    wire      of `factors`: coefficients are summed, the basis is gathered, or gathered once and kept. cached, of
+              `update`: one rank keeps a weight's operators whole, and rows travel; else operators are gathered
     compute   of the factored forms: by token count, or always one way; all are equal
     anchor    keep the weights from before, so that weight decay acts on the change and the leak is exact (`update`)
     targets   `all-linear`: every linear and stacked expert inside the blocks but routers; or patterns

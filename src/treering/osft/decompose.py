@@ -7,7 +7,7 @@ accurate: squaring loses half the digits, and float64 has twice as many. On the 
 import torch
 from torch import Tensor
 
-from treering.osft.exactly import exactly
+from treering.exactly import exactly
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from treering.exactly import exactly
 from treering.osft import passes
 from treering.osft.decompose import svd
-from treering.osft.exactly import exactly
 from treering.osft.held import dealt
 from treering.osft.ranks import free
 from treering.osft.retract import Steps

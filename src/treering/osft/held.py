@@ -14,7 +14,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
-from treering.osft.exactly import exactly
+from treering.exactly import exactly
 from treering.osft.operator import Operator
 from treering.osft.protection import End, Made, Side
 from treering.osft.targets import Target
@@ -68,9 +68,7 @@ class Held(nn.Module):
         """What is held of the columns, of all ranks: on its way from here on, and waited for by the call."""
         return gathering(self.held(self.basis(self.columns))) if self.columns in self.sides else lambda: None
 
-    def _multiply(
-        self, X: Tensor, bases: Mapping[End, Tensor | None], together: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def _multiply(self, X: Tensor, bases: Mapping[End, Tensor | None], together: Callable[[Tensor], Tensor]) -> Tensor:
         columns, rows = (self._operator(end, bases.get(end)) for end in (self.columns, self.rows))
         thin = isinstance(columns, Operator) and columns.rest == 0
         with exactly():
@@ -84,7 +82,7 @@ class Held(nn.Module):
 
     def stretch(self, X: Tensor) -> Tensor:
         """c X, in place."""
-        scale = local(self.held("scale"))
+        scale = local(self.held("scale")).to(X.device)
         return X.mul_(scale[:, None, None] if X.ndim == 3 else scale)
 
     def basis(self, end: End) -> str:
@@ -155,13 +153,14 @@ def gathering(value: Tensor) -> Callable[[], Tensor]:
 @torch.no_grad()
 def project_all(pairs: Iterable[Pair]) -> None:
     """Each X becomes P_out X P_in. A collective: what the next one needs travels while this one is multiplied."""
-    waiting: tuple[Pair, Callable[[], Tensor | None]] | None = None
-    for pair in (*pairs, None):
-        coming = None if pair is None else (pair, pair.held.fetch())
-        if waiting is not None:
-            (held, X, weight), fetched = waiting
-            X.copy_(held.project(X, weight, fetched()))
-        waiting = coming
+    queue = list(pairs)
+    ahead = [pair.held.fetch() for pair in queue[:1]]
+    for i, (held, X, weight) in enumerate(queue):
+        columns = ahead.pop()()
+        ahead += [pair.held.fetch() for pair in queue[i + 1 : i + 2]]
+        # With offload the weight rests on the host and the bases do not: they would be the larger thing to move.
+        X.copy_(held.project(X.to(held.held("scale").device), weight, columns))
+        del columns  # or it would still be there while the one after the next is fetched
 
 
 def sum_over_rows(value: Tensor, like: Tensor) -> Tensor:

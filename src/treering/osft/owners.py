@@ -2,11 +2,12 @@
 
 Each weight has one owner among the ranks that share its rows, which keeps what is held of it whole, and multiplies:
 
-    gathered   (P − 1)/P · M k     bytes of the operator, whatever P is
-    cached     2 (P − 1)/P · N M / P     of the rows, there and back
+    gathered   (P − 1)/P · M k            numbers of the operator, however many ranks there are
+    cached     2 (P − 1)/P · N M / P      of the rows, there and back
 
-a pass and rank, in elements. In a round each rank owns at most one weight, so one exchange brings all rows of all the
-round's weights to their owners, and another one brings them back: a rank has one whole weight more for as long.
+a pass, that each rank sends. In a round a rank owns at most one weight: one exchange brings the rows of all of the
+round's weights to their owners, and another one brings them back. While it lasts, a rank has one weight whole, and
+what becomes of it; for good, its share of the operators a second time.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,17 +35,17 @@ class Owners:
             costs = {name: held[name].cost for name, of in self._groups.items() if of is group}
             self.owner |= deal(costs, dist.get_world_size(group))
         self._kept: dict[str, dict[End, Tensor]] = {}  # of this rank's own weights
-        self._made_of: dict[str, list[_Version]] = {}
+        self._made_of: dict[str, list[tuple[Tensor, int]]] = {}  # buffers, and how often they had been written to
 
     @torch.no_grad()
     def project_all(self, pairs: Mapping[str, Pair]) -> None:
         """Each X becomes P_out X P_in. A collective; the same names on all ranks."""
         self._keep([name for name in pairs if name in self.owner])
         for names in self.rounds(pairs):
-            trip = _Round(self._groups[names[0]], {self.owner[name]: _of(pairs[name]) for name in names})
+            trip = self._round({name: _Dealt(pairs[name].X, pairs[name].weight.shape[0]) for name in names})
             whole = trip.collect()
             if whole is not None:
-                mine = next(name for name in names if self.owner[name] == trip.rank)
+                mine = self._mine(names)
                 whole = self.held[mine].project_whole(whole, self._kept[mine])
             trip.deliver(whole)
         project_all(pair for name, pair in pairs.items() if name not in self.owner)
@@ -62,19 +63,30 @@ class Owners:
         yield from found.values()
 
     def _keep(self, names: Sequence[str]) -> None:
-        now = {name: [_Version.of(buffer) for buffer in self._bases(name).values()] for name in names}
         # All ranks write to a buffer or none does, so they agree.
-        stale = [name for name in names if self._made_of.get(name) != now[name]]
+        stale = [name for name in names if not self._fits(name)]
         for name in stale:
             self._kept.pop(name, None)
         for end in ("in", "out"):
-            for names in self.rounds(name for name in stale if end in self.held[name].sides):
-                bases = {self.owner[name]: _Dealt.of(self._bases(name)[end]) for name in names}
-                trip = _Round(self._groups[names[0]], bases)
+            for alike in self.rounds(name for name in stale if end in self.held[name].sides):
+                trip = self._round({name: _Dealt.of(self._bases(name)[end]) for name in alike})
                 if (whole := trip.collect()) is not None:
-                    mine = next(name for name in names if self.owner[name] == trip.rank)
-                    self._kept.setdefault(mine, {})[end] = whole
-        self._made_of |= {name: now[name] for name in stale}
+                    self._kept.setdefault(self._mine(alike), {})[end] = whole
+        for name in stale:
+            self._made_of[name] = [(buffer, local(buffer)._version) for buffer in self._bases(name).values()]
+
+    def _fits(self, name: str) -> bool:
+        made_of, now = self._made_of.get(name), self._bases(name).values()
+        return made_of is not None and all(
+            of is buffer and number == local(buffer)._version for (of, number), buffer in zip(made_of, now, strict=True)
+        )
+
+    def _round(self, parts: "Mapping[str, _Dealt]") -> "_Round":
+        return _Round(self._groups[next(iter(parts))], {self.owner[name]: part for name, part in parts.items()})
+
+    def _mine(self, names: Iterable[str]) -> str:
+        """Which of a round is this rank's own."""
+        return next(name for name in names if self.owner[name] == dist.get_rank(self._groups[name]))
 
     def _bases(self, name: str) -> dict[End, Tensor]:
         held = self.held[name]
@@ -96,28 +108,8 @@ def _shared(held: Mapping[str, Held], weights: Mapping[str, Tensor]) -> dict[str
     return {
         name: over
         for name, weight in weights.items()
-        if name in held and held[name].sides and weight.ndim == 2 and (over := groups(weight))
+        if name in held and held[name].sides and weight.ndim == 2 and len(over := groups(weight)) == 1
     }
-
-
-@dataclass(frozen=True)
-class _Version:
-    """A buffer as it was. Held here, its memory is nobody else's."""
-
-    buffer: Tensor
-    number: int
-    memory: int
-
-    @classmethod
-    def of(cls, buffer: Tensor) -> "_Version":
-        return cls(buffer, local(buffer)._version, local(buffer).data_ptr())
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Version)
-            and self.buffer is other.buffer
-            and (self.number, self.memory) == (other.number, other.memory)
-        )
 
 
 @dataclass(frozen=True)
@@ -137,18 +129,15 @@ class _Dealt:
         return [width * (min((rank + 1) * each, self.total) - min(rank * each, self.total)) for rank in range(ranks)]
 
 
-def _of(pair: Pair) -> _Dealt:
-    return _Dealt(pair.X, pair.weight.shape[0])
-
-
 class _Round:
     """Matrices of which each rank of `group` owns at most one: their rows to the owners, and back."""
 
     def __init__(self, group: Any, by_owner: Mapping[int, _Dealt]):
-        ranks, self.rank, self.group = dist.get_world_size(group), dist.get_rank(group), group
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        self.group = group
         self.parts = [by_owner[owner] for owner in sorted(by_owner)]
-        self.mine = by_owner.get(self.rank)
-        self.out = [by_owner[rank].rows.numel() if rank in by_owner else 0 for rank in range(ranks)]
+        self.mine = by_owner.get(rank)
+        self.out = [by_owner[r].rows.numel() if r in by_owner else 0 for r in range(ranks)]
         self.into = [0] * ranks if self.mine is None else self.mine.numbers(ranks)
 
     def collect(self) -> Tensor | None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from treering.osft.exactly import exactly
+from treering.exactly import exactly
 
 Way = Literal["factored", "dense", "rebuilt"]
 WAYS: tuple[Way, ...] = ("factored", "dense", "rebuilt")

@@ -1,6 +1,6 @@
 """What form `update` does around an optimizer's step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.optim import Optimizer
 
-from treering.errors import PlanError
+from treering.osft.decay import decays
 from treering.osft.held import Held, Pair, local, project_all
 from treering.osft.owners import Owners
 
@@ -22,8 +22,9 @@ class Steps:
     ):
         self.model, self.weights, self.held, self.anchored = model, tuple(weights), held, anchored
         self.cached = cached
-        self._owners: Owners | None = None  # with `cached`: known as soon as weights have been dealt out
+        self._owning: Owners | None = None  # with `cached`: chosen at first use, when weights have been dealt out
         self._old: dict[str, Tensor] = {}
+        self._undecay: dict[str, float] = {}  # how much of the weight from before the optimizer takes away too much
         self._squares: dict[str, tuple[Tensor, Tensor]] = {}  # of this rank's gradient, as it came and projected
 
     @torch.no_grad()
@@ -35,59 +36,54 @@ class Steps:
 
     @torch.no_grad()
     def remember(self, optimizers: Sequence[Optimizer]) -> None:
-        """The values from before. Anchored, the optimizer is shown the change instead of the weight: what it decays is
-        the change, and never what the model knew."""
-        self._check_decay(optimizers)
-        for name, weight in self._live():
-            if name not in self.held:
-                continue
-            if self.anchored:
-                local(weight).sub_(local(self.held[name].held("before")))
-            self._old[name] = local(weight).clone()
+        """The values from before, and how strongly each is about to be decayed."""
+        live = {name: weight for name, weight in self._live() if name in self.held}
+        self._undecay = {}
+        for name, (rate, apart) in decays(optimizers, live, anchored=self.anchored).items():
+            if apart:
+                self._undecay[name] = rate
+            elif live[name].grad is not None:
+                local(live[name].grad).sub_(self._before(name), alpha=rate)  # type: ignore[arg-type]
+        self._old = {name: local(weight).clone() for name, weight in live.items() if weight.grad is not None}
 
     @torch.no_grad()
     def retract(self) -> None:
-        values = {name: local(weight) for name, weight in self._live() if name in self.held}
+        values = {name: local(weight) for name, weight in self._live() if name in self._old}
         for name, value in values.items():
             value.sub_(self._old[name])
+            if name in self._undecay:
+                value.add_(self._before(name), alpha=self._undecay[name])
         self._project(values)
         for name, value in values.items():
-            held = self.held[name]
-            value.copy_(self._old.pop(name).add_(held.stretch(value)))
-            if self.anchored:
-                value.add_(local(held.held("before")))
+            value.copy_(self._old[name].add_(self.held[name].stretch(value)))
+        self._old = {}
+
+    def _before(self, name: str) -> Tensor:
+        """The weight as it was before training: decay towards it, and not towards zero, acts on the change."""
+        return local(self.held[name].held("before")).to(local(self.model.get_parameter(name)).device)
 
     def _project(self, tensors: Mapping[str, Tensor]) -> None:
         """In place, those that are held."""
         live = dict(self._live())
         pairs = {name: Pair(self.held[name], X, live[name]) for name, X in tensors.items() if name in self.held}
-        if not self.cached:
-            return project_all(pairs.values())
-        if self._owners is None:
-            self._owners = Owners(self.held, live)
-        return self._owners.project_all(pairs)
+        if owners := self._owners():
+            owners.project_all(pairs)
+        else:
+            project_all(pairs.values())
 
-    def _check_decay(self, optimizers: Sequence[Optimizer]) -> None:
-        if self.anchored:
-            return
-        mine = {id(weight) for _, weight in self._live()}
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                if group.get("weight_decay") and any(id(p) in mine for p in group["params"]):
-                    raise PlanError(
-                        f"weight_decay {group['weight_decay']} would draw what the model knew towards zero; set "
-                        "osft.anchor to true, so that it acts on the change alone, or weight_decay to 0 "
-                        "(torch's AdamW decays by 0.01 if nothing is said)",
-                        settings=("techniques.osft.anchor", "train.optimizer.weight_decay"),
-                    )
+    def _owners(self) -> Owners | None:
+        if self.cached and self._owning is None:
+            self._owning = Owners(self.held, dict(self._live()))
+        return self._owning
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
         """Norms of the last gradient; and, anchored, ρ = ‖what of ΔW lies where it is held‖ / ‖ΔW‖, the worst. A
         collective."""
         live = dict(self._live())
-        norms = [self._norm([(live[n], s[i]) for n, s in self._squares.items()]) for i in (0, 1)]
-        found = dict(zip(("osft/raw_norm", "osft/projected_norm"), norms)) if self._squares else {}
+        found = {}
+        for i, name in enumerate(("osft/raw_norm", "osft/projected_norm") if self._squares else ()):
+            found[name] = self._norm([(live[n], squares[i]) for n, squares in self._squares.items()])
         if leaks := self.leaks():
             worst = max(leaks, key=lambda name: leaks[name])
             found |= {"osft/leak": leaks[worst]}
@@ -97,8 +93,8 @@ class Steps:
     def leaks(self) -> dict[str, float]:
         """ρ of each weight that is held hard and anchored; 0 for one that has not moved."""
         found = {}
-        for names in self._few_at_a_time():
-            changes = {name: local(weight) - local(self.held[name].held("before")) for name, weight in names.items()}
+        for names in self._measured():
+            changes = {name: local(weight) - self._before(name) for name, weight in names.items()}
             leaks = {name: change.clone() for name, change in changes.items()}
             self._project(leaks)
             for name, weight in names.items():
@@ -106,6 +102,15 @@ class Steps:
                 whole, part = (self._norm([(weight, _square(x))]) for x in parts)
                 found[name] = part / whole if whole else 0.0
         return found
+
+    def _measured(self) -> Iterator[dict[str, nn.Parameter]]:
+        """A few at a time, because their changes are copied: what travels together, else one."""
+        live = {n: w for n, w in self._live() if self.anchored and n in self.held and self.held[n].hard}
+        owners = self._owners()
+        for names in owners.rounds(live) if owners else ():
+            yield {name: live.pop(name) for name in names}
+        for name, weight in live.items():
+            yield {name: weight}
 
     def _live(self) -> list[tuple[str, nn.Parameter]]:
         """Looked up each time: sharding has replaced them since the structure was made."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
+from treering.exactly import exactly
 from treering.osft.held import local
 
 BUCKET = 64 << 20  # bytes of coefficients in one message
@@ -61,7 +62,8 @@ class Side:
 @torch.no_grad()
 def project_(sides: Iterable[Side], *, bucket: int = BUCKET) -> None:
     """Project every side's value in place. A collective over the ranks that share its rows; the same order on all."""
-    _one_ahead(_jobs(sides, bucket))
+    with exactly():
+        _one_ahead(_jobs(sides, bucket))
 
 
 def groups(value: Tensor) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from treering.errors import PlanError
+from treering.exactly import exactly
 from treering.plan.place import local_rows, put, put_rows
 from treering.plan.prepared import Prepared, digest, key
 from treering.technique import LazyTensor, Part
@@ -110,7 +111,9 @@ def _split(
         def below(earlier: tuple[Part, ...] = earlier) -> Tensor:
             return join(earlier, tensors, base())
 
-        for name, value in part.split(weight, below, own_statistics).items():
+        with exactly():
+            made = part.split(weight, below, own_statistics)
+        for name, value in made.items():
             tensors[name] = value.to(live[name].dtype)
     return tensors
 
@@ -118,8 +121,9 @@ def _split(
 def join(parts: Sequence[Part], tensors: Mapping[str, Tensor], base: Tensor) -> Tensor:
     """The plain weight as `parts` reproduce it, at least in float32."""
     value = base.to(torch.promote_types(base.dtype, torch.float32))
-    for part in parts:
-        value = part.join(tensors, value)
+    with exactly():
+        for part in parts:
+            value = part.join(tensors, value)
     return value
 
 

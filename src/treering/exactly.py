@@ -1,4 +1,4 @@
-"""Full precision for products that hold something orthogonal, whatever the surrounding loop has chosen.
+"""Full precision for products that make weights or hold something orthogonal, whatever the surrounding loop chose.
 
 A basis rounded to bfloat16 or TF32 leaks 3e-3 of what it is to hold. Somebody's loop may run under autocast, or may
 have allowed TF32 for the whole process: neither is to reach these products, and both are as they were afterwards.

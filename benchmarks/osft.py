@@ -1,0 +1,169 @@
+"""What OSFT costs: bytes on the wire, time around and inside the step, starting, and memory; beside mini_trainer 0.9.0.
+
+    python -m benchmarks.osft [--quick] [--machine cpu2] [--only wire]
+
+Wire: one step of Llama-3.1-8B in float32, counted (see `traffic`), at 8, 64 and 1024 ranks. The quick version counts
+one and two layers and adds the difference 31 times. Peer: full fine-tuning for totals, mini_trainer for one pass.
+
+Time: a llama of 4 layers, 2,048 tokens, a single thread's own seconds; all forms and mini_trainer take turns.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.peers import osft as peer
+from benchmarks.peers.osft_sides import RATIO, TOKENS, forms
+from benchmarks.rows import RESULTS, Row, row, write
+from benchmarks.traffic import eightb, of_a_step
+
+PACKAGES = ("treering", "torch", "transformers")
+WORLDS = (8, 64, 1024)
+LAYERS = 32
+PHASES = ("model", "gradients", "step")
+PASS_BAR = 8.0  # GB, of `factors` at `coefficients` and 8 ranks
+Bytes = dict[str, float]
+
+
+def wired() -> dict[str, Any]:
+    """Every form, and `factors` at every wire."""
+    import treering as tr
+
+    made = forms()
+    del made["factors"]
+    for wire in ("coefficients", "gather", "cached"):
+        made[f"factors, {wire}"] = tr.OSFT(protect="weights", form="factors", ratio=RATIO, wire=wire)
+    return made
+
+
+def whole(of: Callable[[int], Bytes], quick: bool) -> Bytes:
+    """GB of each phase with all layers; layers after the first are alike, so that two counts tell the rest."""
+    if not quick:
+        return {phase: size / 1e9 for phase, size in of(LAYERS).items()}
+    one, two = of(1), of(2)
+    return {phase: (one[phase] + (LAYERS - 1) * (two[phase] - one[phase])) / 1e9 for phase in PHASES}
+
+
+def counted(technique: Any, ranks: int, quick: bool) -> Bytes:
+    import treering as tr
+
+    def of(layers: int) -> Bytes:
+        traffic = of_a_step(eightb(layers), [technique, tr.Shard()], ranks)
+        return {phase: traffic.sent(phase) for phase in PHASES}
+
+    return whole(of, quick)
+
+
+def wire(quick: bool, command: str) -> Iterator[Row]:
+    import treering as tr
+
+    common: dict[str, Any] = {"unit": "GB", "packages": PACKAGES, "command": command}
+    for ranks in WORLDS:
+
+        def asked(layers: int, ranks: int = ranks) -> Bytes:
+            return peer.ask("traffic", str(ranks), str(layers))
+
+        full = sum(counted(tr.Full(), ranks, quick).values())
+        found = {name: counted(technique, ranks, quick) for name, technique in wired().items()}
+        for name, phases in {"mini_trainer": whole(asked, quick), **found}.items():
+            most = {"factors, coefficients": PASS_BAR, "forward": 0.0}.get(name) if ranks == WORLDS[0] else None
+            worst = max(phases["gradients"], phases["step"])
+            yield row("bytes of one pass of projection", f"{name}, {ranks} ranks", [worst], at_most=most, **common)
+            yield row(
+                "bytes of a step, FSDP's included", f"{name}, {ranks} ranks; peer: full fine-tuning",
+                [sum(phases.values())], [full], **common,
+            )  # fmt: skip
+
+
+def times(rounds: int, command: str) -> Iterator[Row]:
+    common: dict[str, Any] = {"packages": PACKAGES, "command": command}
+    found = peer.ask("steps", str(rounds))
+    theirs = found.pop(peer.PEER)
+    yield row(
+        "projecting, part of forward + backward", f"mini_trainer, {TOKENS} tokens",
+        [share(one) for one in theirs], unit="", **common,
+    )  # fmt: skip
+    for name, own in found.items():
+        yield row(
+            "projecting, part of forward + backward", f"{name}, {TOKENS} tokens",
+            [share(one) for one in own], unit="", at_most=0.05, **common,
+        )  # fmt: skip
+        yield of_rounds(
+            "time of a step", f"{name}; peer: mini_trainer",
+            [one["step"] for one in own], [one["step"] for one in theirs], unit="s", at_most=0.85, **common,
+        )  # fmt: skip
+
+
+def share(one: dict[str, float]) -> float:
+    """Hooks, and projections inside the forward and backward, of what forward and backward take without them."""
+    return (one["hooks"] + one["inside"]) / (one["model"] - one["inside"])
+
+
+def of_rounds(
+    figure: str, case: str, ours: Sequence[float], theirs: Sequence[float], *, at_most: float, **more: Any
+) -> Row:
+    """The median of the rounds' ratios, not the ratio of medians: both sides of a round met the same weather."""
+    made = row(figure, case, ours, theirs, at_most=at_most, **more)
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    return replace(made, ratio=ratio, holds=ratio <= at_most)
+
+
+def starting(width: int, rounds: int, command: str) -> Iterator[Row]:
+    common: dict[str, Any] = {"packages": PACKAGES, "command": command}
+    found = peer.ask("decompositions", str(width), str(rounds))
+    case = f"a Llama-8B layer at width {width}"
+    yield of_rounds(
+        "decomposition", f"{case}; peer: mini_trainer", found["ours"], found["theirs"], unit="s", at_most=0.6, **common
+    )
+    angles = [found["our angle"]], [found["their angle"]]
+    yield row("angle to the true subspace", case, angles[0], unit="rad", at_most=1e-5, **common)
+    yield row("angle to the true subspace", f"{case}, mini_trainer", angles[1], unit="rad", **common)
+
+
+def memory(rounds: int, command: str) -> Iterator[Row]:
+    common: dict[str, Any] = {"unit": "MiB", "at_most": 0.8, "packages": PACKAGES, "command": command}
+    found: dict[str, list[Bytes]] = {}
+    for _ in range(rounds):
+        for name in (peer.PEER, *forms()):
+            found.setdefault(name, []).append(peer.ask("memory", name))
+    theirs = found.pop(peer.PEER)
+    for name, own in found.items():
+        for what, called in (("start", "peak of starting"), ("step", f"peak of a step of {TOKENS} tokens")):
+            yield of_rounds(
+                called, f"{name}; peer: mini_trainer", [m[what] for m in own], [m[what] for m in theirs], **common
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--machine", default="cpu2")
+    parser.add_argument(
+        "--only", choices=("wire", "times", "starting", "memory"), help="one part, beside what is known of the others"
+    )
+    options = parser.parse_args()
+    quick = options.quick
+    command = "python -m benchmarks.osft" + (" --quick" if quick else "")
+    parts: dict[str, Callable[[], Iterator[Row]]] = {
+        "wire": lambda: wire(quick, command),
+        "times": lambda: times(5 if quick else 20, command),
+        "starting": lambda: starting(512 if quick else 1024, 5 if quick else 20, command),
+        "memory": lambda: memory(1 if quick else 5, command),
+    }
+    made = [one for name, part in parts.items() if options.only in (None, name) for one in part()]
+    write("osft", options.machine, [*others(options.machine, made), *made])
+
+
+def others(machine: str, made: Sequence[Row]) -> list[Row]:
+    """What an earlier run found of the parts that this one leaves out."""
+    path = RESULTS / f"osft.{machine}.json"
+    known = json.loads(path.read_text("utf-8")) if path.exists() else []
+    figures = {one.figure for one in made}
+    return [Row(**one) for one in known if one["figure"] not in figures]
+
+
+if __name__ == "__main__":
+    main()
