@@ -1,47 +1,88 @@
-"""`treering plan`: what a configuration would do, from shapes alone, for any number of ranks."""
+"""`treering plan`: what a configuration would do, and whether it fits, from shapes alone, for any number of ranks."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from treering.cli.options import ConfigFile, Settings, load
+from treering.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from treering.cli.schema import RunConfig
+    from treering.plan import Plan, Run
+    from treering.plan.memory import Forecast, Subject
+    from treering.plan.memory.search import Switch
 
 NAME = "plan"
+UNITS = {"GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6}
+MOST_RANKS = 1024  # no more are proposed
 
 
 def command(
     file: ConfigFile,
     settings: Settings = None,
-    ranks: Annotated[int, typer.Option(min=1, max=100_000, help="Plan for so many ranks; none is started.")] = 1,
+    ranks: Annotated[
+        int, typer.Option("--ranks", "--world", min=1, max=100_000, help="Plan for so many ranks; none is started.")
+    ] = 1,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of one device, such as 80GiB: does it fit, what would?")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of one micro-batch; default: data.max_length.", show_default=False)
+    ] = None,
 ) -> None:
     """Show what would happen: order, memory, messages. Reads no weights, trains nothing."""
+    room = None if gpu is None else _bytes(gpu)
     config = load(file, settings)
     from treering.cli.console import say
 
-    say(explanation(config, ranks))
+    text, predict = _explained(config, ranks)
+    say(text)
+    tokens = length or config.data.max_length
+    try:
+        say("\n" + _memory(_State(config=config, ranks=ranks), tokens, room, predict))
+    except PlanError as error:
+        if error.settings:
+            raise
+        say(f"\nmemory: {error}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """What the search for something that fits changes."""
+
+    config: "RunConfig"
+    ranks: int
+
+    def but(self, **techniques: Any) -> "_State":
+        changed = replace(self.config.techniques, **techniques)
+        return replace(self, config=replace(self.config, techniques=changed))
 
 
 def explanation(config: "RunConfig", ranks: int) -> str:
     """`explain()` of `config` as rank 0 of `ranks` would see it."""
+    return _explained(config, ranks)[0]
+
+
+def _explained(config: "RunConfig", ranks: int) -> "tuple[str, Callable[[int], float] | None]":
+    """What `explain()` says, and the formula for the peak, where there is one."""
     from treering.cli.train import job_of
     from treering.plan import draft
     from treering.plan.explain import explain
+    from treering.plan.memory import pretend
     from treering.topology import mesh
     from treering.train.rings import find
 
-    with _pretend(ranks):
-        laid_out = mesh(**asdict(config.mesh), device="cpu")
+    with pretend.ranks(ranks):
         plan = draft(
             config.model.path,
             config.techniques.chosen(),
-            mesh=laid_out,
+            mesh=mesh(**asdict(config.mesh), device="cpu"),
             dtype=config.model.dtype,
             seed=config.seed,
             dropout=config.model.dropout,
@@ -49,19 +90,160 @@ def explanation(config: "RunConfig", ranks: int) -> str:
             roles=config.model.roles,
             weights=False,
         )
-        return explain(plan)
+        return explain(plan), _formula(config, plan)
 
 
-@contextmanager
-def _pretend(ranks: int) -> Iterator[None]:
-    """A process group of `ranks` whose messages go nowhere: shapes need no partners."""
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+def _formula(config: "RunConfig", plan: "Plan") -> "Callable[[int], float] | None":
+    from treering.plan.memory.formula import formula
 
-    launched = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        os.environ.update(launched)
+    techniques = config.techniques
+    shard, recompute = techniques.shard, techniques.recompute
+    compute = "stored" if shard is None else shard.compute
+    stored = next(iter(plan.model.parameters())).element_size()
+    made = formula(
+        plan,
+        width=stored if compute == "stored" else {"bfloat16": 2, "float32": 4}[compute],
+        recompute=recompute is not None,
+        offload=recompute is not None and recompute.offload == "cpu",
+        tiles="block" if techniques.tiledblock else "mlp" if techniques.tiledmlp else "none",
+        tiled_loss=techniques.tiledloss is not None,
+        host=shard is not None and shard.offload == "cpu",
+    )
+    return None if made is None else made.peak
+
+
+def _memory(state: _State, length: int, room: int | None, predict: "Callable[[int], float] | None") -> str:
+    from treering.plan.memory.picture import render
+    from treering.plan.memory.timeline import LONG
+
+    found = _forecast(state, length)
+    peak = found.at(length)
+    more = []
+    if predict is not None:
+        more.append(f"by the formula {(predict(length) + peak.reserved) / 2**30:.1f} GiB")
+    if room is not None:
+        long = found if length >= LONG // 2 else _forecast(state, LONG)
+        longest = long.longest(room)
+        more.append(f"longest that fits: {longest:,} tokens" if longest else "no length fits")
+        if peak.device > room:
+            more += _proposed(state, length, room)
+    return render(peak, room, length, more)
+
+
+def _forecast(state: _State, length: int) -> "Forecast":
+    from treering.plan.memory import forecast
+
+    return forecast(_subject(state.config, state.ranks, length), length)
+
+
+def _subject(config: "RunConfig", ranks: int, length: int) -> "Subject":
+    from treering.plan.memory import Subject, pretend
+    from treering.plan.opening import locate, named_dtype, read_config
+    from treering.topology import mesh, sizes
+    from treering.train.optimizers import build
+
+    model = read_config(locate(config.model.path))
+    stored: Any = model.dtype or named_dtype("float32")
+    replicas, shards, *_ = sizes(ranks, **asdict(config.mesh))
+    once = length * replicas * shards
+    recompute = config.techniques.recompute
+    by_block = recompute is not None and (recompute.first_blocks is not None or recompute.budget is not None)
+
+    def optimizers(run: "Run") -> "Sequence[Optimizer]":
+        return build(run, config.train.optimizer)
+
+    return Subject(
+        config=model,
+        dtype=stored if config.model.dtype == "auto" else named_dtype(config.model.dtype),
+        techniques=config.techniques.chosen(),
+        optimizers=optimizers,
+        mesh=lambda: mesh(**asdict(config.mesh), device=pretend.NAME),
+        world=ranks,
+        clip=config.train.clip,
+        micro_batches=2 if (config.train.tokens_per_step or 0) > once else 1,
+        whole=by_block,
+        seed=config.seed,
+        dropout=config.model.dropout,
+        roles=config.model.roles,
+    )
+
+
+def _proposed(state: _State, length: int, room: int) -> list[str]:
+    """Lines that say what to add."""
+    from treering.plan.memory.search import smallest
+
+    def fits(tried: _State) -> bool:
+        return _forecast(tried, length).at(length).device <= room
+
+    switches = _usable(state, length)
+    ranks = state.ranks
+    while ranks <= MOST_RANKS:
+        tried = replace(state, ranks=ranks)
+        if ranks > state.ranks and fits(tried):
+            return [f"would fit: {ranks} ranks"]
+        chosen = smallest(tried, switches, fits)
+        if chosen is not None:
+            said = [f"{ranks} ranks"] if ranks > state.ranks else []
+            names = ", ".join([*said, *(switch.name for switch in chosen)])
+            return [f"would fit with {names}:", *(f"    {switch.says}" for switch in chosen)]
+        if state.config.techniques.shard is None:
+            break
+        ranks *= 2
+    return ["nothing that is known makes it fit; shorten the sequence, or shard over more ranks"]
+
+
+def _usable(state: _State, length: int) -> "list[Switch[_State]]":
+    """Without those that this model, or something else in the configuration, does not go with."""
+    usable: list[Switch[_State]] = []
+    for switch in _switches():
+        changed = switch.on(state)
+        if changed is None:
+            continue
+        try:
+            _forecast(changed, min(length, 256))
+        except PlanError:
+            continue
+        state, usable = changed, [*usable, switch]
+    return usable
+
+
+def _switches() -> "tuple[Switch[_State], ...]":
+    """In the order of what they cost, least first."""
+    from treering.plan.memory.search import Switch
+    from treering.recompute import Recompute
+    from treering.shard import Shard
+    from treering.tiling import TiledBlock, TiledLoss
+
+    def loss(state: _State) -> _State | None:
+        t = state.config.techniques
+        return None if t.tiledloss else state.but(tiledloss=TiledLoss())
+
+    def recompute(state: _State) -> _State | None:
+        return None if state.config.techniques.recompute else state.but(recompute=Recompute())
+
+    def tiles(state: _State) -> _State | None:
+        t = state.config.techniques
+        return None if t.tiledblock else state.but(tiledblock=TiledBlock(), tiledmlp=None)
+
+    def away(state: _State) -> _State | None:
+        now = state.config.techniques.recompute
+        return None if now is None or now.offload == "cpu" else state.but(recompute=replace(now, offload="cpu"))
+
+    def states(state: _State) -> _State | None:
+        now = state.config.techniques.shard or Shard()
+        return None if now.offload == "cpu" else state.but(shard=replace(now, offload="cpu"))
+
+    return (
+        Switch(name="a tiled loss", says="tiledloss:", on=loss),
+        Switch(name="recompute", says="recompute:", on=recompute),
+        Switch(name="tiled blocks", says="tiledblock:  # in the place of tiledmlp", on=tiles),
+        Switch(name="activations in host memory", says="recompute: {offload: cpu}", on=away),
+        Switch(name="parameters and optimizer in host memory", says="shard: {offload: cpu}", on=states),
+    )
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)\s*", text, re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise ConfigError(f"--gpu is {text!r}; write the memory of one device, such as 80GiB", field="--gpu")
+    return int(float(found[1]) * UNITS[found[2].upper()])

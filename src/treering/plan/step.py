@@ -78,10 +78,13 @@ def norm_over_meshes(gradients: Iterable[Tensor]) -> Tensor:
 
 
 def _square(held: Sequence[Tensor]) -> Tensor:
-    """Sum of squares in float64: over 10⁹ elements a float32 sum would lose the digits that a test compares."""
-    norms = torch._foreach_norm(
-        [g if g.dtype == torch.float64 else g.float() for g in held if g.numel()] or [torch.zeros(1)]
-    )
+    """Sum of squares in float64: over 10⁹ elements a float32 sum would lose the digits that a test compares. Each norm
+    is taken in float32 without a copy of its tensor in it."""
+    filled = [g for g in held if g.numel()] or [torch.zeros(1)]
+    double = [g for g in filled if g.dtype == torch.float64]
+    single = [g for g in filled if g.dtype != torch.float64]
+    norms = list(torch._foreach_norm(double)) if double else []
+    norms += torch._foreach_norm(single, 2, torch.float32) if single else []
     return torch.stack([n.double() for n in norms]).square().sum()
 
 

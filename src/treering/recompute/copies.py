@@ -29,10 +29,11 @@ class Copies(Protocol):
 
 def copies_for(device: torch.device) -> Copies:
     """A side stream on an accelerator. On a CPU a queue that only pretends, so that all else can be run and tested."""
-    if device.type in ("cuda", "xpu"):
-        return StreamCopies(torch.get_device_module(device), device)
     if device.type == "cpu":
         return SimulatedCopies()
+    module = torch.get_device_module(device)
+    if hasattr(module, "Stream"):
+        return StreamCopies(module, device)
     raise PlanError(
         f"recompute: offload: cpu knows CUDA and XPU devices, and the model is on {device.type}; set offload to none",
         settings=("recompute.offload",),

@@ -5,6 +5,7 @@ and v are computed together, norm included, when the first of them is asked for.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,8 +100,10 @@ class _Block:
         return forward.replace(modules[name], read)
 
     def _read_all(self, x: Later, modules: dict[str, Any]) -> tuple[Tensor, ...]:
+        bare = replace(x, tokens=(), fetched={})  # the graph keeps `fn` until the backward: no tensor may hang on it
+
         def fn(*tiles: Tensor) -> tuple[Tensor, ...]:
-            value = x.on(tiles)
+            value = bare.on(tiles)
             return tuple(module(value) for module in modules.values())
 
         names = {f"{self.block.attention}.{name}" for name in modules}
@@ -111,7 +114,8 @@ class _Block:
         return x if isinstance(x, Later) else Later(tokens=(x,), compute=self._compute, error=self._error)
 
     def _compute(self, late: Later) -> Tensor:
-        return self._run(lambda *tiles: late.on(tiles), late, (), 0)
+        bare = replace(late, tokens=(), fetched={})
+        return self._run(lambda *tiles: bare.on(tiles), late, (), 0)
 
     @torch.compiler.disable
     def _run(self, fn: Callable[..., Any], late: Later, more: tuple[nn.Module, ...], width: int) -> Any:

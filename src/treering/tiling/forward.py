@@ -51,8 +51,12 @@ def of_tokens(
             settings=(setting,),
         )
 
+    # Without the tensors: the graph keeps `fn`, and with it all that it refers to, until the backward.
+    others = [None if isinstance(value, Tensor) else value for value in args]
+    words = {key: None if isinstance(value, Tensor) else value for key, value in kwargs.items()}
+
     def fn(*tiles: Tensor) -> Any:
-        given, named = list(args), dict(kwargs)
+        given, named = list(others), dict(words)
         for i, value in zip(places, tiles):
             given[i] = value
         named.update(zip(names, tiles[len(places) :]))

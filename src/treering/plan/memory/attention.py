@@ -1,0 +1,71 @@
+"""Attention as the memory of an accelerator sees it: one fused kernel, whatever its name.
+
+Shapes: B rows, H query heads, K key heads, T tokens, D and E widths.
+
+FlashAttention keeps query, key, value, its output and one log-sum-exp per token and head. Its backward adds up the
+query's gradient in float32, and where several heads share a key it makes a gradient per head before it sums them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+NAME = "treering_shapes"
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+        tokens, heads, _ = query.shape
+        out_THE = query.new_empty(tokens, heads, value.shape[-1])
+        norm_HT = query.new_empty(heads, tokens, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, sinks, out_THE, norm_HT)
+        return out_THE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks, _, norm_HT = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        d_query, d_key, d_value = (
+            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
+        )
+        working = [torch.empty_like(query, dtype=torch.float32), torch.empty_like(norm_HT)]
+        if query.shape[1] != key.shape[1]:
+            working += [query.new_empty(*query.shape[:2], x.shape[-1]) for x in (key, value)]
+        del working
+        return d_query, d_key, d_value, None if sinks is None else torch.empty_like(sinks)
+
+
+def attention(
+    module: nn.Module,
+    query_BHTD: Tensor,
+    key_BKTD: Tensor,
+    value_BKTE: Tensor,
+    attention_mask: Any = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """In the place of `treering.attention.hook.attention`, and with its copies of the output. B × T × H × E."""
+    rows, heads, tokens, _ = query_BHTD.shape
+    flat = (x.transpose(1, 2).flatten(0, 1) for x in (query_BHTD, key_BKTD, value_BKTE))
+    out_HTE = _Fused.apply(*flat, s_aux).transpose(0, 1).contiguous()
+    return out_HTE.view(heads, rows, tokens, -1).transpose(0, 1).transpose(1, 2).contiguous(), None
+
+
+def no_mask(**request: Any) -> None:
+    """Nothing of tokens × tokens is ever made."""
+
+
+def install(model: nn.Module) -> None:
+    """`model` is thrown away after its trace: its configurations, its own since the draft, are just changed."""
+    from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, no_mask)
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, PretrainedConfig):
+                value._attn_implementation = NAME

@@ -1,0 +1,166 @@
+"""Every storage, from the operator that made it until nobody holds it any more, written down in the order of events.
+
+It follows real tensors and fake ones alike: a dispatch mode sees each operator, and a weak reference tells when a
+storage is gone. FSDP frees and refills gathered parameters by resizing their storage, which no operator tells: those
+made empty are looked at again before each operator.
+"""
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROUNDED = 512  # bytes: the caching allocators of accelerators give memory in multiples of it
+
+Category = Literal["parameters", "gathered", "gradients", "optimizer", "activations", "technique", "loss", "workspace"]
+CATEGORIES: tuple[Category, ...] = (
+    "parameters", "technique", "optimizer", "gradients", "gathered", "activations", "loss", "workspace",
+)  # fmt: skip
+
+_ASSUMED = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten._grouped_mm.default,
+}
+_EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default}
+
+
+@dataclass(slots=True)
+class Record:
+    """One storage. `category` where somebody told; else it follows from when it was made and when it went."""
+
+    host: bool
+    elements: int
+    size: int
+    born: int  # the segment
+    category: Category | None = None
+    died: int | None = None
+
+
+class Tracker(TorchDispatchMode):
+    """`events`: (bytes, record, segment), in order. `segment` is set from outside as the step goes on."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+        self.events: list[tuple[int, Record, int]] = []
+        self.segment = 0
+        self.begins = 0  # the first event of the step that is watched
+        self._live: dict[int, tuple[Record, weakref.ref[Any]]] = {}
+        self._open: dict[int, Record] = {}  # made empty: their size may change
+        self._closed: dict[int, Record] = {}  # resized to nothing: refilled just before something is copied there
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._look_again(self._open)
+        if func is torch.ops.aten.copy_.default or func.namespace == "fsdp":
+            self._look_again(self._closed)
+        made = assumed(func, args, kwargs or {})
+        if made is None:
+            made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            self._see(made, func)
+        elif isinstance(made, list | tuple):
+            for one in made:
+                if isinstance(one, Tensor):
+                    self._see(one, func)
+        if func.namespace == "fsdp":
+            self._tell_messages(func, args, kwargs or {})
+        return made
+
+    def start(self) -> None:
+        """What is there now is what a step begins with."""
+        self.begins = len(self.events)
+
+    def mark(self, tensors: Iterable[Tensor | None], category: Category) -> None:
+        """Say what the storages of `tensors` are, seen before or not."""
+        for tensor in tensors:
+            if tensor is not None:
+                self._see(tensor, None)
+                self.record(tensor).category = category
+
+    def record(self, tensor: Tensor) -> Record:
+        return self._live[_plain(tensor).untyped_storage()._cdata][0]
+
+    def _see(self, tensor: Tensor, func: Any) -> None:
+        storage = _plain(tensor).untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        held = storage.nbytes()
+        size, elements = _rounded(held), held // tensor.element_size()
+        record = Record(host=tensor.device.type != self.device.type, elements=elements, size=size, born=self.segment)
+
+        def gone(_: Any) -> None:
+            del self._live[key]
+            self._open.pop(key, None)
+            self._closed.pop(key, None)
+            record.died = self.segment
+            self._change(record, -record.size)
+
+        self._live[key] = record, weakref.ref(storage, gone)
+        self.events.append((size, record, self.segment))
+        if func in _EMPTY and not record.host:
+            self._open[key] = record
+
+    def _change(self, record: Record, by: int) -> None:
+        self.events.append((by, record, self.segment))
+
+    def _look_again(self, among: dict[int, Record]) -> None:
+        for key, record in list(among.items()):
+            found = self._live.get(key)
+            storage = found[1]() if found is not None else None
+            if storage is None:
+                continue
+            size = _rounded(storage.nbytes())
+            if size != record.size:
+                self._change(record, size - record.size)
+                record.size, record.category = size, "gathered"
+                del among[key]
+                (self._open if size else self._closed)[key] = record
+
+    def _tell_messages(self, func: Any, args: Any, kwargs: Any) -> None:
+        """FSDP's own operators name what goes into a message and what comes out of one."""
+        reduced = "chunk_cat" in func.name()
+        for tensor in tree_leaves((args if reduced else args[1:], kwargs)):
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device.type:
+                self.mark([tensor], "gradients" if reduced else "gathered")
+
+
+def assumed(func: Any, args: Any, kwargs: Any) -> Any:
+    """What has no value while shapes are all there is, and is asked for by the plan itself: each token is trained, and
+    the norm of the gradient is finite. A technique that asks for more cannot be planned."""
+    if func not in _ASSUMED or not isinstance(args[0], FakeTensor):
+        return None
+    first = args[0]
+    if func is torch.ops.aten._grouped_mm.default:
+        return _grouped(first, args[1], args[2] if len(args) > 2 else kwargs.get("offs"))
+    if func is torch.ops.aten._local_scalar_dense.default:
+        return 1.0 if first.dtype.is_floating_point else None
+    if first.ndim == 1 and first.dtype == torch.bool:
+        return first.new_empty(first.shape[0], 1, dtype=torch.long)
+    return None
+
+
+def _grouped(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
+    """Products of groups of rows: torch's own rule of shapes knows bfloat16 only, its kernels do not."""
+    if a.ndim == 2 and b.ndim == 2:
+        assert ends is not None
+        return a.new_empty(ends.shape[0], a.shape[0], b.shape[1])
+    if a.ndim == 3 and b.ndim == 3:
+        return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    return a.new_empty(a.shape[-2], b.shape[-1])
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _rounded(size: int) -> int:
+    return -(-size // ROUNDED) * ROUNDED

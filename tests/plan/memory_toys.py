@@ -1,0 +1,77 @@
+"""Toy runs whose memory is predicted, and the same runs with real memory on this machine."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers as hf
+
+import treering as tr
+from treering.plan import draft
+from treering.plan.materialise import materialise
+from treering.plan.memory import pretend
+from treering.plan.memory.forecast import Subject
+from treering.plan.memory.timeline import Timeline
+from treering.plan.memory.trace import batch, watch
+from treering.plan.memory.tracker import Tracker
+from treering.plan.run import Run
+from treering.topology import mesh
+
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+}
+
+
+def llama(**different: Any) -> hf.LlamaConfig:
+    return hf.LlamaConfig(**(SIZES | different))
+
+
+def moe(**different: Any) -> hf.Qwen3MoeConfig:
+    experts = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    return hf.Qwen3MoeConfig(**(SIZES | experts | different))
+
+
+def llama_8b(**different: Any) -> hf.LlamaConfig:
+    return llama(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        **different,
+    )
+
+
+def adamw(run: Run) -> Sequence[torch.optim.Optimizer]:
+    return [run.optimizer(torch.optim.AdamW, lr=1e-3, fused=True)]
+
+
+def subject(config: Any, techniques: Sequence[Any], *, on: str = pretend.NAME, **settings: Any) -> Subject:
+    settings = {"dtype": torch.float32, "optimizers": adamw} | settings
+    return Subject(config=config, techniques=techniques, mesh=lambda: mesh(device=on), **settings)
+
+
+def really(made: Subject, length: int) -> Timeline:
+    """A step with real memory, all blocks, on the CPU; messages of several ranks go nowhere, their buffers are real."""
+    with pretend.ranks(made.world):
+        with torch.device("meta"):
+            model = hf.AutoModelForCausalLM.from_config(made.config, dtype=made.dtype)
+        plan = draft(model, made.techniques, mesh=made.mesh(), weights=False)
+        materialise(plan.model, CPU, CPU)
+        for parameter in plan.model.parameters():
+            torch.nn.init.constant_(parameter.data, 0.01)
+        tracker = Tracker(CPU)
+        with tracker:
+            tokens = batch(length, CPU, packed=plan.unpackable is None)
+            if "documents" in tokens:
+                tokens["documents"] = tr.attention.Documents.of([length])
+            return watch(Run(plan, lost={}), [tokens], optimizers=made.optimizers, tracker=tracker, clip=made.clip)

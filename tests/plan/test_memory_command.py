@@ -1,0 +1,82 @@
+"""`treering plan`, run in this process: does it fit, and what to write if it does not."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from tests.toy_run import folder
+from treering.cli import entry
+from treering.cli import plan as command
+from treering.errors import PlanError
+from treering.plan.memory import Peak
+from treering.plan.memory.timeline import PHASES
+from treering.plan.memory.tracker import CATEGORIES
+
+
+@pytest.fixture
+def file(tmp_path):
+    made = tmp_path / "run.yaml"
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    model = folder(tmp_path / "model", **sizes)
+    techniques = "techniques: {full: , shard: }\n"
+    made.write_text(f"model: {model}\ndata: {{train: x.jsonl, max_length: 2000}}\n{techniques}output: {tmp_path}/run\n")
+    return made
+
+
+def plan(capsys, *arguments: object) -> str:
+    assert entry.run(["plan", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_it_says_what_a_step_of_the_configured_length_needs(file, capsys):
+    said = plan(capsys, file)
+    assert "2,000 tokens need" in said and "by the formula" in said
+    assert "fits" not in said  # nobody said how large the device is
+    assert "300 tokens need" in plan(capsys, file, "--length", 300)
+
+
+def test_what_fits_is_said_to_fit_and_how_long_it_could_be(file, capsys):
+    said = plan(capsys, file, "--world", 4, "--gpu", "8GiB")
+    assert "of 8.0: fits" in said and "would fit" not in said
+    (longest,) = re.findall(r"longest that fits: ([\d,]+) tokens", said)
+    assert int(longest.replace(",", "")) > 20_000
+
+
+def test_what_does_not_fit_is_told_what_to_write(file, capsys, monkeypatch):
+    def forecast(state: command._State, length: int) -> SimpleNamespace:
+        """Each switch halves what is needed, and tiled blocks do not go with this model."""
+        t = state.config.techniques
+        if t.tiledblock:
+            raise PlanError("tiledblock: the block is not laid out in a known way")
+        on = [
+            t.tiledloss is not None,
+            t.recompute is not None,
+            t.recompute is not None and t.recompute.offload == "cpu",
+        ]
+        held = dict.fromkeys(CATEGORIES, 2**33 / 2 ** sum(on) / state.ranks)
+        peak = Peak(phases=dict.fromkeys(PHASES, held), host=0.0, reserved=0.0)
+        return SimpleNamespace(at=lambda length: peak, longest=lambda room: 0)
+
+    monkeypatch.setattr(command, "_forecast", forecast)
+    said = plan(capsys, file, "--gpu", "17GiB", "--length", 16000)
+    assert "need 64.0 GiB on each rank of 17.0: does NOT fit" in said
+    assert "would fit with a tiled loss, recompute:\n      tiledloss:\n      recompute:" in said
+    assert "would fit with 2 ranks, a tiled loss, recompute, activations" in plan(capsys, file, "--gpu", "4GiB")
+
+
+def test_a_device_without_a_size_is_an_error(file, capsys):
+    assert entry.run(["plan", str(file), "--gpu", "big"]) == 2
+    assert "such as 80GiB" in capsys.readouterr().err
+
+
+def test_a_process_that_has_trained_is_told_to_plan_in_a_fresh_one(file):
+    import subprocess
+    import sys
+
+    code = (
+        "import torch; torch.ones((), requires_grad=True).backward(); from treering.cli import entry; "
+        f"raise SystemExit(entry.run(['plan', {str(file)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 3 and "plan in a fresh process" in done.stderr
