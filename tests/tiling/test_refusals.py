@@ -93,14 +93,21 @@ def test_a_collective_inside_is_refused_before_it_is_sent():
 
 
 def adapters_in_their_own_units():
-    run = tr.compose(build("llama"), [tr.LoRA(rank=4), TiledMLP(tile=4), tr.Shard(compute="bfloat16")], mesh=tr.mesh())
+    tr.compose(build("llama"), [tr.LoRA(rank=4), TiledMLP(tile=4), tr.Shard(compute="bfloat16")], mesh=tr.mesh())
+
+
+def adapters_that_a_tile_of_attention_holds():
+    lora = tr.LoRA(rank=4, targets=("q_proj",))
+    run = tr.compose(build("llama"), [lora, TiledBlock(tile=4), tr.Shard(compute="bfloat16")], mesh=tr.mesh())
     (ready,) = run.steps([rows(1)])
     run.loss(ready[0])
 
 
 def test_an_fsdp_unit_inside_a_tile_is_refused_with_what_to_write_instead():
-    with pytest.raises(AssertionError, match=r"lora_default inside it is an FSDP unit.*dtype to base"):
+    with pytest.raises(AssertionError, match=r"lora_default inside it is an FSDP unit.*dtype: base"):
         on_ranks(1, adapters_in_their_own_units)
+    with pytest.raises(AssertionError, match=r"lora_default inside it is an FSDP unit.*dtype to base"):
+        on_ranks(1, adapters_that_a_tile_of_attention_holds)
 
 
 class Units:

@@ -105,6 +105,7 @@ def draft(
         parameter.requires_grad_(False)
     try:
         applied, chains = _apply(built, ordered, claimed, anatomy, mesh, seed)
+        conflicts.check_units(list(zip(ordered, claimed)), built, {a.fqn for a in anatomy.attentions})
     except PlanError:  # somebody's model is not to be lost by a refusal
         give_back()
         delattr(built, COMPOSED)

@@ -1,12 +1,13 @@
 """Do the techniques fit together? Decided on claims alone: no weight, no process."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from treering.errors import PlanError
 from treering.technique import Claim, Stage, Technique
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
 MEANING = {
@@ -74,6 +75,27 @@ def _check_needs(claimed: Sequence[tuple[Technique, Sequence[Claim]]]) -> None:
                             f"{unit.fqn} inside it a unit that would be gathered each time",
                             settings=(claim.setting, unit.setting),
                         )
+
+
+def check_units(
+    claimed: Sequence[tuple[Technique, Sequence[Claim]]], model: "nn.Module", attentions: Collection[str]
+) -> None:
+    """Units that sharding made for parameters with a dtype of their own are known only when all is in place. Of an
+    attention not all is run in tiles: its technique looks at the first forward."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for technique, claims in claimed:
+        for claim in claims:
+            if "no_fsdp_unit_inside" not in claim.needs or claim.fqn in attentions:
+                continue
+            for name, module in model.get_submodule(claim.fqn).named_modules():
+                if name and isinstance(module, FSDPModule):
+                    raise PlanError(
+                        f"{name_of(technique)} runs {claim.fqn} several times, and {claim.fqn}.{name} inside it is an "
+                        "FSDP unit of its own, because its dtype is not that of the arithmetic around it: it would be "
+                        "gathered each time. Give it that dtype (lora.dtype: base), or set shard.compute to stored",
+                        settings=(claim.setting, "shard.compute"),
+                    )
 
 
 def check_whole(techniques: Sequence[Technique], claimed: Sequence[Sequence[Claim]], mesh: "DeviceMesh | None") -> None:

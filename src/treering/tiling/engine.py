@@ -36,10 +36,14 @@ class Job:
     cut: tuple[bool, ...]
     out: Out
     wide: bool  # sums in float32
+    lead: tuple[int, ...] = ()  # what rows of the result are laid out as; made so, and not a view that FSDP warns of
 
     def tile(self, inputs: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
         whole = len(self.bounds) == 1
         return [x[start:stop] if cut and not whole else x for x, cut in zip(inputs, self.cut)]
+
+    def rows(self, gradient: Tensor) -> Tensor:
+        return gradient.flatten(0, len(self.lead) - 1) if self.lead else gradient
 
     def gradients(self, inputs: Sequence[Tensor], needed: Sequence[bool]) -> dict[int, Gradient]:
         return {
@@ -120,7 +124,7 @@ class _Tiles(torch.autograd.Function):
                 tile = job.tile(plain, start, stop)
                 _leaves(tile, sums)
                 outputs = _tuple(job.body(*tile))
-                given = [g[start:stop] if g is not None and job.out == "cat" else g for g in gradients]
+                given = [job.rows(g)[start:stop] if g is not None and job.out == "cat" else g for g in gradients]
                 pairs = [(y, g) for y, g in zip(outputs, given) if g is not None and y.requires_grad]
                 _take(sums, [y for y, _ in pairs], [g.to(y.dtype) for y, g in pairs], tile, start, stop)
                 del outputs, pairs, tile
@@ -181,9 +185,10 @@ def _forward(job: Job, box: _Box, inputs: Sequence[Tensor]) -> tuple[Tensor, ...
             continue
         if not found:
             total = job.bounds[-1][1]
-            found = [torch.empty((total, *y.shape[1:]), dtype=y.dtype, device=y.device) for y in outputs]
+            lead = job.lead or (total,)
+            found = [torch.empty((*lead, *y.shape[1:]), dtype=y.dtype, device=y.device) for y in outputs]
         for whole, y in zip(found, outputs):
-            whole[start:stop].copy_(y)
+            whole.view(-1, *y.shape[1:])[start:stop].copy_(y)
         del result, outputs
     return tuple(y.to(dtype) for y, dtype in zip(found, dtypes)) if dtypes else tuple(found)
 

@@ -40,12 +40,9 @@ def tile(
         tokens = tuple(x.reshape(-1, *x.shape[dims:]) for x in tokens)
     body = _checked(fn, len(tokens), dims if flat or dims == 1 else 0, out)
     cut = (True,) * len(tokens) + (False,) * len(params)
-    job = Job(body=body, bounds=cuts, tokens=len(tokens), cut=cut, out=out, wide=wide)
-    found = (run if out == "cat" else run_now)(job, *tokens, *params)
-    if out == "sum" or not flat:
-        return found
-    shape = lambda y: y.view(*lead, *y.shape[1:])  # noqa: E731
-    return tuple(map(shape, found)) if isinstance(found, tuple) else shape(found)
+    laid_out = tuple(lead) if flat and out == "cat" else ()
+    job = Job(body=body, bounds=cuts, tokens=len(tokens), cut=cut, out=out, wide=wide, lead=laid_out)
+    return (run if out == "cat" else run_now)(job, *tokens, *params)
 
 
 def _checked(fn: Callable[..., Any], tokens: int, dims: int, out: Out) -> Callable[..., Any]:
