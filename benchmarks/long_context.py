@@ -7,10 +7,13 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 
-from benchmarks import long_context_tiling
+from benchmarks import long_context_tiling, recompute_rows
 from benchmarks.rows import RESULTS, Row, write
 
-PARTS: dict[str, Callable[[bool, str], Iterator[Row]]] = {"tiling": long_context_tiling.rows}
+PARTS: dict[str, Callable[[bool, str], Iterator[Row]]] = {
+    "tiling": long_context_tiling.rows,
+    "recompute": lambda quick, command: iter(recompute_rows.rows(quick)),
+}
 
 
 def main() -> None:

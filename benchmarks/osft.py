@@ -36,6 +36,7 @@ def wired() -> dict[str, Any]:
     del made["factors"]
     for wire in ("coefficients", "gather", "cached"):
         made[f"factors, {wire}"] = tr.OSFT(protect="weights", form="factors", ratio=RATIO, wire=wire)
+    made["update, default, cached"] = tr.OSFT(wire="cached")
     return made
 
 
