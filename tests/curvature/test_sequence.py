@@ -80,6 +80,17 @@ def test_a_run_adds_its_ring_and_an_export_carries_it_to_the_next(root):
     assert [r.name for r in third.rings] == ["old text", "step 3 of run", "step 3 of run2"]
 
 
+def test_what_trains_in_tiles_is_measured_whole(root):
+    plain = (tr.OSFT(), tr.Recompute())
+    tiled = (*plain, tr.TiledBlock(tile=16), tr.TiledLoss(tile=16))
+    for output, techniques in (("plain", plain), ("tiled", tiled)):
+        train(toy(root, output, techniques=techniques))
+    wanted, found = (open_statistics(root / output / "statistics") for output in ("plain", "tiled"))
+    for weight in wanted:
+        assert_same(found[weight]["inputs"], wanted[weight]["inputs"], 1e-4, weight)
+        assert int(found[weight]["tokens"]) == int(wanted[weight]["tokens"])
+
+
 def test_without_statistics_nothing_is_measured(tmp_path):
     train(toy(tmp_path))
     assert not (tmp_path / "run" / "statistics").exists()

@@ -103,6 +103,11 @@ class Observer:
 
     def take(self, weight: str, x: Tensor) -> None:
         """The inputs of a linear."""
+        if not isinstance(x, Tensor):
+            raise PlanError(
+                f"a technique computes the inputs of {weight} later, tile by tile; measure the model that was "
+                "exported, or a run without tiledblock"
+            )
         if recompute_state() != "forward" or not self.owns(weight, x):
             return
         rows = x.detach().reshape(-1, x.shape[-1])

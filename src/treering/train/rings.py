@@ -11,6 +11,7 @@ from treering.curvature import open as open_statistics
 from treering.errors import CheckpointError
 from treering.plan import Run
 from treering.plan.opening import locate
+from treering.technique import Stage
 from treering.together import from_first, is_first
 from treering.train import calibration
 from treering.train.job import Job
@@ -50,12 +51,21 @@ def grow(run: Run, job: Job, data: RunData, base: Statistics | None, tell: "Tell
                 f"step {step} is saved, and what it taught is not measured yet; the same command does that"
             )
 
+    _whole_forwards(run)
     batches = calibration.batches(documents, run.plan, job.data.max_length, data.packing)
     date = from_first(datetime.now(UTC).strftime("%Y-%m-%d"))
     ring = Ring(name=f"{_named(step)}{folder.absolute().parent.name}", tokens=0, data=digest, date=date)
     with watchdog.patience(), Stopwatch(False, run.plan.device, watchdog.phase)("measuring"):
         made = measure(run, batches, ring=ring, onto=[base], to=folder, progress=look)
     tell.note(f"measured {made.rings[-1].tokens:,} tokens of the training data: {len(made.rings)} rings in {folder}")
+
+
+def _whole_forwards(run: Run) -> None:
+    """Training is over: what computes forwards in another way, for the sake of a backward, comes off. Inputs that are
+    made tile by tile cannot be counted by token."""
+    for technique, applied in zip(run.plan.techniques, run.plan.applied):
+        if technique.stage in (Stage.FORWARD, Stage.RECOMPUTE) and applied.undo is not None:
+            applied.undo()
 
 
 def carried(job: Job, step: int) -> Path | None:
