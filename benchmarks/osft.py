@@ -28,15 +28,16 @@ PASS_BAR = 8.0  # GB, of `factors` at `coefficients` and 8 ranks
 Bytes = dict[str, float]
 
 
-def wired() -> dict[str, Any]:
-    """Every form, and `factors` at every wire."""
+def wired(quick: bool) -> dict[str, Any]:
+    """Every form, and each wire. Owners are dealt over all layers: few layers do not tell of many."""
     import treering as tr
 
     made = forms()
     del made["factors"]
     for wire in ("coefficients", "gather", "cached"):
         made[f"factors, {wire}"] = tr.OSFT(protect="weights", form="factors", ratio=RATIO, wire=wire)
-    made["update, default, cached"] = tr.OSFT(wire="cached")
+    if not quick:
+        made["update, default, cached"] = tr.OSFT(wire="cached")
     return made
 
 
@@ -68,7 +69,7 @@ def wire(quick: bool, command: str) -> Iterator[Row]:
             return peer.ask("traffic", str(ranks), str(layers))
 
         full = sum(counted(tr.Full(), ranks, quick).values())
-        found = {name: counted(technique, ranks, quick) for name, technique in wired().items()}
+        found = {name: counted(technique, ranks, quick) for name, technique in wired(quick).items()}
         for name, phases in {"mini_trainer": whole(asked, quick), **found}.items():
             most = {"factors, coefficients": PASS_BAR, "forward": 0.0}.get(name) if ranks == WORLDS[0] else None
             worst = max(phases["gradients"], phases["step"])
