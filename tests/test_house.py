@@ -18,6 +18,7 @@ GROUND = {
     "technique",
     "errors",
     "exactly",
+    "forwards",
     "seeds",
     "together",
     "anatomy",

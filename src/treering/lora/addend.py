@@ -6,13 +6,14 @@ A module of its own, because FSDP's unit of dtype is the module: adapters pinned
 need a unit that does not cast them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from treering import forwards
 from treering.errors import PlanError
 from treering.lora import start
 from treering.lora.peft_format import describe
@@ -56,38 +57,20 @@ def attach(model: nn.Module, config: "LoRA", site: Site) -> Applied:
                 f"lora: {linear.fqn} already has an adapter called {config.name!r}; give this one another name"
             )
         module.add_module(child, addend)
-        undone.append(_add_to_forward(module, addend))
+        undone.append(forwards.add(module, addend))
         own = f"{linear.fqn}.{child}"
         names += [f"{own}.A", f"{own}.B"]
         stored = weight.dtype if weight is not None else torch.float32
         parts[linear.weight] = _part(linear, config, own, dtype, stored, site.seed)
 
-    def undo() -> None:
-        for restore in reversed(undone):
-            restore()
-
     note = f"{len(linears)} adapters of rank {config.rank}, scale {config.scale:g}, start {config.init}"
     return Applied(
-        trainable=tuple(names), parts=parts, adapter=describe(config, linears, site.anatomy), undo=undo, notes=(note,)
+        trainable=tuple(names),
+        parts=parts,
+        adapter=describe(config, linears, site.anatomy),
+        undo=forwards.undo_all(undone),
+        notes=(note,),
     )
-
-
-def _add_to_forward(module: nn.Module, addend: Addend) -> Callable[[], None]:
-    plain = module.forward
-    replaced = module.__dict__.get("forward")
-
-    def forward(x: Tensor) -> Tensor:
-        return plain(x) + addend(x)
-
-    module.forward = forward  # type: ignore[method-assign]
-
-    def restore() -> None:
-        if replaced is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = replaced  # type: ignore[method-assign]
-
-    return restore
 
 
 def _part(linear: "Linear", config: "LoRA", own: str, dtype: torch.dtype, stored: torch.dtype, seed: int) -> Part:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from treering import forwards
 from treering.exactly import exactly
 from treering.osft import protection
 from treering.osft.operator import Operator
@@ -88,40 +89,18 @@ def attach(model: nn.Module, config: "OSFT", site: Site, chosen: Sequence[Target
         dtype = torch.promote_types(torch.float32 if weight is None else weight.dtype, torch.float32)
         addend = Addend(target, protection.addend_sides(config, target), dtype)
         module.add_module("osft", addend)
-        undone.append(_add_to_forward(module, addend))
+        undone.append(forwards.add(module, addend))
         own = f"{target.module}.osft"
         names.append(f"{own}.Z")
         parts[target.weight] = _part(target, config, own, addend, dtype)
-
-    def undo() -> None:
-        while undone:
-            undone.pop()()
 
     return Applied(
         trainable=tuple(names),
         parts=parts,
         adapter=describe(chosen, model),
-        undo=undo,
+        undo=forwards.undo_all(undone),
         notes=(f"{len(names)} adapters in the free directions",),
     )
-
-
-def _add_to_forward(module: nn.Module, addend: Addend) -> Callable[[], None]:
-    plain = module.forward
-    replaced = module.__dict__.get("forward")
-
-    def forward(x: Tensor) -> Tensor:
-        return plain(x) + addend(x)
-
-    module.forward = forward  # type: ignore[method-assign]
-
-    def restore() -> None:
-        if replaced is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = replaced  # type: ignore[method-assign]
-
-    return restore
 
 
 def _part(target: Target, config: "OSFT", own: str, addend: Addend, dtype: torch.dtype) -> Part:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from treering import forwards
 from treering.errors import PlanError
 from treering.technique import Applied, Site
-from treering.tiling import forward
 from treering.tiling.later import Later
 from treering.tiling.lengths import tile_length
 from treering.tiling.mlp import dense, notes, sums_wide, tile_experts, token_width
@@ -41,7 +41,7 @@ def attach(model: nn.Module, config: "TiledBlock", site: Site) -> Applied:
     undone = [restore for b in anatomy.blocks for restore in _Block(model, config, anatomy, b).attach(whole)]
     undone += [tile_experts(model, config, anatomy, experts, "tiledblock") for experts in anatomy.experts]
     lines = (f"norms, q, k and v of {len(anatomy.blocks)} blocks in tiles as well",)
-    return Applied(undo=forward.undo_all(undone), notes=(*notes(config, len(whole), len(anatomy.experts)), *lines))
+    return Applied(undo=forwards.undo_all(undone), notes=(*notes(config, len(whole), len(anatomy.experts)), *lines))
 
 
 class _Block:
@@ -76,16 +76,16 @@ class _Block:
         def later(x: Tensor | Later) -> Later:
             return self._begin(x).call(module, plain)
 
-        return forward.replace(module, later)
+        return forwards.replace(module, later)
 
     def _tiled(self, module: Any) -> Callable[[], None]:
         plain = module.forward
-        return forward.replace(module, lambda x: self._compute(self._begin(x).call(module, plain)))
+        return forwards.replace(module, lambda x: self._compute(self._begin(x).call(module, plain)))
 
     def _seen_whole(self, module: Any) -> Callable[[], None]:
         """A router looks at all tokens: before it, only the norm is in tiles."""
         plain = module.forward
-        return forward.replace(module, lambda x: plain(self._compute(x) if isinstance(x, Later) else x))
+        return forwards.replace(module, lambda x: plain(self._compute(x) if isinstance(x, Later) else x))
 
     def _reader(self, name: str, modules: dict[str, Any]) -> Callable[[], None]:
         plain = modules[name].forward
@@ -97,7 +97,7 @@ class _Block:
                 x.fetched.update(zip(modules, self._read_all(x, modules)))
             return x.fetched.pop(name)
 
-        return forward.replace(modules[name], read)
+        return forwards.replace(modules[name], read)
 
     def _read_all(self, x: Later, modules: dict[str, Any]) -> tuple[Tensor, ...]:
         bare = replace(x, tokens=(), fetched={})  # the graph keeps `fn` until the backward: no tensor may hang on it

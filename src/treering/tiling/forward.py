@@ -1,33 +1,11 @@
-"""Another forward for one instance, and back."""
+"""What of a call's arguments is tokens, so that a forward can be run on a tile of them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from treering.errors import PlanError
-
-
-def replace(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Nothing else of the module changes: no name, no hook, no class. Returns what gives the former one back."""
-    former = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
-
-    def restore() -> None:
-        if former is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = former  # type: ignore[method-assign]
-
-    return restore
-
-
-def undo_all(undone: Sequence[Callable[[], None]]) -> Callable[[], None]:
-    def undo() -> None:
-        for restore in reversed(undone):
-            restore()
-
-    return undo
 
 
 def of_tokens(

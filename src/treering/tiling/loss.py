@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from treering import forwards
 from treering.technique import Applied, Site
-from treering.tiling import forward
 from treering.tiling.lengths import tile_length
 from treering.tiling.losses import IGNORED, Head, Tiled
 from treering.tiling.mlp import sums_wide
@@ -54,9 +54,9 @@ def attach(model: nn.Module, config: "TiledLoss", site: Site) -> Applied:
         hidden = body(*args, **kwargs, use_cache=False).last_hidden_state
         return head(*trained(hidden, treering_labels))
 
-    undone = [forward.replace(head, of_head), forward.replace(model, of_model)]
+    undone = [forwards.replace(head, of_head), forwards.replace(model, of_model)]
     long = f"{config.budget:g} GiB of logits" if config.tile == "budget" else f"{config.tile} tokens"
-    return Applied(loss=loss, undo=forward.undo_all(undone), notes=(f"head and cross-entropy on {long} at a time",))
+    return Applied(loss=loss, undo=forwards.undo_all(undone), notes=(f"head and cross-entropy on {long} at a time",))
 
 
 def loss(model: nn.Module, batch: "Batch") -> Tensor:

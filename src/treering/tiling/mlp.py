@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from treering import forwards
 from treering.technique import Applied, Site
 from treering.tiling import forward, groups
 from treering.tiling.lengths import GIB, tile_length
@@ -19,7 +20,7 @@ def attach(model: nn.Module, config: "TiledMLP", site: Site) -> Applied:
     anatomy = site.anatomy
     undone = [_dense(model, config, anatomy, fqn, "tiledmlp") for fqn in dense(model, anatomy)]
     several = [tile_experts(model, config, anatomy, experts, "tiledmlp") for experts in anatomy.experts]
-    return Applied(undo=forward.undo_all([*undone, *several]), notes=notes(config, len(undone), len(several)))
+    return Applied(undo=forwards.undo_all([*undone, *several]), notes=notes(config, len(undone), len(several)))
 
 
 def notes(config: "TiledMLP | TiledBlock", dense: int, experts: int) -> tuple[str, ...]:
@@ -74,7 +75,7 @@ def _dense(model: nn.Module, config: "TiledMLP", anatomy: "Anatomy", fqn: str, s
         wide = sums_wide(region, config.accumulate, config.budget)
         return region(fn, *tokens, size=size, dims=dims, wide=wide)
 
-    return forward.replace(module, tiled)
+    return forwards.replace(module, tiled)
 
 
 def tile_experts(
@@ -99,7 +100,7 @@ def tile_experts(
             return groups.call(module, experts, region, fn, tokens, dims, size, wide)
         return region(fn, *tokens, size=size, dims=dims, wide=wide)
 
-    return forward.replace(module, tiled)
+    return forwards.replace(module, tiled)
 
 
 def _stacked(model: nn.Module, experts: "Experts") -> list[tuple[str, Tensor]]:
