@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.data.data_templates import TEMPLATES
+from treering.data.conversation import trace
 from treering.data.template import Template
 from treering.errors import DataError
 
@@ -116,13 +117,15 @@ TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok
 CHILD = """
 import json, resource, sys, time
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+from treering.data.conversation import trace
 from treering.data.template import Template
 turns, templates = json.load(sys.stdin)
+turns = trace(turns, None).messages
 said = {}
 for name, source in templates.items():
     began = time.process_time()
     try:
-        text = Template(source=source, variables={}).render(turns, None, "chat.jsonl:1")[0]
+        text = Template(source=source, variables={}).render(turns, None, "chat.jsonl:1").text
         kind, text = "rendered", text[:99]
     except Exception as error:
         kind, text = type(error).__name__, str(error)
@@ -172,7 +175,7 @@ def test_the_bound_holds_in_a_thread_and_again_and_again():
 
 def test_long_conversations_have_an_allowance_of_their_length():
     turns = TURNS * 20_000
-    text, _ = Template(source=TEMPLATES["chatml"], variables={}).render(turns, None, "x:1")
+    text = Template(source=TEMPLATES["chatml"], variables={}).render(turns, None, "x:1").text
     assert text.count("<|im_start|>") == 40_000
 
 
@@ -206,7 +209,10 @@ def test_renderings_are_those_of_transformers(name, turns, prompt):
         )
     except Exception:  # a template that knows no such turn
         with pytest.raises(DataError):
-            template.render(*given, "x:1", prompt=prompt, spans=True)
+            template.render(*given, "x:1", prompt=prompt)
         return
     expected = texts[0], [tuple(span) for span in spans[0]] if template.tagged else []
-    assert template.render(*given, "x:1", prompt=prompt, spans=True) == expected
+    traced = trace(*given)
+    for messages, tools in (given, (traced.messages, traced.tools)):
+        rendered = template.render(messages, tools, "x:1", prompt=prompt)
+        assert (rendered.text, rendered.tags) == expected

@@ -1,22 +1,27 @@
-"""Control tokens: only a template may write them; the same characters in somebody's text are encoded as text.
+"""Control tokens: only a template may write them; the same characters in a text of the data are encoded as text.
 
-Two backends encode. The ordinary one is the tokenizer as it is. The renamed one calls every control token by a name
-made of Unicode noncharacters, so that no text can spell it; it is used for the samples that need it, so that all
-others are tokenised exactly as `apply_chat_template` does.
+Two backends encode. The ordinary one is the tokenizer as it is, and gives exactly the tokens of `apply_chat_template`.
+Each control token in its result must lie where the template wrote one. A sample where that does not hold is encoded by
+the renamed backend, which calls every control token by a name made of Unicode noncharacters, so that no text can
+spell it.
 """
 
+import bisect
 import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
-from treering.data.places import Placer
-from treering.data.strings import CONTROL_CLOSE, CONTROL_OPEN, NAME_CLOSE, NAME_OPEN
+from treering.data.conversation import Piece
+from treering.data.places import Placer, Tokens
+from treering.data.strings import NAME_CLOSE, NAME_OPEN
 from treering.errors import DataError
 
 _NOTHING = "(?!)"
+_REMEMBERED = 4096
 
 
 def _any_of(tokens: Sequence[str]) -> str:
@@ -24,8 +29,21 @@ def _any_of(tokens: Sequence[str]) -> str:
     return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or _NOTHING
 
 
+class Renamed:
+    """A text for the renamed backend with `names` names of control tokens."""
+
+    def __init__(self, text: str, borders: list[tuple[int, int]]):
+        self.text, self.names = text, len(borders) - 1
+        self._old, self._new = ([border[i] for border in borders] for i in (0, 1))
+
+    def at(self, character: int) -> int:
+        """Where a character of the ordinary text is in this one."""
+        i = bisect.bisect_right(self._old, character) - 1
+        return self._new[i] + character - self._old[i]
+
+
 class Control:
-    """Marks control strings in content before rendering, and encodes what was rendered.
+    """Which tokens of a tokenizer control, and encoding texts so that only a template can write them.
 
     `special` are tokens that are never text. `structural` are other added tokens that the template itself writes
     (`<think>`, `<tool_call>`): a user cannot write them, an assistant may.
@@ -42,41 +60,84 @@ class Control:
             for token in added
             if not token["special"] and not token["content"].isspace() and template and token["content"] in template
         ]
-        self._ids = {token["content"]: token["id"] for token in added if token["content"] in {*special, *structural}}
+        ids = {token["content"]: token["id"] for token in added}
+        self._ids = {token: ids[token] for token in (*special, *structural)}
         self._names = {token: f"{NAME_OPEN}{i}{NAME_CLOSE}" for i, token in enumerate(self._ids)}
         self.special = re.compile(_any_of(special))
+        self.structural = re.compile(_any_of(structural))
         self.any = re.compile(_any_of(list(self._ids)))
-        # What a rendered text consists of: a marked string, a lone mark (a template can cut a marked string in two),
-        # or a control token that the template wrote.
-        self._rendered = re.compile(
-            f"{CONTROL_OPEN}({_any_of(list(self._ids))}){CONTROL_CLOSE}|[{CONTROL_OPEN}{CONTROL_CLOSE}]|({self.any.pattern})"
-        )
+        self._kinds = np.zeros(max(ids.values(), default=-1) + 1, dtype=np.int8)
+        self._kinds[[ids[token] for token in special]] = 2
+        self._kinds[[ids[token] for token in structural]] = 1
+        self._counts: dict[str, int] = {}
 
-    def mark(self, text: str, *, structural: bool) -> str:
-        """`text` with its control strings marked; `structural` false leaves those that an assistant may write."""
-        pattern = self.any if structural else self.special
-        return pattern.sub(f"{CONTROL_OPEN}\\g<0>{CONTROL_CLOSE}", text)
+    def kinds(self, tokens: Tokens) -> np.ndarray:
+        """For each token 0: text, 1: structural, 2: special."""
+        ids = tokens.ids
+        if not len(self._kinds):
+            return np.zeros(len(ids), dtype=np.int8)
+        return np.where(ids < len(self._kinds), self._kinds.take(ids, mode="clip"), 0)
 
-    def mark_all(self, value: Any, *, structural: bool) -> Any:
-        """The same for every string inside a JSON value."""
-        if isinstance(value, str):
-            return self.mark(value, structural=structural)
-        if isinstance(value, dict):
-            return {key: self.mark_all(entry, structural=structural) for key, entry in value.items()}
-        if isinstance(value, list):
-            return [self.mark_all(entry, structural=structural) for entry in value]
-        return value
+    def genuine(self, tokens: Tokens, text: str, pieces: Sequence[Piece], writers: Sequence[bool]) -> bool:
+        """Whether the control tokens are those that the template wrote, or structural ones that an assistant wrote."""
+        kinds = self.kinds(tokens)
+        at = np.flatnonzero(kinds)
+        expected = 0
+        begin = 0
+        for piece in pieces:
+            if piece.begin > begin:
+                expected += self._count(text[begin : piece.begin])
+            begin = max(begin, piece.end)
+        expected += self._count(text[begin:])
+        if not pieces or not len(at):
+            return len(at) == expected
+        edges = [edge for piece in pieces for edge in (piece.begin, piece.end)]
+        begins, ends, places = tokens.places(at, edges)
+        piece_begins, piece_ends = places[::2], places[1::2]
+        near = piece_ends.searchsorted(begins, "right")  # the first piece that ends behind where the token begins
+        behind = np.append(piece_begins, np.iinfo(np.int64).max)
+        literal = behind[near] >= ends
+        if int(literal.sum()) != expected:
+            return False
+        for i in np.flatnonzero(~literal):
+            piece = int(near[i])
+            inside = piece_begins[piece] <= begins[i] and ends[i] <= piece_ends[piece]
+            if not (inside and writers[piece] and kinds[at[i]] == 1):
+                return False
+        return True
 
-    def needs_names(self, rendered: str) -> bool:
-        return CONTROL_OPEN in rendered or CONTROL_CLOSE in rendered
+    def _count(self, literal: str) -> int:
+        """How many control tokens a text of the template holds."""
+        if literal not in self._counts:
+            if len(self._counts) >= _REMEMBERED:
+                self._counts.clear()
+            self._counts[literal] = sum(1 for _ in self.any.finditer(literal))
+        return self._counts[literal]
 
-    def rename(self, rendered: str) -> str:
-        """A rendered text for the renamed backend: the template's control tokens by name, marks removed."""
+    def rename(self, text: str, pieces: Sequence[Piece], writers: Sequence[bool]) -> Renamed:
+        """The text for the renamed backend: what the template wrote by its name, texts of the data as they are."""
+        made: list[str] = []
+        borders = [(0, 0)]
+        at, length = 0, 0
 
-        def name(match: re.Match[str]) -> str:
-            return self._names[match[2]] if match[2] else match[1] or ""
+        def copy(end: int, pattern: re.Pattern[str]) -> None:
+            nonlocal at, length
+            for match in pattern.finditer(text, at, end):
+                name = self._names[match[0]]
+                made.extend((text[at : match.start()], name))
+                length += match.start() - at + len(name)
+                at = match.end()
+                borders.append((at, length))
+            made.append(text[at:end])
+            length += end - at
+            at = end
 
-        return self._rendered.sub(name, rendered)
+        nothing = re.compile(_NOTHING)
+        for piece, writer in zip(pieces, writers, strict=True):
+            copy(piece.begin, self.any)
+            copy(piece.end, self.structural if writer else nothing)
+        copy(len(text), self.any)
+        return Renamed("".join(made), borders)
 
     def placer(self, *, renamed: bool) -> Placer:
         return self._named() if renamed else self._ordinary

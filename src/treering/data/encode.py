@@ -13,11 +13,13 @@ from tokenizers import Encoding
 
 from treering.data.chat import Chat, Rendered
 from treering.data.config import Data, Format
-from treering.data.control import Control
+from treering.data.control import Control, Renamed
+from treering.data.conversation import TOOLS, Piece
 from treering.data.formats import Sample
 from treering.data.places import Tokens
 from treering.data.records import SampleError, bad
 from treering.data.template import Template
+from treering.data.traced import Source
 from treering.errors import DataError
 
 if TYPE_CHECKING:
@@ -104,9 +106,20 @@ class Encoded:
     mask: NDArray[np.bool_]
     truncated: bool
     endless: bool
+    unprompted: bool = False  # as in Rendered
+    thoughts: int = 0
 
 
-Encodings = dict[bool, list[Encoding]]  # as Prepared.texts
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """A text of a sample. `pieces` are the parts of it that come from the data; a chat's text holds more."""
+
+    sample: int
+    text: str
+    pieces: Sequence[Piece]
+    writers: Sequence[bool]
+    rendered: Rendered | None = None
+    cut: int = 0  # characters at the beginning that only keep the tokenizer from adding a space to the rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +128,7 @@ class Prepared:
 
     samples: Sequence[Sample]
     errors: dict[int, SampleError]
-    texts: dict[bool, list[str]]  # by whether they are for the renamed backend
-    jobs: list[tuple[int, Rendered | None, bool]]  # (sample, how it was rendered, renamed) of each text
+    texts: list[Text]
 
 
 class Encoder:
@@ -132,37 +144,34 @@ class Encoder:
         prepared = self.prepare(samples)
         return self.finish(prepared, self.tokenise(prepared))
 
-    def prepare(self, samples: Sequence[Sample]) -> "Prepared":
+    def prepare(self, samples: Sequence[Sample]) -> Prepared:
         """Everything before the tokenizer."""
-        prepared = Prepared(samples=samples, errors={}, texts={}, jobs=[])
+        prepared = Prepared(samples=samples, errors={}, texts=[])
         for i, sample in enumerate(samples):
             try:
-                parts = list(self._texts(sample))
+                prepared.texts.extend(list(self._texts(i, sample)))
             except SampleError as error:
                 prepared.errors[i] = error
-                continue
-            for text, rendered in parts:
-                special = self.control.needs_names(text)
-                prepared.texts.setdefault(special, []).append(self.control.rename(text) if special else text)
-                prepared.jobs.append((i, rendered, special))
         return prepared
 
-    def tokenise(self, prepared: "Prepared") -> Encodings:
+    def tokenise(self, prepared: Prepared) -> list[Encoding]:
         """The tokenizer's part: it runs without Python's lock, so it may run in a thread of its own."""
-        return {
-            renamed: self.control.placer(renamed=renamed).encode(texts) for renamed, texts in prepared.texts.items()
-        }
+        return self.control.placer(renamed=False).encode([text.text for text in prepared.texts])
 
-    def finish(self, prepared: "Prepared", encodings: Encodings) -> list[list[Encoded] | SampleError]:
+    def finish(self, prepared: Prepared, encodings: list[Encoding]) -> list[list[Encoded] | SampleError]:
         """Everything after the tokenizer."""
-        placed = {
-            renamed: iter(self.control.placer(renamed=renamed).place(texts, encodings[renamed]))
-            for renamed, texts in prepared.texts.items()
-        }
+        texts = prepared.texts
+        tokens = self.control.placer(renamed=False).place([text.text for text in texts], encodings)
+        strange = [
+            i for i, text in enumerate(texts)
+            if not self.control.genuine(tokens[i], text.text, text.pieces, text.writers)
+        ]  # fmt: skip
+        renamed = dict(zip(strange, self._encode_renamed([texts[i] for i in strange])))
+        by_sample: dict[int, list[tuple[Text, Tokens, Renamed | None]]] = {}
+        for i, text in enumerate(texts):
+            own, name = renamed.get(i, (tokens[i], None))
+            by_sample.setdefault(text.sample, []).append((text, own, name))
         results: list[list[Encoded] | SampleError] = [prepared.errors.get(i, []) for i in range(len(prepared.samples))]
-        by_sample: dict[int, list[tuple[Rendered | None, Tokens]]] = {}
-        for i, rendered, renamed in prepared.jobs:
-            by_sample.setdefault(i, []).append((rendered, next(placed[renamed])))
         for i, parts in by_sample.items():
             try:
                 results[i] = self._documents(prepared.samples[i], parts)
@@ -170,21 +179,35 @@ class Encoder:
                 results[i] = error
         return results
 
-    def _texts(self, sample: Sample) -> Iterator[tuple[str, Rendered | None]]:
+    def _encode_renamed(self, texts: Sequence[Text]) -> list[tuple[Tokens, Renamed]]:
+        """The texts in which data could be taken for control tokens."""
+        if not texts:
+            return []
+        renamed = [self.control.rename(text.text, text.pieces, text.writers) for text in texts]
+        placer = self.control.placer(renamed=True)
+        plain = [one.text for one in renamed]
+        return list(zip(placer.place(plain, placer.encode(plain)), renamed))
+
+    def _texts(self, i: int, sample: Sample) -> Iterator[Text]:
         if sample.kind == "chat":
             assert self.chat is not None
             rendered = self.chat.render(sample)
-            yield rendered.text, rendered
+            yield Text(
+                sample=i, text=rendered.text, pieces=rendered.pieces, writers=rendered.writers, rendered=rendered
+            )
             return
         # Tokenised apart: at inference the prompt is tokenised alone too.
         if sample.kind == "completion":
-            yield self.control.mark(sample.prompt, structural=True), None
-        yield self.control.mark(sample.text, structural=True), None
+            yield _one_text(i, sample.prompt, 0)
+        yield _one_text(i, sample.text, 0)
 
-    def _documents(self, sample: Sample, parts: list[tuple[Rendered | None, Tokens]]) -> list[Encoded]:
-        rendered, tokens = parts[-1]
-        if rendered is not None:
-            return self._fit(sample, tokens.ids, self._mask(rendered, tokens), endless=rendered.endless)
+    def _documents(self, sample: Sample, parts: list[tuple[Text, Tokens, Renamed | None]]) -> list[Encoded]:
+        text, tokens, renamed = parts[-1]
+        for _, own, name in parts:
+            if name is not None and np.count_nonzero(self.control.kinds(own)) != name.names:
+                raise bad(sample.where, "tokenizer", "the tokenizer does not keep control tokens apart from text")
+        if text.rendered is not None:
+            return self._fit(sample, tokens.ids, self._mask(text.rendered, tokens, renamed), text.rendered)
         start, end = self.plan.start, self.plan.end
         if sample.kind == "text":
             ids = np.array([*start, *tokens.ids, *end], dtype=np.uint32)
@@ -195,20 +218,21 @@ class Encoder:
         ids = np.array([*given, *tokens.ids, *end], dtype=np.uint32)
         mask = np.ones(len(ids), dtype=np.bool_)
         mask[: max(1, len(given))] = False
-        return self._fit(sample, ids, mask, endless=not end)
+        return self._fit(sample, ids, mask)
 
-    def _mask(self, rendered: Rendered, tokens: Tokens) -> NDArray[np.bool_]:
+    def _mask(self, rendered: Rendered, tokens: Tokens, renamed: Renamed | None) -> NDArray[np.bool_]:
         spans, limits = rendered.trained, rendered.limits
-        if self.control.needs_names(rendered.text):  # positions in the marked text -> in the text that was encoded
-            renamed = {at: len(self.control.rename(rendered.text[:at])) for span in (*spans, *limits) for at in span}
-            spans, limits = ([(renamed[a], renamed[b]) for a, b in part] for part in (spans, limits))
+        if renamed is not None:
+            spans, limits = ([(renamed.at(a), renamed.at(b)) for a, b in part] for part in (spans, limits))
         mask = np.zeros(len(tokens.ids), dtype=np.bool_)
         for first, stop in tokens.ranges(spans, limits):
             mask[first:stop] = True
         mask[:1] = False
         return mask
 
-    def _fit(self, sample: Sample, ids: NDArray, mask: NDArray, *, endless: bool = False) -> list[Encoded]:
+    def _fit(
+        self, sample: Sample, ids: NDArray, mask: NDArray, rendered: Rendered | None = None
+    ) -> list[Encoded]:
         limit = self.plan.max_length
         too_long = len(ids) > limit
         if too_long and self.plan.too_long == "drop":
@@ -224,7 +248,17 @@ class Encoder:
         if not mask.any():
             after = f" after truncation to {limit} tokens" if too_long else ""
             raise bad(sample.where, "untrained", f"no token is trained{after}; skip_untrained leaves such samples out")
-        return [Encoded(**_place(sample), piece=0, ids=ids, mask=mask, truncated=too_long, endless=endless)]
+        document = Encoded(
+            **_place(sample),
+            piece=0,
+            ids=ids,
+            mask=mask,
+            truncated=too_long,
+            endless=rendered.endless if rendered else not self.plan.end,
+            unprompted=rendered is not None and rendered.unprompted,
+            thoughts=rendered.thoughts if rendered else 0,
+        )
+        return [document]
 
     def _pieces(self, sample: Sample, ids: NDArray, mask: NDArray) -> list[Encoded]:
         """Consecutive pieces that share one token, so that every token but the first is predicted exactly once."""
@@ -246,6 +280,12 @@ class Encoder:
         if not pieces:
             raise bad(sample.where, "untrained", "the text is shorter than two tokens, so nothing is predicted")
         return pieces
+
+
+def _one_text(sample: int, text: str, cut: int) -> Text:
+    source = Source(TOOLS, ("text",), text, True)
+    piece = Piece(cut, len(text), source, 0, len(text), False)
+    return Text(sample=sample, text=text, pieces=[piece] if text else [], writers=[False] if text else [], cut=cut)
 
 
 def _place(sample: Sample) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from typing import Any
 
 from jinja2.utils import Namespace
 
+from treering.data.traced import Traced
+
 _BASE, _EACH = 1_000_000, 2_000  # units given to any rendering, and for each value of the conversation
 _UNIT = 64  # characters that cost one unit: about as long as a step of the interpreter
 _NUMBER = 1 << 64
@@ -35,7 +37,7 @@ class Meter:
     def weigh(self, value: Any) -> int:
         """Characters that a value has when it is written out; what is inside it is paid for, each time it is seen."""
         kind = type(value)
-        if kind is str:
+        if kind is str or kind is Traced:
             return len(value)
         if kind is dict:
             self.pay(len(value) + 1)
@@ -58,7 +60,7 @@ class Meter:
     def written(self, value: Any) -> Any:
         """`value`, paid for as text."""
         kind = type(value)
-        weight = len(value) if kind is str else 4 if kind is bool else self.weigh(value)
+        weight = len(value) if kind is str or kind is Traced else 4 if kind is bool else self.weigh(value)
         self.left -= 1 + (weight >> 6)
         if self.left < 0:
             self.pay()
@@ -72,8 +74,8 @@ class Meter:
 
     def call(self, name: str, subject: Any, given: list[Any]) -> None:
         """Pay for a method or filter called `name`, of `subject`."""
-        if name in _LINEAR and type(subject) is str:
-            self.pay(2 + (len(subject) + sum([len(value) if type(value) is str else 64 for value in given]) >> 6))
+        if name in _LINEAR and isinstance(subject, str):
+            self.pay(2 + (len(subject) + sum([len(value) if isinstance(value, str) else 64 for value in given]) >> 6))
             return
         weight = self.weigh(subject)
         numbers = [abs(n) for n in given if isinstance(n, int)]
@@ -106,7 +108,7 @@ class Meter:
 
     def operate(self, operator: str, left: Any, right: Any) -> None:
         """Pay for a binary operator."""
-        if type(left) is str and type(right) is str and operator == "+":
+        if isinstance(left, str) and isinstance(right, str) and operator == "+":
             self.pay(1 + (len(left) + len(right) >> 6))
             return
         if isinstance(left, float | int) and isinstance(right, float | int):

@@ -27,6 +27,10 @@ class Tokens(Protocol):
         """For each span of characters the tokens [first, stop) that overlap it and lie inside its limits."""
         ...
 
+    def places(self, tokens: NDArray[np.int64], characters: Sequence[int]) -> tuple[NDArray, NDArray, NDArray]:
+        """Where these tokens begin and end, and where these characters (ascending) are, all in the same unit."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Spelled:
@@ -49,6 +53,12 @@ class Spelled:
             stop = min(left[i] + 1 if stops[i] > starts[i] else 0, right[count + i])  # nothing overlaps an empty span
             found.append((first, max(first, stop)))
         return found
+
+    def places(self, tokens: NDArray[np.int64], characters: Sequence[int]) -> tuple[NDArray, NDArray, NDArray]:
+        ends = self.ends[tokens]
+        begins = np.where(tokens > 0, self.ends[tokens - 1], 0)
+        at = characters if self.text.isascii() else _bytes_before(self.text, list(characters))
+        return begins, ends, np.asarray(at, dtype=np.int64)
 
     def _bytes(self, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
         starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
@@ -80,6 +90,10 @@ class Offsets:
                 stop -= 1
             found.append((first, stop))
         return found
+
+    def places(self, tokens: NDArray[np.int64], characters: Sequence[int]) -> tuple[NDArray, NDArray, NDArray]:
+        found = np.array([self._chars(int(token)) for token in tokens], dtype=np.int64).reshape(-1, 2)
+        return found[:, 0], found[:, 1], np.asarray(characters, dtype=np.int64)
 
     def _overlapping(self, start: int, end: int) -> Span:
         """Characters that the tokenizer drops belong to no token."""

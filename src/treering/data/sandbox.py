@@ -6,12 +6,13 @@ refused, at the same place on every machine.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import update_wrapper
 from typing import Any
 
 import jinja2
+import jinja2.filters
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
@@ -21,11 +22,27 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from treering.data.meter import Meter, TooExpensiveError
+from treering.data.traced import (
+    PRODUCING,
+    Part,
+    Traced,
+    concat,
+    holds_traced,
+    opaque,
+    plain,
+    plain_inside,
+    to_json,
+)
 
 LONGEST = 1 << 20  # characters of a template
 _LEFT_OUT = ("pprint", "urlize", "random", "xmlattr", "urlencode")
 _CHEAP = {"defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "number", "boolean", "integer"}
 _CHEAP |= {"float", "true", "false", "callable", "odd", "even", "sameas", "filter", "test"}
+# Filters that hand on what they are given, or use the traced methods of strings. All others get plain strings, and
+# what they make is traced as a whole.
+_TRACING = {"attr", "batch", "capitalize", "count", "d", "default", "dictsort", "first", "groupby", "items", "join"}
+_TRACING |= {"last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse"}
+_TRACING |= {"safe", "select", "selectattr", "slice", "sort", "string", "sum", "tojson", "trim", "unique", "upper"}
 
 
 class _Generator(CodeGenerator):
@@ -133,12 +150,13 @@ class Environment(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_Generation, loopcontrols],
-            finalize=self.meter.written,
+            finalize=self._finalized,
         )
+        self.concat = concat  # macros, blocks and `set` blocks are joined by it
         for name in _LEFT_OUT:
             del self.filters[name]
         del self.globals["lipsum"]
-        self.filters["tojson"] = _tojson
+        self.filters |= {"tojson": to_json, "join": _join, "replace": _replace, "safe": _safe}
         self.filters = {name: self._metered(name, filter) for name, filter in self.filters.items()}
         self.tests = {n: test if n in _CHEAP else self._metered(n, test) for n, test in self.tests.items()}
         self.globals |= {"raise_exception": _refuse, "strftime_now": _now, "dict": _Dict(), "namespace": _Namespace}
@@ -152,14 +170,30 @@ class Environment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         self.meter.operate(operator, left, right)
+        if operator == "%" and isinstance(left, str) and holds_traced(right):
+            return opaque(plain(left) % plain_inside(right), (left, right))
         return self.binop_table[operator](left, right)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         subject = getattr(getattr(function, "__wrapped__", function), "__self__", None)
         given = [value if type(value) is str else self._whole(value) for value in args]
         named = [kwargs[key] for key in kwargs if key not in ("_loop_vars", "_block_vars", "caller")]
-        self.meter.call(getattr(function, "__name__", ""), subject, [*given, *named] if named else given)
+        name = getattr(function, "__name__", "")
+        self.meter.call(name, subject, [*given, *named] if named else given)
+        if type(subject) is str and name in PRODUCING and holds_traced(given):
+            function = getattr(Traced(subject), name)
         return super().call(context, function, *given, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Any:
+        made = super().wrap_str_format(value)
+        if made is None:
+            return None
+
+        def formatted(*args: Any, **kwargs: Any) -> str:
+            inputs = (value.__self__, list(args), kwargs)
+            return opaque(plain(made(*args, **kwargs)), inputs)
+
+        return update_wrapper(formatted, value)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str) and attr == "encode":  # bytes would grow unseen
@@ -167,9 +201,17 @@ class Environment(ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def joined(self, parts: tuple[Any, ...]) -> str:
-        for part in parts:
-            self.meter.written(part)
-        return "".join(map(str, parts))
+        return concat([str(self._finalized(part)) for part in parts])
+
+    def _finalized(self, value: Any) -> Any:
+        """What is written for `value`, paid for."""
+        self.meter.written(value)
+        if isinstance(value, str) or not holds_traced(value):
+            return value
+        written = opaque(str(value), (value,))
+        if isinstance(written, Traced) and any(part.source and part.source.turn >= 0 for part in written._parts):
+            raise PythonNotationError
+        return written
 
     def _whole(self, value: Any) -> Any:
         return self.meter.items(value) if isinstance(value, Iterator) else value
@@ -180,10 +222,16 @@ class Environment(ImmutableSandboxedEnvironment):
         def metered(*args: Any, **kwargs: Any) -> Any:
             whole = [value if type(value) is str else self._whole(value) for value in args[hidden:]]
             self.meter.call(name, whole[0] if whole else None, [*whole[1:], *kwargs.values()])
-            made = function(*args[:hidden], *whole, **kwargs)
-            return self.meter.copied(made)
+            if name in _TRACING or not holds_traced([whole, kwargs]):
+                return self.meter.copied(function(*args[:hidden], *whole, **kwargs))
+            made = function(*args[:hidden], *map(plain_inside, whole), **plain_inside(kwargs))
+            return self.meter.copied(opaque(plain(made), (whole, kwargs)) if isinstance(made, str) else made)
 
         return update_wrapper(metered, function)
+
+
+class PythonNotationError(Exception):
+    """A template writes a mapping or a list of a message as Python prints it."""
 
 
 class Rendering:
@@ -193,8 +241,8 @@ class Rendering:
         self.environment = Environment()
         self.template = self.environment.compiled(source)
 
-    def render(self, values: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and where in it generation tags stand."""
+    def render(self, values: Mapping[str, Any]) -> tuple[str, tuple[Part, ...], list[tuple[int, int]]]:
+        """The text, the origin of its characters, and where in it generation tags stand."""
         environment = self.environment
         environment.meter.fill(*_size(values["messages"], values["tools"]))
         blocks: list[str] = []
@@ -202,9 +250,11 @@ class Rendering:
         try:
             for block in self.template.generate(values):
                 blocks.append(block)
-            return "".join(blocks), environment.spans
+            text = concat(blocks)
         finally:
             environment.blocks = None
+        parts = text._parts if isinstance(text, Traced) else (Part(len(text)),)
+        return plain(text), parts, environment.spans
 
 
 def _size(messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[int, int]:
@@ -245,10 +295,22 @@ def _named(name: Any) -> None:
         raise jinja2.exceptions.SecurityError(f"a namespace has no place for {name!r}: names must not begin with _")
 
 
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+@jinja2.pass_environment
+def _join(environment: Environment, values: Iterable[Any], d: str = "", attribute: Any = None) -> str:
+    if attribute is not None:
+        values = map(jinja2.filters.make_attrgetter(environment, attribute), values)
+    return Traced(str(d)).join([str(value) for value in values])
+
+
+def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
+    subject = str(text)
+    if type(subject) is str and holds_traced(new):
+        subject = Traced(subject)
+    return subject.replace(str(old), str(new), -1 if count is None else count)
+
+
+def _safe(value: Any) -> str:
+    return str(value)  # nothing is escaped here, so nothing needs to be exempt
 
 
 def _refuse(message: str) -> None:

@@ -9,11 +9,21 @@ from typing import Any
 from treering.data.messages import THOUGHTS
 from treering.data.meter import TooExpensiveError
 from treering.data.records import bad
-from treering.data.sandbox import Rendering
+from treering.data.sandbox import PythonNotationError, Rendering
+from treering.data.traced import MixedTextsError, Part
 from treering.errors import DataError
 
 Span = tuple[int, int]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderedText:
+    """`parts` are the origins of the characters of `text`, `tags` the ranges of the template's generation tags."""
+
+    text: str
+    parts: tuple[Part, ...]
+    tags: list[Span]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,34 +38,30 @@ class Template:
         """Whether the template itself says what the assistant generates."""
         return _GENERATION.search(self.source) is not None
 
-    @cached_property
-    def thinks(self) -> bool:
-        """Whether it has a place for thoughts."""
-        return any(field in self.source for field in THOUGHTS)
-
     def render(
-        self,
-        messages: Sequence[dict[str, Any]],
-        tools: list[Any] | None,
-        where: str,
-        *,
-        prompt: bool = False,
-        spans: bool = False,
-    ) -> tuple[str, list[Span]]:
-        """The text, and with `spans` the character ranges of the template's generation tags."""
+        self, messages: Sequence[dict[str, Any]], tools: Any, where: str, *, prompt: bool = False
+    ) -> RenderedText:
+        """The conversation as text. `prompt`: with the generation prompt behind it."""
         import jinja2
 
         try:
             given = {"messages": _aliased(messages), "tools": tools, "documents": None}
-            text, found = self._rendering.render({**given, "add_generation_prompt": prompt, **self.variables})
+            text, parts, tags = self._rendering.render({**given, "add_generation_prompt": prompt, **self.variables})
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
         except (TooExpensiveError, jinja2.exceptions.SecurityError, RecursionError, MemoryError) as error:
             raise DataError(f"{where}: the chat template {self.source[:60]!r}… is refused: {error}") from None
+        except PythonNotationError:
+            raise bad(
+                where, "template", "the chat template prints a mapping or a list as Python does", at="messages"
+            ) from None
+        except MixedTextsError:
+            message = "the chat template puts texts of two messages through one filter, so nobody can tell them apart"
+            raise bad(where, "template", message, at="messages") from None
         except Exception as error:  # a template is a program: what it may raise has no common base
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise bad(where, "template", f"the chat template refused it: {reason}", at="messages") from error
-        return text, found if spans else []
+        return RenderedText(text=text, parts=parts, tags=tags)
 
     @cached_property
     def _rendering(self) -> Rendering:

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 
+from tokenizers import Encoding
+
 from treering.data.config import Data, Format
-from treering.data.encode import Encoded, Encoder, Encodings, Prepared, Recipe
+from treering.data.encode import Encoded, Encoder, Prepared, Recipe
 from treering.data.formats import Sample, parse
 from treering.data.records import Record, SampleError
 from treering.errors import DataError
@@ -78,7 +80,7 @@ def _size(value: object) -> int:
 def _here(records: Iterator[Record], job: Job) -> Iterator[Result]:
     """In this process; the tokenizer works on a batch while Python renders the next one."""
     encoder = Encoder(job.plan)
-    before: tuple[list[Result], Prepared, Future[Encodings]] | None = None
+    before: tuple[list[Result], Prepared, Future[list[Encoding]]] | None = None
     with ThreadPoolExecutor(1, "treering-tokenise") as pool:
         for batch in _batches(records, _HERE):
             results, samples = _parse(batch, job)

@@ -70,7 +70,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, template: str | No
     if template is not None:
         named = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         turns = [{"role": "user", "content": prompt}]
-        text, _ = Template(source=template, variables=named).render(turns, None, "train.evaluate.prompts", prompt=True)
+        text = Template(source=template, variables=named).render(turns, None, "train.evaluate.prompts", prompt=True).text
         made: Any = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     else:
         made = tokenizer(prompt, return_tensors="pt")

@@ -1,0 +1,396 @@
+"""Strings that know which text of the data each of their characters came from.
+
+A chat template mixes its own text (headers, control tokens) with texts of the data (what people wrote). In the rendered
+text both look alike, so data that imitates a template cannot be told from it afterwards. So the origin of every
+character is recorded while the template runs: each text of the data enters as a `Traced` string, and every string that
+is computed from it is traced as well. A traced string compares, searches and prints like an ordinary one, so a template
+decides exactly what it would decide without tracing.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, SupportsIndex
+
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """One string of a conversation: message `turn` (-1: the tools) has it at `path`."""
+
+    turn: int
+    path: Path
+    text: str
+    required: bool  # a rendering that leaves it out loses something
+
+    @property
+    def field(self) -> Path:
+        """The part of the message that it belongs to: its content, its thought, or a name or arguments of a call."""
+        return self.path[:4] if self.path[0] == "tool_calls" else self.path[:1]
+
+
+class Part(NamedTuple):
+    """`length` characters of a traced string. Without a source they are the template's own.
+
+    Otherwise they show the characters [start, stop) of the source, one by one if the lengths are equal, else rewritten
+    (as JSON writes a quote as two characters). `mixed`: text of the template may be among them.
+    """
+
+    length: int
+    source: Source | None = None
+    start: int = 0
+    stop: int = 0
+    mixed: bool = False
+
+    def cut(self, low: int, high: int) -> "Part":
+        if self.source is None or self.stop - self.start != self.length:
+            return self._replace(length=high - low)
+        return self._replace(length=high - low, start=self.start + low, stop=self.start + high)
+
+
+class MixedTextsError(Exception):
+    """Texts of several messages went through an operation whose result cannot be traced character by character."""
+
+
+class Traced(str):
+    """A string with the origin of its characters. `_parts` has an underscore to be out of reach for templates."""
+
+    __slots__ = ("_parts",)
+    _parts: tuple[Part, ...]
+
+    def __new__(cls, text: str, parts: tuple[Part, ...] | None = None) -> "Traced":
+        made = super().__new__(cls, text)
+        made._parts = (Part(len(text)),) if parts is None else parts
+        return made
+
+    def __str__(self) -> str:
+        return self  # `str(x)` in a template's code must not forget the origin
+
+    def __add__(self, other: str) -> str:
+        return concat((self, other)) if isinstance(other, str) else NotImplemented
+
+    def __radd__(self, other: str) -> str:
+        return concat((other, self)) if isinstance(other, str) else NotImplemented
+
+    def __mul__(self, times: SupportsIndex) -> str:
+        return concat([self] * int(times))
+
+    __rmul__ = __mul__
+
+    def __mod__(self, values: Any) -> str:
+        return opaque(plain(self) % plain_inside(values), (self, values))
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._cut(i, i + 1) for i in range(len(self)))
+
+    def __getitem__(self, key: SupportsIndex | slice) -> str:
+        if not isinstance(key, slice):
+            at = range(len(self))[key]
+            return self._cut(at, at + 1)
+        begin, end, step = key.indices(len(self))
+        if step == 1:
+            return self._cut(begin, max(begin, end))
+        return concat([self._cut(i, i + 1) for i in range(begin, end, step)])
+
+    def _cut(self, begin: int, end: int) -> str:
+        if begin == 0 and end == len(self):
+            return self
+        parts, at = [], 0
+        for part in self._parts:
+            low, high = max(begin - at, 0), min(end - at, part.length)
+            if low < high:
+                parts.append(part.cut(low, high))
+            at += part.length
+        return Traced(plain(self)[begin:end], tuple(parts))
+
+    def strip(self, characters: str | None = None, /) -> str:
+        return self._cut(*_ends(self, characters, left=True, right=True))
+
+    def lstrip(self, characters: str | None = None, /) -> str:
+        return self._cut(*_ends(self, characters, left=True, right=False))
+
+    def rstrip(self, characters: str | None = None, /) -> str:
+        return self._cut(*_ends(self, characters, left=False, right=True))
+
+    def removeprefix(self, prefix: str, /) -> str:
+        return self._cut(len(prefix), len(self)) if self.startswith(prefix) else self
+
+    def removesuffix(self, suffix: str, /) -> str:
+        return self._cut(0, len(self) - len(suffix)) if suffix and self.endswith(suffix) else self
+
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+        return self._located(plain(self).split(sep, maxsplit))
+
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+        return self._located(plain(self).rsplit(sep, maxsplit))
+
+    def splitlines(self, keepends: bool = False) -> list[str]:  # type: ignore[override]
+        return self._located(plain(self).splitlines(keepends))
+
+    def partition(self, sep: str, /) -> tuple[str, str, str]:
+        return self._three(plain(self).partition(sep))
+
+    def rpartition(self, sep: str, /) -> tuple[str, str, str]:
+        return self._three(plain(self).rpartition(sep))
+
+    def _three(self, found: tuple[str, str, str]) -> tuple[str, str, str]:
+        first, second = len(found[0]), len(found[0]) + len(found[1])
+        return self._cut(0, first), self._cut(first, second), self._cut(second, len(self))
+
+    def _located(self, pieces: list[str]) -> list[str]:
+        """Pieces that stand in this order, without overlap."""
+        text, at, made = plain(self), 0, []
+        for piece in pieces:
+            begin = text.index(piece, at)
+            at = begin + len(piece)
+            made.append(self._cut(begin, at))
+        return made
+
+    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:  # type: ignore[override]
+        text, limit = plain(self), int(count)
+        if not old:
+            return opaque(text.replace(old, plain(new), limit), (self, new))
+        made: list[str] = []
+        at = 0
+        while limit != 0 and (found := text.find(old, at)) >= 0:
+            made += (self._cut(at, found), new)
+            if new.strip():
+                made.append(_shown(self._cut(found, found + len(old))))
+            at, limit = found + len(old), limit - 1
+        if not made:
+            return self
+        rest = concat((*made, self._cut(at, len(self))))
+        return rest if isinstance(rest, Traced) else Traced(rest)
+
+    def join(self, items: Iterable[str], /) -> str:
+        made: list[str] = []
+        for item in items:
+            if made:
+                made.append(self)
+            made.append(item)
+        return concat(made)
+
+    def lower(self) -> str:
+        return self._changed(plain(self).lower())
+
+    def upper(self) -> str:
+        return self._changed(plain(self).upper())
+
+    def title(self) -> str:
+        return self._changed(plain(self).title())
+
+    def capitalize(self) -> str:
+        return self._changed(plain(self).capitalize())
+
+    def swapcase(self) -> str:
+        return self._changed(plain(self).swapcase())
+
+    def casefold(self) -> str:
+        return self._changed(plain(self).casefold())
+
+    def center(self, width: SupportsIndex, fill: str = " ", /) -> str:
+        return opaque(plain(self).center(width, fill), (self,))
+
+    def ljust(self, width: SupportsIndex, fill: str = " ", /) -> str:
+        return opaque(plain(self).ljust(width, fill), (self,))
+
+    def rjust(self, width: SupportsIndex, fill: str = " ", /) -> str:
+        return opaque(plain(self).rjust(width, fill), (self,))
+
+    def zfill(self, width: SupportsIndex, /) -> str:
+        return opaque(plain(self).zfill(width), (self,))
+
+    def expandtabs(self, tabsize: SupportsIndex = 8) -> str:  # type: ignore[override]
+        return opaque(plain(self).expandtabs(tabsize), (self,))
+
+    def translate(self, table: Any, /) -> str:
+        return opaque(plain(self).translate(table), (self, table))
+
+    def _changed(self, text: str) -> str:
+        return Traced(text, self._parts) if len(text) == len(self) else opaque(text, (self,))
+
+
+PRODUCING = {"join", "replace", "center", "ljust", "rjust"}  # methods whose result holds what they are given
+
+
+def traced(value: Any, turn: int, path: Path, sources: list[Source], required: bool) -> Any:
+    """`value` with every string in it traced; their sources are appended to `sources`."""
+    if isinstance(value, str):
+        source = Source(turn, path, value, required)
+        sources.append(source)
+        return Traced(value, (Part(len(value), source, 0, len(value)),))
+    if isinstance(value, dict):
+        return {
+            traced(key, turn, (*path, "key", key), sources, required): traced(
+                entry, turn, (*path, key), sources, required
+            )
+            for key, entry in value.items()
+        }
+    if isinstance(value, list):
+        return [traced(entry, turn, (*path, i), sources, required) for i, entry in enumerate(value)]
+    return value
+
+
+def plain(text: str) -> str:
+    """The same characters without their origin."""
+    return str.__str__(text)
+
+
+def plain_inside(value: Any) -> Any:
+    """`value` with every string in it plain."""
+    if isinstance(value, str):
+        return plain(value) if isinstance(value, Traced) else value
+    if isinstance(value, Mapping):
+        return {plain_inside(key): plain_inside(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([plain_inside(entry) for entry in value]) if type(value) in (list, tuple) else value
+    return value
+
+
+def concat(pieces: Iterable[str]) -> str:
+    """The pieces one after another, traced if one of them is."""
+    pieces = list(pieces)
+    if Traced not in map(type, pieces):
+        return "".join(pieces)
+    parts: list[Part] = []
+    for piece in pieces:
+        if type(piece) is not Traced:
+            _append(parts, Part(len(piece)))
+        else:
+            for part in piece._parts:
+                _append(parts, part)
+    return Traced("".join(pieces), tuple(parts))
+
+
+def _shown(text: str) -> str:
+    """No characters, which stand for all of `text`: something else was written in its place."""
+    return Traced("", tuple(part._replace(length=0) for part in text._parts if part.source)) if text else text
+
+
+def _append(parts: list[Part], part: Part) -> None:
+    """Add a part, as one with the last one where the two continue each other."""
+    last = parts[-1] if parts else None
+    if last is not None and part.source is last.source:
+        if part.source is None:
+            parts[-1] = Part(last.length + part.length)
+            return
+        verbatim = part.length == part.stop - part.start and last.length == last.stop - last.start
+        if verbatim and part.start == last.stop and not (part.mixed or last.mixed):
+            parts[-1] = Part(last.length + part.length, last.source, last.start, part.stop)
+            return
+    if part.length or part.source is not None:
+        parts.append(part)
+
+
+def holds_traced(value: Any) -> bool:
+    """Whether a string in `value` is traced."""
+    if isinstance(value, str):
+        return isinstance(value, Traced)
+    if isinstance(value, Mapping):
+        return any(holds_traced(key) or holds_traced(entry) for key, entry in value.items())
+    return isinstance(value, list | tuple) and any(map(holds_traced, value))
+
+
+def opaque(text: str, inputs: Iterable[Any]) -> str:
+    """The result of an operation on `inputs` that is not followed character by character."""
+    parts, literal = _collected(list(inputs))
+    used = [part for part in parts if part.source is not None]
+    if not used:
+        return text
+    turns = {part.source.turn for part in used if part.source is not None}
+    if len(turns) > 1:
+        raise MixedTextsError
+    first, *rest = used
+    mixed = literal or any(part.mixed for part in used)
+    whole = Part(len(text), first.source, first.start, first.stop, mixed)
+    return Traced(text, (whole, *(part._replace(length=0) for part in rest)))
+
+
+def _collected(value: Any) -> tuple[list[Part], bool]:
+    """The parts of all strings in `value`, and whether some text in them is the template's own."""
+    if isinstance(value, Traced):
+        return list(value._parts), any(part.source is None and part.length for part in value._parts)
+    if isinstance(value, str):
+        return [], bool(value.strip())
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    parts: list[Part] = []
+    literal = False
+    if isinstance(value, list | tuple):
+        for entry in value:
+            more, some = _collected(entry)
+            parts += more
+            literal = literal or some
+    return parts, literal
+
+
+def to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """As `json.dumps` writes it, traced. Brackets, commas and numbers belong to the first string beside them."""
+    if not holds_traced(value):
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+    if isinstance(indent, int):
+        indent = " " * indent
+    between, colon = separators or (", " if indent is None else ",", ": ")
+    made: list[str] = []
+
+    def write(value: Any, level: int) -> None:
+        if isinstance(value, str):
+            made.append(_quoted(value, ensure_ascii))
+        elif isinstance(value, dict) and value:
+            items = sorted(value.items()) if sort_keys else value.items()
+            bracketed("{}", [(key, entry) for key, entry in items], level)
+        elif isinstance(value, list | tuple) and value:
+            bracketed("[]", [(None, entry) for entry in value], level)
+        else:
+            made.append(json.dumps(plain_inside(value), ensure_ascii=ensure_ascii))
+
+    def bracketed(brackets: str, items: list[tuple[Any, Any]], level: int) -> None:
+        line = "" if indent is None else "\n" + indent * (level + 1)
+        made.append(brackets[0] + line)
+        for i, (key, entry) in enumerate(items):
+            if i:
+                made.append(between + line)
+            if brackets == "{}":
+                made.append(_quoted(key if isinstance(key, str) else _key(key), ensure_ascii))
+                made.append(colon)
+            write(entry, level + 1)
+        made.append(("" if indent is None else "\n" + indent * level) + brackets[1])
+
+    write(value, 0)
+    near = next(part.source for piece in made if isinstance(piece, Traced) for part in piece._parts if part.source)
+    owned = []
+    for piece in made:
+        if isinstance(piece, Traced):
+            near = piece._parts[0].source or near
+            owned.append(piece)
+        else:
+            owned.append(Traced(piece, (Part(len(piece), near),)))
+    return concat(owned)
+
+
+def _key(key: Any) -> str:
+    written = json.dumps({key: 0})
+    return json.loads(written[1 : written.rindex(":")])
+
+
+def _quoted(text: str, ensure_ascii: bool) -> str:
+    written = json.dumps(plain(text), ensure_ascii=ensure_ascii)
+    if not isinstance(text, Traced):
+        return written
+    if len(written) == len(text) + 2:  # nothing was escaped, so each character is still itself
+        source = next((part.source for part in text._parts if part.source is not None), None)
+        edge = Traced('"', (Part(1, source),))
+        return concat((edge, text, edge))
+    return opaque(written, (text,))
+
+
+def _ends(text: Traced, characters: str | None, *, left: bool, right: bool) -> tuple[int, int]:
+    whole = plain(text)
+    begin = len(whole) - len(whole.lstrip(characters)) if left else 0
+    end = len(whole.rstrip(characters)) if right else len(whole)
+    return begin, max(begin, end)
