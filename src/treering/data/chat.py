@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from treering.data.control import Control
-from treering.data.conversation import TOOLS, Conversation, Piece, Span, forms, left_out, pieces_of, trace
+from treering.data.conversation import TOOLS, Conversation, Piece, Span, forms, left_out, trace
 from treering.data.formats import Sample
 from treering.data.messages import THOUGHTS
 from treering.data.records import SampleError, bad
@@ -69,10 +69,9 @@ class Chat:
                 return self._template.render(messages, conversation.tools, where, prompt=prompt)
 
             turns = self._turns.find(rendered, conversation, render, where)
-        pieces = pieces_of(rendered.parts)
-        thoughts = _check_complete(conversation, pieces, turns, where)
+        thoughts = _check_complete(conversation, rendered.pieces, turns, where)
+        pieces = rendered.visible
         self._check_mixed(rendered.text, pieces, where)
-        pieces = [piece for piece in pieces if piece.begin < piece.end]
         assistant = [message["role"] == "assistant" for message in conversation.messages]
         return Rendered(
             text=rendered.text,
@@ -100,7 +99,7 @@ class Chat:
         """The turns as the template's generation tags mark them, each with its end-of-turn token."""
         text, tags = rendered.text, [(start, end) for start, end in rendered.tags if start < end]
         indices = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-        pieces = [piece for piece in pieces_of(rendered.parts) if piece.begin < piece.end]
+        pieces = rendered.visible
         owners: list[int] = []
         for start, end in tags:
             inside = {p.source.turn for p in pieces if p.begin < end and p.end > start}
@@ -138,7 +137,7 @@ class Chat:
     def _ended(self, rendered: RenderedText, span: Span) -> bool:
         """Whether the last thing in `span` is a control token of the template."""
         text, (start, end) = rendered.text, span
-        data = max((p.end for p in pieces_of(rendered.parts) if p.begin < end and p.end > start), default=start)
+        data = max((p.end for p in rendered.visible if p.begin < end and p.end > start), default=start)
         tokens = [m.end() for m in self._control.any.finditer(text, min(data, end), end)]
         return bool(tokens) and not text[tokens[-1] : end].strip()
 

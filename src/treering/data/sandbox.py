@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import update_wrapper
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.filters
@@ -45,13 +45,17 @@ _TRACING |= {"last", "length", "list", "lower", "map", "max", "min", "reject", "
 _TRACING |= {"safe", "select", "selectattr", "slice", "sort", "string", "sum", "tojson", "trim", "unique", "upper"}
 
 
+_OWN = {"charge", "written", "loop_begins", "loop_at", "loop_ends"}
+
+
 class _Generator(CodeGenerator):
     """Jinja's own code, with payments where it joins and slices in place."""
 
     def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:
-        if isinstance(node.node, nodes.EnvironmentAttribute) and node.node.name in ("charge", "written"):
-            self.write(f"environment.{node.node.name}(")  # our own payments need no leave of the sandbox
-            self.visit(node.args[0], frame)
+        if isinstance(node.node, nodes.EnvironmentAttribute) and node.node.name in _OWN:
+            self.write(f"environment.{node.node.name}(")  # our own calls need no leave of the sandbox
+            for argument in node.args:
+                self.visit(argument, frame)
             self.write(")")
         else:
             super().visit_Call(node, frame, forward_caller=forward_caller)
@@ -71,7 +75,8 @@ class _Generator(CodeGenerator):
 
 
 class _Paying(NodeTransformer):
-    """Puts a payment at the head of whatever runs more than once, and around what is made or compared in place."""
+    """Puts a payment at the head of whatever runs more than once, and around what is made or compared in place. Loops
+    also report which message they are at."""
 
     def _head(self, node: Any) -> Any:
         price = 1 + sum(map(_price, (inner for part in node.body for inner in _all(part)))) // 8
@@ -79,7 +84,17 @@ class _Paying(NodeTransformer):
         node.body.insert(0, nodes.ExprStmt(_own("charge", nodes.Const(price)), lineno=node.lineno))
         return node
 
-    visit_For = visit_Macro = visit_CallBlock = visit_Block = _head
+    visit_Macro = visit_CallBlock = visit_Block = _head
+
+    def visit_For(self, node: nodes.For) -> Any:
+        target = node.target.name if isinstance(node.target, nodes.Name) else None
+        self._head(node)
+        if target is None:
+            return node
+        here = _own("loop_at", nodes.Name(target, "load", lineno=node.lineno))
+        node.body.insert(0, nodes.ExprStmt(here, lineno=node.lineno))
+        begins, ends = (nodes.ExprStmt(_own(name, None, node.lineno)) for name in ("loop_begins", "loop_ends"))
+        return [begins.set_lineno(node.lineno), node, ends.set_lineno(node.lineno)]
 
     def _made(self, node: Any) -> Any:
         self.generic_visit(node)
@@ -111,8 +126,10 @@ def _price(node: nodes.Node) -> int:
     return 1 + len(text) // 64 if isinstance(text, str) and text else 0 if isinstance(node, nodes.Name) else 1
 
 
-def _own(name: str, argument: nodes.Expr) -> nodes.Call:
-    return nodes.Call(nodes.EnvironmentAttribute(name), [argument], [], None, None, lineno=argument.lineno)
+def _own(name: str, argument: nodes.Expr | None, line: int = 0) -> nodes.Call:
+    given = [] if argument is None else [argument]
+    line = line if argument is None else argument.lineno
+    return nodes.Call(nodes.EnvironmentAttribute(name), given, [], None, None, lineno=line)
 
 
 class _Generation(Extension):
@@ -144,6 +161,9 @@ class Environment(ImmutableSandboxedEnvironment):
         self.meter = Meter()
         self.charge, self.copied = self.meter.pay, self.meter.copied
         self.written = self.meter.written
+        self.turns: dict[int, int] = {}  # index of each message by its identity
+        self.turn: int | None = None  # the message that the template's loop is at
+        self._outer: list[int | None] = []
         self.blocks: list[str] | None = None
         self.spans: list[tuple[int, int]] = []
         super().__init__(
@@ -160,6 +180,15 @@ class Environment(ImmutableSandboxedEnvironment):
         self.filters = {name: self._metered(name, filter) for name, filter in self.filters.items()}
         self.tests = {n: test if n in _CHEAP else self._metered(n, test) for n, test in self.tests.items()}
         self.globals |= {"raise_exception": _refuse, "strftime_now": _now, "dict": _Dict(), "namespace": _Namespace}
+
+    def loop_begins(self) -> None:
+        self._outer.append(self.turn)
+
+    def loop_at(self, item: Any) -> None:
+        self.turn = self.turns.get(id(item), self._outer[-1] if self._outer else None)
+
+    def loop_ends(self) -> None:
+        self.turn = self._outer.pop() if self._outer else None
 
     def compiled(self, source: str) -> jinja2.Template:
         if len(source) > LONGEST:
@@ -241,20 +270,36 @@ class Rendering:
         self.environment = Environment()
         self.template = self.environment.compiled(source)
 
-    def render(self, values: Mapping[str, Any]) -> tuple[str, tuple[Part, ...], list[tuple[int, int]]]:
-        """The text, the origin of its characters, and where in it generation tags stand."""
+    def render(self, values: Mapping[str, Any]) -> "Written":
         environment = self.environment
         environment.meter.fill(*_size(values["messages"], values["tools"]))
+        environment.turns = {id(message): i for i, message in enumerate(values["messages"])}
+        environment.turn, environment._outer = None, []
         blocks: list[str] = []
         environment.blocks, environment.spans = blocks, []
+        loops: list[tuple[int, int | None]] = [(0, None)]
+        length = 0
         try:
             for block in self.template.generate(values):
+                if environment.turn != loops[-1][1]:
+                    loops.append((length, environment.turn))
                 blocks.append(block)
+                length += len(block)
             text = concat(blocks)
         finally:
             environment.blocks = None
         parts = text._parts if isinstance(text, Traced) else (Part(len(text)),)
-        return plain(text), parts, environment.spans
+        return Written(plain(text), parts, environment.spans, loops)
+
+
+class Written(NamedTuple):
+    """What a template wrote: the text, the origins of its characters, the ranges of generation tags, and from which
+    characters on the template's loop was at which message."""
+
+    text: str
+    parts: tuple[Part, ...]
+    tags: list[tuple[int, int]]
+    loops: list[tuple[int, int | None]]
 
 
 def _size(messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[int, int]:

@@ -1,29 +1,48 @@
 """Rendering a chat template in a sandbox like transformers', with a bound on what it may cost."""
 
+import bisect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from treering.data.conversation import pieces_of
 from treering.data.messages import THOUGHTS
 from treering.data.meter import TooExpensiveError
 from treering.data.records import bad
-from treering.data.sandbox import PythonNotationError, Rendering
-from treering.data.traced import MixedTextsError, Part
+from treering.data.sandbox import PythonNotationError, Rendering, Written
+from treering.data.traced import MixedTextsError
 from treering.errors import DataError
 
 Span = tuple[int, int]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RenderedText:
-    """`parts` are the origins of the characters of `text`, `tags` the ranges of the template's generation tags."""
+    """A text with the origins of its characters and the ranges of the template's generation tags."""
 
-    text: str
-    parts: tuple[Part, ...]
-    tags: list[Span]
+    def __init__(self, written: Written):
+        self.text, self.tags, self._loops = written.text, written.tags, written.loops
+        self.pieces = pieces_of(written.parts)  # texts of the data, those that show no character among them
+        self.visible = [piece for piece in self.pieces if piece.begin < piece.end]
+
+    @cached_property
+    def tail(self) -> str:
+        """What the template writes behind the last text of the data."""
+        return self.text[self.visible[-1].end if self.visible else 0 :]
+
+    def loop_end(self, at: int, turn: int) -> int | None:
+        """How far behind `at` the template's loop was still at message `turn`; None if it was not there at `at`."""
+        i = bisect.bisect_left(self._loops, at, key=lambda loop: loop[0]) - 1
+        if i < 0 or self._loops[i][1] != turn:
+            return None
+        return self._loops[i + 1][0] if i + 1 < len(self._loops) else len(self.text)
+
+    def after_loops(self) -> int:
+        """Where what the template writes behind its loops begins."""
+        begin, turn = self._loops[-1]
+        return begin if turn is None else len(self.text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +65,7 @@ class Template:
 
         try:
             given = {"messages": _aliased(messages), "tools": tools, "documents": None}
-            text, parts, tags = self._rendering.render({**given, "add_generation_prompt": prompt, **self.variables})
+            written = self._rendering.render({**given, "add_generation_prompt": prompt, **self.variables})
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
         except (TooExpensiveError, jinja2.exceptions.SecurityError, RecursionError, MemoryError) as error:
@@ -61,7 +80,7 @@ class Template:
         except Exception as error:  # a template is a program: what it may raise has no common base
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise bad(where, "template", f"the chat template refused it: {reason}", at="messages") from error
-        return RenderedText(text=text, parts=parts, tags=tags)
+        return RenderedText(written)
 
     @cached_property
     def _rendering(self) -> Rendering:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from treering.data.control import Control
-from treering.data.conversation import Conversation, Piece, pieces_of
+from treering.data.conversation import Conversation, Piece, trace
 from treering.data.records import SampleError, bad
 from treering.data.template import RenderedText
 
@@ -66,11 +66,10 @@ class Turns:
 
     def find(self, rendered: RenderedText, conversation: Conversation, render: Render, where: str) -> list[Turn]:
         """The assistant's turns, in order. Raises SampleError where the template does not let them be told apart."""
-        pieces = [piece for piece in pieces_of(rendered.parts) if piece.begin < piece.end]
         found: list[Turn] = []
         for index, message in enumerate(conversation.messages):
             if message["role"] == "assistant":
-                found.append(_Finder(self, rendered.text, pieces, conversation, render, where, index).turn())
+                found.append(_Finder(self, rendered.text, rendered.visible, conversation, render, where, index).turn())
         for before, turn in itertools.pairwise(found):
             if turn.start < before.end:
                 raise _bad(where, turn.index, "the chat template writes the messages in another order")
@@ -108,14 +107,14 @@ class _Finder:
         start, end = floor + around.start, last.end + around.end
         for piece in self.pieces[first : last.after]:
             if piece.source.turn != self.index:
-                raise _bad(self.where, self.index, "the chat template writes the messages in another order")
+                raise self._bad("the chat template writes the messages in another order")
         return Turn(self.index, start, end, floor, self._next(last), around.endless, around.unprompted)
 
     def _nothing(self) -> SampleError:
         said = [s for s in self.conversation.sources if s.turn == self.index and s.required and s.text.strip()]
         name = next((source.text for source in said if source.path[-1] == "name"), "")
         what = f"the tool call {name!r}" if name and said[0].path[0] == "tool_calls" else "all that this turn says"
-        return _bad(self.where, self.index, f"the chat template leaves out {what}")
+        return self._bad(f"the chat template leaves out {what}")
 
     def _key(self, before: str, runs: list[_Run]) -> Hashable:
         """Turns between the same texts of the template are the same, so that long conversations cost no more."""
@@ -133,80 +132,86 @@ class _Finder:
     def _look(self, before: str, runs: list[_Run]) -> _Around:
         messages = self.conversation.messages
         ended = self.render(messages[: self.index + 1], False)
-        tail_runs = _runs([p for p in pieces_of(ended.parts) if p.begin < p.end], self.index)
-        if not tail_runs:
+        ended_runs = _runs(ended.visible, self.index)
+        if not ended_runs:
             raise self._nothing()
-        tail = ended.text[tail_runs[-1].end :]
-        prompted, given = (_tail(self.render(messages[: self.index], prompt)) for prompt in (True, False))
-        start, unprompted = self._start(before, prompted, given, runs[0])
-        if prompted == given and not self._prompts():
-            tail = self._without_prompt(tail, before)
-        last = self._last(runs, tail_runs)
-        end, endless = self._end(tail, self.text[runs[last].end : self._next(runs[last])])
+        start, unprompted = self._start(before, runs[0])
+        last = self._last(runs, ended_runs)
+        end, endless = self._end(self._tail(ended, before), self.text[runs[last].end : self._next(runs[last])])
         return _Around(start, len(runs) - 1 - last, end, endless, unprompted)
 
-    def _start(self, before: str, prompted: str, given: str, run: _Run) -> tuple[int, bool]:
+    def _start(self, before: str, run: _Run) -> tuple[int, bool]:
         """How much of the template's text before the turn is given, and whether the prompt would have more."""
-        if prompted == given:
-            return self._start_without_prompt(before, given, run), False
+        prompted, given, asked = self._prompt(self.index)
         common = self._common(prompted, before)
         if common > _shared(given, before):
             return common, common < len(prompted)
+        if not asked:
+            return self._start_without_prompt(before, given, run), False
         header = prompted.removeprefix(given) if prompted.startswith(given) else ""
         found = before.rfind(header) if header else -1
         if found < 0:
-            raise _bad(
-                self.where,
-                self.index,
+            raise self._bad(
                 f"the chat template's generation prompt {(header or prompted)[-40:]!r} is not what this turn begins "
-                f"with; {_TAGS}",
+                f"with; {_TAGS}"
             )
         return found + len(header), False
+
+    def _prompt(self, index: int) -> tuple[str, str, bool]:
+        """What the template writes before a turn, with its generation prompt and without, and whether they differ
+        because the prompt was asked for."""
+        messages = self.conversation.messages[:index]
+        prompted, given = (self.render(messages, prompt) for prompt in (True, False))
+        if prompted.tail != given.tail:
+            return prompted.tail, given.tail, True
+        # The prompt may be written behind every conversation, asked for or not: it is what follows the loop.
+        begin = len(given.text) - len(given.tail)
+        return prompted.tail, given.text[begin : max(begin, given.after_loops())], False
 
     def _start_without_prompt(self, before: str, given: str, run: _Run) -> int:
         if before == given:
             return len(before)
-        # No prompt is needed here (a turn that goes on behind a tool's answer), or it is always written.
-        if before.startswith(given) and (self._prompts() or self._always(before)):
+        # Where no prompt is needed (the turn goes on behind a tool's answer), what follows is the assistant's.
+        if before.startswith(given) and self._needs_no_header():
             return len(given)
         if run.last.source.field != ("content",):
-            raise _bad(
-                self.where,
-                self.index,
-                f"the chat template has no generation prompt, so nobody knows what this turn begins with; {_TAGS}",
+            raise self._bad(
+                f"the chat template has no generation prompt, so nobody knows what this turn begins with; {_TAGS}"
             )
         return len(before)  # all that is sure is the text itself
 
-    def _prompts(self) -> bool:
-        """Whether the template has a generation prompt at all: where the assistant speaks first, it must be seen."""
+    def _needs_no_header(self) -> bool:
+        """Whether the template has a generation prompt elsewhere, or writes an assistant's text without a header."""
         messages = self.conversation.messages
         first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        return _tail(self.render(messages[:first], True)) != _tail(self.render(messages[:first], False))
-
-    def _always(self, before: str) -> str:
-        """The generation prompt of a template that writes it behind every conversation, asked for or not."""
-        messages = self.conversation.messages
-        ended = self.render(messages[: self.index + 1], False)
+        _, given, asked = self._prompt(first)
+        if asked:
+            return True
+        probe = trace([{"role": "assistant", "content": "x"}], None).messages
         try:
-            alone = self.render(messages[self.index : self.index + 1], False)
+            rendered = self.render([*messages[:first], *probe], False)
         except SampleError:
-            return ""
-        pieces = [piece for piece in pieces_of(alone.parts) if piece.begin < piece.end]
-        header = _shared_end(_tail(ended), alone.text[: pieces[0].begin] if pieces else "")
-        header = header if before.endswith(header) else _shared_end(header, before)
-        return header if self._control.any.search(header) else ""
+            return False
+        *before, last = rendered.visible
+        return last.source.text == "x" and rendered.text[before[-1].end if before else 0 : last.begin] == given
 
-    def _without_prompt(self, tail: str, before: str) -> str:
-        if header := self._always(before):
-            return tail.removesuffix(header)
-        # Without a way to see the prompt alone, a tail that ends like the text before the turn might hold it.
+    def _tail(self, ended: RenderedText, before: str) -> str:
+        """What the template writes behind this turn where it is the last: all of it that belongs to the turn."""
+        begin = len(ended.text) - len(ended.tail)
+        border = ended.loop_end(begin, self.index)
+        if border is None:  # a template that does not loop over messages
+            return self._tail_without_loop(ended.tail, before)
+        own, outside = ended.text[begin:border], ended.text[border:]
+        token = self._control.any.search(outside)
+        alone = token is not None and token[0] == outside.strip()
+        return ended.tail if alone and not self._control.any.search(own) else own
+
+    def _tail_without_loop(self, tail: str, before: str) -> str:
         shared = _shared_end(tail, before)
-        if len(self._control.any.findall(shared)) > 1:
-            raise _bad(
-                self.where,
-                self.index,
+        if not self._prompt(self.index)[2] and len(self._control.any.findall(shared)) > 1:
+            raise self._bad(
                 f"the chat template writes {shared[-40:]!r} behind each conversation, which looks like the beginning "
-                f"of a next turn; {_TAGS}",
+                f"of a next turn; {_TAGS}"
             )
         return tail
 
@@ -218,8 +223,14 @@ class _Finder:
         most = max(stops, default=-1)
         ends = [i for i, run in enumerate(runs) if run.last.source is wanted.source and run.last.stop == most]
         if len(ends) < len(same):
-            raise _bad(self.where, self.index, "the chat template leaves out what this turn ends with")
-        return ends[len(same) - 1]
+            raise self._bad("the chat template leaves out what this turn ends with")
+        last = ends[len(same) - 1]
+        seen = [run.last.source for run in runs[: last + 1]]
+        while last + 1 < len(runs) and runs[last + 1].last.source not in seen and runs[last + 1].after == (
+            runs[last].after + 1
+        ):  # written only where the turn is not the last one, as the number of a call
+            last += 1
+        return last
 
     def _end(self, tail: str, behind: str) -> tuple[int, bool]:
         """How much of the template's text `behind` belongs to the turn, which ends with `tail` when it is last."""
@@ -239,10 +250,12 @@ class _Finder:
             return other.end(), False  # the last turn of a conversation ends with another token than earlier ones
         if closing and (found := behind.find(tokens[-1][0])) >= 0:
             return found + len(tokens[-1][0]), False
-        if tokens:
-            message = f"no end of turn: the chat template ends it with {tail[-40:]!r} only when it is last"
-            raise _bad(self.where, self.index, message)
-        return common, not behind[:common]
+        if tail[common:].strip():
+            raise self._bad(f"no end of turn: the chat template ends it with {tail[-40:]!r} only when it is last")
+        return common, not behind[:common].strip()
+
+    def _bad(self, message: str) -> SampleError:
+        return _bad(self.where, self.index, message)
 
     @property
     def _control(self) -> Control:
@@ -270,12 +283,6 @@ def _runs(pieces: Sequence[Piece], turn: int) -> list[_Run]:
         else:
             runs.append(_Run(piece.begin, piece.end, piece, i + 1))
     return runs
-
-
-def _tail(rendered: RenderedText) -> str:
-    """What the template writes behind the last text of the data."""
-    ends = [piece.end for piece in pieces_of(rendered.parts) if piece.begin < piece.end]
-    return rendered.text[ends[-1] if ends else 0 :]
 
 
 def _shared(a: str, b: str) -> int:
