@@ -143,14 +143,8 @@ def _summary(report: "Report", first: str) -> None:
 
     say(first)
     say(f"{report.read:,} records as {report.format}, template {report.template}: {report.kept:,} documents")
-    told = {
-        "truncated": report.truncated,
-        "too long, dropped": report.dropped,
-        "without an end of turn": report.endless,
-    }
-    for what, times in told.items():
-        if times:
-            say(f"! {times:,} {what}", "yellow")
+    for what, times in report.notes.items():
+        say(f"! {times:,} {what}", "yellow")
     for kind, times in report.skipped.items():
         say(f"! {times:,} skipped: {kind}", "yellow")
         for named in report.named.get(kind, ()):

@@ -172,6 +172,14 @@ def _rename(state: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
         model["vocab"] = {names.get(piece, piece): i for piece, i in vocab.items()}
     else:
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+    if isinstance(model.get("merges"), list):
+        model["merges"] = [merge for merge in model["merges"] if not _leads_to(merge, names)]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     return {**state, "added_tokens": added, "model": model}
+
+
+def _leads_to(merge: str | list[str], names: dict[str, str]) -> bool:
+    """Whether letters become a control token by this merge, or it starts from one."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left in names or right in names or left + right in names

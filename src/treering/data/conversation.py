@@ -133,7 +133,7 @@ def _call_in_form(call: dict[str, Any], as_object: bool) -> dict[str, Any]:
         return call
     given = call["arguments"]
     if as_object:
-        return {**call, "arguments": json.loads(given or "{}") if isinstance(given, str) else given}
+        return {**call, "arguments": json.loads(given.strip() or "{}") if isinstance(given, str) else given}
     return {**call, "arguments": given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)}
 
 

@@ -11,6 +11,7 @@ import xxhash
 from numpy.typing import NDArray
 from tokenizers import Encoding
 
+from treering.data import completion
 from treering.data.chat import Chat, Rendered
 from treering.data.config import Data, Format
 from treering.data.control import Control, Renamed
@@ -119,7 +120,7 @@ class Text:
     pieces: Sequence[Piece]
     writers: Sequence[bool]
     rendered: Rendered | None = None
-    cut: int = 0  # characters at the beginning that only keep the tokenizer from adding a space to the rest
+    cut: int = 0  # characters of the separator before a completion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +139,7 @@ class Encoder:
         self.chat = None
         if plan.template is not None:
             self.chat = Chat(Template(source=plan.template, variables=plan.variables), self.control)
+        self._separator = completion.separator(self.control.placer(renamed=False))
 
     def encode(self, samples: Sequence[Sample]) -> list[list[Encoded] | SampleError]:
         """For each sample its documents (a cut text has several), or why there is none."""
@@ -196,10 +198,9 @@ class Encoder:
                 sample=i, text=rendered.text, pieces=rendered.pieces, writers=rendered.writers, rendered=rendered
             )
             return
-        # Tokenised apart: at inference the prompt is tokenised alone too.
         if sample.kind == "completion":
-            yield _one_text(i, sample.prompt, 0)
-        yield _one_text(i, sample.text, 0)
+            yield _one_text(i, sample.prompt, "")
+        yield _one_text(i, sample.text, self._separator if sample.prompt else "")
 
     def _documents(self, sample: Sample, parts: list[tuple[Text, Tokens, Renamed | None]]) -> list[Encoded]:
         text, tokens, renamed = parts[-1]
@@ -215,10 +216,28 @@ class Encoder:
             mask[: max(1, len(start))] = False
             return self._pieces(sample, ids, mask) if self.plan.too_long == "truncate" else self._fit(sample, ids, mask)
         given = [*start, *parts[0][1].ids]
-        ids = np.array([*given, *tokens.ids, *end], dtype=np.uint32)
+        ids = np.array([*given, *self._completion(sample, parts), *end], dtype=np.uint32)
         mask = np.ones(len(ids), dtype=np.bool_)
         mask[: max(1, len(given))] = False
         return self._fit(sample, ids, mask)
+
+    def _completion(self, sample: Sample, parts: list[tuple[Text, Tokens, Renamed | None]]) -> NDArray[np.uint32]:
+        """The tokens of the completion, without those of the separator before it."""
+        (prompt, given, name), (text, tokens, renamed) = parts
+        if not text.cut:
+            return tokens.ids
+        written = text.text if renamed is None else renamed.text
+        cut = text.cut if renamed is None else renamed.at(text.cut)
+        placer = self.control.placer(renamed=(name or renamed) is not None)
+        behind = completion.behind_cut(tokens, cut, len(written))
+        if behind is None:  # this completion needs another separator
+            separator = completion.separator(placer, sample.text)
+            written, cut = separator + sample.text, len(separator)
+            (tokens,) = placer.place([written], placer.encode([written]))
+            behind = completion.behind_cut(tokens, cut, len(written))
+        behind = tokens.ids if behind is None else behind
+        completion.check_together(placer, sample.prompt, sample.text, given.ids, behind, sample.where)
+        return behind
 
     def _mask(self, rendered: Rendered, tokens: Tokens, renamed: Renamed | None) -> NDArray[np.bool_]:
         spans, limits = rendered.trained, rendered.limits
@@ -282,10 +301,11 @@ class Encoder:
         return pieces
 
 
-def _one_text(sample: int, text: str, cut: int) -> Text:
-    source = Source(TOOLS, ("text",), text, True)
-    piece = Piece(cut, len(text), source, 0, len(text), False)
-    return Text(sample=sample, text=text, pieces=[piece] if text else [], writers=[False] if text else [], cut=cut)
+def _one_text(sample: int, text: str, separator: str) -> Text:
+    whole = separator + text
+    piece = Piece(len(separator), len(whole), Source(TOOLS, ("text",), text, True), 0, len(text), False)
+    pieces = [piece] if text else []
+    return Text(sample=sample, text=whole, pieces=pieces, writers=[False] * len(pieces), cut=len(separator))
 
 
 def _place(sample: Sample) -> dict[str, Any]:

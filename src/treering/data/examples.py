@@ -41,8 +41,22 @@ class Report:
     truncated: int
     dropped: int  # too long
     endless: int  # documents with an assistant turn that has no end-of-turn token to learn
+    unprompted: int  # documents with one that does not begin with the whole generation prompt
+    thoughts: int  # thoughts of earlier turns, which the template leaves out
     skipped: Mapping[str, int] = field(default_factory=dict)
     named: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> Mapping[str, int]:
+        """What a user has to know of the kept documents, with how often it occurs."""
+        counts = {
+            "truncated": self.truncated,
+            "too long, dropped": self.dropped,
+            "without an end of turn": self.endless,
+            "that begin with less than the template's generation prompt": self.unprompted,
+            "thoughts of earlier turns left out by the template": self.thoughts,
+        }
+        return {what: count for what, count in counts.items() if count}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +134,8 @@ def _write(
     which: Which,
     progress: Callable[[int], None] | None,
 ) -> None:
-    count = {"read": 0, "kept": 0, "truncated": 0, "dropped": 0, "endless": 0}
+    names = ("read", "kept", "truncated", "dropped", "endless", "unprompted", "thoughts")
+    count = dict.fromkeys(names, 0)
     skipped: dict[str, int] = {}
     named: dict[str, list[str]] = {}
     writer = cache.Writer(folder)
@@ -134,14 +149,16 @@ def _write(
             count["kept"] += len(result)
             count["truncated"] += any(document.truncated for document in result)
             count["endless"] += any(document.endless for document in result)
+            count["unprompted"] += any(document.unprompted for document in result)
+            count["thoughts"] += sum(document.thoughts for document in result)
             writer.add(result)
             if progress is not None and count["read"] % 256 == 0:
                 progress(count["read"])
         if not count["kept"]:
             why = "; ".join(f"{n} × {kind} ({named[kind][0]})" for kind, n in skipped.items())
             raise DataError(f"{files[0].label}: no sample is left: {why or 'all are longer than max_length'}")
-        names = {kind: tuple(errors) for kind, errors in named.items()}
-        report = Report(**count, format=job.format, template=job.plan.template_name, skipped=skipped, named=names)
+        firsts = {kind: tuple(errors) for kind, errors in named.items()}
+        report = Report(**count, format=job.format, template=job.plan.template_name, skipped=skipped, named=firsts)
         writer.publish({"key": key, "files": _short([file.label for file in files]), "report": asdict(report)})
     except BaseException:
         writer.discard()

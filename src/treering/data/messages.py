@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from treering.data.jsonl import parse_line
 from treering.data.records import SampleError, bad
 from treering.data.strings import check_strings, check_text
 
@@ -60,6 +61,25 @@ def _check_calls(calls: object, role: str, where: str, at: str) -> None:
     if not isinstance(calls, list) or not calls or not all(isinstance(call, dict) for call in calls):
         raise bad(where, "schema", "must be a list of at least one call", at=at)
     check_strings(calls, where, at)
+    for i, call in enumerate(calls):
+        nested = isinstance(call.get("function"), dict)
+        place = f"{at}[{i}].function" if nested else f"{at}[{i}]"
+        _check_call(call["function"] if nested else call, where, place)
+
+
+def _check_call(call: dict[str, Any], where: str, at: str) -> None:
+    """A name, and arguments as an object or, as OpenAI's clients write them, as the JSON of one."""
+    if not isinstance(call.get("name"), str) or not call["name"].strip():
+        raise bad(where, "schema", "must be the name of a tool", at=f"{at}.name")
+    arguments = call.get("arguments")
+    if isinstance(arguments, str) and arguments.strip():
+        parsed = parse_line(arguments.encode(), where)
+        if isinstance(parsed, SampleError):
+            reason = str(parsed).removeprefix(f"{where}: ").split(";")[0].replace("the line holds", "it holds")
+            raise bad(where, "schema", f"is a string that is not a JSON object: {reason}", at=f"{at}.arguments")
+        check_strings(parsed, where, f"{at}.arguments")
+    elif arguments is not None and not isinstance(arguments, str | dict):
+        raise bad(where, "schema", "must be an object, or a string that holds one", at=f"{at}.arguments")
 
 
 def _check_order(messages: list[dict[str, Any]], where: str) -> None:

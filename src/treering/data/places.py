@@ -130,6 +130,9 @@ class Placer:
             return self._backend.encode_batch(list(texts), add_special_tokens=False)
         return self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
     def place(self, texts: Sequence[str], encodings: Sequence[Encoding]) -> list[Tokens]:
         """What `encode` gave for `texts`, with places."""
         if self._spelling is None:

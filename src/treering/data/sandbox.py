@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.filters
+import markupsafe
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
@@ -43,6 +44,7 @@ _CHEAP |= {"float", "true", "false", "callable", "odd", "even", "sameas", "filte
 _TRACING = {"attr", "batch", "capitalize", "count", "d", "default", "dictsort", "first", "groupby", "items", "join"}
 _TRACING |= {"last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse"}
 _TRACING |= {"safe", "select", "selectattr", "slice", "sort", "string", "sum", "tojson", "trim", "unique", "upper"}
+_OF_TEXT = {"capitalize", "lower", "replace", "safe", "string", "trim", "upper"}  # of those: what else they get is written
 
 
 _OWN = {"charge", "written", "loop_begins", "loop_at", "loop_ends"}
@@ -201,6 +203,8 @@ class Environment(ImmutableSandboxedEnvironment):
         self.meter.operate(operator, left, right)
         if operator == "%" and isinstance(left, str) and holds_traced(right):
             return opaque(plain(left) % plain_inside(right), (left, right))
+        if operator == "+" and isinstance(left, str) and isinstance(right, str):
+            return _added(left, right)
         return self.binop_table[operator](left, right)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -251,6 +255,8 @@ class Environment(ImmutableSandboxedEnvironment):
         def metered(*args: Any, **kwargs: Any) -> Any:
             whole = [value if type(value) is str else self._whole(value) for value in args[hidden:]]
             self.meter.call(name, whole[0] if whole else None, [*whole[1:], *kwargs.values()])
+            if name in _OF_TEXT and whole and not isinstance(whole[0], str) and holds_traced(whole[0]):
+                whole[0] = opaque(str(whole[0]), (whole[0],))
             if name in _TRACING or not holds_traced([whole, kwargs]):
                 return self.meter.copied(function(*args[:hidden], *whole, **kwargs))
             made = function(*args[:hidden], *map(plain_inside, whole), **plain_inside(kwargs))
@@ -305,8 +311,8 @@ class Written(NamedTuple):
 def _size(messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[int, int]:
     """Values and characters of a conversation."""
     texts = [value for message in messages for value in message.values()]
-    characters = sum([len(value) for value in texts if type(value) is str])
-    beside = [value for value in texts if type(value) is not str and value is not None]
+    characters = sum([len(value) for value in texts if isinstance(value, str)])
+    beside = [value for value in texts if not isinstance(value, str) and value is not None]
     if beside or tools:
         written = len(json.dumps([beside, tools]))
         return len(texts) + written // 16, characters + written
@@ -344,7 +350,8 @@ def _named(name: Any) -> None:
 def _join(environment: Environment, values: Iterable[Any], d: str = "", attribute: Any = None) -> str:
     if attribute is not None:
         values = map(jinja2.filters.make_attrgetter(environment, attribute), values)
-    return Traced(str(d)).join([str(value) for value in values])
+    texts = [value if isinstance(value, str) else opaque(str(value), (value,)) for value in values]
+    return Traced(str(d)).join(texts)
 
 
 def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
@@ -354,8 +361,32 @@ def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
     return subject.replace(str(old), str(new), -1 if count is None else count)
 
 
+class _Safe(Traced):
+    """A text that a template declares safe: what is added to it is escaped, as Jinja does even here."""
+
+    __slots__ = ()
+
+    def __html__(self) -> str:
+        return self
+
+
 def _safe(value: Any) -> str:
-    return str(value)  # nothing is escaped here, so nothing needs to be exempt
+    text = str(value)
+    return _Safe(plain(text), text._parts if isinstance(text, Traced) else None)
+
+
+def _added(left: str, right: str) -> str:
+    if not (hasattr(left, "__html__") or hasattr(right, "__html__")):
+        return left + right
+    both = concat([_escaped(left), _escaped(right)])
+    return _Safe(plain(both), both._parts if isinstance(both, Traced) else None)
+
+
+def _escaped(text: str) -> str:
+    if hasattr(text, "__html__"):
+        return text
+    written = plain(markupsafe.escape(plain(text)))
+    return text if written == text else opaque(written, (text,))
 
 
 def _refuse(message: str) -> None:

@@ -102,7 +102,7 @@ class Traced(str):
             if low < high:
                 parts.append(part.cut(low, high))
             at += part.length
-        return Traced(plain(self)[begin:end], tuple(parts))
+        return type(self)(plain(self)[begin:end], tuple(parts))
 
     def strip(self, characters: str | None = None, /) -> str:
         return self._cut(*_ends(self, characters, left=True, right=True))
@@ -251,11 +251,11 @@ def plain_inside(value: Any) -> Any:
 def concat(pieces: Iterable[str]) -> str:
     """The pieces one after another, traced if one of them is."""
     pieces = list(pieces)
-    if Traced not in map(type, pieces):
+    if not any([isinstance(piece, Traced) for piece in pieces]):
         return "".join(pieces)
     parts: list[Part] = []
     for piece in pieces:
-        if type(piece) is not Traced:
+        if not isinstance(piece, Traced):
             _append(parts, Part(len(piece)))
         else:
             for part in piece._parts:

@@ -102,9 +102,8 @@ def _counted(which: str, examples: Examples | None) -> list[str]:
     """What became of records that are not trained on as they stand."""
     if examples is None:
         return []
-    report = examples.report
-    counts = {"truncated": report.truncated, "dropped": report.dropped, "without an end of turn": report.endless}
-    return [f"{which} data: {number} {kind}" for kind, number in {**counts, **report.skipped}.items() if number]
+    counts = {**examples.report.notes, **examples.report.skipped}
+    return [f"{which} data: {number} {kind}" for kind, number in counts.items()]
 
 
 def _ragged(budget: int, capacity: int, order: Order, ranks: int) -> list[str]:

@@ -1,0 +1,117 @@
+"""Traced strings are the strings that Python makes, and every character of them is where its origin says."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treering.data.conversation import left_out, pieces_of, trace
+from treering.data.traced import MixedTextsError, Source, Traced, concat, opaque, plain, plain_inside, to_json, traced
+
+TEXT = st.text(st.sampled_from("ab \n\t<|é😀\"\\'%"), max_size=12)
+SOME = st.one_of(st.none(), st.sampled_from(["a", " ", "b<", "\n", "ab"]))
+
+
+def source(text: str, turn: int = 0) -> Traced:
+    return traced(text, turn, ("content",), [], True)
+
+
+def proved(made: str) -> str:
+    """The plain text, after each character was looked up where its part says it comes from."""
+    if isinstance(made, Traced):
+        assert sum(part.length for part in made._parts) == len(made)
+        at = 0
+        for part in made._parts:
+            shown = plain(made)[at : at + part.length]
+            if part.source is not None and part.stop - part.start == part.length:
+                assert shown == part.source.text[part.start : part.stop]
+            at += part.length
+    return plain(made)
+
+
+SAME = {
+    "add": lambda a, b: a + b,
+    "radd": lambda a, b: b + a,
+    "slice": lambda a, b: a[1:-1],
+    "backwards": lambda a, b: a[::-1],
+    "first": lambda a, b: a[:1] + a[-3:],
+    "strip": lambda a, b: a.strip(),
+    "lstrip": lambda a, b: a.lstrip("a "),
+    "rstrip": lambda a, b: a.rstrip(b or None),
+    "replace": lambda a, b: a.replace("a", b),
+    "times": lambda a, b: a * 3,
+    "join": lambda a, b: a.join([b, a, b]),
+    "characters": lambda a, b: "".join(a),
+    "prefix": lambda a, b: a.removeprefix(b).removesuffix("b"),
+    "percent": lambda a, b: "%" + a,
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=TEXT, other=TEXT)
+@pytest.mark.parametrize("name", SAME)
+def test_what_is_made_is_what_python_makes_and_its_origin_is_true(name, text, other):
+    made = SAME[name](source(text), other)
+    assert proved(made) == SAME[name](text, other)
+    if name != "characters":  # Python's own join knows nothing of origins: the sandbox has another
+        both = SAME[name](source(text), source(other, 0))
+        assert proved(both) == SAME[name](text, other)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=TEXT, by=SOME, most=st.integers(-1, 3))
+def test_pieces_of_a_split_are_found_where_they_are(text, by, most):
+    for split in ("split", "rsplit"):
+        made = getattr(source(text), split)(by, most)
+        assert [proved(piece) for piece in made] == getattr(text, split)(by, most)
+    assert [proved(line) for line in source(text).splitlines()] == text.splitlines()
+    for split in ("partition", "rpartition"):
+        assert [proved(piece) for piece in getattr(source(text), split)(by or "|")] == [*getattr(text, split)(by or "|")]
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=TEXT)
+def test_changed_letters_keep_their_message(text):
+    for change in ("lower", "upper", "title", "capitalize", "swapcase", "casefold"):
+        made = getattr(source(text), change)()
+        assert plain(made) == getattr(text, change)()
+        assert not made or made._parts[0].source is not None
+
+
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.floats(allow_nan=False), TEXT),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=3)),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    value=VALUES,
+    indent=st.sampled_from([None, 0, 2, "\t"]),
+    ascii=st.booleans(),
+    keys=st.booleans(),
+    separators=st.sampled_from([None, (",", ":")]),
+)
+def test_json_is_what_the_library_writes(value, indent, ascii, keys, separators):
+    settings = {"ensure_ascii": ascii, "indent": indent, "separators": separators, "sort_keys": keys}
+    made = to_json(traced(value, 0, ("tool_calls",), [], True), **settings)
+    assert plain(made) == json.dumps(value, **settings)
+    assert plain_inside(made) == plain(made)
+
+
+def test_a_whole_text_is_not_missing_however_it_is_written():
+    conversation = trace([{"role": "user", "content": ' say "no"\n'}], None)
+    (text,) = (message["content"] for message in conversation.messages)
+    for made in (text, text.strip(), to_json(text), text.upper(), text.replace('"', "'"), "a" + text[:3] + text[3:]):
+        assert not list(left_out(conversation.sources, pieces_of(made._parts)))
+    ((missed, ranges),) = left_out(conversation.sources, pieces_of((text[:4] + text.replace("no", "")[6:])._parts))
+    assert missed.text == ' say "no"\n' and ranges[0][1] > ranges[0][0]
+
+
+def test_texts_of_two_messages_are_not_mixed_in_one_operation():
+    with pytest.raises(MixedTextsError):
+        opaque("ab", (source("a", 0), source("b", 1)))
+    assert concat((source("a", 0), source("b", 1))) == "ab"
+    assert isinstance(Source(0, ("content",), "a", True).field, tuple)

@@ -1,0 +1,134 @@
+"""What must hold of every conversation that is encoded: checked with transformers and the tokenizer alone."""
+
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from treering.data.chat import Chat
+from treering.data.config import Data
+from treering.data.conversation import forms
+from treering.data.encode import Encoded, Encoder, recipe
+from treering.data.formats import Sample
+from treering.data.messages import check_messages
+from treering.data.records import SampleError
+from treering.data.template import Template
+from treering.errors import DataError
+
+from .conversations import Maker
+
+
+class Difference(AssertionError):
+    """Something that was trained, or encoded, in another way than it has to be."""
+
+
+class Oracle:
+    """Encodes conversations with one tokenizer and template, and checks what comes out."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.encoder = Encoder(recipe(tokenizer, Data(train="t.jsonl", max_length=1_000_000), "messages"))
+        added = tokenizer.added_tokens_decoder.items()
+        template = tokenizer.chat_template
+        self.special = {i for i, token in added if token.special}
+        self.control = self.special | {i for i, token in added if not token.special and token.content in template}
+        self.control -= {i for i, token in added if token.content.isspace()}
+        self.strings = tuple(
+            sorted(tokenizer.added_tokens_decoder[i].content for i in self.special if i in self.control)[:40]
+        )
+
+    def check(self, seed: int) -> str:
+        """`ok`, or why the conversation of this seed is refused. Raises Difference."""
+        maker = Maker(seed, self.strings)
+        messages, tools = maker.conversation()
+        try:
+            checked = check_messages(json.loads(json.dumps(messages)), "t.jsonl:1", columnar=False)
+        except SampleError as error:
+            return str(error).partition(": ")[2]
+        sample = Sample(kind="chat", where="t.jsonl:1", file=0, row=1, messages=checked, tools=tools)
+        try:
+            (result,) = self.encoder.encode([sample])
+        except DataError as error:  # the template itself is refused
+            return str(error)
+        if isinstance(result, SampleError):
+            return str(result).removeprefix("t.jsonl:1: ")
+        (document,) = result
+        if seed % 8 == 0:
+            self._check_alone(sample)
+        self._check_ids(document, checked, tools)
+        self._check_mask(document, maker, checked)
+        return "ok"
+
+    def _check_alone(self, sample: Sample) -> None:
+        """What was learned of earlier conversations must not show."""
+        assert self.encoder.chat is not None and self.encoder.plan.template is not None
+        template = Template(source=self.encoder.plan.template, variables=self.encoder.plan.variables)
+        together, alone = (chat.render(sample) for chat in (self.encoder.chat, Chat(template, self.encoder.control)))
+        if (together.text, together.trained, together.limits) != (alone.text, alone.trained, alone.limits):
+            raise Difference("what was encoded before changes the result")
+
+    def _rendered(self, messages: Sequence[dict[str, Any]], tools: Any) -> list[str]:
+        """What transformers makes of the conversation, in each form that tool calls may have."""
+        texts = []
+        for form in forms(list(messages)):
+            try:
+                texts.append(self.tokenizer.apply_chat_template(form, tools=tools, tokenize=False))
+            except Exception:  # the template wants another form
+                continue
+        return texts
+
+    def _check_ids(self, document: Encoded, messages: Sequence[dict[str, Any]], tools: Any) -> None:
+        ids = document.ids.tolist()
+        dump = json.dumps([messages, tools], ensure_ascii=False)
+        if not any(text in dump.replace('\\"', '"') for text in self._harmful_strings()):
+            texts = self._rendered(messages, tools)
+            if ids not in [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts]:
+                raise Difference("the ids are not those of apply_chat_template")
+            return
+        # The same conversation with every control string spelled in another way has the control tokens that count.
+        harmless = json.loads(json.dumps([messages, tools]), object_hook=None)
+        twin = _spelled(harmless, self._harmful_strings())
+        wanted = [
+            [i for i in self.tokenizer(text, add_special_tokens=False).input_ids if i in self.special]
+            for text in self._rendered(*twin)
+        ]
+        if [i for i in ids if i in self.special] not in wanted:
+            raise Difference("the control tokens are not the template's")
+
+    def _harmful_strings(self) -> tuple[str, ...]:
+        return tuple(self.tokenizer.added_tokens_decoder[i].content for i in self.control)
+
+    def _check_mask(self, document: Encoded, maker: Maker, messages: Sequence[dict[str, Any]]) -> None:
+        pairs = list(zip(document.ids.tolist(), document.mask.tolist(), strict=True))
+        groups = [[i for i, _ in g] for trained, g in itertools.groupby(pairs, key=lambda p: p[1]) if trained]
+        texts = [self.tokenizer.decode(group) for group in groups]
+        trained = {mark for text in texts for mark in re.findall(r"k\d+q", text)}
+        all_text = self.tokenizer.decode(document.ids.tolist())
+        assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for mark, (turn, what) in maker.marks.items():
+            if turn not in assistants:
+                if mark in trained:
+                    raise Difference(f"somebody else's {what} of message {turn} is trained")
+                if turn < len(messages) and mark not in all_text:
+                    raise Difference(f"{what} of message {turn} is left out")
+            elif mark not in trained:
+                thought = what == "thought" or "</think>" in (messages[turn].get("content") or "")
+                if thought and turn != assistants[-1] and document.thoughts:
+                    continue  # left out by the template, and counted
+                raise Difference(f"{what} of message {turn} is not trained")
+        if len(groups) > len(assistants):
+            raise Difference(f"{len(groups)} ranges are trained for {len(assistants)} turns")
+        ends = [any(i in self.control for i in group[-3:]) for group in groups]
+        if not document.endless and not all(ends):
+            raise Difference(f"a turn ends with {texts[ends.index(False)][-20:]!r}")
+
+
+def _spelled(value: Any, strings: Sequence[str]) -> Any:
+    if isinstance(value, str):
+        for text in strings:
+            value = value.replace(text, "x" + text[1:-1] + "x") if len(text) > 1 else value
+        return value
+    if isinstance(value, dict):
+        return {key: entry if key in ("role", "id", "type") else _spelled(entry, strings) for key, entry in value.items()}
+    return [_spelled(entry, strings) for entry in value] if isinstance(value, list) else value
