@@ -89,7 +89,7 @@ def attach(model: nn.Module, config: "OSFT", site: Site, chosen: Sequence[Target
         dtype = torch.promote_types(torch.float32 if weight is None else weight.dtype, torch.float32)
         addend = Addend(target, protection.addend_sides(config, target), dtype)
         module.add_module("osft", addend)
-        undone.append(forwards.add(module, addend))
+        undone.append(forwards.install(forwards.AddedForward(module, addend)))
         own = f"{target.module}.osft"
         names.append(f"{own}.Z")
         parts[target.weight] = _part(target, config, own, addend, dtype)

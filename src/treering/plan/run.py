@@ -42,6 +42,13 @@ class Run:
         losses = [a.loss for a in plan.applied if a.loss is not None]
         self._loss: Callable[[nn.Module, Batch], Tensor] = losses[0] if losses else cross_entropy
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For copy and pickle: the hooks of techniques act on this run's model, and would in a copy, too."""
+        raise PlanError(
+            "a run cannot be copied or pickled: what its techniques do around a step belongs to its model. Copy that "
+            "(copy.deepcopy(run.model)) to compute with it, or compose() a fresh model for another run"
+        )
+
     def explain(self) -> str:
         """The order of techniques, what each touches, and the memory and messages that follow."""
         return explain(self.plan, self.lost)
