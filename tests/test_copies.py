@@ -180,7 +180,7 @@ def test_a_model_is_not_copied_while_it_is_observed():
 def test_a_run_is_not_copied_but_its_model_is():
     run = composed("lora")
     for how in (*COPIES.values(), copy.copy):
-        with pytest.raises(tr.PlanError, match=r"Copy that .*compose"):
+        with pytest.raises(tr.PlanError, match=r"Copy the model.*compose"):
             how(run)
 
 

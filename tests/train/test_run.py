@@ -35,6 +35,19 @@ def test_it_learns_and_tells(tmp_path):
     assert (tmp_path / "run" / "config.yaml").read_text() == "model: toy\n"
 
 
+def test_tensors_that_the_model_has_no_place_for_are_noted_once(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    made = job(tmp_path, train={"steps": 2})
+    file = tmp_path / "model" / "model.safetensors"
+    visual = {f"model.visual.blocks.{i}.weight": torch.ones(2) for i in range(9)}
+    save_file(load_file(file) | visual, file, metadata={"format": "pt"})
+    train(made)
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    [text] = [m["text"] for m in lines if m["kind"] == "note" and "no place" in m["text"]]
+    assert "9 of the folder's tensors" in text and "model.visual.blocks.*.weight (9)" in text
+
+
 class Stop(Exception):
     pass
 

@@ -45,8 +45,8 @@ class Run:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For copy and pickle: the hooks of techniques act on this run's model, and would in a copy, too."""
         raise PlanError(
-            "a run cannot be copied or pickled: what its techniques do around a step belongs to its model. Copy that "
-            "(copy.deepcopy(run.model)) to compute with it, or compose() a fresh model for another run"
+            "a run cannot be copied or pickled: what its techniques do around a step belongs to its model. Copy the "
+            "model (copy.deepcopy(run.model)) to compute with it, or compose() a fresh model for another run"
         )
 
     def explain(self) -> str:
