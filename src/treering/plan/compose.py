@@ -145,14 +145,15 @@ def load(
     resting = torch.device("cpu") if any(a.resting == "cpu" for a in plan.applied) else plan.device
     materialise(plan.model, plan.device, resting)
     store = None if prepared is None else Prepared(Path(prepared))
+    notes: list[str] = []
     if resume is None:
-        lost = fill(plan.model, plan.source, plan.chains, statistics=statistics, prepared=store)
+        lost = fill(plan.model, plan.source, plan.chains, statistics=statistics, prepared=store, note=notes.append)
     else:
         refill(plan.model, plan.source, plan.owned, resume)
         lost = {}
     plan.source.release()
     plan.model.train()
-    return Run(plan, lost)
+    return Run(plan, lost, notes=tuple(notes))
 
 
 def _ordered(techniques: Iterable[Technique]) -> tuple[Technique, ...]:

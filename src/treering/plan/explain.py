@@ -51,7 +51,7 @@ def figures(plan: Plan) -> Figures:
     return Figures(**counts)
 
 
-def explain(plan: Plan, lost: Mapping[str, float] | None = None) -> str:
+def explain(plan: Plan, lost: Mapping[str, float] | None = None, notes: tuple[str, ...] = ()) -> str:
     n = figures(plan)
     axes = ", ".join(f"{axis}={axis_size(plan.mesh, axis)}" for axis in AXES if axis_size(plan.mesh, axis) > 1)
     lines = [
@@ -78,7 +78,7 @@ def explain(plan: Plan, lost: Mapping[str, float] | None = None) -> str:
         lines.append(f"  {len(lost)} weights are held in parts; the worst is reproduced to {lost[worst]:.1e} ({worst})")
     if text := unused(plan):
         lines.append(f"  {text}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  {note}" for note in notes)])
 
 
 def unused(plan: Plan, most: int = 6) -> str:

@@ -30,8 +30,9 @@ class Run:
         run.step(optimizer, clip=1.0)
     """
 
-    def __init__(self, plan: Plan, lost: Mapping[str, float], max_skips: int = 5):
+    def __init__(self, plan: Plan, lost: Mapping[str, float], max_skips: int = 5, notes: tuple[str, ...] = ()):
         self.plan = plan
+        self.notes = notes  # what a person should know about how the weights were loaded
         self.model: Any = plan.model
         self.lost = lost  # plain name -> ‖join(split(W)) − W‖/‖W‖ at load
         self.max_skips = max_skips
@@ -51,7 +52,7 @@ class Run:
 
     def explain(self) -> str:
         """The order of techniques, what each touches, and the memory and messages that follow."""
-        return explain(self.plan, self.lost)
+        return explain(self.plan, self.lost, self.notes)
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """What learns, by live name. Nothing else has a gradient."""

@@ -50,7 +50,7 @@ class Teller:
         self.run, self.position, self.at = run, Position(data.examples, data.train.order), start
         if start:
             self.note(f"goes on after step {start}")
-        for text in filter(None, (unused(self.plan), *data.notes, *_coarse(run))):
+        for text in filter(None, (unused(self.plan), *run.notes, *data.notes, *_coarse(run))):
             self.note(text)
         facts = {
             "model": self.plan.source_name,
