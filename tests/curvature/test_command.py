@@ -39,6 +39,15 @@ def test_text_is_measured_and_told_about(place, capsys):
     found.check(compose(place / "model", [tr.Full()]).plan.anatomy)
 
 
+def test_a_measurement_that_is_too_short_says_how_long_would_do(place, capsys):
+    assert call(place, "--data", place / "chat.jsonl", "--tokens", 96, "--to", place / "few") == 0
+    out = capsys.readouterr().out.replace("\n", " ")
+    assert "14 of 14 weights were measured on fewer than 4 tokens for each input dimension" in out
+    assert "About 192 tokens would do, instead of 96" in out
+    assert call(place, "--data", place / "chat.jsonl", "--tokens", 192, "--to", place / "enough") == 0
+    assert "tokens would do" not in capsys.readouterr().out
+
+
 def test_rings_are_added_to_earlier_ones(place, capsys):
     data = ("--data", place / "chat.jsonl", "--tokens", 100)
     assert call(place, *data, "--to", place / "one") == 0

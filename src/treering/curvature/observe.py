@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from treering.curvature.statistics import Counts, Ring, Statistics, in_memory, sizes
 from treering.curvature.sums import Sum, summed
-from treering.errors import PlanError
+from treering.errors import DataError, PlanError
 from treering.technique import recompute_state
 
 if TYPE_CHECKING:
@@ -69,6 +69,11 @@ class Observer:
 
     def statistics(self, ring: Ring | None = None, groups: "Sequence[ProcessGroup]" = ()) -> Statistics:
         """Means of what was seen so far, on the host; over the ranks of each of `groups`, which then all call it."""
+        if not self.counted(groups) and not self.sums:
+            raise DataError(
+                "no token was seen, so there is nothing to keep: run the model inside the `with observe` block, on "
+                "batches whose attention_mask is not all padding"
+            )
         tensors: dict[str, Tensor] = {}
         counts: dict[str, Counts] = {}
         for owner, tensor, count in self.means(groups, keep=True):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from treering import forwards
 from treering.exactly import exactly
-from treering.osft import protection
+from treering.osft import coverage, protection
 from treering.osft.operator import Operator
 from treering.osft.peft_format import describe
 from treering.osft.protection import End, Side
@@ -112,7 +112,7 @@ def _part(target: Target, config: "OSFT", own: str, addend: Addend, dtype: torch
         ends = tuple(addend.ends.values())
         made = protection.operators(ends, target, config.soften, weight.read, statistics)
         tensors = {f"{own}.Z": torch.zeros(shape, dtype=dtype)}
-        c = protection.scale(ends, made, target)
+        c = protection.scale(ends, made, target, coverage.frozen(config, statistics))
         for side in ends:
             Q, values = made[side.end]
             tensors |= {f"{own}.{'B' if side.thin else 'Q'}_{side.end}": Q, f"{own}.values_{side.end}": c * values}

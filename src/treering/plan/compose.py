@@ -104,7 +104,7 @@ def draft(
     for parameter in built.parameters():
         parameter.requires_grad_(False)
     try:
-        applied, chains = _apply(built, ordered, claimed, anatomy, mesh, seed)
+        applied, chains = _apply(built, ordered, claimed, anatomy, mesh, seed, statistics)
         conflicts.check_units(list(zip(ordered, claimed)), built, {a.fqn for a in anatomy.attentions})
     except PlanError:  # somebody's model is not to be lost by a refusal
         give_back()
@@ -192,13 +192,15 @@ def _apply(
     anatomy: Anatomy,
     mesh: "DeviceMesh | None",
     seed: int,
+    statistics: Statistics | None,
 ) -> tuple[tuple[Applied, ...], dict[str, Chain]]:
     done: list[Applied] = []
     parts: dict[str, tuple[Part, ...]] = {}
     identities: dict[str, str] = {}
     for technique, claims in zip(techniques, claimed):
         before = set(dict(model.named_parameters()))
-        applied = technique.apply(model, Site(anatomy=anatomy, mesh=mesh, seed=seed, parts=dict(parts)))
+        site = Site(anatomy=anatomy, mesh=mesh, seed=seed, parts=dict(parts), statistics=statistics)
+        applied = technique.apply(model, site)
         _check_names(technique, applied, before, set(dict(model.named_parameters())), claims)
         live = dict(model.named_parameters())
         for name in live.keys() - before:

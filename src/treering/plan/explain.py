@@ -78,7 +78,8 @@ def explain(plan: Plan, lost: Mapping[str, float] | None = None, notes: tuple[st
         lines.append(f"  {len(lost)} weights are held in parts; the worst is reproduced to {lost[worst]:.1e} ({worst})")
     if text := unused(plan):
         lines.append(f"  {text}")
-    return "\n".join([*lines, *(f"  {note}" for note in notes)])
+    warnings = [warning for applied in plan.applied for warning in applied.warnings]
+    return "\n".join([*lines, *(f"  {note}" for note in (*warnings, *notes))])
 
 
 def unused(plan: Plan, most: int = 6) -> str:
