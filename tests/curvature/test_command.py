@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import treering as tr
-from tests.ranks import on_ranks
+from tests.ranks import PATIENCE, on_ranks
 from tests.same import assert_same
 from tests.toy_run import chats, folder
 from treering.cli import entry
@@ -143,7 +143,7 @@ def test_two_ranks_of_the_command_measure_what_one_does(place):
     assert call(place, *arguments[:4], "--to", place / "one") == 0
     command = [sys.executable, "-m", "treering", "measure", place / "model", *arguments, "--to", place / "two"]
     done = subprocess.run(
-        list(map(str, [*command, "--nproc", 2])), env=os.environ, capture_output=True, text=True, timeout=100
+        list(map(str, [*command, "--nproc", 2])), env=os.environ, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote") == 1

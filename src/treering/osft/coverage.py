@@ -103,8 +103,9 @@ def warnings_on(statistics: Statistics) -> list[str]:
         experts = f", experts {_listed(numbers)}" if len(counts[weight]) > 1 else ""
         more = f" and {len(empty) - 1} more weights" if len(empty) > 1 else ""
         found.append(
-            f"no token reached {matrices(empty)} of {matrices(counts)} matrices ({weight}{experts}{more}); osft refuses to "
-            "train them, unless osft.unmeasured says freeze or unprotected: measure more text, or text that reaches them"
+            f"no token reached {matrices(empty)} of {matrices(counts)} matrices ({weight}{experts}{more}). osft "
+            "refuses to train them, unless osft.unmeasured is freeze or unprotected: measure more text, or text that "
+            "reaches them"
         )
     return [text for text in found if text]
 
@@ -119,8 +120,8 @@ def too_few(counts: Counts, inputs: Mapping[str, int], measured: int) -> str:
     needed = ceil(whole * ENOUGH * inputs[worst] / thin[worst])
     return (
         f"{len(thin)} of {len(counts)} weights were measured on fewer than {ENOUGH} tokens for each input dimension "
-        f"(the fewest: {worst}, {thin[worst]:,} tokens for {inputs[worst]:,} inputs). Directions that so little text did "
-        f"not use are trainable. About {needed:,} tokens would do, instead of {whole:,} "
+        f"(the fewest: {worst}, {thin[worst]:,} tokens for {inputs[worst]:,} inputs). Directions that so little text "
+        f"did not use are trainable. About {needed:,} tokens would do, instead of {whole:,} "
         f"(treering measure --tokens {needed})"
     )
 
