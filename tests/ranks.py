@@ -24,6 +24,7 @@ PRELOAD = [
     "transformers.models.llama.modeling_llama",
     "treering.plan",
 ]
+PATIENCE = 600.0  # seconds until something counts as hung: never a measure of speed, the machine may be busy
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
 
@@ -32,7 +33,7 @@ class RankFailed(AssertionError):
     """Carries the traceback of the rank that failed first."""
 
 
-def on_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 40.0) -> list[Any]:
+def on_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = PATIENCE) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world):
@@ -94,7 +95,7 @@ def _rank(
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     try:
         dist.init_process_group(
-            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=20)
+            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE)
         )
         pipe.send(("done", _boxed(function(*arguments))))
         dist.barrier()

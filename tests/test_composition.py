@@ -228,7 +228,7 @@ def column(folder, slow):
 
 def check(ranks, slow):
     with tempfile.TemporaryDirectory() as folder:
-        for found in on_ranks(ranks, column, Path(folder), slow, timeout=120.0):
+        for found in on_ranks(ranks, column, Path(folder), slow):
             wrong = {
                 (names, "packed" if packing else "rows"): outcome
                 for (names, packing), outcome in found.items()

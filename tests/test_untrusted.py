@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import toy_run
+from tests.ranks import PATIENCE
 from treering.errors import CheckpointError, TreeringError
 from treering.plan import compose, opening
 from treering.trust import check_folder, notes_on, open_tokenizer
@@ -87,7 +88,7 @@ def guarded(*commands: str) -> subprocess.CompletedProcess:
         env=environment | keys,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
 
 

@@ -234,13 +234,13 @@ def test_a_missing_expert_is_named(tmp_path):
 def test_tensors_that_the_model_has_no_place_for_are_told(folder):
     changed(folder, lambda t: t.update({"vision.a": torch.ones(1), "vision.b": torch.ones(1)}))
     text = tr.compose(folder, [tr.Full()]).explain()
-    assert "2 tensors of the folder have no place in the model" in text and "vision.a" in text
+    assert "2 of the folder's tensors have no place in this model" in text and "vision.a" in text
 
 
 def test_experts_of_a_layer_that_the_model_does_not_have_are_told(tmp_path):
     extra = {f"model.layers.2.mlp.experts.{i}.down_proj.weight": torch.ones(32, 24) for i in range(4)}
     folder = changed(save("qwen3_moe", tmp_path / "m"), lambda t: t.update(extra))
-    assert "4 tensors of the folder have no place" in tr.compose(folder, [tr.Full()]).explain()
+    assert "4 of the folder's tensors have no place" in tr.compose(folder, [tr.Full()]).explain()
 
 
 def test_a_tied_copy_in_the_file_is_no_surprise(tmp_path):

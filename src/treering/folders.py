@@ -5,7 +5,7 @@ from pathlib import Path
 import xxhash
 
 from treering.errors import CheckpointError
-from treering.trust import basename, in_folder, read_header, read_json
+from treering.trust import Header, basename, in_folder, read_header, read_json
 
 INDEX = "model.safetensors.index.json"
 LOOKS, LOOK = 64, 64 << 10  # a fingerprint looks at so many places of a file, so many bytes at each
@@ -13,6 +13,11 @@ LOOKS, LOOK = 64, 64 << 10  # a fingerprint looks at so many places of a file, s
 
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file. Names from the index are plain basenames of regular files, or the folder is refused."""
+    return {name: path for name, (path, _) in tensor_headers(folder).items()}
+
+
+def tensor_headers(folder: Path) -> dict[str, tuple[Path, Header]]:
+    """Tensor name -> file, and what the file's header says of it."""
     index = folder / INDEX
     if in_folder(folder, INDEX):
         names = read_json(index).get("weight_map")
@@ -23,15 +28,16 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         listed = ["model.safetensors"]
     else:
         raise CheckpointError(f"{folder} holds no model.safetensors{_pickles(folder)}")
-    found: dict[str, Path] = {}
+    found: dict[str, tuple[Path, Header]] = {}
     for name in listed:
         path = in_folder(folder, name)
         if path is None:
             raise CheckpointError(f"{folder} lacks {name}, which its index names")
         for tensor in read_header(path):
             if tensor.name in found:
-                raise CheckpointError(f"{tensor.name} is in {found[tensor.name].name} and in {name}; which is meant?")
-            found[tensor.name] = path
+                other = found[tensor.name][0].name
+                raise CheckpointError(f"{tensor.name} is in {other} and in {name}; which is meant?")
+            found[tensor.name] = path, tensor
     return found
 
 

@@ -1,33 +1,69 @@
 """Another forward for one instance, and back. Nothing else of a module changes: no name, no hook, no class."""
 
 from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
 
-def replace(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Returns what gives the former one back."""
+class ModuleForward:
+    """What is called in place of one module's forward. A subclass defines `__call__`.
+
+    An object that refers to its module, never a closure: `copy.deepcopy` and `pickle` take it along with the module, so
+    that a copy of the model computes with the copy's weights. A closure would go on computing with the original's.
+    A subclass may refer to other modules only by attributes, for the same reason.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.replaced: Callable[..., Any] | None = module.__dict__.get("forward")  # None: that of the class
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def call_former(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the forward that was replaced."""
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    @property
+    def former(self) -> Callable[..., Any]:
+        """The forward that was replaced. Made anew each time: pickle writes a bound method as a look-up of
+        `module.forward`, which would find this object instead."""
+        return MethodType(type(self.module).forward, self.module) if self.replaced is None else self.replaced
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """For `inspect.signature`: that of the forward that was replaced."""
+        return self.former
+
+
+class AddedForward(ModuleForward):
+    """The output of a module, and added to it what `addend`, a child of it, makes of the input."""
+
+    def __init__(self, module: nn.Module, addend: nn.Module):
+        super().__init__(module)
+        self.addend = addend
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.call_former(x) + self.addend(x)
+
+
+def install(forward: ModuleForward) -> Callable[[], None]:
+    """Let `forward.module` compute by `forward`. Returns what gives the former one back."""
+    module = forward.module
     former = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward  # type: ignore[assignment]
 
     def restore() -> None:
         if former is None:
             del module.__dict__["forward"]
         else:
-            module.forward = former  # type: ignore[method-assign]
+            module.forward = former
 
     return restore
-
-
-def add(module: nn.Module, addend: nn.Module) -> Callable[[], None]:
-    """What `addend` makes of the input is added to the output."""
-    plain = module.forward
-
-    def forward(x: Tensor) -> Tensor:
-        return plain(x) + addend(x)
-
-    return replace(module, forward)
 
 
 def undo_all(undone: Iterable[Callable[[], None]]) -> Callable[[], None]:

@@ -103,6 +103,7 @@ class Site:
     mesh: "DeviceMesh | None"
     seed: int = 0
     parts: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)  # plain name -> chain so far
+    statistics: Mapping[str, Mapping[str, Any]] | None = None  # what was measured; reading a weight's may cost seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +148,7 @@ class Applied:
     resting: Literal["device", "cpu"] = "device"  # where parameters live between uses
     undo: Callable[[], None] | None = None  # forward rewrites and observers only
     notes: tuple[str, ...] = ()  # lines for explain()
+    warnings: tuple[str, ...] = ()  # what a person should know before training: in explain(), and when a run starts
 
 
 @runtime_checkable

@@ -4,7 +4,9 @@ The only file that touches transformers' weight-conversion internals: many model
 another shape in the file than in the module, and transformers' own mapping, taken tensor by tensor, translates.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +16,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from treering.errors import CheckpointError
-from treering.folders import tensor_files
+from treering.errors import CheckpointError, PlanError
+from treering.folders import tensor_headers
+from treering.trust import Header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,6 +64,12 @@ class Source:
 def from_model(model: nn.Module) -> Source:
     """The tensors of a live model. They are kept alive by this source alone once the model has moved to meta."""
     held = {name: value.detach() for name, value in plain_tensors(model).items()}
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise PlanError(
+                f"the live model holds {name} in {str(parameter.dtype).removeprefix('torch.')}: a quantized weight, "
+                "and this version trains dense ones. Load the model without quantization, or call its dequantize()"
+            )
     tensors = {
         name: PlainTensor(
             name=name,
@@ -97,21 +106,29 @@ def keep_wide(model: "PreTrainedModel", dtype: torch.dtype) -> None:
 
 
 def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
-    """The tensors of an HF folder, for a model (on meta) made from the folder's config."""
-    files = tensor_files(folder)
+    """The tensors of an HF folder, for a model (on meta) made from the folder's config.
+
+    Quantized weights are refused: config.json does not say that there are any, and their codes are no weights.
+    """
+    headers = tensor_headers(folder)
+    files = {key: path for key, (path, _) in headers.items()}
     wanted = plain_tensors(model)
     state = model.state_dict(keep_vars=True)
     gathered, by_pattern = places(model, files, state)
     tensors: dict[str, PlainTensor] = {}
     groups: list[tuple[str, ...]] = []
     unused: list[str] = []
+    tied: list[tuple[str, str]] = []
     for target, items in gathered.items():
         if items[0][1] is None:
             key = items[-1][0]
             if target in wanted:
+                _refuse_codes(folder, headers, [key], target, wanted[target])
                 tensors[target] = _stored(target, key, files[key], wanted[target])
                 groups.append((target,))
-            elif target not in state:  # the file may hold a tied copy as well: that is no surprise
+            elif target in state:
+                tied.append((key, target))
+            else:
                 unused.append(key)
             continue
         reader = _Converted(model, target, items, by_pattern[items[0][1]], files)
@@ -119,6 +136,7 @@ def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
         if not names:
             unused.extend(key for key, _ in items)
             continue
+        _refuse_codes(folder, headers, [key for key, _ in items], names[0], wanted[names[0]])
         for name in names:
             tensors[name] = PlainTensor(
                 name=name,
@@ -127,14 +145,89 @@ def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
                 reader=lambda name=name, reader=reader: reader.read(name),  # type: ignore[misc]
             )
         groups.append(names)
+    _refuse_scales(folder, headers.keys() - set(unused), unused)
     missing = sorted(set(wanted) - set(tensors))
     if missing:
+        _refuse_packed(folder, headers, missing[0], unused)
         raise CheckpointError(
             f"{folder} has no tensor for {missing[0]}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             + f" of {type(model).__name__}; the folder is incomplete or belongs to another architecture"
         )
+    for key, target in tied:
+        owner = next(name for name, value in wanted.items() if value is state[target])
+        _refuse_other_copy(folder, headers[key], key, tensors[owner])
     return Source(tensors=tensors, groups=tuple(groups), where=str(folder), unused=tuple(unused))
+
+
+ROWS = 4096  # that are compared at a time
+REAL = ("F64", "F32", "F16", "BF16")
+DEQUANTIZE = (
+    "Take the model in bfloat16 or float32, or make it from the quantized one with transformers "
+    "(from_pretrained(…, quantization_config=…), dequantize(), save_pretrained)"
+)
+# What quantizers call the tensors that belong to a quantized weight: `weight_scale_inv`, `SCB`, `weight.absmax`, …
+_BESIDE = re.compile(
+    r"(?P<of>.+?)[._](?P<what>(weight_)?(scales?|scale_inv|scale_2|global_scale|zero_points?|zeros|qzeros|packed|blocks|shape)"
+    r"|scale_weight|(nested_)?absmax|(nested_)?quant_map|quant_state\..+|SCB|weight_format|g_idx|qweight)"
+)
+
+
+def _refuse_codes(
+    folder: Path, headers: Mapping[str, tuple[Path, Header]], keys: Sequence[str], name: str, like: Tensor
+) -> None:
+    """Integers and eight-bit floats are what a quantizer makes of a weight: without their scales, they are another."""
+    if not like.is_floating_point():
+        return
+    for key in keys:
+        file, header = headers[key]
+        if header.dtype not in REAL:
+            raise CheckpointError(
+                f"{file}: {key} is stored as {header.dtype}, and the model's {name} is floating-point. These look like "
+                f"codes of a quantized weight, {folder}/config.json has no quantization_config that says what they "
+                f"stand for, and training them as if they were weights would be wrong. {DEQUANTIZE}"
+            )
+
+
+def _refuse_other_copy(folder: Path, stored: tuple[Path, Header], key: str, owner: PlainTensor) -> None:
+    """A file may hold a tied tensor twice, if both are the same."""
+    with safe_open(stored[0], "pt") as opened:
+        same = stored[1].shape == owner.shape and all(
+            torch.equal(opened.get_slice(key)[row : row + ROWS], owner.rows(row, row + ROWS))
+            for row in range(0, owner.shape[0], ROWS)
+        )
+    if not same:
+        raise CheckpointError(
+            f"{folder}: {key} is another tensor than {owner.name}, and config.json says that they are one "
+            "(tie_word_embeddings), so that it would be dropped. Set tie_word_embeddings to false in config.json, or "
+            f"remove {key} from the folder"
+        )
+
+
+def _refuse_scales(folder: Path, used: AbstractSet[str], unused: Sequence[str]) -> None:
+    """Nobody multiplies by a scale that has no place in the model."""
+    for key in unused:
+        match = _BESIDE.fullmatch(key)
+        beside = next((w for w in (match["of"], f"{match['of']}.weight") if w in used), None) if match else None
+        if beside is not None:
+            raise CheckpointError(
+                f"{folder}: {key} looks like a scale of the quantized weight {beside}, and the model has no place for "
+                f"it, so that {beside} would be trained without it. {DEQUANTIZE}. If the weights are multiplied by "
+                "their scales already, remove the scales from the folder"
+            )
+
+
+def _refuse_packed(
+    folder: Path, headers: Mapping[str, tuple[Path, Header]], missing: str, unused: Sequence[str]
+) -> None:
+    """A weight that is only there in packed form is not an incomplete folder."""
+    packed = [key for key in unused if _BESIDE.fullmatch(key)]
+    codes = [key for key in packed if headers[key][1].dtype not in REAL]
+    if codes:
+        raise CheckpointError(
+            f"{folder} has no tensor for {missing}; it holds quantized weights, such as {codes[0]} "
+            f"({headers[codes[0]][1].dtype}). {DEQUANTIZE}"
+        )
 
 
 def places(

@@ -39,10 +39,18 @@ class Writer:
     """Writes `tensors` (on the meta device: only what they are is read) as their values come, in any order.
 
     `file` is the name where all fit into one of `limit` bytes; more are numbered, with an index beside them.
+    `metadata` is written into the header of each file.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, file: str = "model.safetensors", limit: int | None = LIMIT):
-        self.file, self.tensors = file, dict(tensors)
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        file: str = "model.safetensors",
+        limit: int | None = LIMIT,
+        metadata: Mapping[str, str] | None = None,
+    ):
+        self.file, self.tensors, self.metadata = file, dict(tensors), {"format": "pt", **(metadata or {})}
         self.bytes = sum(size(t) for t in self.tensors.values())
         self.places: dict[str, Place] = {}
         self.digests: dict[str, str] = {}
@@ -55,7 +63,7 @@ class Writer:
 
     def _lay_out(self, own: str, names: list[str]) -> None:
         """Widest elements first, as the format's own writer has them: so all are aligned."""
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": self.metadata}
         spans, at = {}, 0
         for name in sorted(names, key=lambda n: -self.tensors[n].element_size()):
             tensor = self.tensors[name]
@@ -133,6 +141,15 @@ class Writer:
             raise CheckpointError(f"{path}: {name} is read as {found.dtype} {tuple(found.shape)}, not as written")
         if xxhash.xxh3_128_hexdigest(content_of(found)) != self.digests[name]:
             raise CheckpointError(f"{path}: {name} is read with other values than were written; is the disk sound?")
+
+
+def sync(path: Path) -> None:
+    """Until this returns, a power cut may forget what was written to a file, or which names a folder has."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def size(tensor: Tensor) -> int:

@@ -21,7 +21,7 @@ from tests.ranks import PRELOAD
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([*PRELOAD, "tests.chaos.warm"])
-PATIENCE = 90.0  # seconds until a trial counts as hung
+PATIENCE = 600.0  # seconds until a trial counts as hung; the machine may be busy
 
 
 class Hung(AssertionError):
@@ -127,7 +127,11 @@ def _rank(
     try:
         if world > 1:
             dist.init_process_group(
-                "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=30)
+                "gloo",
+                store=dist.FileStore(store, world),
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=PATIENCE),
             )
         pipe.send("met")
         function(*arguments)

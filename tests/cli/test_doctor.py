@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from tests.ranks import PATIENCE
 from treering.cli import checkup, doctor
 from treering.cli.checkup import Finding
 from treering.cli.ranks_probe import two_ranks
@@ -71,12 +72,12 @@ def test_one_bad_finding_makes_the_whole_bad(capsys):
 
 
 def test_two_ranks_that_do_not_answer_or_fail_are_bad():
-    asleep = two_ranks(0.3, (sys.executable, "-c", "import time; time.sleep(30)"))
+    asleep = two_ranks(0.3, (sys.executable, "-c", "import time; time.sleep(100_000)"))
     assert (asleep.status, "no answer in 0 s") == ("bad", asleep.found)
-    failing = two_ranks(20, (sys.executable, "-c", "raise SystemExit('no network')"))
+    failing = two_ranks(PATIENCE, (sys.executable, "-c", "raise SystemExit('no network')"))
     assert failing.status == "bad"
     assert "no network" in failing.found
 
 
 def test_two_real_ranks_add_their_numbers():
-    assert two_ranks().status == "ok"
+    assert two_ranks(PATIENCE).status == "ok"

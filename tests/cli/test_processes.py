@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.ranks import PATIENCE
+
 SMALL = "model: gpt2\ndata: chat.jsonl\noutput: runs/x\n"
 WATCH = """
 import sys
@@ -26,7 +28,7 @@ def call(*arguments, code="", **environment):
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
 
 
@@ -64,14 +66,15 @@ assert not heavy, heavy
     assert done.stdout.count("Usage: treering") == len(commands)
 
 
-def test_help_takes_less_than_a_quarter_of_a_second():
-    # Processor time, and the best of a few: on a busy machine the clock says more about its other work.
-    assert min(_processor_seconds("train", "--help") for _ in range(5)) < 0.25
+def test_help_takes_less_than_a_quarter_of_what_torch_takes_to_import():
+    # Processor time, the best of a few, and as a ratio: how fast the machine is and what else it does is no finding.
+    torch = min(_processor_seconds(code="import torch") for _ in range(3))
+    assert min(_processor_seconds("train", "--help") for _ in range(5)) < 0.25 * torch
 
 
-def _processor_seconds(*arguments):
+def _processor_seconds(*arguments, code=""):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert call(*arguments).returncode == 0
+    assert call(*arguments, code=code).returncode == 0
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
@@ -83,7 +86,7 @@ print("rank", rank, "of", os.environ["WORLD_SIZE"], sys.argv[1:], os.getpid(), f
 if "fail" in sys.argv and rank == "1":
     sys.exit("PlanError: no room\x1b[2J")
 if "well" not in sys.argv:
-    time.sleep(60)
+    time.sleep(100_000)
 """
 START = """
 import os, sys
@@ -121,7 +124,7 @@ def test_a_terminated_launcher_takes_its_ranks_with_it(stand_in):
     with subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         rank = int(process.stdout.readline().split()[-1])
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=40)
+        _, said = process.communicate(timeout=PATIENCE)
     assert said.endswith("143: stopped by SIGTERM\n")
     with pytest.raises(ProcessLookupError):
         os.kill(rank, 0)
@@ -142,7 +145,7 @@ def test_a_pipe_that_closes_is_no_crash():
         shell=True,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert done.stdout.strip() == "{"
     assert "Traceback" not in done.stderr

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import treering as tr
-from tests.ranks import on_ranks
+from tests.ranks import PATIENCE, on_ranks
 from tests.same import assert_same
 from tests.toy_run import chats, folder
 from treering.cli import entry
@@ -37,6 +37,15 @@ def test_text_is_measured_and_told_about(place, capsys):
     assert found.rings[0].tokens == 200 and found.rings[0].name == "chat.jsonl" and found.rings[0].date
     assert "q_proj k_proj v_proj" in out and "200" in out and "14 weights" in out
     found.check(compose(place / "model", [tr.Full()]).plan.anatomy)
+
+
+def test_a_measurement_that_is_too_short_says_how_long_would_do(place, capsys):
+    assert call(place, "--data", place / "chat.jsonl", "--tokens", 96, "--to", place / "few") == 0
+    out = capsys.readouterr().out.replace("\n", " ")
+    assert "14 of 14 weights were measured on fewer than 4 tokens for each input dimension" in out
+    assert "About 192 tokens would do, instead of 96" in out
+    assert call(place, "--data", place / "chat.jsonl", "--tokens", 192, "--to", place / "enough") == 0
+    assert "tokens would do" not in capsys.readouterr().out
 
 
 def test_rings_are_added_to_earlier_ones(place, capsys):
@@ -134,7 +143,7 @@ def test_two_ranks_of_the_command_measure_what_one_does(place):
     assert call(place, *arguments[:4], "--to", place / "one") == 0
     command = [sys.executable, "-m", "treering", "measure", place / "model", *arguments, "--to", place / "two"]
     done = subprocess.run(
-        list(map(str, [*command, "--nproc", 2])), env=os.environ, capture_output=True, text=True, timeout=100
+        list(map(str, [*command, "--nproc", 2])), env=os.environ, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote") == 1

@@ -10,6 +10,7 @@ from tests.same import assert_same
 from tests.zoo import build, save
 from treering.anatomy import examine
 from treering.curvature import Ring
+from treering.curvature.observe import observe
 from treering.curvature.reference import moments
 
 PARTS = (documents((12, 7, 5)), documents((9, 3), seed=1))  # what each of two ranks has
@@ -36,6 +37,32 @@ def test_packed_rows_padded_rows_and_single_rows_give_the_same(name):
     same(tr.measure(run, [rows(given[:2]), rows(given[2:])]), one_by_one)
     if run.plan.unpackable is None:
         same(tr.measure(run, [packed(given)]), one_by_one)
+
+
+@pytest.mark.parametrize("how", [{}, {"tokens": "trained"}], ids=str)
+def test_a_measurement_of_padding_alone_is_refused(how, tmp_path):
+    ids = torch.randint(3, 128, (2, 9))
+    nothing = {"input_ids": ids, "attention_mask": torch.zeros_like(ids), "labels": torch.full_like(ids, -100)}
+    with pytest.raises(tr.DataError, match=r"no token of the batches .* nothing to measure"):
+        tr.measure(build("llama"), [nothing, nothing], to=tmp_path / "m", **how)
+    assert not (tmp_path / "m").exists()
+    model = build("llama")
+    for batches in ([], [nothing]):
+        with observe(model, examine(model)) as seen:
+            for batch in batches:
+                model(input_ids=ids, attention_mask=batch["attention_mask"])
+        with pytest.raises(tr.DataError, match="no token was seen"):
+            seen.statistics()
+
+
+def with_padding_on_one(name):
+    ids = torch.randint(3, 128, (1, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.full_like(ids, torch.distributed.get_rank())
+    return tr.measure(composed(name, ranks=2), [{"input_ids": ids, "attention_mask": mask}]).rings[0].tokens
+
+
+def test_one_rank_may_have_padding_alone():
+    assert on_ranks(2, with_padding_on_one, "llama") == [9, 9]
 
 
 def on_two(folder, name, form, room):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.data.data_templates import TEMPLATES
+from tests.ranks import PATIENCE
 from treering.data.conversation import trace
 from treering.data.template import Template
 from treering.errors import DataError
@@ -114,6 +115,7 @@ HARMLESS = {
     "count": "{{ ('ab'*1000000).count('a'*500000) }}",
 }
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok"}]
+BOUND = 60  # seconds of the processor for one template; alone on a machine it is below 2
 CHILD = """
 import json, resource, sys, time
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
@@ -139,7 +141,7 @@ json.dump([said, int(peak) >> 10], sys.stdout)
 def child():
     """What became of each, and the MiB of a process that rendered all, which had no more than one GiB."""
     given = json.dumps([TURNS, REFUSED | HARMLESS])
-    done = subprocess.run([sys.executable, "-c", CHILD], input=given, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", CHILD], input=given, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -150,7 +152,7 @@ def test_a_hostile_template_is_refused_and_named(child, name):
     assert kind == "DataError", text
     assert text.startswith("chat.jsonl:1: the chat template ") and " is refused: " in text
     assert REFUSED[name][:10] in text.encode().decode("unicode_escape")
-    assert seconds < 10  # of the processor; alone on a machine below 2
+    assert seconds < BOUND
 
 
 @pytest.mark.parametrize("name", HARMLESS)
@@ -158,7 +160,7 @@ def test_a_strange_template_that_harms_nobody_shows_nothing(child, name):
     kind, text, seconds = child[0][name]
     assert kind == "rendered" or name == "fmtattr"  # which puts all messages through one filter
     assert not any(word in text for word in ("class", "object", "function", "0x"))
-    assert seconds < 10
+    assert seconds < BOUND
 
 
 def test_memory_stays_small(child):

@@ -50,7 +50,7 @@ def compare(world, mesh, cases, tolerance=1e-5):
     for case in cases:
         wanted[case[0]] = wanted.get(case[0]) or trained(case[0], "factors", "coefficients")
     with tempfile.TemporaryDirectory() as folder:
-        for found in on_ranks(world, on_a_mesh, mesh, cases, folder, timeout=120.0):
+        for found in on_ranks(world, on_a_mesh, mesh, cases, folder):
             for case, (plain, metrics, least) in found.items():
                 assert_all_same(plain, wanted[case[0]][0], tolerance)
                 assert metrics["osft/leak"] < 1e-10, case

@@ -383,7 +383,8 @@ def test_closures_and_double_hooks_are_refused():
 def test_what_was_measured_nowhere_is_held_nowhere():
     from dataclasses import replace
 
-    for config in (tr.OSFT(strength="hard", ratio=0.5), tr.OSFT(rank="energy", energy=0.8)):
+    free = {"unmeasured": "unprotected"}
+    for config in (tr.OSFT(strength="hard", ratio=0.5, **free), tr.OSFT(rank="energy", energy=0.8, **free)):
         model = build("qwen3_moe", dtype=torch.float64)
         statistics = {name: dict(found) for name, found in moments(model, config).items()}
         empty = "model.layers.0.mlp.experts.gate_up_proj"
@@ -394,6 +395,126 @@ def test_what_was_measured_nowhere_is_held_nowhere():
         projected = held.project(X, X, held.fetch()())
         assert_same(projected[1], X[1], 1e-12)
         assert float((projected[0] - X[0]).norm()) > 0.1 * float(X[0].norm())
+
+
+def partly_measured(empty, experts=(1,)):
+    """A mixture, and statistics in which some experts of `empty` stacks saw no token."""
+    model = build("qwen3_moe", dtype=torch.float64)
+    statistics = {name: dict(found) for name, found in moments(model, tr.OSFT()).items()}
+    for name in empty:
+        statistics[name]["inputs"][list(experts)] = 0.0
+        count = statistics[name]["tokens"].expand(4).clone()
+        count[list(experts)] = 0
+        statistics[name]["tokens"] = count
+    return model, statistics
+
+
+EMPTY = [f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+
+
+def test_experts_that_saw_no_token_are_refused_by_name():
+    model, statistics = partly_measured(EMPTY, experts=(1, 3))
+    with pytest.raises(tr.PlanError) as caught:
+        tr.compose(model, [tr.OSFT()], statistics=statistics)
+    text = str(caught.value)
+    assert "4 of 24 matrices" in text and f"{EMPTY[0]}, experts 1, 3 and 1 more weights" in text
+    assert "treering measure --tokens N" in text and "freeze" in text and "unprotected" in text
+    assert caught.value.settings == ("statistics.path", "techniques.osft.unmeasured")
+    others = tr.OSFT(targets=("q_proj", "model.layers.1.mlp.experts.*"))  # what is no target may be as it is
+    tr.compose(model, [others], statistics=statistics)
+
+
+@pytest.mark.parametrize("config", [tr.OSFT(), tr.OSFT(strength="hard", ratio=0.5), tr.OSFT(protect="both")], ids=str)
+@pytest.mark.parametrize("anchor", [False, True])
+def test_unmeasured_experts_can_be_frozen(config, anchor):
+    from dataclasses import replace
+
+    model, statistics = partly_measured(EMPTY, experts=(1, 3))
+    config = replace(config, unmeasured="freeze", anchor=anchor)
+    run = tr.compose(model, [config], statistics=statistics)
+    assert "4 of 24 matrices saw no token and do not learn" in run.explain()
+    before = weights(run)
+    optimizer = run.optimizer(torch.optim.AdamW, lr=1e-2, weight_decay=0.1 if anchor else 0.0)
+    for batches in run.steps(STEPS):
+        for batch in batches:
+            run.loss(batch).backward()
+        run.plan.applied[0].gradients()
+        for name in EMPTY:
+            grad = run.model.get_parameter(name).grad
+            assert not grad[[1, 3]].any() and grad[[0, 2]].any()
+        run.step(optimizer)
+    after = weights(run)
+    for name in EMPTY:
+        assert torch.equal(after[name][[1, 3]], before[name][[1, 3]])
+        assert not torch.equal(after[name][[0, 2]], before[name][[0, 2]])
+    name = EMPTY[0].replace("layers.0", "layers.1")
+    assert all(not torch.equal(a, b) for a, b in zip(after[name], before[name]))
+
+
+def test_unmeasured_experts_can_learn_unprotected_and_are_counted():
+    model, statistics = partly_measured(EMPTY)
+    run = tr.compose(model, [tr.OSFT(unmeasured="unprotected")], statistics=statistics)
+    assert "2 of 24 matrices saw no token and learn unprotected" in run.explain()
+
+
+@pytest.mark.parametrize("form", ["update", "one_sided"])
+def test_a_linear_that_saw_no_token_is_refused_or_frozen(form):
+    model = build("llama", dtype=torch.float64)
+    name = "model.layers.1.mlp.down_proj.weight"
+    statistics = {n: dict(found) for n, found in moments(model, tr.OSFT()).items()}
+    statistics[name] = {"inputs": torch.zeros_like(statistics[name]["inputs"]), "tokens": torch.tensor(0)}
+    with pytest.raises(tr.PlanError, match=f"1 of 14 matrices \\({name}\\)"):
+        tr.compose(model, [tr.OSFT(form=form)], statistics=statistics)
+    run = tr.compose(model, [tr.OSFT(form=form, unmeasured="freeze")], statistics=statistics)
+    before = weights(run)
+    train(run, STEPS, torch.optim.AdamW, lr=1e-2)
+    after = weights(run)
+    assert {n for n in before if not torch.equal(before[n], after[n])} == set(statistics) - {name}
+
+
+@pytest.mark.parametrize("unmeasured", ["refuse", "freeze", "unprotected"])
+@pytest.mark.parametrize("protect", ["inputs", "both"])
+def test_a_measurement_of_no_token_is_refused_whatever_is_set(unmeasured, protect):
+    model = build("llama", dtype=torch.float64)
+    empty = {
+        name: {"inputs": torch.zeros_like(found["inputs"]), "tokens": torch.tensor(0)}
+        for name, found in moments(model, tr.OSFT()).items()
+    }
+    with pytest.raises(tr.PlanError, match="measured on no token at all"):
+        tr.compose(model, [tr.OSFT(protect=protect, unmeasured=unmeasured)], statistics=empty)
+
+
+def test_a_thin_measurement_is_warned_about_with_how_much_would_do():
+    model = build("llama")
+    ids = torch.randint(3, 128, (1, 100))
+    statistics = tr.measure(model, [{"input_ids": ids}])
+    run = tr.compose(model, [tr.OSFT()], statistics=statistics)
+    [warning] = run.plan.applied[0].warnings
+    assert "14 of 14 weights were measured on fewer than 4 tokens for each input dimension" in warning
+    assert "down_proj.weight, 100 tokens for 48 inputs)" in warning and "About 192 tokens would do" in warning
+    assert warning in run.explain()
+    enough = tr.measure(
+        build("llama"), [{"input_ids": torch.randint(3, 128, (2, 96)), "attention_mask": torch.ones(2, 96)}]
+    )
+    run = tr.compose(build("llama"), [tr.OSFT()], statistics=enough)
+    assert run.plan.applied[0].warnings == ()
+    assert "14 weights train as they are: 14 are protected" in run.explain()
+    [few] = (
+        tr.compose(build("llama"), [tr.OSFT(targets=("down_proj",))], statistics=statistics).plan.applied[0].warnings
+    )
+    assert "2 of 2 weights" in few
+
+
+def test_a_run_that_was_begun_before_there_was_the_setting_is_the_same_run():
+    """Checkpoints know their techniques by this text."""
+    assert repr(tr.OSFT()) == repr(tr.OSFT(unmeasured="unprotected")) and "unmeasured" not in repr(tr.OSFT())
+    assert "unmeasured='freeze'" in repr(tr.OSFT(unmeasured="freeze"))
+    assert repr(tr.OSFT()).startswith("OSFT(protect='inputs', strength='soft', soften=0.01, ratio=None, ")
+
+
+def test_weights_without_protection_are_counted():
+    run, _ = composed(tr.OSFT(protect="weights", ratio=0.25, ratios={"q_proj": 1.0}, anchor=True))
+    assert "14 weights train as they are: 12 are protected, 2 are not" in run.explain()
 
 
 def test_a_pattern_of_ratios_that_names_nothing_is_an_error():

@@ -1,5 +1,8 @@
 """The prepared/ folder: what was split once is never split again, and nothing stale is ever taken for it."""
 
+import errno
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,6 +18,7 @@ from tests.toy import weights
 from tests.zoo import build, save
 from treering.plan.place import gather
 from treering.technique import Applied, Claim, Part, Stage
+from treering.writing import Writer
 
 TARGETS = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj", "model.layers.1.mlp.up_proj")
 
@@ -148,6 +152,117 @@ def test_a_file_that_was_cut_short_is_made_again(log, cache, keep):
     victim.write_bytes(whole[:keep])
     assert_all_same(held(log, cache), first)
     assert len(splits(log)) == 4 and victim.read_bytes() == whole
+
+
+def flipped(path, at, bit=0):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def notes(log, cache, **settings):
+    return tr.compose(build("llama"), [Halves(log=str(log), **settings)], prepared=cache).notes
+
+
+@pytest.mark.parametrize("where", ["first value", "last value", "loss", "header", "length"])
+def test_a_flipped_bit_is_found_and_the_result_made_again(where, log, cache):
+    first = held(log, cache)
+    victim = sorted(cache.iterdir())[0]
+    whole = victim.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:start])
+    loss = header["lost"]["data_offsets"][0]
+    left = next(at["data_offsets"] for name, at in header.items() if name.endswith(".left"))
+    places = {
+        "first value": start + left[0],
+        "last value": start + left[1] - 1,
+        "loss": start + loss,
+        "header": 8 + whole[8:start].index(b"digests") + 60,
+        "length": 0,
+    }
+    flipped(victim, places[where])
+    [note] = notes(log, cache)
+    assert "1 of 3 prepared results had to be made again" in note and victim.name in note and "damaged" in note
+    assert len(splits(log)) == 4 and victim.read_bytes() == whole
+    assert_all_same(held(log, cache), first)
+    assert notes(log, cache) == ()
+
+
+def test_any_bit_of_a_file_may_flip(log, cache):
+    """None of them is believed; a few of the header's are blanks and do no harm."""
+    first = held(log, cache)
+    victim = sorted(cache.iterdir())[0]
+    whole = victim.read_bytes()
+    for i in range(0, len(whole), len(whole) // 60):
+        flipped(victim, i, bit=i % 8)
+        assert_all_same(held(log, cache), first)
+        victim.write_bytes(whole)
+
+
+def test_a_file_of_an_earlier_version_is_made_again_and_said_so(log, cache):
+    first = held(log, cache)
+    for path in cache.iterdir():
+        save_file(load_file(path), path)  # as they were written: no digests
+    flipped(sorted(cache.iterdir())[0], -1)
+    [note] = notes(log, cache)
+    assert "3 of 3 prepared results" in note and "earlier version, without digests" in note and "and 2 more" in note
+    assert len(splits(log)) == 6
+    assert_all_same(held(log, cache), first)
+    assert len(splits(log)) == 6
+
+
+def test_the_result_of_another_weight_under_this_name_is_not_believed(log, cache):
+    first = held(log, cache)
+    one, other, _ = sorted(cache.iterdir())
+    one.write_bytes(other.read_bytes())
+    assert "does not belong to it" in notes(log, cache)[0]
+    assert_all_same(held(log, cache), first)
+
+
+def test_a_note_is_part_of_what_is_explained(log, cache):
+    held(log, cache)
+    flipped(sorted(cache.iterdir())[0], -1)
+    run = tr.compose(build("llama"), [Halves(log=str(log))], prepared=cache)
+    assert run.notes[0] in run.explain()
+
+
+def test_a_result_is_on_the_disk_before_it_has_its_name(log, cache, monkeypatch):
+    seen = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (seen.append("fsync"), fsync(handle))[1])
+    monkeypatch.setattr(os, "replace", lambda *names: (seen.append("name"), replace(*names))[1])
+    held(log, cache)
+    assert seen == ["fsync", "name", "fsync"] * 3
+
+
+def test_a_full_disk_is_a_message(log, cache, monkeypatch):
+    def full(self, folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Writer, "open", full)
+    with pytest.raises(tr.CheckpointError, match="cannot be written: No space left on device; make room"):
+        held(log, cache)
+    assert not list(cache.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_a_message(log, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(tr.CheckpointError, match="for prepared tensors cannot be made"):
+        held(log, tmp_path / "file" / "prepared")
+
+
+def on_a_rank_with_notes(log, cache):
+    run = tr.compose(build("llama"), [Halves(log=str(log)), tr.Shard()], prepared=cache)
+    return {name: gather(p).clone() for name, p in run.model.named_parameters()}, run.notes
+
+
+def test_ranks_check_their_share_and_all_know_of_the_damage(log, cache):
+    wanted = held(log, cache)
+    for path in cache.iterdir():
+        flipped(path, -1)
+    for found, told in on_ranks(2, on_a_rank_with_notes, log, cache):
+        assert_all_same(found, wanted)
+        assert len(told) == 1 and "3 of 3 prepared results had to be made again" in told[0]
 
 
 def test_nothing_half_written_is_left_behind(log, cache):

@@ -40,8 +40,8 @@ def test_strides_and_alignment_are_those_of_the_first_forward(layout):
     engine, seen = Watched(names(2)), []
     blocks = stack(2, engine)
     region = blocks[0].forward
-    body = region.body
-    region.body = lambda x: (seen.append((x.shape, x.stride(), x.storage_offset() % 16)), body(x))[1]
+    body = region.former
+    region.replaced = lambda x: (seen.append((x.shape, x.stride(), x.storage_offset() % 16)), body(x))[1]
     made = LAYOUTS[layout](example().requires_grad_())
     run(blocks.to(made.dtype), made).sum().backward()
     assert len(seen) == 2 and seen[0] == seen[1]
@@ -91,8 +91,8 @@ def test_what_is_saved_inside_a_block_is_never_packed_neither_weights_nor_tiles(
     blocks = stack(3, engine)
     for block in blocks:
         region = block.forward
-        body = region.body
-        region.body = lambda x, body=body: Tiled.apply(x, body)
+        body = region.former
+        region.replaced = lambda x, body=body: Tiled.apply(x, body)
     gradients(blocks, example())
     assert len(engine.kept) == 3 and engine.sent == 2
 

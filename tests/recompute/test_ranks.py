@@ -72,7 +72,7 @@ def all_cases(learns):
 )
 def test_gradients_are_those_of_one_process_and_no_message_is_added(world, learns):
     wanted = {name: measured(learns, [], batches)[0] for name, batches in BATCHES.items()}
-    for results in on_ranks(world, all_cases, learns, timeout=90.0):
+    for results in on_ranks(world, all_cases, learns):
         for (case, name), ((found, messages), before) in results.items():
             assert_all_same(found, wanted[name], 1e-6)
             assert messages == before, case

@@ -68,7 +68,7 @@ def all_settings(learns):
 @pytest.mark.parametrize("learns", LEARNS)
 def test_two_ranks_train_like_one_whatever_is_held(learns):
     wanted, _ = trained(learns, None)
-    for results in on_ranks(2, all_settings, learns, timeout=90.0):
+    for results in on_ranks(2, all_settings, learns):
         for found, _ in results.values():
             assert_all_same(found, wanted, 1e-6)
         usual, gradients_, everything = (results[name][1] for name in ("nothing", "gradients", "all"))

@@ -31,7 +31,7 @@ def main() -> int:
     for name, tokenizer in pairs:
         half = chosen.conversations // 2
         share = -(-half // len(own)) if name in own else -(-half // max(1, len(pairs) - len(own)))
-        oracle = Oracle(tokenizer)
+        oracle = Oracle(tokenizer, strict=name in own)
         outcomes: collections.Counter[str] = collections.Counter()
         for seed in range(chosen.first, chosen.first + share):
             try:

@@ -106,7 +106,7 @@ def test_sharded_gradients_and_collectives_are_those_without_tiles(ranks, settin
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_in_every_setting_as_well(ranks, tmp_path):
-    on_ranks(ranks, compare, list(SETTINGS), list(TILES), tmp_path, timeout=120.0)
+    on_ranks(ranks, compare, list(SETTINGS), list(TILES), tmp_path)
 
 
 def own_units(tiles):

@@ -3,17 +3,17 @@
 import os
 import signal
 import tempfile
-import threading
 import time
 from datetime import timedelta
 
 import treering as tr
-from tests.ranks import _context
+from tests.ranks import PATIENCE, _context
 from tests.same import assert_all_same
 from tests.toy_run import job
 from treering.train import optimizers, train
 from treering.train.checkpoint import read
 from treering.train.config import Checkpoint
+from treering.train.pulse import Board
 
 ALL = {"checkpoint": Checkpoint(every=100, keep=20)}
 
@@ -48,7 +48,7 @@ def _rank(pipe, rank, world, store, root, act, timeout):
     os.dup2(os.open(root / f"rank-{rank}.err", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE)
     )
     if act is not None:
         act(rank)
@@ -64,11 +64,16 @@ def _rank(pipe, rank, world, store, root, act, timeout):
 
 
 class Ranks:
-    """Real processes that train; each leaves (exit code, message, seconds) or is found to have ended otherwise."""
+    """Real processes that train; each leaves (exit code, message, seconds) or is found to have ended otherwise.
 
-    def __init__(self, root, act=None, world=2, timeout=120.0):
+    With the default `timeout` a rank waits for another for longer than anybody waits for it here: what ends has not
+    ended by its timeout.
+    """
+
+    def __init__(self, root, act=None, world=2, timeout=100 * PATIENCE):
         job(root)  # the toy folder, which they share
         store = tempfile.mktemp(dir=root)
+        self.root = root
         self.pipes, self.processes = [], []
         for rank in range(world):
             here, there = _context.Pipe(duplex=False)
@@ -78,13 +83,14 @@ class Ranks:
             there.close()
             self.pipes.append(here)
 
-    def ends(self, rank, within=30.0):
-        assert self.pipes[rank].poll(within), f"rank {rank} goes on after {within} s"
+    def ends(self, rank):
+        """A rank that could not be woken has left its message in its file of errors."""
+        assert self.pipes[rank].poll(PATIENCE), f"rank {rank} goes on after {PATIENCE:.0f} s"
         try:
             return self.pipes[rank].recv()
         except EOFError:
             self.processes[rank].join()
-            return self.processes[rank].exitcode, "", 0.0
+            return self.processes[rank].exitcode, (self.root / f"rank-{rank}.err").read_text(), 0.0
 
     def __enter__(self):
         return self
@@ -124,16 +130,26 @@ def term_while_the_other_tokenises(rank):
     import treering.train.run as loop
 
     if rank == 0:
-        loop.open_data = lambda *_: time.sleep(60)
-    else:
-        threading.Timer(1.5, me, [signal.SIGTERM]).start()
+        loop.open_data = lambda *_: time.sleep(100 * PATIENCE)
+        return
+    plain, asked = Board.has, []
+
+    def has(board, key):
+        """The signal comes when this rank has begun to ask whether the other is done."""
+        if key.startswith("first-"):
+            asked.append(key)
+            if len(asked) == 10:
+                me(signal.SIGTERM)
+        return plain(board, key)
+
+    Board.has = has
 
 
 def test_a_signal_to_a_rank_that_waits_for_data_ends_the_one_that_makes_it(tmp_path):
     with Ranks(tmp_path, term_while_the_other_tokenises) as ranks:
         assert ranks.ends(1)[:2] == (7, "Interrupted: stopped by SIGTERM: there was nothing to save yet")
-        code, message, seconds = ranks.ends(0)
-        assert code == 7 and "rank 1 ended: stopped by SIGTERM; rank 0 was in preparing" in message and seconds < 20
+        code, message, _ = ranks.ends(0)
+        assert code == 7 and "rank 1 ended: stopped by SIGTERM; rank 0 was in preparing" in message
 
 
 def killed_at_5(rank):
@@ -143,11 +159,9 @@ def killed_at_5(rank):
 
 def test_when_a_rank_is_killed_the_others_name_it_soon(tmp_path):
     with Ranks(tmp_path, killed_at_5, world=3) as ranks:
-        began = time.monotonic()
         for rank in (0, 2):
             code, message, _ = ranks.ends(rank)
             assert code == 8 and "rank 1" in message.split(";")[0] and "of step 5" in message
-        assert time.monotonic() - began < 20
 
 
 def raises_at_5(rank):
@@ -168,14 +182,14 @@ def test_the_error_of_one_rank_is_told_by_all(tmp_path):
 def lingers_at_5(rank):
     """The rank that failed does not go away, so that nothing is closed and the other cannot know from its socket."""
     raises_at_5(rank)
-    os._exit_now, os._exit = os._exit, lambda code: time.sleep(60) if rank == 1 and code == 0 else os._exit_now(code)
+    long = 100 * PATIENCE
+    os._exit_now, os._exit = os._exit, lambda code: time.sleep(long) if rank == 1 and code == 0 else os._exit_now(code)
 
 
 def test_a_rank_that_cannot_be_woken_is_ended(tmp_path):
     with Ranks(tmp_path, lingers_at_5) as ranks:
         assert ranks.ends(1)[0] == 4
-        began = time.monotonic()
-        assert ranks.ends(0)[0] == 4 and time.monotonic() - began < 10
+        assert ranks.ends(0)[0] == 4
 
 
 def stops_at_5(rank):
@@ -184,9 +198,9 @@ def stops_at_5(rank):
 
 
 def test_a_stopped_rank_is_waited_for_so_long_and_no_longer(tmp_path):
-    with Ranks(tmp_path, stops_at_5, timeout=3.0) as ranks:
-        code, message, seconds = ranks.ends(0)
-        assert code == 8 and "rank 1" in message.split(";")[0] and seconds < 3 + 5 + 5
+    with Ranks(tmp_path, stops_at_5, timeout=15.0) as ranks:  # more than any step takes on a busy machine
+        code, message, _ = ranks.ends(0)
+        assert code == 8 and "rank 1" in message.split(";")[0]
 
 
 def skips_at_5(rank):
@@ -199,9 +213,8 @@ def skips_at_5(rank):
 
 def test_a_rank_at_another_collective_is_noticed_before_the_timeout(tmp_path):
     with Ranks(tmp_path, skips_at_5) as ranks:
-        began = time.monotonic()
         for rank in range(2):
             code, message, _ = ranks.ends(rank)
             told = message + (tmp_path / f"rank-{rank}.err").read_text()  # the first to end cannot be woken
-            assert code == 8 and time.monotonic() - began < 15
+            assert code == 8
             assert "the ranks wait at different collectives" in told and "rank 1 forward of step 5" in told

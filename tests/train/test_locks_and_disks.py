@@ -5,7 +5,6 @@ import os
 import resource
 import signal
 import socket
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,17 +45,44 @@ def test_a_lock_of_a_dead_process_is_taken_over(tmp_path, change):
     assert os.listdir(tmp_path) == []
 
 
+class Elsewhere(lock.Clock):
+    """Time that goes on only while somebody waits. Another host touches the lock after each of `touches` seconds."""
+
+    def __init__(self, path, touches=()):
+        self.now, self.touched, self.path, self.touches = 0.0, 0.0, path, list(touches)
+
+    def age(self, path):
+        assert path == self.path
+        return self.now - self.touched
+
+    def sleep(self, seconds):
+        self.now += seconds
+        while self.touches and self.now >= self.touches[0]:
+            self.touched = self.touches.pop(0)
+            os.utime(self.path, (0, 1e9 + self.touched))
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "1"}', json.dumps(MINE | {"host": "elsewhere"})])
-def test_a_lock_of_another_host_counts_while_it_is_touched(tmp_path, content, monkeypatch):
-    monkeypatch.setattr(lock, "STALE", 0.5)
+def test_a_lock_of_another_host_counts_while_it_is_touched(tmp_path, content):
     path = tmp_path / lock.NAME
     path.write_text(content)
-    timer = threading.Timer(0.1, os.utime, [path])
-    timer.start()
-    with pytest.raises(tr.CheckpointError, match="elsewhere|an unknown host"), lock.held(tmp_path):  # noqa: RUF043
+    living = Elsewhere(path, touches=[lock.STALE - 2])
+    held = pytest.raises(tr.CheckpointError, match=r"elsewhere|an unknown host")
+    with held, lock.held(tmp_path, living):
         pass
-    with lock.held(tmp_path):  # nobody touches it any more
+    assert lock.STALE - 2 <= living.now <= lock.STALE
+    dead = Elsewhere(path)  # nobody touches it any more
+    with lock.held(tmp_path, dead):
         assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert lock.STALE <= dead.now < lock.STALE + 2
+
+
+def test_the_age_of_a_lock_is_by_the_clock_of_its_file_system(tmp_path):
+    path = tmp_path / lock.NAME
+    path.write_text("")
+    written = path.stat().st_mtime
+    os.utime(path, (written - 3600, written - 3600))
+    assert lock.CLOCK.age(path) >= 3600 and os.listdir(tmp_path) == [lock.NAME]
 
 
 def limited_at_4():

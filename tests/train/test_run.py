@@ -1,6 +1,7 @@
 """The trainer end to end at toy size: it learns, resumes bitwise, evaluates, stops, exports."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -33,6 +34,33 @@ def test_it_learns_and_tells(tmp_path):
     assert list(told) == list(range(1, 13)) and told[12] < told[1] - 1
     assert summary["steps"] == 12 and summary["skipped"] == 0
     assert (tmp_path / "run" / "config.yaml").read_text() == "model: toy\n"
+
+
+def test_tensors_that_the_model_has_no_place_for_are_noted_once(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    made = job(tmp_path, train={"steps": 2})
+    file = tmp_path / "model" / "model.safetensors"
+    visual = {f"model.visual.blocks.{i}.weight": torch.ones(2) for i in range(9)}
+    save_file(load_file(file) | visual, file, metadata={"format": "pt"})
+    train(made)
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    [text] = [m["text"] for m in lines if m["kind"] == "note" and "no place" in m["text"]]
+    assert "9 of the folder's tensors" in text and "model.visual.blocks.*.weight (9)" in text
+
+
+def test_a_flipped_bit_of_a_prepared_result_does_not_reach_training(tmp_path):
+    technique = (tr.OSFT(protect="weights", form="factors"),)
+    settings = {"steps": 2, "checkpoint": Checkpoint(every=None)}
+    train(job(tmp_path, "whole", techniques=technique, train=settings))
+    shutil.copytree(tmp_path / "whole" / "prepared", tmp_path / "cut" / "prepared")
+    for path in (tmp_path / "cut" / "prepared").iterdir():
+        content = bytearray(path.read_bytes())
+        content[-2] ^= 1 << 6
+        path.write_bytes(content)
+    train(job(tmp_path, "cut", techniques=technique, train=settings))
+    assert losses(tmp_path, "cut") == losses(tmp_path, "whole")
+    assert "prepared results had to be made again" in (tmp_path / "cut" / "metrics.jsonl").read_text()
 
 
 class Stop(Exception):

@@ -14,7 +14,7 @@ from multiprocessing import get_context
 import pytest
 
 import treering as tr
-from tests.ranks import _context
+from tests.ranks import PATIENCE, _context
 from tests.toy_run import job
 from tests.train.test_faults import ALL, me, saved
 from treering.data.work import _outlive_signals, _signals_held
@@ -85,7 +85,7 @@ def _stuck_in_c():
 def test_a_second_signal_ends_a_process_that_does_not_come_back_to_python():
     process = _context.Process(target=_stuck_in_c, daemon=True)
     process.start()
-    process.join(15)
+    process.join(PATIENCE)
     assert process.exitcode == 128 + signal.SIGTERM
 
 
@@ -113,7 +113,7 @@ def test_a_signal_to_the_whole_job_does_not_end_its_data_workers():
         assert pool.submit(_pid).result() == worker
         os.kill(worker, signal.SIGTERM)  # from the process that it works for
         with pytest.raises(BrokenProcessPool):
-            pool.submit(time.sleep, 10).result()
+            pool.submit(time.sleep, PATIENCE).result()
 
 
 def started(root, output, *settings):
@@ -133,13 +133,13 @@ def started(root, output, *settings):
 def test_a_launcher_that_is_told_to_stop_waits_for_the_checkpoint_and_another_job_goes_on(tmp_path):
     stopped, other = started(tmp_path, "stopped"), started(tmp_path, "other", "train.steps=3")
     metrics = tmp_path / "stopped" / "metrics.jsonl"
-    until = time.monotonic() + 60
+    until = time.monotonic() + PATIENCE
     while not (metrics.exists() and '"kind": "step"' in metrics.read_text()) and time.monotonic() < until:
         time.sleep(0.05)
     stopped.send_signal(signal.SIGTERM)
-    _, said = stopped.communicate(timeout=30)
+    _, said = stopped.communicate(timeout=PATIENCE)
     assert stopped.returncode == 7 and "stopped by SIGTERM: saved step" in said, said
-    _, said = other.communicate(timeout=60)
+    _, said = other.communicate(timeout=PATIENCE)
     assert other.returncode == 0, said
     (kept,) = saved(tmp_path, "stopped")
     assert kept != "step-5000" and saved(tmp_path, "other") == ["step-3"]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from treering.anatomy import Anatomy
 
 NAME = "treering"
+REGISTERED = "_treering_attention"
 
 
 def install(model: nn.Module, anatomy: "Anatomy | None" = None) -> Callable[[], None]:
@@ -21,23 +22,18 @@ def install(model: nn.Module, anatomy: "Anatomy | None" = None) -> Callable[[], 
     A configuration object may belong to several models, so this model's modules get a copy of theirs; undo gives them
     back the very objects they had.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
-
-    from treering.attention.hook import attention
-    from treering.attention.masks import deferred_mask
+    from transformers import PretrainedConfig
 
     reason = packable(model, anatomy)
     if reason:
         raise PlanError(f"packing was asked for, but {reason}; switch packing off (data: packing: off)")
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, deferred_mask)
-
     held = [
         (module, attribute, value)
         for module in model.modules()
         for attribute, value in vars(module).items()
         if isinstance(value, PretrainedConfig)
     ]
+    registered = vars(model)[REGISTERED] = Registered()
     seen: dict[int, object] = {}  # one memo for all: configurations inside configurations stay the same object
     for module, attribute, value in held:
         own = copy.deepcopy(value, seen)
@@ -47,5 +43,24 @@ def install(model: nn.Module, anatomy: "Anatomy | None" = None) -> Callable[[], 
     def undo() -> None:
         for module, attribute, value in held:
             setattr(module, attribute, value)
+        if vars(model).get(REGISTERED) is registered:
+            del vars(model)[REGISTERED]
 
     return undo
+
+
+class Registered:
+    """That transformers knows our attention by its name. Kept on the model, so that whoever reads a pickle of it,
+    perhaps in another process, has it registered too."""
+
+    def __init__(self) -> None:
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        from treering.attention.hook import attention
+        from treering.attention.masks import deferred_mask
+
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, deferred_mask)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Registered, ()

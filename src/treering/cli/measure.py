@@ -57,6 +57,7 @@ def command(
     made = _measured(run, documents, packing, data, trained, add or [], max_length, to)
     _table(made)
     _few(made.rings[-1].tokens, tokens, trained)
+    _warn(made)
 
 
 def _start_ranks(nproc: int) -> None:
@@ -74,6 +75,16 @@ def _few(found: int, asked: int, trained: bool) -> None:
 
     if found < asked and not trained and is_first():
         say(f"! only {found:,} of {asked:,} tokens: there is no more text", "yellow")
+
+
+def _warn(made: "Statistics") -> None:
+    from treering.cli.console import say
+    from treering.osft.coverage import warnings_on
+    from treering.together import is_first
+
+    if is_first():
+        for text in warnings_on(made):
+            say(f"! {text}", "yellow")
 
 
 def _composed(model: str, dtype: str) -> "Run":

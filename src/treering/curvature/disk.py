@@ -24,7 +24,7 @@ from treering.curvature.statistics import Counts, Entry, Ring, Statistics
 from treering.errors import CheckpointError, TreeringError
 from treering.together import is_first, together
 from treering.trust import basename, in_folder, read_header, read_json
-from treering.writing import LIMIT, Writer, content_of
+from treering.writing import LIMIT, Writer, content_of, sync
 
 FORMAT = 1
 NAME = "statistics.json"
@@ -73,8 +73,8 @@ def copy_folder(folder: Path, to: Path) -> None:
     to.mkdir()
     for name in [*sorted({entry.file for entry in found.entries.values()}), NAME]:
         shutil.copyfile(folder / name, to / name)
-        _sync(to / name)
-    _sync(to)
+        sync(to / name)
+    sync(to)
     open_folder(to)
 
 
@@ -140,7 +140,7 @@ class Pages:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.folder / NAME)
-        _sync(self.folder)
+        sync(self.folder)
         self.sweep(lambda name: self.token not in name)
 
     def sweep(self, old: Callable[[str], bool]) -> None:
@@ -171,14 +171,6 @@ def writing(
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         raise
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _checked(value: Mapping[str, Any], kind: type) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from treering.errors import PlanError
+from treering.forwards import ModuleForward
 from treering.technique import recompute_state
 
 if TYPE_CHECKING:
@@ -33,20 +34,11 @@ def watch_experts(observer: "Observer", model: nn.Module, experts: "Experts") ->
                 f"{name} is not there as a plain parameter any more, so its experts' inputs cannot be measured; "
                 "measure the exported model instead: treering measure DIR --data FILE --to DIR/statistics"
             )
-    forward, held = module.forward, dict(vars(module))
+    held = dict(vars(module))
+    watched = _WatchedForward(module, observer, experts)
     if hasattr(module, "config") and hasattr(module.config, "_experts_implementation"):
         module.config = copy.deepcopy(module.config)  # the model's own belongs to all of its modules
         module.config._experts_implementation = "eager"
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        if recompute_state() != "forward":
-            return forward(*args, **kwargs)
-        inputs = args[0] if args else next(iter(kwargs.values()))
-        stacked = {name: module._parameters[name.rpartition(".")[2]] for name in experts.stacked}
-        with _Watch(observer, experts, inputs, stacked) as watch:
-            result = forward(*args, **kwargs)
-        watch.check()
-        return result
 
     module.forward = watched
 
@@ -58,6 +50,23 @@ def watch_experts(observer: "Observer", model: nn.Module, experts: "Experts") ->
                 vars(module).pop(name, None)
 
     return undo
+
+
+class _WatchedForward(ModuleForward):
+    def __init__(self, module: nn.Module, observer: "Observer", experts: "Experts"):
+        super().__init__(module)
+        self.observer, self.experts = observer, experts
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if recompute_state() != "forward":
+            return self.call_former(*args, **kwargs)
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        parameters: dict[str, Any] = self.module._parameters
+        stacked = {name: parameters[name.rpartition(".")[2]] for name in self.experts.stacked}
+        with _Watch(self.observer, self.experts, inputs, stacked) as watch:
+            result = self.call_former(*args, **kwargs)
+        watch.check()
+        return result
 
 
 class _Watch(TorchFunctionMode):

@@ -18,6 +18,7 @@ from treering.curvature.adding import added, joint, refuse_other
 from treering.curvature.disk import open_folder, writing
 from treering.curvature.observe import Observer, observe
 from treering.curvature.statistics import Counts, Entry, Ring, Statistics, in_memory, sizes
+from treering.curvature.sums import summed
 from treering.errors import DataError, PlanError
 
 if TYPE_CHECKING:
@@ -72,9 +73,23 @@ def measure(
     if not given:
         raise DataError("there is no batch to measure; every rank needs at least one")
     asked = [(batch, real_tokens(batch, tokens)) for batch in given]
+    _refuse_nothing(found, asked, tokens)
     with _evaluating(found.model):
         owners, passes = _passes(found, asked, room or _room(found.device))
         return _measured(found, asked, owners, passes, ring or Ring(name="", tokens=0), onto, to, progress)
+
+
+def _refuse_nothing(
+    found: "_Subject", asked: Sequence[tuple[Batch, Tensor | None]], tokens: Literal["real", "trained"]
+) -> None:
+    """On all ranks together: one may have nothing but padding, as company for the others."""
+    count = sum(batch["input_ids"].numel() if real is None else int((real != 0).sum()) for batch, real in asked)
+    if int(summed(torch.tensor(count, device=found.device), found.groups)) == 0:
+        what = "predicts a trained token (are all labels -100?)" if tokens == "trained" else "is not padding"
+        raise DataError(
+            f"no token of the batches {what}, so there is nothing to measure; look at their attention_mask, `real` or "
+            "labels, or give other text"
+        )
 
 
 class _Subject:

@@ -10,6 +10,7 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from treering.curvature.statistics import Counts, Ring, Statistics, in_memory, sizes
 from treering.curvature.sums import Sum, summed
-from treering.errors import PlanError
+from treering.errors import DataError, PlanError
 from treering.technique import recompute_state
 
 if TYPE_CHECKING:
@@ -47,6 +48,13 @@ class Observer:
         self._told: tuple[Tensor | None] | None = None
         self._recent: deque[tuple[Tensor, int | None, str]] = deque(maxlen=_RECENT)
 
+    def __reduce__(self) -> Any:
+        """A copy of the model would go on counting, or count into this observer."""
+        raise PlanError(
+            "the model is being observed, and a copy would keep the observer's hooks; leave the `with observe` block "
+            "before you copy or pickle it"
+        )
+
     @contextmanager
     def counting(self, real: Tensor | None) -> Iterator[None]:
         """Of the forwards inside, only the tokens where `real` ([B, S], bool) is true count; None: all of them.
@@ -61,6 +69,11 @@ class Observer:
 
     def statistics(self, ring: Ring | None = None, groups: "Sequence[ProcessGroup]" = ()) -> Statistics:
         """Means of what was seen so far, on the host; over the ranks of each of `groups`, which then all call it."""
+        if not self.counted(groups) and not self.sums:
+            raise DataError(
+                "no token was seen, so there is nothing to keep: run the model inside the `with observe` block, on "
+                "batches whose attention_mask is not all padding"
+            )
         tensors: dict[str, Tensor] = {}
         counts: dict[str, Counts] = {}
         for owner, tensor, count in self.means(groups, keep=True):
@@ -98,7 +111,7 @@ class Observer:
             whole = tokens.shape[0] * tokens.shape[1]
             self.tokens += whole if self._index is None else self._index.numel()
 
-    def end(self) -> None:
+    def end(self, *_: Any) -> None:
         self._recent.clear()
 
     def take(self, weight: str, x: Tensor) -> None:
@@ -186,10 +199,10 @@ def observe(
     try:
         _eager(model, undo)
         undo.append(model.register_forward_pre_hook(observer.begin, with_kwargs=True).remove)
-        undo.append(model.register_forward_hook(lambda *_: observer.end(), always_call=True).remove)
+        undo.append(model.register_forward_hook(observer.end, always_call=True).remove)
         for linear in anatomy.linears:
             if linear.block is not None and linear.weight in chosen:
-                hook = _hook(observer, linear.weight)
+                hook = _Hook(observer, linear.weight)
                 undo.append(model.get_submodule(linear.fqn).register_forward_pre_hook(hook, with_kwargs=True).remove)
         for experts in anatomy.experts:
             if chosen & set(experts.stacked):
@@ -208,8 +221,12 @@ def _eager(model: nn.Module, undo: list[Callable[[], None]]) -> None:
         undo.append(lambda: stance.__exit__(None, None, None))
 
 
-def _hook(observer: Observer, weight: str) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        observer.take(weight, args[0] if args else next(iter(kwargs.values())))
+@dataclass(frozen=True)
+class _Hook:
+    """Of one linear; an object, so that copying the module meets the observer (see `Observer.__reduce__`)."""
 
-    return hook
+    observer: Observer
+    weight: str
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.observer.take(self.weight, args[0] if args else next(iter(kwargs.values())))

@@ -57,7 +57,7 @@ def attach(model: nn.Module, config: "LoRA", site: Site) -> Applied:
                 f"lora: {linear.fqn} already has an adapter called {config.name!r}; give this one another name"
             )
         module.add_module(child, addend)
-        undone.append(forwards.add(module, addend))
+        undone.append(forwards.install(forwards.AddedForward(module, addend)))
         own = f"{linear.fqn}.{child}"
         names += [f"{own}.A", f"{own}.B"]
         stored = weight.dtype if weight is not None else torch.float32

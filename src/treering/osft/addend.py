@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from treering import forwards
 from treering.exactly import exactly
-from treering.osft import protection
+from treering.osft import coverage, protection
 from treering.osft.operator import Operator
 from treering.osft.peft_format import describe
 from treering.osft.protection import End, Side
@@ -89,7 +89,7 @@ def attach(model: nn.Module, config: "OSFT", site: Site, chosen: Sequence[Target
         dtype = torch.promote_types(torch.float32 if weight is None else weight.dtype, torch.float32)
         addend = Addend(target, protection.addend_sides(config, target), dtype)
         module.add_module("osft", addend)
-        undone.append(forwards.add(module, addend))
+        undone.append(forwards.install(forwards.AddedForward(module, addend)))
         own = f"{target.module}.osft"
         names.append(f"{own}.Z")
         parts[target.weight] = _part(target, config, own, addend, dtype)
@@ -112,7 +112,7 @@ def _part(target: Target, config: "OSFT", own: str, addend: Addend, dtype: torch
         ends = tuple(addend.ends.values())
         made = protection.operators(ends, target, config.soften, weight.read, statistics)
         tensors = {f"{own}.Z": torch.zeros(shape, dtype=dtype)}
-        c = protection.scale(ends, made, target)
+        c = protection.scale(ends, made, target, coverage.frozen(config, statistics))
         for side in ends:
             Q, values = made[side.end]
             tensors |= {f"{own}.{'B' if side.thin else 'Q'}_{side.end}": Q, f"{own}.values_{side.end}": c * values}

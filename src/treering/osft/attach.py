@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from treering.osft.coverage import counted, warning
+from treering.osft.coverage import note as coverage_note
 from treering.osft.ranks import free
 from treering.osft.targets import others, targets
 from treering.technique import Applied, Site
@@ -23,7 +25,14 @@ def attach(model: nn.Module, config: "OSFT", site: Site) -> Applied:
     if config.rank != "ratio" and not config.free:
         closed = (*closed, f"rank {config.rank} is counted when weights are read; until then the default ratio stands")
     said = f"{config.form}, protects {config.protect}" + (f" ({config.strength})" * (config.protect != "weights"))
-    return replace(applied, trainable=(*applied.trainable, *beside), notes=(said, *applied.notes, *closed, *more))
+    known: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    if config.protect != "weights" and site.statistics is not None:
+        counts = counted(chosen, site.statistics)
+        known = (coverage_note(config, counts),)
+        warnings = tuple(f"osft: {text}" for text in (warning(counts, chosen, site.statistics),) if text)
+    notes = tuple(filter(None, (said, *applied.notes, *known, *closed, *more)))
+    return replace(applied, trainable=(*applied.trainable, *beside), notes=notes, warnings=warnings)
 
 
 def _form(config: "OSFT"):

@@ -1,7 +1,7 @@
 """The technique `osft`: training that leaves alone what the model already uses its weights for."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from treering.errors import ConfigError, PlanError
@@ -46,6 +46,8 @@ class OSFT:
     targets   `all-linear`: every linear and stacked expert inside the blocks but routers; or patterns
     train     other plain parameters that learn, unprotected, by pattern; the rest of the model is frozen
     free      weight -> number of free directions; what `rank` came to, written by `resolve`
+    unmeasured  what happens to an expert, or a linear, that no token of the measured text reached: refuse; freeze: it
+              does not learn; unprotected: it learns freely
     """
 
     protect: Literal["inputs", "weights", "both"] = "inputs"
@@ -63,6 +65,7 @@ class OSFT:
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     train: tuple[str, ...] = ()
     free: Mapping[str, int] = field(default_factory=dict)
+    unmeasured: Literal["refuse", "freeze", "unprotected"] = "refuse"
 
     stage: ClassVar[Stage] = Stage.ADAPT
 
@@ -94,6 +97,12 @@ class OSFT:
         if self.anchor and self.form != "update":
             raise ConfigError(f"anchor is of form update; form {self.form} knows its change without it", field="anchor")
 
+    def __repr__(self) -> str:
+        """A run is resumed by the techniques it was begun with, as text: what changes nothing is left out of it, or
+        runs that were begun before there was this setting could not be resumed."""
+        names = [f.name for f in fields(self) if f.name != "unmeasured" or self.unmeasured == "freeze"]
+        return f"OSFT({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
     @property
     def measured(self) -> bool:
         """Whether statistics of inputs are needed."""
@@ -108,6 +117,11 @@ class OSFT:
                 "statistics.path (statistics= in compose), or set osft.protect to weights",
                 settings=("techniques.osft.protect", "statistics.path"),
             )
+        if self.measured and statistics is not None:
+            from treering.osft.coverage import refuse_unmeasured
+            from treering.osft.targets import targets
+
+            refuse_unmeasured(self, targets(self, anatomy), statistics)
         if self.rank == "ratio" or self.free or source is None:
             return self
         from treering.osft.ranks import resolved

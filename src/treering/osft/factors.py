@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from treering.exactly import exactly
+from treering.forwards import ModuleForward, install
 from treering.osft import passes
 from treering.osft.decompose import svd
 from treering.osft.held import dealt
@@ -119,9 +120,9 @@ def attach(model: nn.Module, config: "OSFT", site: Site, chosen: Sequence[Target
         if isinstance(made, FactoredExperts):
             stacked.setdefault(target.module, {})[leaf] = target, made
         else:
-            _compute_linear(module, made)
+            install(_FactoredForward(module, made))
     for name, weights in stacked.items():
-        _show_experts(model.get_submodule(name), weights)
+        install(_ShownForward(model.get_submodule(name), weights))
     steps = Steps(own)
     hooks = {"gradients": steps.project, "after_step": steps.retract} if config.form == "factors" else {}
     return Applied(
@@ -141,29 +142,35 @@ def _note(config: "OSFT", own: Mapping[str, Factored]) -> str:
     return f"{len(own)} weights as {numbers / 1e6:.1f} M numbers, {learning / 1e6:.1f} M learn{wire}"
 
 
-def _compute_linear(module: nn.Module, factored: FactoredLinear) -> None:
-    def forward(x: Tensor) -> Tensor:
-        return factored(x, module.bias)
+class _FactoredForward(ModuleForward):
+    """Of a linear whose weight is factors."""
 
-    module.forward = forward  # type: ignore[method-assign]
+    def __init__(self, module: nn.Module, factored: FactoredLinear):
+        super().__init__(module)
+        self.factored = factored
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.factored(x, self.module.bias)
 
 
-def _show_experts(module: nn.Module, weights: Mapping[str, tuple[Target, FactoredExperts]]) -> None:
-    plain: Callable[..., Any] = module.forward
+class _ShownForward(ModuleForward):
+    """Of stacked experts that are shown weights made of factors."""
 
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __init__(self, module: nn.Module, weights: Mapping[str, tuple[Target, FactoredExperts]]):
+        super().__init__(module)
+        self.weights = dict(weights)
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         shown = []
         try:
-            for leaf, (target, factored) in weights.items():
+            for leaf, (target, factored) in self.weights.items():
                 hidden, weight = factored(hidden)
-                setattr(module, leaf, oriented(weight, target))
+                setattr(self.module, leaf, oriented(weight, target))
                 shown.append(leaf)
-            return plain(hidden, *args, **kwargs)
+            return self.call_former(hidden, *args, **kwargs)
         finally:
             for leaf in shown:
-                delattr(module, leaf)
-
-    module.forward = forward  # type: ignore[method-assign]
+                delattr(self.module, leaf)
 
 
 def part(target: Target, factored: Factored, own: str, dtype: torch.dtype) -> Part:

@@ -28,10 +28,17 @@ class Held(nn.Module):
     """The operators of one weight, each by the end of the weight on which it acts."""
 
     def __init__(
-        self, target: Target, sides: Sequence[Side], dtype: torch.dtype, mesh: "DeviceMesh | None", *, anchored: bool
+        self,
+        target: Target,
+        sides: Sequence[Side],
+        dtype: torch.dtype,
+        mesh: "DeviceMesh | None",
+        *,
+        anchored: bool,
+        freezes: bool = False,
     ):
         super().__init__()
-        self.target = target
+        self.target, self.freezes = target, freezes  # freezes: a matrix of scale 0 does not learn, and has no gradient
         self.sides = {side.end: side for side in sides}
         self.hard = not any(side.soft for side in sides)
         # Rows of the stored weight are dealt over ranks; experts are whole matrices, dealt one by one.
@@ -78,7 +85,11 @@ class Held(nn.Module):
                 X = X @ columns
             if isinstance(rows, Operator):
                 X = rows.combine(X, together(rows.coefficients(X)))
-            return X @ columns.Q.mT if isinstance(columns, Operator) and thin else X
+            X = X @ columns.Q.mT if isinstance(columns, Operator) and thin else X
+        if not self.freezes:
+            return X
+        learns = local(self.held("scale")).to(X.device) != 0
+        return X * (learns[:, None, None] if X.ndim == 3 else learns)
 
     def stretch(self, X: Tensor) -> Tensor:
         """c X, in place."""

@@ -149,15 +149,15 @@ def _columns(side: Side, basis: Tensor) -> Tensor:
     return basis[..., basis.shape[-1] - side.columns :] if side.thin else basis[..., : side.columns]
 
 
-def scale(chosen: Sequence[Side], made: Made, target: Target) -> Tensor:
+def scale(chosen: Sequence[Side], made: Made, target: Target, frozen: Tensor | None = None) -> Tensor:
     """1 / root mean square eigenvalue: a step that points everywhere alike keeps its length, so that the learning rate
-    of one protection serves another. [1], or one an expert."""
+    of one protection serves another. [1], or one an expert. 0 for those that are `frozen`."""
     found = torch.ones(target.experts or 1, dtype=torch.float64)
     for side in chosen:
         _, values = made[side.end]
         square = values.double().square().sum(-1) + (side.size - side.columns) * side.rest**2
         found = found * (square / side.size).clamp_min(1e-30).rsqrt()
-    return found
+    return found if frozen is None else found.masked_fill(frozen, 0.0)
 
 
 def cost(chosen: Sequence[Side], target: Target) -> float:
@@ -170,4 +170,5 @@ def cost(chosen: Sequence[Side], target: Target) -> float:
 
 def identity(config: "OSFT", chosen: Sequence[Side]) -> str:
     """What the decomposed bases depend on besides the weight and the statistics."""
-    return f"osft {config.form} soften {config.soften} {tuple(chosen)!r}"
+    freeze = " freeze" if config.unmeasured == "freeze" else ""
+    return f"osft {config.form} soften {config.soften} {tuple(chosen)!r}{freeze}"

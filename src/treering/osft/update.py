@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from treering.errors import PlanError
-from treering.osft import protection
+from treering.osft import coverage, protection
 from treering.osft.held import Held
 from treering.osft.steps import Steps
 from treering.osft.targets import Target
@@ -49,8 +49,13 @@ def attach(model: nn.Module, config: "OSFT", site: Site, chosen: Sequence[Target
         before_step=steps.remember,
         after_step=steps.retract,
         metrics=steps.metrics,
-        notes=(f"{len(names)} weights train as they are, {len(held)} of them held",),
+        notes=(_note(len(names), sum(bool(one.sides) for one in held.values())),),
     )
+
+
+def _note(weights: int, protected: int) -> str:
+    bare = f", {weights - protected} are not" if protected < weights else ""
+    return f"{weights} weights train as they are: {protected} are protected{bare}"
 
 
 def _hold(model: nn.Module, config: "OSFT", site: Site, target: Target, dtype: torch.dtype) -> tuple[Held, Part] | None:
@@ -59,7 +64,8 @@ def _hold(model: nn.Module, config: "OSFT", site: Site, target: Target, dtype: t
         return None
     module, leaf = model.get_submodule(target.module), target.weight.rpartition(".")[2]
     child = "osft" if leaf == "weight" else f"osft_{leaf}"
-    held = Held(target, sides, dtype, site.mesh, anchored=config.anchor)
+    freezes = config.unmeasured == "freeze"
+    held = Held(target, sides, dtype, site.mesh, anchored=config.anchor, freezes=freezes)
     module.add_module(child, held)
     own = f"{target.module}.{child}"
 
@@ -67,7 +73,8 @@ def _hold(model: nn.Module, config: "OSFT", site: Site, target: Target, dtype: t
         weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
         made = protection.operators(sides, target, config.soften, weight.read, statistics)
-        tensors = {f"{own}.scale": protection.scale(sides, made, target)} | held.values(own, made)
+        scale = protection.scale(sides, made, target, coverage.frozen(config, statistics))
+        tensors = {f"{own}.scale": scale} | held.values(own, made)
         return tensors | ({f"{own}.before": weight.read()} if config.anchor else {})
 
     part = Part(

@@ -104,7 +104,7 @@ def draft(
     for parameter in built.parameters():
         parameter.requires_grad_(False)
     try:
-        applied, chains = _apply(built, ordered, claimed, anatomy, mesh, seed)
+        applied, chains = _apply(built, ordered, claimed, anatomy, mesh, seed, statistics)
         conflicts.check_units(list(zip(ordered, claimed)), built, {a.fqn for a in anatomy.attentions})
     except PlanError:  # somebody's model is not to be lost by a refusal
         give_back()
@@ -145,14 +145,15 @@ def load(
     resting = torch.device("cpu") if any(a.resting == "cpu" for a in plan.applied) else plan.device
     materialise(plan.model, plan.device, resting)
     store = None if prepared is None else Prepared(Path(prepared))
+    notes: list[str] = []
     if resume is None:
-        lost = fill(plan.model, plan.source, plan.chains, statistics=statistics, prepared=store)
+        lost = fill(plan.model, plan.source, plan.chains, statistics=statistics, prepared=store, note=notes.append)
     else:
         refill(plan.model, plan.source, plan.owned, resume)
         lost = {}
     plan.source.release()
     plan.model.train()
-    return Run(plan, lost)
+    return Run(plan, lost, notes=tuple(notes))
 
 
 def _ordered(techniques: Iterable[Technique]) -> tuple[Technique, ...]:
@@ -191,13 +192,15 @@ def _apply(
     anatomy: Anatomy,
     mesh: "DeviceMesh | None",
     seed: int,
+    statistics: Statistics | None,
 ) -> tuple[tuple[Applied, ...], dict[str, Chain]]:
     done: list[Applied] = []
     parts: dict[str, tuple[Part, ...]] = {}
     identities: dict[str, str] = {}
     for technique, claims in zip(techniques, claimed):
         before = set(dict(model.named_parameters()))
-        applied = technique.apply(model, Site(anatomy=anatomy, mesh=mesh, seed=seed, parts=dict(parts)))
+        site = Site(anatomy=anatomy, mesh=mesh, seed=seed, parts=dict(parts), statistics=statistics)
+        applied = technique.apply(model, site)
         _check_names(technique, applied, before, set(dict(model.named_parameters())), claims)
         live = dict(model.named_parameters())
         for name in live.keys() - before:

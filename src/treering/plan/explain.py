@@ -1,5 +1,7 @@
 """What will happen, in words and numbers, from shapes alone."""
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -49,7 +51,7 @@ def figures(plan: Plan) -> Figures:
     return Figures(**counts)
 
 
-def explain(plan: Plan, lost: Mapping[str, float] | None = None) -> str:
+def explain(plan: Plan, lost: Mapping[str, float] | None = None, notes: tuple[str, ...] = ()) -> str:
     n = figures(plan)
     axes = ", ".join(f"{axis}={axis_size(plan.mesh, axis)}" for axis in AXES if axis_size(plan.mesh, axis) > 1)
     lines = [
@@ -74,10 +76,33 @@ def explain(plan: Plan, lost: Mapping[str, float] | None = None) -> str:
     if lost:
         worst = max(lost, key=lambda name: lost[name])
         lines.append(f"  {len(lost)} weights are held in parts; the worst is reproduced to {lost[worst]:.1e} ({worst})")
-    if plan.source is not None and plan.source.unused:
-        unused = plan.source.unused
-        lines.append(f"  {len(unused)} tensors of the folder have no place in the model, {unused[0]} first")
-    return "\n".join(lines)
+    if text := unused(plan):
+        lines.append(f"  {text}")
+    warnings = [warning for applied in plan.applied for warning in applied.warnings]
+    return "\n".join([*lines, *(f"  {note}" for note in (*warnings, *notes))])
+
+
+def unused(plan: Plan, most: int = 6) -> str:
+    """Which tensors of the source nothing uses, in one line; empty if there are none."""
+    names = plan.source.unused if plan.source is not None else ()
+    if not names:
+        return ""
+    groups = Counter(re.sub(r"\d+", "*", name) for name in names)
+    for parts in (4, 3, 2, 1):  # the longest beginnings that there are few enough of
+        if len(groups) <= most:
+            break
+        groups = Counter(_beginning(name, parts) for name in names)
+    shown = [name if number == 1 else f"{name} ({number:,})" for name, number in groups.most_common(most)]
+    more = [f"and {sum(groups.values()) - sum(n for _, n in groups.most_common(most)):,} more"] * (len(groups) > most)
+    return (
+        f"{len(names):,} of the folder's tensors have no place in this model (not read, not trained, not exported): "
+        + ", ".join([*shown, *more])
+    )
+
+
+def _beginning(name: str, parts: int) -> str:
+    words = name.split(".")
+    return re.sub(r"\d+", "*", ".".join(words[:parts])) + (".*" if len(words) > parts else "")
 
 
 def size(count: int) -> str:

@@ -1,6 +1,6 @@
 """Plain tensors in: whole rows into plain parameters, and through the chain of parts into techniques' own tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,8 +50,12 @@ def fill(
     *,
     statistics: Statistics | None = None,
     prepared: Prepared | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
-    """Give every live parameter its first value. Returns what each chain loses, ‖join(split(W)) − W‖/‖W‖."""
+    """Give every live parameter its first value. Returns what each chain loses, ‖join(split(W)) − W‖/‖W‖.
+
+    `note` is given what a person should know, the same on every rank.
+    """
     live = plain_tensors(model)
     lost = {}
     for group in source.groups:
@@ -64,7 +68,7 @@ def fill(
                 lost[name] = _addition(chain, tensors, source.tensors[name])
                 for own, value in tensors.items():
                     put(live[own], value)
-    lost |= _shared(live, source, [c for c in chains.values() if c.reads], statistics, prepared)
+    lost |= _shared(live, source, [c for c in chains.values() if c.reads], statistics, prepared, note)
     for name, loss in lost.items():
         allowed = [part.tolerance for part in chains[name].parts]
         if None not in allowed and not loss <= sum(a for a in allowed if a is not None):
@@ -141,6 +145,7 @@ def _shared(
     chains: Sequence[Chain],
     statistics: Statistics | None,
     prepared: Prepared | None,
+    note: Callable[[str], None],
 ) -> dict[str, float]:
     """Splits that cost something: shared out longest first, each made once, by one rank, then sliced by all."""
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -149,14 +154,19 @@ def _shared(
         raise PlanError("a folder for prepared tensors is needed, seen by all ranks: compose(…, prepared=DIR)")
     made: dict[str, tuple[str, float]] = {}
     problem = ""
+    again: list[tuple[str, str]] = []  # the reason for making a result again, and the weight
     try:
         for chain in _deal(chains, world)[rank]:
             weight = source.tensors[chain.name]
             whole = weight.read()
             name = key(digest(whole), chain.identity, _identity(chain, live, statistics))
-            if prepared is not None and prepared.has(name):
-                made[chain.name] = name, float(prepared.rows(name, "lost", 0, 1))
-                continue
+            if prepared is not None:
+                wrong = prepared.problem(name, (*_names(chain), "lost"))
+                if wrong == "":
+                    made[chain.name] = name, float(prepared.rows(name, "lost", 0, 1))
+                    continue
+                if wrong:
+                    again.append((wrong, f"{prepared.path(name)} of {chain.name}"))
             tensors = _split(chain, weight, live, statistics)
             base = tensors.get(chain.name, whole if chain.name in live else torch.zeros_like(whole))
             wide = whole.to(torch.promote_types(whole.dtype, torch.float32))
@@ -173,12 +183,17 @@ def _shared(
             raise
         problem = f"rank {rank}: {type(error).__name__}: {error}"
     if world > 1:
-        everyone: list[tuple[str, dict]] = [("", {})] * world
-        dist.all_gather_object(everyone, (problem, made))
-        problems = [p for p, _ in everyone if p]
+        everyone: list[tuple[str, dict, list]] = [("", {}, [])] * world
+        dist.all_gather_object(everyone, (problem, made, again))
+        problems = [p for p, _, _ in everyone if p]
         if problems:
             raise PlanError(f"splitting failed on {problems[0]}")
-        made = {name: value for _, part in everyone for name, value in part.items()}
+        made = {name: value for _, part, _ in everyone for name, value in part.items()}
+        again = [one for _, _, part in everyone for one in part]
+    if again:
+        reason, where = again[0]
+        more = f", and {len(again) - 1} more" if len(again) > 1 else ""
+        note(f"{len(again)} of {len(chains)} prepared results had to be made again: {where} was {reason}{more}")
     if prepared is not None:
         for chain in chains:
             for own in _names(chain):

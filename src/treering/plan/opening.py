@@ -63,7 +63,15 @@ def on_meta(folder: Path, dtype: str) -> "PreTrainedModel":
 
 def _dtype(config: "PretrainedConfig", dtype: str) -> torch.dtype:
     stored: Any = config.dtype or torch.float32
-    return stored if dtype == "auto" else named_dtype(dtype)
+    if dtype != "auto":
+        return named_dtype(dtype)
+    if str(stored).removeprefix("torch.") not in DTYPES:
+        raise PlanError(
+            f"config.json says dtype {str(stored).removeprefix('torch.')}, in which no model is trained; set "
+            "model.dtype to bfloat16 or float32",
+            settings=("model.dtype",),
+        )
+    return stored
 
 
 def named_dtype(name: str) -> torch.dtype:

@@ -12,6 +12,7 @@ from typing import Any
 
 from treering.errors import CheckpointError
 from treering.together import from_first, is_first, together
+from treering.writing import sync
 
 SPARE = 16 << 20  # for a tokenizer and other small files
 Do = Callable[[Callable[[], Any]], None]
@@ -88,11 +89,11 @@ def published(folder: Path, need: int) -> Iterator[tuple[Path, Do]]:
 
     def finish() -> None:
         for path in (*temporary.iterdir(), temporary):
-            _sync(path)
+            sync(path)
         if folder.exists():
             folder.rmdir()
         os.rename(temporary, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
 
     try:
         do(make)
@@ -125,11 +126,3 @@ def _locked(folder: Path) -> int:
         os.close(handle)
         raise
     return handle
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

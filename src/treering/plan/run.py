@@ -30,8 +30,9 @@ class Run:
         run.step(optimizer, clip=1.0)
     """
 
-    def __init__(self, plan: Plan, lost: Mapping[str, float], max_skips: int = 5):
+    def __init__(self, plan: Plan, lost: Mapping[str, float], max_skips: int = 5, notes: tuple[str, ...] = ()):
         self.plan = plan
+        self.notes = notes  # what a person should know about how the weights were loaded
         self.model: Any = plan.model
         self.lost = lost  # plain name -> ‖join(split(W)) − W‖/‖W‖ at load
         self.max_skips = max_skips
@@ -42,9 +43,16 @@ class Run:
         losses = [a.loss for a in plan.applied if a.loss is not None]
         self._loss: Callable[[nn.Module, Batch], Tensor] = losses[0] if losses else cross_entropy
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For copy and pickle: the hooks of techniques act on this run's model, and would in a copy, too."""
+        raise PlanError(
+            "a run cannot be copied or pickled: what its techniques do around a step belongs to its model. Copy the "
+            "model (copy.deepcopy(run.model)) to compute with it, or compose() a fresh model for another run"
+        )
+
     def explain(self) -> str:
         """The order of techniques, what each touches, and the memory and messages that follow."""
-        return explain(self.plan, self.lost)
+        return explain(self.plan, self.lost, self.notes)
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """What learns, by live name. Nothing else has a gradient."""

@@ -115,6 +115,10 @@ class Offload:
         self._newest: weakref.ref[Kept] | None = None
         self.sent = 0  # tensors, ever
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model brings settings along, and no memory: queues and buffers are made at its first use."""
+        return vars(self) | {"_copies": {}, "_pool": None, "_newest": None, "sent": 0}
+
     @property
     def pool(self) -> Pool:
         assert self._pool is not None

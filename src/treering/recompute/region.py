@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import update_wrapper
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from treering.errors import PlanError
+from treering.forwards import ModuleForward
 from treering.recompute.config import read_bytes
 from treering.recompute.keep import Policy
 from treering.recompute.offload import Offload
@@ -54,19 +54,18 @@ def install(model: nn.Module, config: "Recompute", site: Site) -> Applied:
     return Applied(undo=undo, notes=tuple(notes), metrics=None if engine is None else engine.metrics)
 
 
-class Region:
-    """Called in place of a block's forward. `body` is what it was before: the block's own, or a tiled one."""
+class Region(ModuleForward):
+    """Called in place of a block's forward: the block's own, or a tiled one."""
 
     def __init__(
         self, block: nn.Module, fqn: str, index: int, keep: tuple[str, ...], attention: bool, engine: Offload | None
     ):
+        super().__init__(block)
         self.block, self.fqn, self.index = block, fqn, index
         self.keep, self.attention, self.engine = keep, attention, engine
-        self.body: Callable[..., Any] = block.forward
         self.compiled: Callable[..., Any] | None = None
         own = vars(block)
         self.before: dict[str, Any] = {name: own[name] for name in ("forward", "compile") if name in own}
-        update_wrapper(self, self.body)  # the signature stays that of the block
         block.forward = self  # type: ignore[assignment]
         block.compile = self.compile  # type: ignore[method-assign]
 
@@ -74,6 +73,10 @@ class Region:
         for name in ("forward", "compile"):
             vars(self.block).pop(name, None)
         vars(self.block).update(self.before)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not compiled, as torch's own copies of compiled modules are not: the code is the original's."""
+        return vars(self) | {"compiled": None}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """What `block.compile` does here: compile the body. Compiled around, all of the block would run uncompiled,
@@ -84,13 +87,14 @@ class Region:
                 "recompute, or compile out",
                 settings=("recompute.keep", "compile"),
             )
-        self.compiled = torch.compile(self.body, *args, **kwargs)
+        self.compiled = torch.compile(self.former, *args, **kwargs)
         self.block._compiled_call_impl = self.block._call_impl  # a mark; setting it to None again undoes this
 
     # Traced into, the choice of what is kept would become part of a graph.
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        body = self.compiled if self.compiled is not None and self.block._compiled_call_impl is not None else self.body
+        compiled = self.compiled if self.block._compiled_call_impl is not None else None
+        body = self.former if compiled is None else compiled
         if not torch.is_grad_enabled():
             return body(*args, **kwargs)
         self._refuse_cache(args, kwargs)

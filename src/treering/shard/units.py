@@ -1,6 +1,6 @@
 """Which modules become FSDP units, and with which policy."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -72,6 +72,8 @@ def shard(model: nn.Module, config: "Shard", site: Site) -> tuple[str, ...]:
         if isinstance(module, FSDPModule):  # the loss is already divided by the global token count: sum, never average
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            # torch refuses too, but without a word about what to do: copy and pickle look these up on the instance
+            vars(module).update(__deepcopy__=_refuse_copy, __reduce_ex__=_refuse_copy)
     over = f"{mesh.size()} ranks" if mesh.ndim == 1 else f"{axis_size(site.mesh, 'replicate')} × {mesh.shape[1]} ranks"
     notes = [f"{len(plan_units(site.anatomy))} units over {over}, compute {config.compute}, reduce {config.reduce}"]
     if apart:
@@ -81,6 +83,13 @@ def shard(model: nn.Module, config: "Shard", site: Site) -> tuple[str, ...]:
     if config.hold != "nothing":
         notes.append(f"{'parameters and gradients' if config.hold == 'all' else 'gradients'} stay whole within a step")
     return tuple(notes)
+
+
+def _refuse_copy(*_: Any) -> NoReturn:
+    raise PlanError(
+        "a sharded model cannot be copied or pickled: each rank has its own rows, and torch's units of sharding do not "
+        "move to another module. Write the weights with run.export(folder) and open that, or compose a second model"
+    )
 
 
 def _policy(config: "Shard", unit: list[nn.Module]) -> MixedPrecisionPolicy:

@@ -5,7 +5,6 @@ their targets to the head; the head's forward, given targets, computes the loss 
 so whatever gathers their weights does so exactly as it does for logits.
 """
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,7 @@ from treering.tiling.losses import IGNORED, Head, Tiled
 from treering.tiling.mlp import sums_wide
 
 if TYPE_CHECKING:
+    from treering.anatomy import Head as AnatomyHead
     from treering.technique import Batch
     from treering.tiling.config import TiledLoss
 
@@ -30,33 +30,48 @@ def attach(model: nn.Module, config: "TiledLoss", site: Site) -> Applied:
     assert found is not None, "claims refuse a model without a head"
     head: Any = model.get_submodule(found.fqn)
     body: Any = model.base_model  # type: ignore[union-attr]
-    plain, plain_head = model.forward, head.forward
-    tiled = Tiled(Head(module=head, scale=found.scale, softcap=found.softcap, forward=plain_head), name=found.fqn)
     vocabulary = model.get_parameter(found.weight).shape[0]
-
-    def of_head(hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        if targets is None:
-            return plain_head(hidden)
-        wide = sums_wide(tiled.region, config.accumulate, config.budget)
-        return tiled.cross_entropy(
-            hidden,
-            targets,
-            size=tile_length(config.tile, config.budget, BYTES * vocabulary, hidden.shape[-1]),
-            label_smoothing=config.label_smoothing,
-            z_loss=config.z_loss,
-            wide=wide,
-        )
-
-    @functools.wraps(plain)
-    def of_model(*args: Any, treering_labels: Tensor | None = None, **kwargs: Any) -> Any:
-        if treering_labels is None:
-            return plain(*args, **kwargs)
-        hidden = body(*args, **kwargs, use_cache=False).last_hidden_state
-        return head(*trained(hidden, treering_labels))
-
-    undone = [forwards.replace(head, of_head), forwards.replace(model, of_model)]
+    of_head = _HeadForward(head, config, found, vocabulary)
+    undone = [forwards.install(of_head), forwards.install(_ModelForward(model, body, head))]
     long = f"{config.budget:g} GiB of logits" if config.tile == "budget" else f"{config.tile} tokens"
     return Applied(loss=loss, undo=forwards.undo_all(undone), notes=(f"head and cross-entropy on {long} at a time",))
+
+
+class _HeadForward(forwards.ModuleForward):
+    """Logits; or, given targets, their loss in tiles."""
+
+    def __init__(self, module: nn.Module, config: "TiledLoss", found: "AnatomyHead", vocabulary: int):
+        super().__init__(module)
+        self.config, self.vocabulary = config, vocabulary
+        head = Head(module=module, scale=found.scale, softcap=found.softcap, forward=self.call_former)
+        self.tiled = Tiled(head, name=found.fqn)
+
+    def __call__(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return self.call_former(hidden)
+        config = self.config
+        return self.tiled.cross_entropy(
+            hidden,
+            targets,
+            size=tile_length(config.tile, config.budget, BYTES * self.vocabulary, hidden.shape[-1]),
+            label_smoothing=config.label_smoothing,
+            z_loss=config.z_loss,
+            wide=sums_wide(self.tiled.region, config.accumulate, config.budget),
+        )
+
+
+class _ModelForward(forwards.ModuleForward):
+    """What the model gives; or, given labels, the loss that its head makes of them."""
+
+    def __init__(self, module: nn.Module, body: nn.Module, head: nn.Module):
+        super().__init__(module)
+        self.body, self.head = body, head
+
+    def __call__(self, *args: Any, treering_labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if treering_labels is None:
+            return self.call_former(*args, **kwargs)
+        hidden = self.body(*args, **kwargs, use_cache=False).last_hidden_state
+        return self.head(*trained(hidden, treering_labels))
 
 
 def loss(model: nn.Module, batch: "Batch") -> Tensor:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 def attach(model: nn.Module, config: "TiledMLP", site: Site) -> Applied:
     anatomy = site.anatomy
-    undone = [_dense(model, config, anatomy, fqn, "tiledmlp") for fqn in dense(model, anatomy)]
+    undone = [
+        forwards.install(_TiledMLP(model.get_submodule(fqn), config, fqn, token_width(anatomy, fqn)))
+        for fqn in dense(model, anatomy)
+    ]
     several = [tile_experts(model, config, anatomy, experts, "tiledmlp") for experts in anatomy.experts]
     return Applied(undo=forwards.undo_all([*undone, *several]), notes=notes(config, len(undone), len(several)))
 
@@ -64,18 +67,23 @@ def sums_wide(region: Region, accumulate: "Accumulate", budget: float) -> bool:
     return accumulate == "float32"
 
 
-def _dense(model: nn.Module, config: "TiledMLP", anatomy: "Anatomy", fqn: str, setting: str) -> Callable[[], None]:
-    module: Any = model.get_submodule(fqn)
-    region, plain, width = Region(fqn, [module], setting), module.forward, token_width(anatomy, fqn)
+class _TiledMLP(forwards.ModuleForward):
+    """Of an MLP, in tiles. `width`: elements that a token needs."""
 
-    def tiled(*args: Any, **kwargs: Any) -> Any:
-        fn, tokens, dims = forward.of_tokens(plain, args, kwargs, fqn, setting)
+    setting = "tiledmlp"
+
+    def __init__(self, module: nn.Module, config: "TiledMLP", fqn: str, width: int):
+        super().__init__(module)
+        self.config, self.fqn, self.width = config, fqn, width
+        self.region = Region(fqn, [module], self.setting)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        config = self.config
+        fn, tokens, dims = forward.of_tokens(self.call_former, args, kwargs, self.fqn, self.setting)
         x = tokens[0]
-        size = tile_length(config.tile, config.budget, width * x.element_size(), x.shape[-1])
-        wide = sums_wide(region, config.accumulate, config.budget)
-        return region(fn, *tokens, size=size, dims=dims, wide=wide)
-
-    return forwards.replace(module, tiled)
+        size = tile_length(config.tile, config.budget, self.width * x.element_size(), x.shape[-1])
+        wide = sums_wide(self.region, config.accumulate, config.budget)
+        return self.region(fn, *tokens, size=size, dims=dims, wide=wide)
 
 
 def tile_experts(
@@ -84,23 +92,31 @@ def tile_experts(
     """The call of stacked experts: tokens, their experts' numbers and weights are cut together; the router has seen
     all tokens before, so a loss on what it gives has the gradient it always had."""
     module: Any = model.get_submodule(experts.fqn)
-    region, plain = Region(experts.fqn, [module], setting), module.forward
     hidden = model.config.hidden_size  # type: ignore[union-attr]
     rows = sum(p.shape[1] if p.shape[2] == hidden else p.shape[2] for n, p in _stacked(model, experts))
     if config.experts == "groups":
         groups.check(module, experts, setting)
+    return forwards.install(_TiledExperts(module, config, experts, rows, setting))
 
-    def tiled(*args: Any, **kwargs: Any) -> Any:
-        fn, tokens, dims = forward.of_tokens(plain, args, kwargs, experts.fqn, setting)
-        x, index = tokens[0], groups.index_of(tokens, experts.fqn, setting)
-        width = 3 * index.shape[-1] * (rows + x.shape[-1]) * x.element_size()
+
+class _TiledExperts(forwards.ModuleForward):
+    """`rows`: of what the stacked weights of one expert make of a token."""
+
+    def __init__(self, module: nn.Module, config: "TiledMLP | TiledBlock", experts: "Experts", rows: int, setting: str):
+        super().__init__(module)
+        self.config, self.experts, self.rows, self.setting = config, experts, rows, setting
+        self.region = Region(experts.fqn, [module], setting)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        config, experts, region = self.config, self.experts, self.region
+        fn, tokens, dims = forward.of_tokens(self.call_former, args, kwargs, experts.fqn, self.setting)
+        x, index = tokens[0], groups.index_of(tokens, experts.fqn, self.setting)
+        width = 3 * index.shape[-1] * (self.rows + x.shape[-1]) * x.element_size()
         size = tile_length(config.tile, config.budget, width, x.shape[-1])
         wide = sums_wide(region, config.accumulate, config.budget)
         if config.experts == "groups":
-            return groups.call(module, experts, region, fn, tokens, dims, size, wide)
+            return groups.call(self.module, experts, region, fn, tokens, dims, size, wide)
         return region(fn, *tokens, size=size, dims=dims, wide=wide)
-
-    return forwards.replace(module, tiled)
 
 
 def _stacked(model: nn.Module, experts: "Experts") -> list[tuple[str, Tensor]]:

@@ -19,14 +19,33 @@ BEAT = 5.0  # seconds between two touches of the file
 STALE = 60.0  # a lock of another host that was not touched for so long belongs to nobody
 
 
+class Clock:
+    """How old a lock is, and waiting. Tests give another one."""
+
+    def age(self, path: Path) -> float:
+        """Seconds since `path` was touched, by the clock of its file system: those of two hosts need not agree."""
+        probe = path.with_name(f"{NAME}.now-{uuid.uuid4().hex[:8]}")
+        probe.touch()
+        try:
+            return probe.stat().st_mtime - path.stat().st_mtime
+        finally:
+            probe.unlink()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+CLOCK = Clock()
+
+
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, clock: Clock = CLOCK) -> Iterator[None]:
     """Have the lock of `folder`, on rank 0, which answers for all; a second run is a CheckpointError on every rank."""
     path, problem = folder / NAME, ""
     over = threading.Event()
     if is_first():
         try:
-            mine = _take(path)
+            mine = _take(path, clock)
         except CheckpointError as error:
             problem = str(error)
         except OSError as error:
@@ -45,13 +64,13 @@ def held(folder: Path) -> Iterator[None]:
                     path.unlink()
 
 
-def _take(path: Path) -> bytes:
+def _take(path: Path, clock: Clock) -> bytes:
     own = json.dumps({**whoami(os.getpid()), "host": socket.gethostname(), "id": uuid.uuid4().hex}).encode()
     for _ in range(3):
         try:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
-            _clear_if_stale(path)
+            _clear_if_stale(path, clock)
             continue
         with os.fdopen(handle, "wb") as file:
             file.write(own)
@@ -59,12 +78,12 @@ def _take(path: Path) -> bytes:
     raise CheckpointError(f"{path} is being fought over by several runs; start one of them")
 
 
-def _clear_if_stale(path: Path) -> None:
+def _clear_if_stale(path: Path, clock: Clock) -> None:
     """Move a lock that nobody holds out of the way; one that somebody holds is an error."""
     try:
         found = path.read_bytes()
         holder = _holder(found)
-        if alive(holder, path):
+        if alive(holder, path, clock):
             raise CheckpointError(
                 f"{path.parent} is in use by another run: process {holder.get('pid', 'unknown')} on "
                 f"{holder.get('host', 'an unknown host')}. Wait for it, or give this run another output folder. "
@@ -88,10 +107,10 @@ def _holder(content: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def alive(holder: dict[str, Any], path: Path) -> bool:
+def alive(holder: dict[str, Any], path: Path, clock: Clock = CLOCK) -> bool:
     """Whether the process that `holder` describes may still run. Of another host one can only see the lock touched."""
     if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
-        return _touched(path)
+        return _touched(path, clock)
     now = whoami(holder["pid"])
     if holder.get("boot") != now["boot"]:
         return False
@@ -121,24 +140,14 @@ def _answers(pid: int) -> bool:
     return True
 
 
-def _touched(path: Path) -> bool:
+def _touched(path: Path, clock: Clock) -> bool:
     """Wait until `path` is touched or is too old: a job that was started again elsewhere must not be refused."""
     first = path.stat().st_mtime
-    while _age(path) < STALE:
-        time.sleep(min(1.0, STALE / 10))
+    while clock.age(path) < STALE:
+        clock.sleep(1.0)
         if path.stat().st_mtime != first:
             return True
     return False
-
-
-def _age(path: Path) -> float:
-    """Seconds since `path` was touched, by the clock of its file system: those of two hosts need not agree."""
-    probe = path.with_name(f"{NAME}.now-{uuid.uuid4().hex[:8]}")
-    probe.touch()
-    try:
-        return probe.stat().st_mtime - path.stat().st_mtime
-    finally:
-        probe.unlink()
 
 
 def _beat(path: Path, over: threading.Event) -> None:

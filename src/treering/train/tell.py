@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from treering.plan import Plan, Run, StepReport
+from treering.plan.explain import unused
 from treering.together import together
 from treering.train.callbacks import Callback, JsonLines
 from treering.train.job import Job
@@ -49,7 +50,8 @@ class Teller:
         self.run, self.position, self.at = run, Position(data.examples, data.train.order), start
         if start:
             self.note(f"goes on after step {start}")
-        for text in (*data.notes, *_coarse(run)):
+        warnings = [warning for applied in self.plan.applied for warning in applied.warnings]
+        for text in filter(None, (unused(self.plan), *warnings, *run.notes, *data.notes, *_coarse(run))):
             self.note(text)
         facts = {
             "model": self.plan.source_name,
