@@ -53,6 +53,7 @@ CAPPED = {
 def kernels(context: Context) -> Iterator[Figure]:
     yield from _exact(context, CASES)
     yield from _cost_of_sinks(context)
+    yield from _peak_in_single_precision(context)
 
 
 def flex(context: Context) -> Iterator[Figure]:
@@ -147,3 +148,22 @@ def _cost_of_sinks(context: Context) -> Iterator[Figure]:
         figure="attention with sinks / without", case=f"4 documents, {tokens} tokens, forward and backward",
         ours=found["sinks"].seconds, peer=found["plain"].seconds, unit="s",
     )  # fmt: skip
+
+
+def _peak_in_single_precision(context: Context) -> Iterator[Figure]:
+    """Whether grouped heads in float32 go without tokens × tokens: FlashAttention knows half precision only."""
+    from treering.attention import Documents, attend
+
+    context.device.free()
+    device, sizes = context.device.torch_device, context.sizes
+    tokens = sizes.attention_tokens
+    query, key, value = (
+        torch.randn(1, heads, tokens, sizes.head_width, device=device).requires_grad_()
+        for heads in (sizes.heads, sizes.key_heads, sizes.key_heads)
+    )
+    documents = Documents.of([tokens // 4] * 4, device)
+    seconds, peak = context.time(lambda: attend(query, key, value, documents).sum().backward())
+    size = query.numel() * query.element_size()
+    case = f"4 documents, {tokens} tokens, {seconds:.2f} s"
+    share = None if peak is None else peak / size
+    yield Figure(figure="peak of attention in float32 / bytes of its query", case=case, ours=share, at_most=12.0)

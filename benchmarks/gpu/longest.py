@@ -18,6 +18,7 @@ USABLE = 0.97  # of the card's memory: the rest has the CUDA context, libraries 
 
 
 def rows(context: Context) -> Iterator[Figure]:
+    """A figure for every length that was trained on, so that a search that is cut off leaves what it found."""
     import treering as tr
 
     sizes = context.sizes
@@ -27,15 +28,20 @@ def rows(context: Context) -> Iterator[Figure]:
     techniques = [tr.LoRA(dtype="base"), tr.TiledBlock(), tr.TiledLoss(), offload]
     run = build(context, sizes.config(sizes.longest_layers), techniques)
     weights = _other_layers(context, run)
-    best, worst = _search(context, run)
-    held = weights.numel() / GIB
     case = (
         f"LoRA, tiled block and loss, recompute with offload; {sizes.longest_layers} of {sizes.layers} layers run, "
-        f"{held:.1f} GiB for the weights of the others; documents of {sizes.longest_document}, the last "
-        f"{sizes.longest_trained} tokens trained; {'limit ' + str(worst) if worst else 'no limit found in time'}"
+        f"{weights.numel() / GIB:.1f} GiB for the weights of the others; documents of {sizes.longest_document}, the "
+        f"last {sizes.longest_trained} tokens trained"
     )
-    yield Figure(figure="longest sequence that was trained on", case=case, ours=best, unit="tokens")
-    host = best * sizes.hidden * 2 * (sizes.layers - 1) / GIB
+    search = Search(context, run)
+    for tokens, peak in search:
+        at = f"{tokens} tokens in {search.seconds:.1f} s; {case}"
+        yield Figure(figure="peak of a step of so many tokens", case=at, ours=peak and peak / GIB, unit="GiB")
+    limit = f"limit {search.worst}" if search.worst else "no limit found in time"
+    yield Figure(
+        figure="longest sequence that was trained on", case=f"{case}; {limit}", ours=search.best, unit="tokens"
+    )
+    host = search.best * sizes.hidden * 2 * (sizes.layers - 1) / GIB
     yield Figure(figure="host memory that so many tokens take at full depth", case="computed", ours=host, unit="GiB")
 
 
@@ -47,23 +53,51 @@ def _other_layers(context: Context, run: Any) -> torch.Tensor:
     return torch.empty(count, dtype=torch.uint8, device=context.device.torch_device)
 
 
-def _search(context: Context, run: Any) -> tuple[int, int | None]:
-    """Return the longest that was trained on, and the shortest that did not fit, if there was time to find one."""
-    sizes = context.sizes
-    tried: list[tuple[int, int | None]] = []  # tokens that fit, and the peak
-    worst, tokens, took = None, sizes.longest_start, 0.0
-    while tokens is not None and tokens <= sizes.longest_most:
-        best = tried[-1][0] if tried else 0
-        if best and context.left() < 1.2 * took * tokens / best + 1:
-            break
-        fits, seconds = _fits(context, run, tokens)
-        if fits:
-            took = seconds
-            tried.append((tokens, context.device.peak()))
-        else:
-            worst = tokens
-        tokens = following(tried, worst, capacity=context.device.capacity(), step=sizes.longest_step)
-    return tried[-1][0] if tried else 0, worst
+class Search:
+    """Iterate over (tokens, peak bytes) of steps that end, each longer than the one before."""
+
+    def __init__(self, context: Context, run: Any):
+        self.context, self.run = context, run
+        self.tried: list[tuple[int, int | None]] = []  # tokens that fit, and the peak
+        self.worst: int | None = None  # the shortest that did not fit
+        self.seconds = 0.0  # of the last step that ended
+
+    @property
+    def best(self) -> int:
+        return self.tried[-1][0] if self.tried else 0
+
+    def __iter__(self) -> Iterator[tuple[int, int | None]]:
+        sizes, device = self.context.sizes, self.context.device
+        tokens: int | None = sizes.longest_start
+        while tokens is not None and tokens <= sizes.longest_most:
+            if self.best and self.context.left() < 1.2 * self.seconds * tokens / self.best + 1:
+                return
+            if self._fits(tokens):
+                self.tried.append((tokens, device.peak()))
+                yield self.tried[-1]
+            else:
+                self.worst = tokens
+            tokens = following(self.tried, self.worst, capacity=device.capacity(), step=sizes.longest_step)
+
+    def _fits(self, tokens: int) -> bool:
+        """Whether a forward and a backward of so many tokens end."""
+        sizes, device = self.context.sizes, self.context.device
+        data = None
+        try:
+            if self.context.dry and tokens > sizes.longest_pretended:
+                raise torch.OutOfMemoryError("a dry run pretends that no more fits")
+            data = batch(self.context, tokens, sizes.longest_document, sizes.longest_trained)
+            self.seconds, _ = self.context.time(lambda: forward_backward(self.run, data))
+            return True
+        except Exception as error:
+            if not device.out_of_memory(error):
+                raise
+        finally:
+            data = None
+        for _, parameter in self.run.trainable():
+            parameter.grad = None
+        device.free()
+        return False
 
 
 def following(tried: list[tuple[int, int | None]], worst: int | None, *, capacity: int | None, step: int) -> int | None:
@@ -82,23 +116,3 @@ def following(tried: list[tuple[int, int | None]], worst: int | None, *, capacit
             just = b + int((USABLE * capacity - high) * (b - a) / (high - low))
             return max(just // step * step, b + max(2 * step, b // 16 // step * step))
     return 2 * best
-
-
-def _fits(context: Context, run: Any, tokens: int) -> tuple[bool, float]:
-    """Whether a forward and a backward of so many tokens end, and the seconds that they took."""
-    sizes, device = context.sizes, context.device
-    try:
-        if context.dry and tokens > sizes.longest_pretended:
-            raise torch.OutOfMemoryError("a dry run pretends that no more fits")
-        data = batch(context, tokens, sizes.longest_document, sizes.longest_trained)
-        seconds, _ = context.time(lambda: forward_backward(run, data))
-        return True, seconds
-    except Exception as error:
-        if not device.out_of_memory(error):
-            raise
-    finally:
-        data = None
-    for _, parameter in run.trainable():
-        parameter.grad = None
-    device.free()
-    return False, 0.0

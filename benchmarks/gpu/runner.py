@@ -166,10 +166,15 @@ class Worker:
 
 
 def surroundings(dry: bool) -> dict[str, str]:
-    """The environment of a worker: ours on its path, no network, sums in one order where a row asks for it."""
+    """The environment of a worker: our sources on its path, no network, sums in one order where a row asks for it.
+
+    The workspace of cuBLAS has to be set for that; this is the size that Hopper cards have anyway. Process groups of
+    one rank need an interface, and the loopback is there on a machine without a network as well.
+    """
     found = dict(os.environ)
     found["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "src"), *filter(None, [found.get("PYTHONPATH")])])
     found |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    found |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # somebody's launcher
         found.pop(name, None)
     if dry:

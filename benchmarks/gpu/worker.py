@@ -53,16 +53,20 @@ def run(name: str, device: Any, seconds: float, command: str) -> bool:
         message = f"{type(error).__name__} at {place}: {error}"
         del error, where
         say("row", row=asdict(failed(name, message, **about)))
-    _leave_group()
-    return device.usable()
+    return _left_group() and device.usable()
 
 
-def _leave_group() -> None:
-    """Techniques that shard make a process group; the next row begins without one."""
+def _left_group() -> bool:
+    """Techniques that shard make a process group; the next row begins without one. False if it cannot be ended."""
     import torch.distributed as dist
 
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    try:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except Exception:
+        traceback.print_exc()
+        return False
+    return True
 
 
 def main() -> None:

@@ -1,7 +1,12 @@
 """Tests marked `gpu` need a CUDA card and are skipped without one."""
 
+import os
+
 import pytest
 import torch
+
+# Before CUDA starts: without it, cuBLAS refuses to compute where sums in one order are asked for.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from tests.gpu.checks import ALONE, GROUPED
 from tests.ranks import on_ranks
 
-CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+CUDA = pytest.param("cuda:0", marks=pytest.mark.gpu)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
