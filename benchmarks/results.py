@@ -32,8 +32,9 @@ def render() -> str:
             peer = "" if row["peer"] is None else f"{row['peer']:.4g} {row['unit']}"
             ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
             verdict = ("holds" if row["holds"] else "**missed**") if row["bar"] else ""
+            ours = "" if row["ours"] is None else f"{row['ours']:.4g} {row['unit']}"
             lines.append(
-                f"| {row['figure']} | {row['case']} | {row['ours']:.4g} {row['unit']} | {peer} | {ratio} "
+                f"| {row['figure']} | {row['case']} | {ours} | {peer} | {ratio} "
                 f"| {row['bar']} | {verdict} | {row['runs']}, {row['spread']:.0%} |"
             )
         first = rows[0]

@@ -84,6 +84,8 @@ def main() -> None:
     command = "python -m benchmarks.gpu" + (" --dry-run" if options.dry_run else "")
     for name in options.names:
         say("begin", name=name)
+        if kept := device.allocated():
+            sys.stderr.write(f"{name} begins with {kept / 2**30:.2f} GiB on the device\n")
         computes = run(name, device, min(plan_of(name).seconds, until - time.monotonic() - CLOSING), command)
         say("end", name=name)
         if not computes:

@@ -94,6 +94,21 @@ def test_what_there_is_no_time_for_is_recorded(tmp_path):
     assert all("not begun" in row["failed"] for row in runner.rows)
 
 
+def test_a_run_of_some_rows_keeps_what_is_known_of_the_others(tmp_path):
+    rows = [
+        vars(
+            record.measured(Figure(figure="f", case="c", ours=1.0), name, device="NVIDIA H100", dry=False, command="x")
+        )
+        for name in ("loss", "tiles")
+    ]
+    record.save(tmp_path / "gpu.h100.json", rows)
+    runner = Runner(["loss"], seconds=0, folder=tmp_path, dry=False)
+    runner._hello("NVIDIA H100 80GB HBM3")
+    assert [row["row"] for row in runner.rows] == ["tiles"]
+    runner._add(rows[0] | {"ours": 2.0})
+    assert [(row["row"], row["ours"]) for row in json.loads(runner.path.read_text())] == [("loss", 2.0), ("tiles", 1.0)]
+
+
 @pytest.mark.parametrize(
     ("device", "short"),
     [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("Some Card 3", "some-card-3")],
