@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -130,11 +131,20 @@ class Worker:
             reader.start()
 
     def next(self, seconds: float) -> dict[str, Any] | None:
-        """The next message; None if there was none in time. The last one has the kind `ended`."""
-        try:
-            return self._messages.get(timeout=seconds)
-        except queue.Empty:
-            return None
+        """The next message; None if there was none in time. The last one has the kind `ended`.
+
+        The end of the output would not do to see the process end: compilers that it started may hold the pipe open.
+        """
+        until = time.monotonic() + seconds
+        while True:
+            ended = self.process.poll() is not None
+            try:
+                return self._messages.get(timeout=max(0.0, min(0.5, until - time.monotonic())))
+            except queue.Empty:
+                if ended:
+                    return {"kind": "ended"}
+                if time.monotonic() >= until:
+                    return None
 
     def code(self) -> int:
         return self.process.wait(timeout=10)
@@ -145,9 +155,9 @@ class Worker:
 
     def stop(self) -> None:
         """End the process and all that it started."""
-        if self.process.poll() is None:
+        with suppress(ProcessLookupError):  # nobody of the group is left
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        self.process.wait()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -156,7 +166,6 @@ class Worker:
                 self._messages.put(json.loads(text.removeprefix(MARK)))
             else:
                 sys.stderr.write(text)
-        self._messages.put({"kind": "ended"})
 
     def _listen(self) -> None:
         assert self.process.stderr is not None

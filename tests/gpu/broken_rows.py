@@ -1,6 +1,8 @@
 """Rows that go wrong, each in its own way, and one that does not."""
 
 import os
+import subprocess
+import sys
 import time
 
 from benchmarks.gpu.record import Figure
@@ -16,7 +18,9 @@ def raises(context):
 
 
 def ends(context):
+    """And leaves a process that holds its output open."""
     yield Figure(figure="a figure", case="before the end", ours=1.0)
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
     os._exit(9)
 
 
