@@ -4,10 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# On a machine with a card nothing is installed: the torch and transformers that are there are used.
-CARD_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-
-.PHONY: demo test test-all test-gpu lint bench bench-gpu clean
+.PHONY: demo test test-all lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/treering demo
@@ -18,9 +15,6 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-test-gpu:
-	PYTHONPATH=src $(CARD_PYTHON) -m pytest -m gpu tests/gpu
-
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,9 +23,6 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.data --quick
 	$(BIN)/python -m benchmarks.loop --quick
-
-bench-gpu:
-	$(CARD_PYTHON) -m benchmarks.gpu
 
 # torch by its exact pin and before anything else: a range would let pip take the newest build, with gigabytes of CUDA
 # packages, on a machine that has no GPU. With another torch already in .venv, delete the line from constraints.txt.
@@ -44,3 +35,14 @@ $(STAMP): pyproject.toml constraints.txt
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache
+
+# On a machine with a card nothing is installed: the torch and transformers that are there are used.
+CARD_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+.PHONY: test-gpu bench-gpu
+
+test-gpu:
+	PYTHONPATH=src $(CARD_PYTHON) -m pytest -m gpu tests/gpu
+
+bench-gpu:
+	$(CARD_PYTHON) -m benchmarks.gpu
