@@ -35,3 +35,14 @@ $(STAMP): pyproject.toml constraints.txt
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache
+
+# On a machine with a card nothing is installed: the torch and transformers that are there are used.
+CARD_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+.PHONY: test-gpu bench-gpu
+
+test-gpu:
+	PYTHONPATH=src $(CARD_PYTHON) -m pytest -m gpu tests/gpu
+
+bench-gpu:
+	$(CARD_PYTHON) -m benchmarks.gpu

@@ -19,7 +19,7 @@ class Row:
 
     figure: str
     case: str
-    ours: float
+    ours: float | None  # None: it could not be measured
     peer: float | None
     ratio: float | None
     unit: str

@@ -1,11 +1,15 @@
 import os
 
 import pytest
-from hypothesis import HealthCheck, settings
 
-# A shared machine is sometimes slow; that is no finding about the code.
-settings.register_profile("treering", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("treering")
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # a machine with a card may have pytest and nothing more: tests/gpu needs no hypothesis
+    pass
+else:
+    # A shared machine is sometimes slow; that is no finding about the code.
+    settings.register_profile("treering", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("treering")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,0 +1,41 @@
+"""The rows, most important first, and the seconds that each may take."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPlan:
+    function: str  # module:generator
+    about: str
+    seconds: float = 60.0
+
+
+def _plan(function: str, about: str, seconds: float = 60.0) -> RowPlan:
+    return RowPlan(function=f"benchmarks.gpu.{function}", about=about, seconds=seconds)
+
+
+ROWS = {
+    "checks": _plan("correctness:checks", "every technique on CUDA equals the CPU; sharding; offload"),
+    "kernels": _plan("attention:kernels", "varlen, sink and chunked attention against the plain form", 45),
+    "flex": _plan("attention:flex", "softcap by compiled flex_attention against the plain form"),
+    "offload": _plan("offload:rows", "offloaded block inputs: equal bits, and what they cost"),
+    "memory": _plan("memory:forecast", "measured peaks against `treering plan`, six configurations"),
+    "lora": _plan("steps:lora", "tokens per second of a whole 8B shape with LoRA", 45),
+    "osft": _plan("steps:osft", "a step of OSFT against full fine-tuning", 45),
+    "projection": _plan("projection:rows", "projecting V of each matrix, in three forms", 20),
+    "loss": _plan("loss:rows", "the tiled loss against the plain one and Liger's", 45),
+    "tiles": _plan("tiles:rows", "MLP and block tiles inside recompute", 45),
+    "varying": _plan("memory:varying", "reserved memory when lengths vary", 40),
+    "longest": _plan("longest:rows", "the longest sequence that an 8B shape can be trained on"),
+    "watchdog": _plan("heartbeat:rows", "the watchdog beside NCCL", 30),
+}
+
+
+def plan_of(name: str) -> RowPlan:
+    """Return the plan of a row. `module:function` is a row as well, with little time: tests name theirs so."""
+    return RowPlan(function=name, about="", seconds=2.0) if ":" in name else ROWS[name]
+
+
+def order(name: str) -> int:
+    """Return the place of a row in the table."""
+    return list(ROWS).index(name) if name in ROWS else len(ROWS)

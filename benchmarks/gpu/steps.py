@@ -1,0 +1,89 @@
+"""Whole training steps: how many tokens a second with LoRA, and what OSFT adds to full fine-tuning."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.device import GIB, Context, median
+from benchmarks.gpu.models import adamw, batch, build, stepper
+from benchmarks.gpu.record import Figure
+
+PUBLISHED = 12473.0  # tokens a second, an 8B model with LoRA on one H100, 4096 tokens a step
+
+
+def lora(context: Context) -> Iterator[Figure]:
+    """The fastest that fits comes first: without recompute; each tiled loss keeps the logits away."""
+    import treering as tr
+
+    sizes, device = context.sizes, context.device
+    adapter = tr.LoRA(dtype="base")
+    data = batch(context, sizes.lora_tokens)
+    for name, more in (
+        ("tiled loss", [tr.TiledLoss()]),
+        ("recompute and tiled loss", [tr.Recompute(), tr.TiledLoss()]),
+    ):
+        device.free()
+        if context.left() < 10:
+            raise TimeoutError(f"no time was left for {name}")
+        case = (
+            f"{sizes.layers} layers, bfloat16, rank {adapter.rank} on every linear, {sizes.lora_tokens} tokens; {name}"
+        )
+        try:
+            run = build(context, sizes.config(sizes.layers), [adapter, *more])
+            found = context.alternate({"step": stepper(run, adamw(run), data)}, warm_up=3, keep=10)["step"]
+        except Exception as error:
+            if not device.out_of_memory(error):
+                raise
+            yield Figure(figure="tokens per second with LoRA (0: out of memory)", case=case, ours=0, unit="tokens/s")
+            continue
+        finally:
+            run = None
+        rates = [sizes.lora_tokens / seconds for seconds in found.seconds]
+        yield Figure(
+            figure="tokens per second with LoRA / published", case=case, ours=rates, peer=PUBLISHED, unit="tokens/s",
+            at_least=1.0,
+        )  # fmt: skip
+        yield Figure(figure="peak above the step's start, with LoRA", case=case, ours=found.gib, unit="GiB")
+
+
+def osft(context: Context) -> Iterator[Figure]:
+    """A step of the default form beside the same step of the same weights with nothing protected.
+
+    Both sides are one model: full fine-tuning of the linears is the run without what OSFT does around a step.
+    """
+    import treering as tr
+    from treering.plan import Run
+
+    sizes = context.sizes
+    techniques = [tr.OSFT(), tr.TiledLoss(), tr.Shard(compute="bfloat16")]
+    run = build(context, sizes.config(sizes.few), techniques, dtype=torch.float32)
+    bare = tuple(replace(one, gradients=None, before_step=None, after_step=None) for one in run.plan.applied)
+    full = Run(replace(run.plan, applied=bare), lost={})
+    optimizer = adamw(run)
+    for number, tokens in enumerate(sizes.osft_tokens):
+        data = batch(context, tokens)
+        sides = {"osft": stepper(run, optimizer, data), "full": stepper(full, optimizer, data)}
+        rest = (len(sizes.osft_tokens) - 1 - number) * 0.5 * context.left()
+        found = context.alternate(sides, warm_up=2, keep=3 + rest)
+        case = f"{sizes.few} layers, float32 weights, bfloat16 arithmetic, {tokens} tokens"
+        yield Figure(
+            figure="step of OSFT, the default / of full fine-tuning", case=case, ours=found["osft"].seconds,
+            peer=found["full"].seconds, unit="s",
+        )  # fmt: skip
+        added = median(found["osft"].seconds) - median(found["full"].seconds)
+        yield Figure(figure="what OSFT adds to a step", case=case, ours=added, unit="s")
+        yield Figure(
+            figure="peak above the step's start, OSFT / full", case=case, ours=found["osft"].gib,
+            peer=found["full"].gib, unit="GiB",
+        )  # fmt: skip
+    yield Figure(figure="memory of protected directions", case=f"{sizes.few} layers", ours=_kept(run), unit="GiB")
+
+
+def _kept(run: Any) -> float:
+    from treering.plan.place import local
+
+    own = {name for applied in run.plan.applied for part in applied.parts.values() for name in part.names}
+    buffers = [local(buffer) for name, buffer in run.model.named_buffers() if name in own]
+    return sum(buffer.numel() * buffer.element_size() for buffer in buffers) / GIB
