@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all test-templates lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/treering demo
@@ -14,6 +14,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+test-templates: $(STAMP)
+	$(BIN)/python -m tests.templates.fuzz
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

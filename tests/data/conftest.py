@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_templates import SPECIAL, STRUCTURAL, TEMPLATES
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from tests.data.data_templates import SPECIAL, STRUCTURAL, TEMPLATES
 
 torch.set_num_threads(1)
 

@@ -3,10 +3,10 @@
 import itertools
 
 import pytest
-from data_templates import END, SPECIAL, STRUCTURAL, TEMPLATES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.data.data_templates import END, SPECIAL, STRUCTURAL, TEMPLATES
 from treering.data.config import Data
 from treering.data.encode import Encoder, recipe
 from treering.data.formats import Sample

@@ -67,7 +67,9 @@ def test_pieces_of_a_split_are_found_where_they_are(text, by, most):
         assert [proved(piece) for piece in made] == getattr(text, split)(by, most)
     assert [proved(line) for line in source(text).splitlines()] == text.splitlines()
     for split in ("partition", "rpartition"):
-        assert [proved(piece) for piece in getattr(source(text), split)(by or "|")] == [*getattr(text, split)(by or "|")]
+        assert [proved(piece) for piece in getattr(source(text), split)(by or "|")] == [
+            *getattr(text, split)(by or "|")
+        ]
 
 
 @settings(max_examples=100, deadline=None)

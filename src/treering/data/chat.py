@@ -147,7 +147,7 @@ def _check_complete(conversation: Conversation, pieces: list[Piece], turns: list
     earlier turns are left out, which some templates do on purpose."""
     spans: dict[int, list[Span]] = {}
     for turn in turns:
-        spans.setdefault(turn.index, []).append((turn.start, turn.end))
+        spans.setdefault(turn.message, []).append((turn.start, turn.end))
     shown = [
         piece
         for piece in pieces

@@ -100,9 +100,9 @@ class Control:
         if int(literal.sum()) != expected:
             return False
         for i in np.flatnonzero(~literal):
-            piece = int(near[i])
-            inside = piece_begins[piece] <= begins[i] and ends[i] <= piece_ends[piece]
-            if not (inside and writers[piece] and kinds[at[i]] == 1):
+            which = int(near[i])
+            inside = piece_begins[which] <= begins[i] and ends[i] <= piece_ends[which]
+            if not (inside and writers[which] and kinds[at[i]] == 1):
                 return False
         return True
 

@@ -53,9 +53,7 @@ def _traced_message(message: dict[str, Any], turn: int, sources: list[Source]) -
     return made
 
 
-def _traced_call(
-    call: dict[str, Any], turn: int, path: tuple[str | int, ...], sources: list[Source]
-) -> dict[str, Any]:
+def _traced_call(call: dict[str, Any], turn: int, path: tuple[str | int, ...], sources: list[Source]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for field, value in call.items():
         if field == "function" and isinstance(value, dict):
@@ -77,7 +75,7 @@ def pieces_of(parts: Iterable[Part]) -> list[Piece]:
 
 
 def left_out(sources: Sequence[Source], pieces: Iterable[Piece]) -> Iterator[tuple[Source, list[Span]]]:
-    """Each required source that `pieces` do not show whole, with the ranges that are missing, blanks around them aside."""
+    """Each required source that `pieces` do not show whole, with the missing ranges, blanks around them aside."""
     whole: set[int] = set()
     some: dict[int, list[Span]] = {}
     for piece in pieces:
@@ -135,5 +133,3 @@ def _call_in_form(call: dict[str, Any], as_object: bool) -> dict[str, Any]:
     if as_object:
         return {**call, "arguments": json.loads(given.strip() or "{}") if isinstance(given, str) else given}
     return {**call, "arguments": given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)}
-
-

@@ -223,7 +223,7 @@ class Encoder:
 
     def _completion(self, sample: Sample, parts: list[tuple[Text, Tokens, Renamed | None]]) -> NDArray[np.uint32]:
         """The tokens of the completion, without those of the separator before it."""
-        (prompt, given, name), (text, tokens, renamed) = parts
+        (_, given, name), (text, tokens, renamed) = parts
         if not text.cut:
             return tokens.ids
         written = text.text if renamed is None else renamed.text
@@ -249,9 +249,7 @@ class Encoder:
         mask[:1] = False
         return mask
 
-    def _fit(
-        self, sample: Sample, ids: NDArray, mask: NDArray, rendered: Rendered | None = None
-    ) -> list[Encoded]:
+    def _fit(self, sample: Sample, ids: NDArray, mask: NDArray, rendered: Rendered | None = None) -> list[Encoded]:
         limit = self.plan.max_length
         too_long = len(ids) > limit
         if too_long and self.plan.too_long == "drop":

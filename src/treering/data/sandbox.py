@@ -44,7 +44,15 @@ _CHEAP |= {"float", "true", "false", "callable", "odd", "even", "sameas", "filte
 _TRACING = {"attr", "batch", "capitalize", "count", "d", "default", "dictsort", "first", "groupby", "items", "join"}
 _TRACING |= {"last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse"}
 _TRACING |= {"safe", "select", "selectattr", "slice", "sort", "string", "sum", "tojson", "trim", "unique", "upper"}
-_OF_TEXT = {"capitalize", "lower", "replace", "safe", "string", "trim", "upper"}  # of those: what else they get is written
+_OF_TEXT = {
+    "capitalize",
+    "lower",
+    "replace",
+    "safe",
+    "string",
+    "trim",
+    "upper",
+}  # of those: what else they get is written
 
 
 _OWN = {"charge", "written", "loop_begins", "loop_at", "loop_ends"}
@@ -174,7 +182,7 @@ class Environment(ImmutableSandboxedEnvironment):
             extensions=[_Generation, loopcontrols],
             finalize=self._finalized,
         )
-        self.concat = concat  # macros, blocks and `set` blocks are joined by it
+        self.concat = concat  # type: ignore[method-assign]  # macros, blocks and `set` blocks are joined by it
         for name in _LEFT_OUT:
             del self.filters[name]
         del self.globals["lipsum"]

@@ -251,7 +251,7 @@ def plain_inside(value: Any) -> Any:
 def concat(pieces: Iterable[str]) -> str:
     """The pieces one after another, traced if one of them is."""
     pieces = list(pieces)
-    if not any([isinstance(piece, Traced) for piece in pieces]):
+    if all(type(piece) is str for piece in pieces):
         return "".join(pieces)
     parts: list[Part] = []
     for piece in pieces:
@@ -265,7 +265,8 @@ def concat(pieces: Iterable[str]) -> str:
 
 def _shown(text: str) -> str:
     """No characters, which stand for all of `text`: something else was written in its place."""
-    return Traced("", tuple(part._replace(length=0) for part in text._parts if part.source)) if text else text
+    parts = text._parts if isinstance(text, Traced) else ()
+    return Traced("", tuple(part._replace(length=0) for part in parts if part.source))
 
 
 def _append(parts: list[Part], part: Part) -> None:
@@ -330,9 +331,7 @@ def to_json(
 ) -> str:
     """As `json.dumps` writes it, traced. Brackets, commas and numbers belong to the first string beside them."""
     if not holds_traced(value):
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     if isinstance(indent, int):
         indent = " " * indent
     between, colon = separators or (", " if indent is None else ",", ": ")

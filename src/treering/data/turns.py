@@ -26,9 +26,9 @@ Render = Callable[[Sequence[dict[str, Any]], bool], RenderedText]  # (messages, 
 
 
 class Turn(NamedTuple):
-    """What the assistant writes in message `index`: the characters [start, end)."""
+    """What the assistant writes in message `message`: the characters [start, end)."""
 
-    index: int
+    message: int
     start: int
     end: int
     low: int  # where the text of the data before it ends, and
@@ -72,7 +72,7 @@ class Turns:
                 found.append(_Finder(self, rendered.text, rendered.visible, conversation, render, where, index).turn())
         for before, turn in itertools.pairwise(found):
             if turn.start < before.end:
-                raise _bad(where, turn.index, "the chat template writes the messages in another order")
+                raise _bad(where, turn.message, "the chat template writes the messages in another order")
         return found
 
     def around(self, key: Hashable, look: Callable[[], _Around]) -> _Around:
@@ -226,8 +226,10 @@ class _Finder:
             raise self._bad("the chat template leaves out what this turn ends with")
         last = ends[len(same) - 1]
         seen = [run.last.source for run in runs[: last + 1]]
-        while last + 1 < len(runs) and runs[last + 1].last.source not in seen and runs[last + 1].after == (
-            runs[last].after + 1
+        while (
+            last + 1 < len(runs)
+            and runs[last + 1].last.source not in seen
+            and runs[last + 1].after == (runs[last].after + 1)
         ):  # written only where the turn is not the last one, as the number of a call
             last += 1
         return last

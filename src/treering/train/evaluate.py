@@ -70,8 +70,8 @@ def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, template: str | No
     if template is not None:
         named = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         turns = [{"role": "user", "content": prompt}]
-        text = Template(source=template, variables=named).render(turns, None, "train.evaluate.prompts", prompt=True).text
-        made: Any = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        rendered = Template(source=template, variables=named).render(turns, None, "train.evaluate.prompts", prompt=True)
+        made: Any = tokenizer(rendered.text, add_special_tokens=False, return_tensors="pt")
     else:
         made = tokenizer(prompt, return_tensors="pt")
     return made["input_ids"].long()  # of an empty prompt transformers makes floats
