@@ -10,7 +10,7 @@ from treering.data.conversation import TOOLS, Conversation, Piece, Span, forms, 
 from treering.data.formats import Sample
 from treering.data.messages import THOUGHTS
 from treering.data.records import SampleError, bad
-from treering.data.template import RenderedText, Template
+from treering.data.template import REFUSED, RenderedText, Template
 from treering.data.traced import Source
 from treering.data.turns import Turn, Turns
 
@@ -43,14 +43,18 @@ class Chat:
     def render(self, sample: Sample) -> Rendered:
         assert sample.messages is not None
         self._check_thoughts(sample.messages, sample.where)
-        refused: SampleError | None = None
+        errors: list[SampleError] = []
         for messages in forms(sample.messages):
             try:
                 return self._render(trace(messages, sample.tools), sample.where)
             except SampleError as error:
-                refused = refused or error
-        assert refused is not None
-        raise refused
+                errors.append(error)
+        # What a form leaves out says more than what the template's code stumbles over in another form.
+        error = next((error for error in errors if error.kind != REFUSED), errors[0])
+        if len(errors) > 1 and error.kind == REFUSED:
+            tried = "tool calls were tried with arguments as an object and as JSON, without content and with an empty one"
+            raise SampleError(f"{error}; {tried}", kind=error.kind)
+        raise error
 
     def _check_thoughts(self, messages: Sequence[dict[str, Any]], where: str) -> None:
         """A template may drop the thoughts of earlier turns; one that knows no thoughts would lose all of them."""

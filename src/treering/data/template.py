@@ -16,6 +16,7 @@ from treering.data.traced import MixedTextsError
 from treering.errors import DataError
 
 Span = tuple[int, int]
+REFUSED = "refused by the template"  # a kind of SampleError
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -79,7 +80,7 @@ class Template:
             raise bad(where, "template", message, at="messages") from None
         except Exception as error:  # a template is a program: what it may raise has no common base
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise bad(where, "template", f"the chat template refused it: {reason}", at="messages") from error
+            raise bad(where, REFUSED, f"the chat template refused it: {reason}", at="messages") from error
         return RenderedText(written)
 
     @cached_property
