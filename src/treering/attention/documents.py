@@ -11,7 +11,9 @@ from torch import Tensor
 from treering.errors import DataError
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+# Not frozen, though never changed: torch.compile 2.11 guards the fields of a frozen dataclass that reaches a graph, and
+# would compile a block again for each new number of documents.
+@dataclass(kw_only=True, eq=False)
 class Documents:
     """The lengths of the documents of one packed row, in order, on the host and on the device.
 
