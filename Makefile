@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all test-oldest test-newest lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/treering demo
@@ -14,6 +14,11 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+# The default tests with the oldest versions that pyproject.toml allows, and with the newest that were tried: some
+# gigabytes each, because pip may take the CUDA build of torch. CPU builds fit as well, from an index that has them.
+test-oldest test-newest: test-%: .venv-%/.installed
+	.venv-$*/bin/python -m pytest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -33,5 +38,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
 	@touch $@
 
+.venv-%/.installed: pyproject.toml constraints-%.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e '.[test]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest runs .pytest_cache .ruff_cache .mypy_cache
