@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-templates lint bench clean
+.PHONY: demo test test-all test-oldest test-newest test-templates test-gpu bench-gpu lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/treering demo
@@ -17,6 +17,11 @@ test-all: $(STAMP)
 
 test-templates: $(STAMP)
 	$(BIN)/python -m tests.templates.fuzz
+
+# The default tests with the oldest versions that pyproject.toml allows, and with the newest that were tried: some
+# gigabytes each, because pip may take the CUDA build of torch. CPU builds fit as well, from an index that has them.
+test-oldest test-newest: test-%: .venv-%/.installed
+	.venv-$*/bin/python -m pytest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -36,13 +41,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
 	@touch $@
 
+.venv-%/.installed: pyproject.toml constraints-%.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e '.[test]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest runs .pytest_cache .ruff_cache .mypy_cache
 
 # On a machine with a card nothing is installed: the torch and transformers that are there are used.
 CARD_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-
-.PHONY: test-gpu bench-gpu
 
 test-gpu:
 	PYTHONPATH=src $(CARD_PYTHON) -m pytest -m gpu tests/gpu

@@ -328,12 +328,12 @@ class _Converted:
 
 def export_groups(model: "PreTrainedModel", names: Iterable[str]) -> list[tuple[str, ...]]:
     """`names` in groups that have to be translated to the file's layout together."""
-    from transformers.core_model_loading import WeightConverter, apply_converters
+    from transformers.core_model_loading import WeightConverter, rename_source_key
 
     converters = [c for c in _reverse(model) if isinstance(c, WeightConverter)]
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(apply_converters(name, converters)[0], []).append(name)
+        groups.setdefault(rename_source_key(name, [], converters)[0], []).append(name)
     return [tuple(group) for group in groups.values()]
 
 

@@ -92,6 +92,8 @@ def test_a_wrong_override_is_explained(overrides, message):
     [("mamba", "MambaMixer"), ("qwen3_next", "Qwen3NextGatedDeltaNet"), ("lfm3", "Lfm3ShortConv")],
 )
 def test_blocks_that_mix_tokens_otherwise_are_recorded(model_type, mixer):
+    if model_type not in hf.CONFIG_MAPPING:
+        pytest.skip(f"transformers {hf.__version__} has no {model_type}")
     others = [block for block in examine(tiny(model_type)).blocks if block.mixer == "other"]
     assert others and {block.mixer_class for block in others} == {mixer}
 

@@ -1,10 +1,14 @@
 """The rank of this process, from the environment that torchrun or srun leave."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from treering.cli import elastic
 from treering.cli.launch import Ranks, export, first_host, forgotten_srun, ranks_from
+from treering.cli.train import _start_ranks
 from treering.errors import ConfigError
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -105,3 +109,11 @@ def test_ranks_are_said_the_way_torch_reads_them():
     export(ranks, environ)
     again = ranks_from(environ)
     assert (again.rank, again.world, again.local_rank, again.address) == (9, 16, 1, "node01")
+
+
+@pytest.mark.parametrize(("seconds", "notice"), [(elastic.SAVING, False), (elastic.SAVING_2_11, True)])
+def test_a_torch_that_cannot_wait_for_a_checkpoint_is_reported(monkeypatch, capsys, tmp_path, seconds, notice):
+    monkeypatch.setattr(elastic, "saving_time", lambda: seconds)
+    monkeypatch.setattr(elastic, "start", lambda nproc, arguments, logs: None)
+    _start_ranks(SimpleNamespace(output=str(tmp_path)), 2, [])
+    assert ("kills ranks that need more than 30 s" in capsys.readouterr().out) == notice

@@ -195,13 +195,15 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("turns", CONVERSATIONS)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_renderings_are_those_of_transformers(name, turns, prompt):
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from transformers.utils import chat_template_utils
 
+    if turns == "thoughts" and not hasattr(chat_template_utils, "_alias_reasoning_fields"):
+        pytest.skip("this transformers does not pass `reasoning` on under the names that templates read")
     variables = {"bos_token": "<bos>", "eos_token": "<eos>"}
     template = Template(source=TEMPLATES[name], variables=variables)
     given = CONVERSATIONS[turns], [{"type": "function", "function": {"name": "f"}}]
     try:
-        texts, spans = render_jinja_template(
+        texts, spans = chat_template_utils.render_jinja_template(
             [given[0]],
             tools=given[1],
             chat_template=template.source,

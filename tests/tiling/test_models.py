@@ -10,13 +10,14 @@ from tests.zoo import ARCHITECTURES, build
 from treering.anatomy import examine
 from treering.technique import Site
 from treering.tiling import TiledBlock, TiledLoss, TiledMLP
+from treering.tiling.groups import KNOWS_ELSEWHERE
 
 KINDS = {
     "mlp": [TiledMLP(tile=4)],
     "groups": [TiledMLP(tile=4, experts="groups")],
     "block and loss": [TiledBlock(tile=4), TiledLoss(tile=3)],
 }
-EXPERTS = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss")
+GROUPED = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss") if KNOWS_ELSEWHERE else ()
 
 
 def gradients(name, techniques, adapting=None, batches=None, **how):
@@ -50,7 +51,7 @@ def test_every_architecture_trains_as_without_tiles(name):
     how = {"experts": "batched_mm"} if name == "gpt_oss" else {}
     wanted = gradients(name, [], **how)
     for kind, techniques in KINDS.items():
-        if kind == "groups" and name not in EXPERTS:
+        if kind == "groups" and name not in GROUPED:
             continue
         # gemma's norms make float32 of their weights, whatever the model's dtype is
         assert_all_same(gradients(name, techniques, **how), wanted, 1e-6 if "gemma" in name else 1e-12)
@@ -80,6 +81,8 @@ def test_compiled_blocks(tiles):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_names_stay_and_undo_gives_the_very_model_back(kind, name):
+    if kind == "groups" and name == "qwen3_moe" and not KNOWS_ELSEWHERE:
+        pytest.skip("this transformers has no number for experts elsewhere: refused")
     model = build(name)
     ids = rows(1)[0]["input_ids"]
     before, state = model(ids, use_cache=False).logits, {k: v.clone() for k, v in model.state_dict().items()}

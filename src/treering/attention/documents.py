@@ -1,7 +1,7 @@
 """Where one document ends and the next begins, in one row of packed tokens."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass
 from itertools import accumulate
 from typing import Self
 
@@ -11,7 +11,9 @@ from torch import Tensor
 from treering.errors import DataError
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+# Frozen by `__setattr__`: torch.compile 2.11 guards the fields of a frozen dataclass that reaches a graph, and would
+# compile a block again for each new number of documents.
+@dataclass(kw_only=True, eq=False)
 class Documents:
     """The lengths of the documents of one packed row, in order, on the host and on the device.
 
@@ -22,6 +24,11 @@ class Documents:
     lengths: tuple[int, ...]
     cu_seqlens: Tensor  # int32 [D + 1]: 0, then where each document ends
     longest: int
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in vars(self):
+            raise FrozenInstanceError(f"cannot assign to field {name!r}")
+        super().__setattr__(name, value)
 
     @classmethod
     def of(cls, lengths: Iterable[int], device: torch.device | str = "cpu") -> Self:

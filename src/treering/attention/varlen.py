@@ -3,6 +3,7 @@
 Shapes: T tokens, H query heads, K key heads, D width (of query, key and value alike).
 """
 
+import inspect
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 
 from treering.attention.documents import Documents
+
+# torch 2.11 shares key heads among query heads without being asked; later versions refuse to unless they are asked.
+_ASKED_TO_SHARE = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def varlen(
@@ -30,9 +34,14 @@ def varlen(
     ends, longest = documents.cu_seqlens, documents.longest
     out_THD = varlen_attn(
         query_THD, key_TKD, value_TKD, ends, ends, longest, longest,
-        scale=scaling, window_size=sides, enable_gqa=query_THD.shape[1] != key_TKD.shape[1],
+        scale=scaling, window_size=sides, **_shared_heads(query_THD, key_TKD),
     )  # fmt: skip
     return cast(Tensor, out_THD)  # a pair only if the log-sum-exp is asked for
+
+
+def _shared_heads(query_THD: Tensor, key_TKD: Tensor) -> dict[str, Any]:
+    """Return the keyword by which torch is told that several query heads share a key head, if it knows the keyword."""
+    return {"enable_gqa": query_THD.shape[1] != key_TKD.shape[1]} if _ASKED_TO_SHARE else {}
 
 
 class _WithSinks(torch.autograd.Function):
@@ -74,10 +83,11 @@ def _flash(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float, sides: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp H × T and random state. The public varlen_attn has no backward to be called by itself."""
-    ends, longest, gqa = documents.cu_seqlens, documents.longest, query.shape[1] != key.shape[1]
+    ends, longest = documents.cu_seqlens, documents.longest
     return torch.ops.torch_attn._varlen_attn(
-        query, key, value, ends, ends, longest, longest, sides == (-1, 0), scaling, list(sides), gqa
-    )
+        query, key, value, ends, ends, longest, longest, sides == (-1, 0), scaling, list(sides),
+        **_shared_heads(query, key),
+    )  # fmt: skip
 
 
 def _flash_backward(

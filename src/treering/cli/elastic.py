@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +14,7 @@ from treering.cli.text import plain_lines
 from treering.errors import CheckpointError, TreeringError
 
 SAVING = 3600  # seconds that ranks have for their checkpoint after a signal; a second signal ends them at once
+SAVING_2_11 = 30  # the same where torch cannot be asked for more: version 2.11
 TAIL = 4000  # characters of a failed rank's log that are shown
 
 
@@ -22,6 +24,13 @@ class RanksFailed(TreeringError):
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def saving_time() -> int:
+    """Return the seconds after a signal at whose end torch's agent kills ranks that still write their checkpoint."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return SAVING if any(field.name == "shutdown_timeout" for field in fields(LaunchConfig)) else SAVING_2_11
 
 
 def start(nproc: int, arguments: list[str], logs: Path) -> None:
@@ -40,6 +49,7 @@ def start(nproc: int, arguments: list[str], logs: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{error.filename or logs} cannot be written: {error.strerror}; see `output`") from None
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report repeats ours, at length
+    patience: dict[str, Any] = {"shutdown_timeout": SAVING} if saving_time() == SAVING else {}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -50,8 +60,8 @@ def start(nproc: int, arguments: list[str], logs: Path) -> None:
         local_addr="localhost",  # the machine's own name may not resolve, or resolve to another machine
         max_restarts=0,
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-        shutdown_timeout=SAVING,
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=dict.fromkeys(range(1, nproc), Std.ALL)),
+        **patience,
     )
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "treering", *arguments)

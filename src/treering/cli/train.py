@@ -95,7 +95,10 @@ def _refuse_second_launcher(nproc: int | None, ranks: Ranks) -> None:
 
 
 def _start_ranks(config: "RunConfig", nproc: int, arguments: list[str]) -> None:
-    from treering.cli.elastic import start
+    from treering.cli.console import say
+    from treering.cli.elastic import SAVING, saving_time, start
 
+    if (seconds := saving_time()) < SAVING:
+        say(f"torch 2.11 kills ranks that need more than {seconds} s for their checkpoint after a signal; 2.12 waits")
     # The ranks find RANK in their environment, so that they join instead of starting more.
     start(nproc, arguments, Path(config.output) / "logs")

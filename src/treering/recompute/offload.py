@@ -10,7 +10,6 @@ drops its graph, and with it each `Kept`, which gives its host memory back. Noth
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +132,11 @@ class Offload:
 
     def around(self, index: int) -> saved_tensors_hooks:
         """Where torch's checkpoint of block `index` saves its input. Inside, its own hooks are in force, not these."""
-        return saved_tensors_hooks(partial(self._pack, index), _unpack)
+        return saved_tensors_hooks(partial(self._pack_if_filled, index), _unpack)
+
+    def _pack_if_filled(self, index: int, tensor: Tensor) -> Kept | Tensor:
+        """`_pack`, unless nothing is in `tensor`: torch 2.11 saves an empty tensor of its own next to the input."""
+        return self._pack(index, tensor) if tensor.numel() else tensor
 
     def _pack(self, index: int, tensor: Tensor) -> Kept:
         if isinstance(tensor, DTensor):
@@ -149,7 +152,7 @@ class Offload:
         self._newest = weakref.ref(kept)
         if before is not None:
             before.release()
-        if index < self.leaving and tensor.numel() and self._fits(tensor):
+        if index < self.leaving and self._fits(tensor):
             self.sent += 1
             kept.send(self)
         return kept
@@ -167,7 +170,9 @@ class Offload:
             self._pool.clear()
 
 
-def _unpack(kept: Any) -> Tensor:
+def _unpack(kept: Kept | Tensor) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
     tensor = kept.take()
     before = kept.before()
     if before is not None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from treering.errors import PlanError
@@ -20,6 +21,10 @@ from treering.tiling.region import Region, put, slots
 
 if TYPE_CHECKING:
     from treering.anatomy import Experts
+
+
+# Before 5.18 only some forms of the experts skipped what is elsewhere, and grouped_mm left its rows uninitialized.
+KNOWS_ELSEWHERE = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 18)
 
 
 def check(module: Any, experts: "Experts", setting: str) -> None:
@@ -32,6 +37,9 @@ def check(module: Any, experts: "Experts", setting: str) -> None:
     if not own and eager and "num_classes=self.num_experts)" in source:
         what = "its eager form has no number for experts that are elsewhere (experts_implementation grouped_mm has)"
         known = False
+    if not own and not KNOWS_ELSEWHERE:
+        version = transformers.__version__
+        what = f"transformers {version} has no number for experts that are elsewhere (5.18 and newer have)"
     if own or not known:
         raise PlanError(
             f"{setting}: the experts {experts.fqn} cannot be run in groups: {what}. Set {setting}.experts to tokens",

@@ -95,6 +95,8 @@ def _syntax(error: yaml.MarkedYAMLError, text: str) -> Refused:
     if "\t" in here:
         return Refused(line, "there is a tab in this line", "YAML wants spaces")
     problem = short(" ".join(filter(None, [error.context, error.problem])), 200)
+    if "maximum nesting depth" in problem:  # libyaml has a limit of its own from PyYAML 6.0.4 on
+        return Refused(line, "it is nested too deeply", "a configuration has a few levels")
     remedy = (
         'put text with special characters (: # * & ! % @ `) into quotes: "…"' if re.search(r"[:#*&!%@`]", here) else ""
     )
