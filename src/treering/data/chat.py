@@ -47,12 +47,12 @@ class Chat:
         for messages in forms(sample.messages):
             try:
                 return self._render(trace(messages, sample.tools), sample.where)
-            except SampleError as error:
-                errors.append(error)
+            except SampleError as refused:
+                errors.append(refused)
         # What a form leaves out says more than what the template's code stumbles over in another form.
         error = next((error for error in errors if error.kind != REFUSED), errors[0])
         if len(errors) > 1 and error.kind == REFUSED:
-            tried = "tool calls were tried with arguments as an object and as JSON, without content and with an empty one"
+            tried = "tool calls were tried with arguments as an object and as JSON, and with and without content"
             raise SampleError(f"{error}; {tried}", kind=error.kind)
         raise error
 

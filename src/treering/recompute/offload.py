@@ -10,6 +10,7 @@ drops its graph, and with it each `Kept`, which gives its host memory back. Noth
 import weakref
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
