@@ -32,14 +32,14 @@ class Oracle:
         """`strict`: every turn has to end with a control token, unless it is reported that one does not."""
         self.tokenizer, self.strict = tokenizer, strict
         self.encoder = Encoder(recipe(tokenizer, Data(train="t.jsonl", max_length=1_000_000), "messages"))
-        added = tokenizer.added_tokens_decoder.items()
+        added_tokens = tokenizer.added_tokens_decoder  # made anew at each look
+        added = added_tokens.items()
         template = tokenizer.chat_template
         self.special = {i for i, token in added if token.special}
         self.control = self.special | {i for i, token in added if not token.special and token.content in template}
         self.control -= {i for i, token in added if token.content.isspace()}
-        self.strings = tuple(
-            sorted(tokenizer.added_tokens_decoder[i].content for i in self.special if i in self.control)[:40]
-        )
+        self.harmful = tuple(added_tokens[i].content for i in self.control)
+        self.strings = tuple(sorted(added_tokens[i].content for i in self.special if i in self.control)[:40])
 
     def check(self, seed: int) -> str:
         """`ok`, or why the conversation of this seed is refused. Raises Difference."""
@@ -89,7 +89,7 @@ class Oracle:
         """Whether transformers renders this conversation too, so that there is something to compare with."""
         ids = document.ids.tolist()
         dump = json.dumps([messages, tools], ensure_ascii=False)
-        if not any(text in dump.replace('\\"', '"') for text in self._harmful_strings()):
+        if not any(text in dump.replace('\\"', '"') for text in self.harmful):
             texts = self._rendered(messages, tools)
             if ids not in [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts]:
                 if texts:
@@ -97,7 +97,7 @@ class Oracle:
             return bool(texts)
         # The same conversation with every control string spelled in another way has the control tokens that count.
         harmless = json.loads(json.dumps([messages, tools]), object_hook=None)
-        twin = _spelled(harmless, self._harmful_strings())
+        twin = _spelled(harmless, self.harmful)
         wanted = [
             [i for i in self.tokenizer(text, add_special_tokens=False).input_ids if i in self.special]
             for text in self._rendered(*twin)
@@ -105,9 +105,6 @@ class Oracle:
         if wanted and [i for i in ids if i in self.special] not in wanted:
             raise Difference("the control tokens are not the template's")
         return bool(wanted)
-
-    def _harmful_strings(self) -> tuple[str, ...]:
-        return tuple(self.tokenizer.added_tokens_decoder[i].content for i in self.control)
 
     def _check_mask(self, document: Encoded, maker: Maker, messages: Sequence[dict[str, Any]]) -> None:
         pairs = list(zip(document.ids.tolist(), document.mask.tolist(), strict=True))
