@@ -73,9 +73,9 @@ def ranks(rank: int, store: str, root: Path, mebibytes: int, runs: int, results:
 def one_round(root: Path, tensors: dict[str, Tensor], number: int) -> dict[str, float]:
     from torch.distributed import checkpoint as dcp
 
-    from treering.plan.place import local_rows, put_rows
-    from treering.train import checkpoint
-    from treering.train.saver import Saver
+    from treering.core.sharded import local_rows, put_rows
+    from treering.train.checkpoints import files as checkpoint
+    from treering.train.checkpoints.saver import Saver
 
     ours, theirs, their_hf, beside = (root / name for name in ("ours", "dcp", "hf", "beside"))
     places = dict(zip(("save", "dcp save", "hf save", "asynchronous"), (ours, theirs, their_hf, beside)))

@@ -22,8 +22,8 @@ from benchmarks.peers import tiling as peer
 from benchmarks.rows import Row, row
 from treering.anatomy import examine
 from treering.technique import Site
-from treering.tiling import TiledBlock, TiledMLP
-from treering.tiling.region import Region
+from treering.techniques.tiling import TiledBlock, TiledMLP
+from treering.techniques.tiling.region import Region
 
 PACKAGES = ("torch", "transformers")
 TOKENS, HIDDEN, INNER = 131072, 4096, 14336

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.rows import Row, row, write
 from treering.data.config import Data
-from treering.full import Full
+from treering.techniques.full import Full
 from treering.train import Job
 from treering.train.callbacks import Callback
 from treering.train.config import Checkpoint, Model, Optimizer, Train

@@ -19,7 +19,7 @@ import treering as tr
 from benchmarks.rows import Row, row, write
 from tests.plan.memory_toys import CPU, llama_8b, really, subject
 from tests.plan.test_memory import CASES, LENGTH
-from treering.plan.memory import forecast
+from treering.memory import forecast
 
 COMMAND = "python -m benchmarks.memory"
 PACKAGES = ("treering", "torch", "transformers")

@@ -17,7 +17,7 @@ from torch import nn
 
 import treering as tr
 from benchmarks.rows import Row, row, write
-from treering.recompute import Recompute
+from treering.techniques.recompute import Recompute
 
 COMMAND = "python -m benchmarks.recompute_rows"
 PACKAGES = ("treering", "torch", "transformers")

@@ -112,8 +112,8 @@ def of_a_step(
     """
     from transformers import AutoModelForCausalLM
 
+    from treering.core.topology import mesh
     from treering.plan import draft
-    from treering.topology import mesh
 
     recorder = Recorder()
     with pretended(ranks, rank):

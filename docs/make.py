@@ -12,8 +12,8 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from treering.cli.door.plain import plain_values
-from treering.cli.door.shape import Key, arms, describe, keys, section, shorthand
+from treering.cli.parsing.plain import plain_values
+from treering.cli.parsing.shape import Key, arms, describe, keys, section, shorthand
 from treering.cli.schema import RunConfig
 
 PAGE = Path(__file__).with_name("config.md")
@@ -181,12 +181,13 @@ def _docstring(cls: type) -> tuple[str, dict[str, str]]:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """Field → the comment behind it."""
+    """Field → the comment behind it, in this class or one that it inherits the field from."""
     found = {}
-    lines = inspect.getsource(cls).splitlines()
-    for token in tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline):
-        if token.type == tokenize.COMMENT and (field := re.match(r"    (\w+): ", lines[token.start[0] - 1])):
-            found[field[1]] = token.string.removeprefix("#").strip()
+    for part in filter(is_dataclass, reversed(cls.__mro__)):
+        lines = inspect.getsource(part).splitlines()
+        for token in tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline):
+            if token.type == tokenize.COMMENT and (field := re.match(r"    (\w+): ", lines[token.start[0] - 1])):
+                found[field[1]] = token.string.removeprefix("#").strip()
     return {name: text for name, text in found.items() if name in keys(cls)}
 
 

@@ -20,8 +20,8 @@ from tests.ranks import on_ranks
 from tests.same import assert_all_same
 from tests.toy import packed, rows, weights
 from tests.zoo import build
-from treering.plan.place import gather
-from treering.topology import data_rank
+from treering.core.sharded import gather
+from treering.core.topology import data_rank
 
 RATE = 0.3
 TARGETS = ("q_proj", "down_proj")
@@ -150,7 +150,7 @@ def stepped(kind, own, name, gradient):
 
 def held_step(W, G):
     """Form update: c · P (P G P) P."""
-    from treering.osft import reference_dense as plain
+    from treering.techniques.osft import reference_dense as plain
 
     out, into = plain.held_by_weights(W, min(W.shape) - int(0.4 * min(W.shape)))
     return plain.stretch(out, into) * out @ (out @ G @ into) @ into

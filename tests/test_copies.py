@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import treering as tr
-from tests.osft.measured import moments
 from tests.ranks import on_ranks
 from tests.same import assert_all_same, assert_same
+from tests.techniques.osft.measured import moments
 from tests.toy import packed, rows
 from tests.zoo import build
 from treering.anatomy import examine
+from treering.core.seeds import generator
 from treering.curvature.observe import observe
-from treering.seeds import generator
 
 TARGETS = ("q_proj", "down_proj")
 LORA = tr.LoRA(targets=TARGETS, rank=4, dtype="float64")

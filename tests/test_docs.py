@@ -10,7 +10,7 @@ import pytest
 import treering as tr
 from tests.ranks import on_ranks
 from tests.toy_run import chats, folder
-from treering.cli.door import read_text, validate
+from treering.cli.parsing import read_text, validate
 from treering.cli.schema import RunConfig
 
 ROOT = Path(__file__).parent.parent

@@ -3,7 +3,7 @@
 import torch
 
 from tests.zoo import save
-from treering.folders import fingerprint
+from treering.store.model_folder import fingerprint
 
 
 def test_other_weights_of_the_same_shapes_have_another_fingerprint(tmp_path):

@@ -38,7 +38,7 @@ def test_the_library_composes_and_trains_without_the_packages_of_the_command_lin
 
 
 def test_a_hidden_package_cannot_be_imported():
-    code = "from tests.library_alone import hide\nhide({'xxhash'})\nimport treering.folders"
+    code = "from tests.library_alone import hide\nhide({'xxhash'})\nimport treering.store.model_folder"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "ModuleNotFoundError: No module named 'xxhash'" in done.stderr

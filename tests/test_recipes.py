@@ -10,10 +10,10 @@ import pytest
 from tests.ranks import on_ranks
 from tests.toy_run import chats, folder
 from treering.cli import entry
-from treering.cli.door import read_file, validate
+from treering.cli.parsing import read_file, validate
 from treering.cli.recipes import recipes
 from treering.cli.schema import RunConfig
-from treering.train.checkpoint import read
+from treering.train.checkpoints.files import read
 
 NAMES = [name for name in recipes() if name.endswith(".yaml")]
 RANKS = {

@@ -8,7 +8,7 @@ import treering as tr
 from tests.ranks import on_ranks
 from tests.same import assert_all_same
 from tests.toy_run import job
-from treering.train.checkpoint import read
+from treering.train.checkpoints.files import read
 
 
 def trained(root, output):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.ranks import on_ranks
-from treering.seeds import derive, generator
+from treering.core.seeds import derive, generator
 
 
 def test_a_derived_seed_never_changes_between_versions():
@@ -29,7 +29,7 @@ def test_anything_different_in_seed_or_names_is_another_seed(other):
 
 
 def test_it_is_the_same_in_a_process_with_another_hash_seed():
-    code = "from treering.seeds import derive; print(derive(7, 'x', 3))"
+    code = "from treering.core.seeds import derive; print(derive(7, 'x', 3))"
     environment = {"PYTHONHASHSEED": "99", "PYTHONPATH": "src"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert int(found.stdout) == derive(7, "x", 3)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import treering as tr
 from tests.ranks import on_ranks
-from treering.topology import AXES, axis_size, data_rank, parameter_mesh, sizes
+from treering.core.topology import AXES, axis_size, data_rank, parameter_mesh, sizes
 
 
 @pytest.mark.parametrize(

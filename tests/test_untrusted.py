@@ -11,9 +11,10 @@ import pytest
 
 from tests import toy_run
 from tests.ranks import PATIENCE
-from treering.errors import CheckpointError, TreeringError
-from treering.plan import compose, opening
-from treering.trust import check_folder, notes_on, open_tokenizer
+from treering.core.errors import CheckpointError, TreeringError
+from treering.plan import compose
+from treering.plan import open_model as opening
+from treering.store.untrusted import check_folder, notes_on, open_tokenizer
 
 
 @pytest.fixture

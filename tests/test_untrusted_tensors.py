@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from tests import toy_run
 from tests.test_untrusted import refused
-from treering.errors import CheckpointError
-from treering.folders import INDEX, tensor_files
-from treering.trust import read_header, read_json
+from treering.core.errors import CheckpointError
+from treering.store.model_folder import INDEX, tensor_files
+from treering.store.untrusted import read_header, read_json
 
 NAMES = ["../x.safetensors", "/x.safetensors", "C:x", "a\\b", "a/b", "..", "", "x\0", "y" * 300]
 

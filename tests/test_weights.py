@@ -12,8 +12,8 @@ import treering as tr
 from tests.ranks import on_ranks
 from tests.same import assert_same
 from tests.zoo import ARCHITECTURES, build, save
-from treering.folders import INDEX
-from treering.seeds import generator
+from treering.core.seeds import generator
+from treering.store.model_folder import INDEX
 
 IDS = torch.randint(3, 128, (2, 14), generator=generator(0, "ids"))
 # Their reference is eager attention, which caps scores, or appends the sinks to them, in another order of operations.

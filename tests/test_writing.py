@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import treering as tr
-from treering.folders import INDEX, tensor_files
-from treering.writing import Writer
+from treering.store.model_folder import INDEX, tensor_files
+from treering.store.tensor_writer import Writer
 
 
 def stored(folder):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from treering.attention import Documents
+from treering.core.seeds import generator
 from treering.plan import Run
-from treering.seeds import generator
 
 VOCABULARY = 128
 
@@ -51,7 +51,7 @@ def train(run: Run, steps: list[list[dict[str, Any]]], kind: Any = torch.optim.S
 
 def gradients(run: Run, batches: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Whole gradients of one step by live name."""
-    from treering.plan.place import gather
+    from treering.core.sharded import gather
 
     for ready in run.steps([batches]):
         for batch in ready:

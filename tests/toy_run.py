@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import treering as tr
+from treering.core.seeds import derive
 from treering.data.config import Data
-from treering.seeds import derive
 from treering.train import Job
 from treering.train.config import Checkpoint, Evaluate, Model, Optimizer, Train
 

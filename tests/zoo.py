@@ -13,7 +13,7 @@ import transformers as hf
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from treering.seeds import generator
+from treering.core.seeds import generator
 
 VOCABULARY = 128
 WINDOW = 8  # of every architecture with sliding attention: shorter than the sequences tests use

@@ -20,10 +20,10 @@ BEATS = 4
 
 def rows(context: Context) -> Iterator[Figure]:
     import treering as tr
-    from treering.topology import STARTUP
-    from treering.train.pulse import BEAT, Board
-    from treering.train.signals import Signals
-    from treering.train.watchdog import Watchdog
+    from treering.core.topology import STARTUP
+    from treering.train.ranks.heartbeat import BEAT, Board
+    from treering.train.ranks.signals import Signals
+    from treering.train.ranks.watchdog import Watchdog
 
     class OfOneRank(Watchdog):
         """Does what it would do among several ranks."""

@@ -38,7 +38,7 @@ class Side:
 
 
 def _sides(context: Context, vocabulary: int) -> dict[str, Side]:
-    from treering.tiling.losses import Head, Tiled
+    from treering.techniques.tiling.losses import Head, Tiled
 
     sizes, device = context.sizes, context.device.torch_device
     draw = torch.Generator(device).manual_seed(0)

@@ -35,7 +35,7 @@ def build(context: Context, config: Any, techniques: Sequence[Any], *, dtype: to
 @torch.no_grad()
 def _randomise(plan: Any) -> None:
     """Values of the size that trained ones have: products of zeros or of identities run faster than real ones."""
-    from treering.plan.place import local
+    from treering.core.sharded import local
 
     own = {name for applied in plan.applied for part in applied.parts.values() for name in part.names}
     draws: dict[torch.device, torch.Generator] = {}

@@ -35,8 +35,8 @@ def predicted(sizes: Sizes) -> dict[str, float]:
     import torch
 
     from benchmarks.gpu.models import adamw
-    from treering.plan.memory import Subject, forecast, pretend
-    from treering.topology import mesh
+    from treering.core.topology import mesh
+    from treering.memory import Subject, forecast, pretend
 
     found = {}
     for name, (techniques, dtype, times) in configurations().items():

@@ -82,7 +82,7 @@ def osft(context: Context) -> Iterator[Figure]:
 
 
 def _kept(run: Any) -> float:
-    from treering.plan.place import local
+    from treering.core.sharded import local
 
     own = {name for applied in run.plan.applied for part in applied.parts.values() for name in part.names}
     buffers = [local(buffer) for name, buffer in run.model.named_buffers() if name in own]

@@ -116,9 +116,9 @@ class Ours:
 
 
 def projecting(module: nn.Module) -> float:
-    from treering.osft import passes
-    from treering.osft.addend import Addend, held
-    from treering.osft.factors import FactoredLinear
+    from treering.techniques.osft import passes
+    from treering.techniques.osft.addend import Addend, held
+    from treering.techniques.osft.factors import FactoredLinear
 
     began = clock()
     if isinstance(module, FactoredLinear) and module.projected and module.high is not None:
@@ -138,7 +138,7 @@ class Falling(Mapping[str, Mapping[str, Tensor]]):
 
     def __init__(self, model: Any, technique: Any):
         from treering.anatomy import examine
-        from treering.osft.targets import targets
+        from treering.techniques.osft.targets import targets
 
         self.inputs = {target.weight: target.inputs for target in targets(technique, examine(model))}
 

@@ -19,8 +19,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from benchmarks.peers import environment
-from treering.tiling.losses import Head, Tiled
-from treering.tiling.region import Region
+from treering.techniques.tiling.losses import Head, Tiled
+from treering.techniques.tiling.region import Region
 
 PACKAGES = (
     "deepspeed==0.18.2",

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import treering as tr
 from benchmarks.quality.learners import Batch, Learner, Method, decayed
+from treering.core.seeds import generator
 from treering.plan.loss import cross_entropy
-from treering.seeds import generator
 
 
 @dataclass(frozen=True, kw_only=True)

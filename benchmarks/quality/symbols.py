@@ -13,8 +13,8 @@ from torch import Tensor
 
 from benchmarks.quality.learners import Batch, Method
 from benchmarks.quality.model import Small, batch, drawn, exact, learn, pretrained
+from treering.core.seeds import generator
 from treering.curvature import Statistics
-from treering.seeds import generator
 
 SYMBOLS, COPY, FACT, IS = 45, 45, 46, 47
 Rows = tuple[Tensor, Tensor]  # ids, labels

@@ -7,9 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from treering import curvature
-    from treering.compile import Compile
-    from treering.curvature import measure
-    from treering.errors import (
+    from treering.core.errors import (
         CheckpointError,
         ConfigError,
         DataError,
@@ -19,38 +17,40 @@ if TYPE_CHECKING:
         RankLost,
         TreeringError,
     )
-    from treering.full import Full
-    from treering.lora import LoRA
-    from treering.osft import OSFT
+    from treering.core.topology import mesh
+    from treering.curvature import measure
     from treering.plan.compose import compose
     from treering.plan.run import Run
-    from treering.recompute import Recompute
-    from treering.shard import Shard
-    from treering.tiling import TiledBlock, TiledLoss, TiledMLP
-    from treering.topology import mesh
+    from treering.techniques.compile import Compile
+    from treering.techniques.full import Full
+    from treering.techniques.lora import LoRA
+    from treering.techniques.osft import OSFT
+    from treering.techniques.recompute import Recompute
+    from treering.techniques.shard import Shard
+    from treering.techniques.tiling import TiledBlock, TiledLoss, TiledMLP
 
 _WHERE = {
-    "Compile": "treering.compile",
-    "Full": "treering.full",
-    "LoRA": "treering.lora",
-    "OSFT": "treering.osft",
-    "Recompute": "treering.recompute",
-    "Shard": "treering.shard",
-    "TiledBlock": "treering.tiling",
-    "TiledLoss": "treering.tiling",
-    "TiledMLP": "treering.tiling",
+    "Compile": "treering.techniques.compile",
+    "Full": "treering.techniques.full",
+    "LoRA": "treering.techniques.lora",
+    "OSFT": "treering.techniques.osft",
+    "Recompute": "treering.techniques.recompute",
+    "Shard": "treering.techniques.shard",
+    "TiledBlock": "treering.techniques.tiling",
+    "TiledLoss": "treering.techniques.tiling",
+    "TiledMLP": "treering.techniques.tiling",
     "measure": "treering.curvature",
-    "mesh": "treering.topology",
+    "mesh": "treering.core.topology",
     "Run": "treering.plan",
     "compose": "treering.plan",
-    "TreeringError": "treering.errors",
-    "ConfigError": "treering.errors",
-    "PlanError": "treering.errors",
-    "RankLost": "treering.errors",
-    "DataError": "treering.errors",
-    "CheckpointError": "treering.errors",
-    "Interrupted": "treering.errors",
-    "NumericsError": "treering.errors",
+    "TreeringError": "treering.core.errors",
+    "ConfigError": "treering.core.errors",
+    "PlanError": "treering.core.errors",
+    "RankLost": "treering.core.errors",
+    "DataError": "treering.core.errors",
+    "CheckpointError": "treering.core.errors",
+    "Interrupted": "treering.core.errors",
+    "NumericsError": "treering.core.errors",
 }
 
 __all__ = [

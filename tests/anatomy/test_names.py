@@ -4,7 +4,7 @@ import pytest
 
 from tests.zoo import build
 from treering.anatomy import examine, matches, select, select_parameters
-from treering.errors import PlanError
+from treering.core.errors import PlanError
 
 
 @pytest.mark.parametrize(

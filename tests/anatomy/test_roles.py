@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.zoo import ARCHITECTURES, WINDOW, build
 from treering.anatomy import ROLES, Anatomy, examine
-from treering.errors import PlanError
+from treering.core.errors import PlanError
 
 MIXTURES = {"qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"}
 

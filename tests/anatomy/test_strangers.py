@@ -14,7 +14,7 @@ from tests.anatomy.shrink import Unbuildable, tiny
 from tests.same import assert_same
 from tests.zoo import ARCHITECTURES, build
 from treering.anatomy import Anatomy, examine
-from treering.errors import PlanError
+from treering.core.errors import PlanError
 
 IDS = torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(7))
 REFUSED = r"model: \{roles: |encoder-decoder|text-only|not causal|list of blocks|token embeddings"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from treering.attention import Documents
-from treering.errors import DataError
+from treering.core.errors import DataError
 
 
 def test_documents_know_their_borders_and_the_longest():

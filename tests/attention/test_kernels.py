@@ -10,7 +10,7 @@ from treering.attention import Documents, attend
 from treering.attention import chunks as chunks_module
 from treering.attention.chunks import chunked
 from treering.attention.reference import reference
-from treering.errors import DataError
+from treering.core.errors import DataError
 
 FEATURES = list(itertools.product((None, 8), (None, 0.7), (False, True)))
 

@@ -10,7 +10,7 @@ from treering.attention import Documents, install, packable
 from treering.attention.masks import Deferred, deferred_mask
 from treering.attention.packable import _receivers
 from treering.attention.rope import rope_conflict
-from treering.errors import DataError, PlanError
+from treering.core.errors import DataError, PlanError
 
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
 

@@ -12,9 +12,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.chaos import damage, kills, ranks, toy
 from tests.chaos.damage import Damage
-from treering.errors import CheckpointError
-from treering.seeds import generator
-from treering.train import checkpoint, train
+from treering.core.errors import CheckpointError
+from treering.core.seeds import generator
+from treering.train import train
+from treering.train.checkpoints import files as checkpoint
 
 # 1.3 MiB a rank: two blocks of digests, and twenty places to truncate at.
 SHAPES = {"matrix": (650, 1024), "vector": (3,), "number": (), "nothing": (0, 4)}

@@ -7,9 +7,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from treering.core.errors import DataError
 from treering.data.config import Data
 from treering.data.examples import build
-from treering.errors import DataError
 
 TEXTS = [
     "",

@@ -14,7 +14,7 @@ from random import Random
 
 from tests.chaos import ranks, toy
 from tests.chaos.toy import Fault, Kind
-from treering.train.checkpoint import newest
+from treering.train.checkpoints.files import newest
 
 MOST_STARTS = 12
 

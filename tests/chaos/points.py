@@ -16,8 +16,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.chaos import ranks, toy
 from tests.chaos.toy import Fault
-from treering.seeds import generator
-from treering.train import checkpoint, disk
+from treering.core.seeds import generator
+from treering.store import disk
+from treering.train.checkpoints import files as checkpoint
 
 SHAPES = {"matrix": (7, 3), "vector": (5,), "number": ()}
 OLD, NEW, KEEP = 2, 3, 2

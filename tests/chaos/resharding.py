@@ -10,11 +10,12 @@ import torch.distributed as dist
 import treering as tr
 from tests import toy_run
 from tests.chaos import ranks, toy
-from treering.plan.place import gather
-from treering.train import Job, optimizers, state, train
-from treering.train.checkpoint import read
+from treering.core.sharded import gather
+from treering.train import Job, optimizers, train
+from treering.train.checkpoints import state
+from treering.train.checkpoints.files import read
+from treering.train.checkpoints.manager import Keeper
 from treering.train.config import Checkpoint, Optimizer
-from treering.train.keeper import Keeper
 from treering.train.prepare import open_data, open_tokenizer
 from treering.train.run import draft_of
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.chaos import kills, ranks, sections, toy
 from tests.chaos.sections import QUICK
-from treering.errors import CheckpointError
+from treering.core.errors import CheckpointError
 
 SEED = 0
 

@@ -12,9 +12,9 @@ import torch
 
 import treering as tr
 from tests import toy_run
+from treering.store import disk as disk_of_checkpoints
 from treering.train import Job, train
-from treering.train import disk as disk_of_checkpoints
-from treering.train.checkpoint import read
+from treering.train.checkpoints.files import read
 from treering.train.config import Checkpoint, Optimizer
 
 STEPS, KEEP = 8, 3

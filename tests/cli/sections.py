@@ -6,9 +6,9 @@ from typing import Literal
 
 import pytest
 
-from treering.cli.door import ConfigErrors, Problem, read_text, validate
+from treering.cli.parsing import ConfigErrors, Problem, read_text, validate
 from treering.cli.schema import RunConfig
-from treering.errors import ConfigError
+from treering.core.errors import ConfigError
 
 SMALL = "model: gpt2\ndata: chat.jsonl\noutput: runs/x\n"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from treering.cli import entry
-from treering.cli.door import read_file, read_text, validate
+from treering.cli.parsing import read_file, read_text, validate
 from treering.cli.recipes import recipes
 from treering.cli.schema import RunConfig
-from treering.errors import PlanError
+from treering.core.errors import PlanError
 
 SMALL = "model: gpt2\ndata: chat.jsonl\noutput: runs/x\n"
 

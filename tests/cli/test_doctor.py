@@ -7,7 +7,7 @@ import pytest
 
 from tests.ranks import PATIENCE
 from treering.cli import checkup, doctor
-from treering.cli.checkup import Finding
+from treering.cli.machine import Finding
 from treering.cli.ranks_probe import two_ranks
 
 

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cli.sections import SMALL, Inner, Outer, config, only, problems
-from treering.cli.door import ConfigErrors, Document, json_schema, read_text, validate
-from treering.cli.door.problems import dotted
-from treering.cli.door.shape import describe, paths
-from treering.cli.door.suggest import ELSEWHERE
+from treering.cli.parsing import ConfigErrors, Document, json_schema, read_text, validate
+from treering.cli.parsing.problems import dotted
+from treering.cli.parsing.shape import describe, paths
+from treering.cli.parsing.suggest import ELSEWHERE
 from treering.cli.schema import RunConfig, Techniques
-from treering.shard import Shard
+from treering.techniques.shard import Shard
 
 
 def test_the_smallest_file_is_a_run_with_defaults():

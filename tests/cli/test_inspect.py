@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treering.cli.folders import describe
-from treering.errors import CheckpointError
-from treering.train.manifest import Manifest
-from treering.trust import read_header
+from treering.core.errors import CheckpointError
+from treering.store.untrusted import read_header
+from treering.train.checkpoints.manifest import Manifest
 
 
 def write(file, tensors, *, room=None):

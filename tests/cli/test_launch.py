@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from treering.cli import elastic
 from treering.cli.launch import Ranks, export, first_host, forgotten_srun, ranks_from
 from treering.cli.train import _start_ranks
-from treering.errors import ConfigError
+from treering.core.errors import ConfigError
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 SRUN = {

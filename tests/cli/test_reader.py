@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treering.cli.door import ConfigErrors, events, read_file, read_text
+from treering.cli.parsing import ConfigErrors, events, read_file, read_text
 
 
 def refusal(text: str | bytes, name: str = "run.yaml") -> str:

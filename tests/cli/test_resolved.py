@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cli.sections import Inner, Outer, config
-from treering.cli.door import ConfigErrors, read_text, to_yaml, validate
+from treering.cli.parsing import ConfigErrors, read_text, to_yaml, validate
 from treering.cli.schema import RunConfig
 
 words = st.text(max_size=30) | st.sampled_from(

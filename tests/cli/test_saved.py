@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from treering.cli.folders import describe
-from treering.errors import CheckpointError
-from treering.train import checkpoint
+from treering.core.errors import CheckpointError
+from treering.train.checkpoints import files as checkpoint
 
 FACTS = {
     "identity": {"model": "org/model", "techniques": ["Full()", "LoRA(rank=2)"], "optimizer": "adamw", "seed": 7},

@@ -14,8 +14,8 @@ from tests.toy_run import chats, folder
 from treering.cli import entry
 from treering.curvature import open as open_statistics
 from treering.plan import compose
+from treering.store.untrusted import open_tokenizer
 from treering.train.generated import generated
-from treering.trust import open_tokenizer
 
 
 @pytest.fixture

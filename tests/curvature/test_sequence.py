@@ -13,7 +13,8 @@ from tests.toy_run import chats, folder, job
 from tests.train.test_faults import me
 from treering.curvature import Ring
 from treering.curvature import open as open_statistics
-from treering.train import calibration, rings, train
+from treering.train import calibration, train
+from treering.train import measurements as rings
 from treering.train.callbacks import Callback
 from treering.train.config import Checkpoint, Statistics
 from treering.train.export import export

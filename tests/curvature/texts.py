@@ -4,7 +4,7 @@ import torch
 
 from tests.zoo import VOCABULARY
 from treering.attention import Documents
-from treering.seeds import generator
+from treering.core.seeds import generator
 
 LENGTHS = (12, 7, 5, 9)
 

@@ -7,11 +7,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.data.data_templates import END, SPECIAL, STRUCTURAL, TEMPLATES
+from treering.core.errors import DataError
 from treering.data.config import Data
 from treering.data.encode import Encoder, recipe
 from treering.data.formats import Sample
-from treering.data.records import SampleError
-from treering.errors import DataError
+from treering.data.sources.records import SampleError
 
 
 def encoder(tokenizer, **settings) -> Encoder:

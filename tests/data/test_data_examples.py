@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from treering.core.errors import ConfigError, DataError
 from treering.data import examples as examples_module
 from treering.data.config import Data
 from treering.data.examples import build
 from treering.data.inspect import check, printable, show
-from treering.errors import ConfigError, DataError
 
 
 def chat(question, answer):

@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from treering.core.errors import ConfigError
 from treering.data.batch import collate
 from treering.data.config import Data
 from treering.data.deal import cost, deal
 from treering.data.examples import build
 from treering.data.loader import Loader
 from treering.data.order import Order, scrambled
-from treering.errors import ConfigError
 
 
 def lognormal(count, longest=4096):

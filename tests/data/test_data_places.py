@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from treering.data.config import Data
 from treering.data.encode import Encoder, recipe
 from treering.data.formats import Sample
-from treering.data.places import Offsets, Placer, Spelled, Tokens
+from treering.data.token_places import Offsets, Placer, Spelled, Tokens
 
 TEXT = st.text(st.sampled_from("ab Z9\n\té😀ñ語\u0301\u200b'<|"), max_size=30)
 PIECES = st.lists(

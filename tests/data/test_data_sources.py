@@ -8,13 +8,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from treering.data import sources
+from treering.core.errors import DataError
 from treering.data.config import Data
 from treering.data.examples import build
 from treering.data.formats import detect, parse
-from treering.data.jsonl import read_jsonl
-from treering.data.records import Record, SampleError
-from treering.errors import DataError
+from treering.data.sources import reading as sources
+from treering.data.sources.jsonl import read_jsonl
+from treering.data.sources.records import Record, SampleError
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
 

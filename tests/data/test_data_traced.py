@@ -6,8 +6,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treering.data.conversation import left_out, pieces_of, trace
-from treering.data.traced import MixedTextsError, Source, Traced, concat, opaque, plain, plain_inside, to_json, traced
+from treering.data.chat.conversation import left_out, pieces_of, trace
+from treering.data.chat.traced import (
+    MixedTextsError,
+    Source,
+    Traced,
+    concat,
+    opaque,
+    plain,
+    plain_inside,
+    to_json,
+    traced,
+)
 
 TEXT = st.text(st.sampled_from("ab \n\t<|é😀\"\\'%"), max_size=12)
 SOME = st.one_of(st.none(), st.sampled_from(["a", " ", "b<", "\n", "ab"]))

@@ -8,11 +8,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.data.data_templates import CHATML, TEMPLATES
+from treering.data.chat.messages import check_messages
 from treering.data.config import Data
 from treering.data.encode import Encoder, recipe
 from treering.data.formats import Sample
-from treering.data.messages import check_messages
-from treering.data.records import SampleError
+from treering.data.sources.records import SampleError
 
 
 def encode(tokenizer, messages, template=None, tools=None):

@@ -9,9 +9,9 @@ import pytest
 
 from tests.data.data_templates import TEMPLATES
 from tests.ranks import PATIENCE
-from treering.data.conversation import trace
-from treering.data.template import Template
-from treering.errors import DataError
+from treering.core.errors import DataError
+from treering.data.chat.conversation import trace
+from treering.data.chat.template import Template
 
 # name → template. Written as expressions where the text would be long.
 REFUSED = {
@@ -119,8 +119,8 @@ BOUND = 60  # seconds of the processor for one template; alone on a machine it i
 CHILD = """
 import json, resource, sys, time
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-from treering.data.conversation import trace
-from treering.data.template import Template
+from treering.data.chat.conversation import trace
+from treering.data.chat.template import Template
 turns, templates = json.load(sys.stdin)
 turns = trace(turns, None).messages
 said = {}

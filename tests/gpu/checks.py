@@ -14,8 +14,8 @@ from torch import Tensor
 
 import treering as tr
 from benchmarks.gpu.device import deterministic
-from tests.osft.measured import moments
 from tests.same import assert_all_same, assert_same
+from tests.techniques.osft.measured import moments
 from tests.toy import gradients, packed, rows, train, weights
 from tests.zoo import build
 from treering.attention import Documents, attend
@@ -119,8 +119,8 @@ def offload_keeps_every_bit(device: torch.device) -> None:
 
 def copies_are_never_mixed_up(device: torch.device) -> None:
     """Copies that take longer than blocks: without the right waits, some of many would come back as others."""
-    from tests.recompute.stacks import stack
-    from treering.recompute.offload import Offload
+    from tests.techniques.recompute.stacks import stack
+    from treering.techniques.recompute.offload import Offload
 
     tokens, repeats = (400_000, 20) if device.type == "cuda" else (100, 2)
     blocks = stack(12, Offload(tuple(f"b{i}" for i in range(12)))).to(device)
@@ -140,8 +140,8 @@ def copies_are_never_mixed_up(device: torch.device) -> None:
 
 def offload_holds_two_inputs(device: torch.device) -> None:
     """More blocks take no more memory of the device. Only a card can tell."""
-    from tests.recompute.stacks import stack
-    from treering.recompute.offload import Offload
+    from tests.techniques.recompute.stacks import stack
+    from treering.techniques.recompute.offload import Offload
 
     peaks: dict[int, int] = {}
     x = torch.randn(1, 400_000 if device.type == "cuda" else 100, 8, device=device)

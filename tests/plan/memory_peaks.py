@@ -11,7 +11,7 @@ import torch
 
 import treering as tr
 from tests.plan.memory_toys import llama_8b, moe, subject
-from treering.plan.memory import Subject, forecast
+from treering.memory import Subject, forecast
 
 FILE = Path(__file__).with_suffix(".json")
 LENGTH, TRACED = 32768, 2048

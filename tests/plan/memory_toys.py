@@ -7,15 +7,15 @@ import torch
 import transformers as hf
 
 import treering as tr
+from treering.core.topology import mesh
+from treering.memory import pretend
+from treering.memory.forecast import Subject
+from treering.memory.timeline import Timeline
+from treering.memory.trace import batch, watch
+from treering.memory.tracker import Tracker
 from treering.plan import draft
 from treering.plan.materialise import materialise
-from treering.plan.memory import pretend
-from treering.plan.memory.forecast import Subject
-from treering.plan.memory.timeline import Timeline
-from treering.plan.memory.trace import batch, watch
-from treering.plan.memory.tracker import Tracker
 from treering.plan.run import Run
-from treering.topology import mesh
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {

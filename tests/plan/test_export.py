@@ -17,13 +17,13 @@ from tests.toy import rows, train
 from tests.toy_run import folder as toy_folder
 from tests.toy_run import job as toy_job
 from tests.zoo import build, save
-from treering.folders import tensor_files
-from treering.plan import publish
 from treering.plan import values as plan_values
 from treering.plan.export import export as write
+from treering.store import publish
+from treering.store.model_folder import tensor_files
+from treering.store.tensor_writer import Writer
 from treering.train.export import export, reopen
 from treering.train.run import train as train_job
-from treering.writing import Writer
 
 
 def stored(folder):

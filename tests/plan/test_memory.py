@@ -4,7 +4,7 @@ import pytest
 
 import treering as tr
 from tests.plan.memory_toys import CPU, llama, moe, really, subject
-from treering.plan.memory.forecast import forecast
+from treering.memory.forecast import forecast
 
 LENGTH = 192
 KEPT = [tr.Full(), tr.Recompute()]

@@ -8,10 +8,10 @@ import pytest
 from tests.toy_run import folder
 from treering.cli import entry
 from treering.cli import plan as command
-from treering.errors import PlanError
-from treering.plan.memory import Peak
-from treering.plan.memory.timeline import PHASES
-from treering.plan.memory.tracker import CATEGORIES
+from treering.core.errors import PlanError
+from treering.memory import Peak
+from treering.memory.timeline import PHASES
+from treering.memory.tracker import CATEGORIES
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from itertools import combinations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treering.plan.memory import Peak
-from treering.plan.memory.picture import LETTERS, bars, render, table
-from treering.plan.memory.search import Switch, smallest
-from treering.plan.memory.tracker import CATEGORIES
+from treering.memory import Peak
+from treering.memory.picture import LETTERS, bars, render, table
+from treering.memory.search import Switch, smallest
+from treering.memory.tracker import CATEGORIES
 
 GIB = 2**30
 

@@ -12,13 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import treering as tr
 from tests.plan.memory_toys import CPU, llama, llama_8b, moe, subject
-from treering.errors import PlanError
+from treering.core.errors import PlanError
+from treering.memory import Subject, attention, forecast, pretend
+from treering.memory.forecast import Layout, _repeats, shorten
+from treering.memory.formula import formula
+from treering.memory.timeline import LONG, traced_length
+from treering.memory.tracker import CATEGORIES, Tracker
 from treering.plan import draft
-from treering.plan.memory import Subject, attention, forecast, pretend
-from treering.plan.memory.forecast import Layout, _repeats, shorten
-from treering.plan.memory.formula import formula
-from treering.plan.memory.timeline import LONG, traced_length
-from treering.plan.memory.tracker import CATEGORIES, Tracker
 from treering.technique import Applied, Stage
 
 SHORT = llama(num_hidden_layers=2)

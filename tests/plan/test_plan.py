@@ -10,7 +10,7 @@ import treering as tr
 from tests.same import assert_all_same, assert_same
 from tests.toy import gradients, rows, train, weights
 from tests.zoo import build, save
-from treering.forwards import ModuleForward, install
+from treering.core.module_forward import ModuleForward, install
 from treering.technique import Applied, Claim, Part, Stage
 
 

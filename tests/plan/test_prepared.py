@@ -16,9 +16,9 @@ from tests.ranks import RankFailed, on_ranks
 from tests.same import assert_all_same
 from tests.toy import weights
 from tests.zoo import build, save
-from treering.plan.place import gather
+from treering.core.sharded import gather
+from treering.store.tensor_writer import Writer
 from treering.technique import Applied, Claim, Part, Stage
-from treering.writing import Writer
 
 TARGETS = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj", "model.layers.1.mlp.up_proj")
 

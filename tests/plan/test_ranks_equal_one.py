@@ -27,7 +27,7 @@ def dealt(rank: int, world: int, uneven: bool = False) -> list[list[dict]]:
 def trained(case, world, kind, arch, dtype, folder, uneven=False, sharding=None):
     import torch.distributed as dist
 
-    from treering.topology import data_rank
+    from treering.core.topology import data_rank
 
     techniques = list(TECHNIQUES[case])
     mesh = None

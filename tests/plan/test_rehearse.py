@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 
 import treering as tr
 from tests.zoo import save
-from treering.plan import publish
 from treering.plan.rehearse import rehearse
+from treering.store import publish
 
 
 def test_an_export_is_rehearsed_without_leaving_a_trace(tmp_path):

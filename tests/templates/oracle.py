@@ -8,15 +8,15 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from treering.data.chat import Chat
+from treering.core.errors import DataError
+from treering.data.chat.conversation import forms
+from treering.data.chat.mask import Chat
+from treering.data.chat.messages import check_messages
+from treering.data.chat.template import Template
 from treering.data.config import Data
-from treering.data.conversation import forms
 from treering.data.encode import Encoded, Encoder, recipe
 from treering.data.formats import Sample
-from treering.data.messages import check_messages
-from treering.data.records import SampleError
-from treering.data.template import Template
-from treering.errors import DataError
+from treering.data.sources.records import SampleError
 
 from .conversations import Maker
 

@@ -13,12 +13,14 @@ import treering as tr
 from tests.ranks import RankFailed, on_ranks
 from tests.same import assert_all_same
 from tests.toy_run import folder, job
+from treering.store import disk
 from treering.technique import Applied, Stage
-from treering.train import checkpoint, disk, train
+from treering.train import train
 from treering.train.callbacks import Callback, JsonLines
+from treering.train.checkpoints import files as checkpoint
+from treering.train.checkpoints.manager import Keeper
 from treering.train.config import Checkpoint, Evaluate, Optimizer
 from treering.train.export import export, reopen
-from treering.train.keeper import Keeper
 
 HELD_OUT = {"eval_fraction": 0.2}
 
@@ -212,7 +214,7 @@ def test_what_a_technique_keeps_goes_on_too_and_is_told(tmp_path):
 
 def test_tokens_are_those_of_documents_whatever_the_padding(tmp_path, monkeypatch):
     seconds = iter(range(10**6))
-    monkeypatch.setattr("treering.train.tell.time.monotonic", lambda: float(next(seconds)))
+    monkeypatch.setattr("treering.train.reporter.time.monotonic", lambda: float(next(seconds)))
     kept = Kept(), Kept()
     for packing, callback in zip(("on", "off"), kept):
         data = {"packing": packing, "shuffle": False}
@@ -232,7 +234,7 @@ def documents(root):
 
 def test_a_profile_adds_up_and_a_run_is_finished_once(tmp_path, monkeypatch):
     for clock in ("monotonic", "perf_counter"):  # of this process alone: others may keep it from running in between
-        monkeypatch.setattr(f"treering.train.tell.time.{clock}", time.process_time)
+        monkeypatch.setattr(f"treering.train.reporter.time.{clock}", time.process_time)
     kept = Kept()
     settings = steps(3, evaluate=Evaluate(every=1, prompts=("say 3",), new_tokens=8))
     summary = train(job(tmp_path, train=settings), [kept], profile=True)

@@ -11,9 +11,9 @@ from tests.ranks import PATIENCE, _context
 from tests.same import assert_all_same
 from tests.toy_run import job
 from treering.train import optimizers, train
-from treering.train.checkpoint import read
+from treering.train.checkpoints.files import read
 from treering.train.config import Checkpoint
-from treering.train.pulse import Board
+from treering.train.ranks.heartbeat import Board
 
 ALL = {"checkpoint": Checkpoint(every=100, keep=20)}
 

@@ -14,9 +14,10 @@ import treering as tr
 from tests.ranks import _context
 from tests.toy_run import job
 from tests.train.test_faults import at, saved
-from treering.train import lock, train
+from treering.train import train
 from treering.train.callbacks import Callback
 from treering.train.config import Checkpoint
+from treering.train.ranks import lock
 
 
 def test_a_second_run_in_one_folder_is_refused_while_the_first_goes_on(tmp_path):

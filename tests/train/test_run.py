@@ -11,9 +11,10 @@ import treering as tr
 from tests.ranks import on_ranks
 from tests.same import assert_all_same
 from tests.toy_run import job
-from treering.train import disk, train
+from treering.store import disk
+from treering.train import train
 from treering.train.callbacks import Callback
-from treering.train.checkpoint import read
+from treering.train.checkpoints.files import read
 from treering.train.config import Checkpoint, Evaluate, Optimizer
 from treering.train.export import reopen
 from treering.train.schedule import rate

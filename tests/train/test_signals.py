@@ -18,10 +18,11 @@ from tests.ranks import PATIENCE, _context
 from tests.toy_run import job
 from tests.train.test_faults import ALL, me, saved
 from treering.data.work import _outlive_signals, _signals_held
-from treering.train import lock, train
+from treering.train import train
 from treering.train.callbacks import Callback
 from treering.train.config import Evaluate
-from treering.train.signals import Signals
+from treering.train.ranks import lock
+from treering.train.ranks.signals import Signals
 
 
 class SignalAt(Callback):

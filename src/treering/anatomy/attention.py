@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from treering.anatomy.parts import Attention
-from treering.errors import PlanError
+from treering.core.errors import PlanError
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads")

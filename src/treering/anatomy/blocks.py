@@ -10,7 +10,7 @@ from torch import nn
 from treering.anatomy.attention import is_attention, sequence_modules
 from treering.anatomy.parts import Block, Role
 from treering.anatomy.refuse import refuse_not_causal
-from treering.errors import PlanError
+from treering.core.errors import PlanError
 
 _ATTENTION_CLASS = re.compile(r"atten|attn", re.I)
 _ACROSS = re.compile(r"cross|encoder_attn|encdec", re.I)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from treering.anatomy.parts import Experts
-from treering.errors import PlanError
+from treering.core.errors import PlanError
 
 _ROUTER_NAME = re.compile(r"^(gate|router)$")
 _ROUTER_CLASS = re.compile(r"router|topkgat", re.I)

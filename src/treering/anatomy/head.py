@@ -7,7 +7,7 @@ from torch import nn
 
 from treering.anatomy.attention import names_in
 from treering.anatomy.parts import Head
-from treering.errors import PlanError
+from treering.core.errors import PlanError
 
 # Generic rules cannot tell whether a setting multiplies or divides; this is all that we know per name ...
 _MULTIPLIES = ("logit_scale", "lm_head_multiplier")

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from treering.anatomy.parts import Anatomy, Linear, Parameter
-from treering.errors import PlanError
+from treering.core.errors import PlanError
 
 _LEAVES = ("weight", "bias")
 _Found = TypeVar("_Found", Linear, Parameter)

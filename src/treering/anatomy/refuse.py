@@ -10,7 +10,7 @@ from torch import nn
 
 from treering.anatomy.names import matches
 from treering.anatomy.parts import ROLES, Role
-from treering.errors import PlanError
+from treering.core.errors import PlanError
 
 _SENSES = re.compile(r"vision|image|audio|speech|video|vq", re.I)
 

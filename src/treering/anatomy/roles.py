@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from treering.anatomy.attention import is_sink
 from treering.anatomy.blocks import Layout, is_norm, within
 from treering.anatomy.parts import Role
-from treering.errors import PlanError
+from treering.core.errors import PlanError
 
 _POSITION = re.compile(r"(^|[._])(w?pe|pos)([._]|$)|position", re.I)
 

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from treering.errors import DataError
+from treering.core.errors import DataError
 
 
 # Frozen by `__setattr__`: torch.compile 2.11 guards the fields of a frozen dataclass that reaches a graph, and would

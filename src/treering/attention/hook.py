@@ -13,7 +13,7 @@ from treering.attention.documents import Documents
 from treering.attention.kernels import attend
 from treering.attention.masks import Deferred
 from treering.attention.rope import rope_conflict
-from treering.errors import PlanError
+from treering.core.errors import PlanError
 
 # what some layers hand to their attention that changes the result, and that no kernel here knows
 _FOREIGN = ("position_bias", "indices", "block_indices", "cache")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from treering.attention.packable import packable
-from treering.errors import PlanError
+from treering.core.errors import PlanError
 
 if TYPE_CHECKING:
     from treering.anatomy import Anatomy

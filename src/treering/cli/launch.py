@@ -5,7 +5,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Literal
 
-from treering.errors import ConfigError
+from treering.core.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,10 @@ import os
 import platform
 import shutil
 import sys
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 PACKAGES = (
     "treering",
@@ -107,3 +109,13 @@ def free_space(folder: Path) -> int:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """`remedy` is for what is not ok."""
+
+    name: str
+    status: Literal["ok", "warn", "bad"]
+    found: str
+    remedy: str = ""

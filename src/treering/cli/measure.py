@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from treering.cli.launch import export, ranks_from
-from treering.errors import ConfigError
+from treering.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from treering.curvature import Statistics
@@ -71,7 +71,7 @@ def _start_ranks(nproc: int) -> None:
 
 def _few(found: int, asked: int, trained: bool) -> None:
     from treering.cli.console import say
-    from treering.together import is_first
+    from treering.core.collectives import is_first
 
     if found < asked and not trained and is_first():
         say(f"! only {found:,} of {asked:,} tokens: there is no more text", "yellow")
@@ -79,8 +79,8 @@ def _few(found: int, asked: int, trained: bool) -> None:
 
 def _warn(made: "Statistics") -> None:
     from treering.cli.console import say
-    from treering.osft.coverage import warnings_on
-    from treering.together import is_first
+    from treering.core.collectives import is_first
+    from treering.techniques.osft.coverage import warnings_on
 
     if is_first():
         for text in warnings_on(made):
@@ -89,9 +89,9 @@ def _warn(made: "Statistics") -> None:
 
 def _composed(model: str, dtype: str) -> "Run":
     """The plain model, sharded where there are several ranks. Nothing is trained."""
-    from treering.full import Full
     from treering.plan import compose
-    from treering.shard import Shard
+    from treering.techniques.full import Full
+    from treering.techniques.shard import Shard
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return compose(model, [Full(), Shard()] if several else [Full()], dtype=dtype, dropout="off")
@@ -99,9 +99,9 @@ def _composed(model: str, dtype: str) -> "Run":
 
 def _refuse_taken(to: Path, add: list[Path]) -> None:
     """Before anything is loaded: rings that are there already are not to be lost."""
+    from treering.core.errors import CheckpointError
     from treering.curvature.disk import NAME as JSON
     from treering.curvature.disk import refuse_foreign
-    from treering.errors import CheckpointError
 
     refuse_foreign(to)
     if (to / JSON).exists() and to.resolve() not in [folder.resolve() for folder in add]:
@@ -111,7 +111,7 @@ def _refuse_taken(to: Path, add: list[Path]) -> None:
 
 
 def _refuse_longer(run: "Run", max_length: int) -> None:
-    from treering.errors import PlanError
+    from treering.core.errors import PlanError
 
     positions = getattr(run.model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < max_length:
@@ -125,12 +125,12 @@ def _documents(
     run: "Run", data: list[str] | None, format: str, generate: bool, tokens: int, max_length: int, seed: int
 ) -> "tuple[list[Document], Literal['on', 'off']]":
     from treering.cli.console import console
+    from treering.core.collectives import is_first, together
     from treering.data.config import Data
     from treering.data.examples import build
-    from treering.together import is_first, together
+    from treering.store.untrusted import open_tokenizer
     from treering.train import calibration
     from treering.train.generated import generated
-    from treering.trust import open_tokenizer
 
     assert run.plan.folder is not None
     tokenizer = open_tokenizer(run.plan.folder)
@@ -182,7 +182,7 @@ def _table(made: "Statistics") -> None:
     """One row for all matrices of a kind. Effective rank: (Σ e)² / Σ e² of the eigenvalues, without computing them."""
     from treering.cli.console import console, safe, say, table
     from treering.cli.text import count, size
-    from treering.together import is_first
+    from treering.core.collectives import is_first
 
     if not is_first():
         return

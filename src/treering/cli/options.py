@@ -17,7 +17,7 @@ Settings = Annotated[
 
 def load(file: Path, settings: list[str] | None) -> "RunConfig":
     """The checked configuration of `file`."""
-    from treering.cli.door import read_file, validate
+    from treering.cli.parsing import read_file, validate
     from treering.cli.schema import RunConfig
 
     return validate(RunConfig, read_file(file), settings or ())

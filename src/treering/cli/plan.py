@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from treering.cli.options import ConfigFile, Settings, load
-from treering.errors import ConfigError, PlanError
+from treering.core.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from treering.cli.schema import RunConfig
+    from treering.memory import Forecast, Subject
+    from treering.memory.search import Switch
     from treering.plan import Plan, Run
-    from treering.plan.memory import Forecast, Subject
-    from treering.plan.memory.search import Switch
 
 NAME = "plan"
 UNITS = {"GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6}
@@ -72,11 +72,11 @@ def explanation(config: "RunConfig", ranks: int) -> str:
 def _explained(config: "RunConfig", ranks: int) -> "tuple[str, Callable[[int], float] | None]":
     """What `explain()` says, and the formula for the peak, where there is one."""
     from treering.cli.train import job_of
+    from treering.core.topology import mesh
+    from treering.memory import pretend
     from treering.plan import draft
     from treering.plan.explain import explain
-    from treering.plan.memory import pretend
-    from treering.topology import mesh
-    from treering.train.rings import find
+    from treering.train.measurements import find
 
     with pretend.ranks(ranks):
         plan = draft(
@@ -94,7 +94,7 @@ def _explained(config: "RunConfig", ranks: int) -> "tuple[str, Callable[[int], f
 
 
 def _formula(config: "RunConfig", plan: "Plan") -> "Callable[[int], float] | None":
-    from treering.plan.memory.formula import formula
+    from treering.memory.formula import formula
 
     techniques = config.techniques
     shard, recompute = techniques.shard, techniques.recompute
@@ -113,8 +113,8 @@ def _formula(config: "RunConfig", plan: "Plan") -> "Callable[[int], float] | Non
 
 
 def _memory(state: _State, length: int, room: int | None, predict: "Callable[[int], float] | None") -> str:
-    from treering.plan.memory.picture import render
-    from treering.plan.memory.timeline import LONG
+    from treering.memory.picture import render
+    from treering.memory.timeline import LONG
 
     found = _forecast(state, length)
     peak = found.at(length)
@@ -131,15 +131,15 @@ def _memory(state: _State, length: int, room: int | None, predict: "Callable[[in
 
 
 def _forecast(state: _State, length: int) -> "Forecast":
-    from treering.plan.memory import forecast
+    from treering.memory import forecast
 
     return forecast(_subject(state.config, state.ranks, length), length)
 
 
 def _subject(config: "RunConfig", ranks: int, length: int) -> "Subject":
-    from treering.plan.memory import Subject, pretend
-    from treering.plan.opening import locate, named_dtype, read_config
-    from treering.topology import mesh, sizes
+    from treering.core.topology import mesh, sizes
+    from treering.memory import Subject, pretend
+    from treering.plan.open_model import locate, named_dtype, read_config
     from treering.train.optimizers import build
 
     model = read_config(locate(config.model.path))
@@ -170,7 +170,7 @@ def _subject(config: "RunConfig", ranks: int, length: int) -> "Subject":
 
 def _proposed(state: _State, length: int, room: int) -> list[str]:
     """Lines that say what to add."""
-    from treering.plan.memory.search import smallest
+    from treering.memory.search import smallest
 
     def fits(tried: _State) -> bool:
         return _forecast(tried, length).at(length).device <= room
@@ -209,10 +209,10 @@ def _usable(state: _State, length: int) -> "list[Switch[_State]]":
 
 def _switches() -> "tuple[Switch[_State], ...]":
     """In the order of what they cost, least first."""
-    from treering.plan.memory.search import Switch
-    from treering.recompute import Recompute
-    from treering.shard import Shard
-    from treering.tiling import TiledBlock, TiledLoss
+    from treering.memory.search import Switch
+    from treering.techniques.recompute import Recompute
+    from treering.techniques.shard import Shard
+    from treering.techniques.tiling import TiledBlock, TiledLoss
 
     def loss(state: _State) -> _State | None:
         t = state.config.techniques

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from treering.errors import ConfigError
+from treering.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -45,7 +45,7 @@ def cp(
     known = recipes()
     file = known.get(name) or known.get(f"{name}.yaml")
     if file is None:
-        from treering.cli.door.suggest import closest
+        from treering.cli.parsing.suggest import closest
 
         near = closest(name, list(known))
         hint = f"did you mean {near}?" if near else "there are " + ", ".join(known)

@@ -29,7 +29,7 @@ class Whole:
 
 def describe_saved(folder: Path) -> tuple[dict[str, str], list[Whole]]:
     """Facts and tensors. A manifest that is not whole is an error."""
-    from treering.train import manifest
+    from treering.train.checkpoints import manifest
 
     said = manifest.load(folder)
     tensors = [
@@ -49,7 +49,8 @@ def describe_saved(folder: Path) -> tuple[dict[str, str], list[Whole]]:
 
 def damage(folder: Path, verify: bool) -> Iterator[str]:
     """What is wrong with the files: missing, of another size, or (`verify`: everything is read) of other content."""
-    from treering.train import disk, manifest
+    from treering.store import disk
+    from treering.train.checkpoints import manifest
 
     for name, about in manifest.load(folder).files.items():
         path = folder / name

@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass, field
 
-from treering.compile import Compile
+from treering.core.errors import ConfigError
 from treering.data.config import Data
-from treering.errors import ConfigError
-from treering.full import Full
-from treering.lora import LoRA
-from treering.osft import OSFT
-from treering.recompute import Recompute
-from treering.shard import Shard
 from treering.technique import Technique
-from treering.tiling import TiledBlock, TiledLoss, TiledMLP
+from treering.techniques.compile import Compile
+from treering.techniques.full import Full
+from treering.techniques.lora import LoRA
+from treering.techniques.osft import OSFT
+from treering.techniques.recompute import Recompute
+from treering.techniques.shard import Shard
+from treering.techniques.tiling import TiledBlock, TiledLoss, TiledMLP
 from treering.train.config import Model, Statistics, Train
 
 

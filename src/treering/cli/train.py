@@ -10,7 +10,7 @@ import typer
 
 from treering.cli.launch import Ranks, export, forgotten_srun, ranks_from
 from treering.cli.options import ConfigFile, Settings, load
-from treering.errors import ConfigError
+from treering.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from treering.cli.schema import RunConfig
@@ -53,7 +53,7 @@ def command(
 
 def job_of(config: "RunConfig") -> "Job":
     """The run that `config` describes."""
-    from treering.cli.door import to_yaml
+    from treering.cli.parsing import to_yaml
     from treering.train.job import Job
 
     return Job(

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from treering.core.errors import CheckpointError
 from treering.curvature.disk import open_folder, writing
 from treering.curvature.statistics import Counts, Statistics
-from treering.errors import CheckpointError
 
 
 def add(given: Sequence[Statistics | str | Path], to: str | Path) -> Statistics:

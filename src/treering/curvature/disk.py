@@ -20,11 +20,11 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from treering.core.collectives import is_first, together
+from treering.core.errors import CheckpointError, TreeringError
 from treering.curvature.statistics import Counts, Entry, Ring, Statistics
-from treering.errors import CheckpointError, TreeringError
-from treering.together import is_first, together
-from treering.trust import basename, in_folder, read_header, read_json
-from treering.writing import LIMIT, Writer, content_of, sync
+from treering.store.tensor_writer import LIMIT, Writer, content_of, sync
+from treering.store.untrusted import basename, in_folder, read_header, read_json
 
 FORMAT = 1
 NAME = "statistics.json"

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from treering.errors import PlanError
-from treering.forwards import ModuleForward
+from treering.core.errors import PlanError
+from treering.core.module_forward import ModuleForward
 from treering.technique import recompute_state
 
 if TYPE_CHECKING:
     from treering.anatomy import Experts
-    from treering.curvature.observe import Observer
+    from treering.curvature.observer import Observer
 
 _PRODUCTS = {F.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from treering.anatomy import examine
+from treering.core.errors import DataError, PlanError
 from treering.curvature.adding import added, joint, refuse_other
 from treering.curvature.disk import open_folder, writing
 from treering.curvature.observe import Observer, observe
 from treering.curvature.statistics import Counts, Entry, Ring, Statistics, in_memory, sizes
 from treering.curvature.sums import summed
-from treering.errors import DataError, PlanError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -12,7 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from treering.errors import CheckpointError
+from treering.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from treering.anatomy import Anatomy
@@ -125,7 +125,7 @@ def in_memory(
     rings: tuple[Ring, ...],
 ) -> Statistics:  # fmt: skip
     """`owners`: weight -> the weight under whose name its tensor is."""
-    from treering.writing import content_of
+    from treering.store.tensor_writer import content_of
 
     digests = {key: xxhash.xxh3_128_hexdigest(content_of(tensor)) for key, tensor in tensors.items()}
     entries = {

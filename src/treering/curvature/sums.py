@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from treering.core.errors import NumericsError
 from treering.curvature.statistics import Counts
-from treering.errors import NumericsError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -17,8 +17,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from treering.core.errors import DataError
 from treering.data.encode import Encoded
-from treering.errors import DataError
 
 _TOKENS, _MANIFEST = "tokens.safetensors", "manifest.json"
 _DTYPES = {"ids": ("U32", "<u4"), "mask": ("BOOL", "|b1")}

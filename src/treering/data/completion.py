@@ -9,8 +9,8 @@ prompt and the completion as one text.
 import numpy as np
 from numpy.typing import NDArray
 
-from treering.data.places import Placer, Tokens
-from treering.data.records import bad
+from treering.data.sources.records import bad
+from treering.data.token_places import Placer, Tokens
 
 _CHARACTERS = ("\n", "\t", ".", "字")
 

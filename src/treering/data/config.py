@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from treering.errors import ConfigError
+from treering.core.errors import ConfigError
 
 Format = Literal["messages", "prompt", "alpaca", "text"]
 FIELDS: Mapping[str, tuple[str, ...]] = {

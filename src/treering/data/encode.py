@@ -11,17 +11,17 @@ import xxhash
 from numpy.typing import NDArray
 from tokenizers import Encoding
 
+from treering.core.errors import DataError
 from treering.data import completion
-from treering.data.chat import Chat, Rendered
+from treering.data.chat.control_tokens import Control, Renamed
+from treering.data.chat.conversation import TOOLS, Piece
+from treering.data.chat.mask import Chat, Rendered
+from treering.data.chat.template import Template
+from treering.data.chat.traced import Source
 from treering.data.config import Data, Format
-from treering.data.control import Control, Renamed
-from treering.data.conversation import TOOLS, Piece
 from treering.data.formats import Sample
-from treering.data.places import Tokens
-from treering.data.records import SampleError, bad
-from treering.data.template import Template
-from treering.data.traced import Source
-from treering.errors import DataError
+from treering.data.sources.records import SampleError, bad
+from treering.data.token_places import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,13 +14,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from treering.data import cache, sources
+from treering.core.errors import DataError
+from treering.data import cache
 from treering.data.config import Data, Format
 from treering.data.encode import recipe
 from treering.data.formats import detect
-from treering.data.records import SampleError
+from treering.data.sources import reading as sources
+from treering.data.sources.records import SampleError
 from treering.data.work import Job, encoded
-from treering.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -201,6 +202,6 @@ def _key(files: tuple[sources.File, ...], job: Job, which: Which) -> str:
 def _code() -> str:
     """Of this package's own source and of the two libraries that render and tokenise: nobody has to count versions."""
     state = xxhash.xxh3_128(f"{version('tokenizers')} {version('transformers')}".encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         state.update(path.read_bytes())
     return state.hexdigest()

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
+from treering.core.errors import DataError
+from treering.data.chat.messages import check_messages
 from treering.data.config import FIELDS, Data, Format
-from treering.data.messages import check_messages
-from treering.data.records import Record, SampleError, bad
-from treering.data.strings import check_strings, check_text
-from treering.errors import DataError
+from treering.data.sources.records import Record, SampleError, bad
+from treering.data.sources.strings import check_strings, check_text
 
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "messages": ("messages",),

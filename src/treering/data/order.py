@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from treering.errors import ConfigError, DataError
-from treering.seeds import derive
+from treering.core.errors import ConfigError, DataError
+from treering.core.seeds import derive
 
 _POOL = 8192  # documents looked ahead at when bins are filled
 _FULL = 0.99  # a bin below this waits for the next pool

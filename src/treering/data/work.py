@@ -13,11 +13,11 @@ from multiprocessing import get_context
 
 from tokenizers import Encoding
 
+from treering.core.errors import DataError
 from treering.data.config import Data, Format
 from treering.data.encode import Encoded, Encoder, Prepared, Recipe
 from treering.data.formats import Sample, parse
-from treering.data.records import Record, SampleError
-from treering.errors import DataError
+from treering.data.sources.records import Record, SampleError
 
 _CHARACTERS = 4 << 20  # of one batch, and how many records:
 _HERE, _APART = 2048, 512  # large ones keep the tokenizer's threads busy, small ones all processes

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from treering.errors import TreeringError
+from treering.core.errors import TreeringError
 
 MARK = ".treering-demo"  # only a folder that the demo made itself is ever cleared by it
 

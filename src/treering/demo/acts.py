@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from treering.core.errors import TreeringError
 from treering.demo import blank, corpus, facts
 from treering.demo.trigram import Trigram
-from treering.errors import TreeringError
 
 PRETRAIN = """\
 # A 1.4 M parameter Llama from random weights, on text that ships with Python.

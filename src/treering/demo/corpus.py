@@ -4,7 +4,7 @@ import json
 import sysconfig
 from pathlib import Path
 
-from treering.seeds import derive
+from treering.core.seeds import derive
 
 HELD_OUT = 25  # one document in so many is never trained on
 PIECE = 4000  # characters: a document the size of a screen or two

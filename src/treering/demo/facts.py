@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from treering.seeds import derive
+from treering.core.seeds import derive
 
 SYLLABLES = ["ka", "lo", "mi", "ven", "tar", "ru", "qua", "zel", "do", "phi", "gor", "nia", "ste", "bal", "xo", "ura"]
 KINDS = {

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from treering.errors import PlanError
+from treering.core.errors import PlanError
 from treering.plan.plan import Plan
 from treering.plan.values import Values, like
 from treering.technique import Adapter

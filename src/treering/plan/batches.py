@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from treering.attention import Documents
-from treering.errors import DataError
+from treering.core.errors import DataError
+from treering.core.topology import axis_size
 from treering.plan.loss import IGNORED, trained_tokens
-from treering.topology import axis_size
 
 Batch = dict[str, Any]
 

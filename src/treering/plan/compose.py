@@ -11,17 +11,18 @@ from torch import nn
 
 from treering import attention
 from treering.anatomy import Anatomy, examine
+from treering.core.errors import PlanError
+from treering.core.topology import mesh as make_mesh
 from treering.curvature import Statistics as Measured
-from treering.errors import PlanError
-from treering.plan import conflicts, opening
-from treering.plan.fill import Chain, Statistics, fill, refill
+from treering.plan import conflicts
+from treering.plan import open_model as opening
+from treering.plan.load import Chain, Statistics, fill, refill
 from treering.plan.materialise import materialise, remember, to_meta
 from treering.plan.plan import Plan
 from treering.plan.prepared import Prepared
 from treering.plan.run import Run
 from treering.technique import Applied, LazyTensor, Part, Site, Stage, Technique
-from treering.topology import mesh as make_mesh
-from treering.weights import plain_tensors
+from treering.weights.plain_tensors import plain_tensors
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from treering.errors import PlanError
+from treering.core.errors import PlanError
 from treering.technique import Claim, Stage, Technique
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def check_units(
 
 def check_whole(techniques: Sequence[Technique], claimed: Sequence[Sequence[Claim]], mesh: "DeviceMesh | None") -> None:
     """What concerns the list as a whole: something must learn, and every axis of the mesh must be somebody's."""
-    from treering.topology import axis_size
+    from treering.core.topology import axis_size
 
     aspects = {claim.aspect for claims in claimed for claim in claims}
     if not any(technique.stage == Stage.ADAPT for technique in techniques):

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+from treering.core.sharded import local_rows
+from treering.core.topology import AXES, axis_size
 from treering.plan.conflicts import name_of
-from treering.plan.place import local_rows
 from treering.plan.plan import Plan
-from treering.topology import AXES, axis_size
 
 
 @dataclass(frozen=True, kw_only=True)

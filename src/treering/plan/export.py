@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from treering.core.collectives import is_first
+from treering.core.errors import CheckpointError
 from treering.curvature import open as open_statistics
 from treering.curvature.disk import copy_folder
-from treering.errors import CheckpointError
-from treering.folders import tensor_files
 from treering.plan.adapter import contents, exportable
 from treering.plan.adapter import tensors as tensors_of
 from treering.plan.plan import Plan
-from treering.plan.publish import on_first, published, refuse_full, refuse_taken
 from treering.plan.values import Values, announced, groups, joined, live_values, take_part
+from treering.store.model_folder import tensor_files
+from treering.store.publish import on_first, published, refuse_full, refuse_taken
+from treering.store.tensor_writer import LIMIT, Writer
 from treering.technique import Adapter
-from treering.together import is_first
-from treering.weights import to_file_layout
-from treering.writing import LIMIT, Writer
+from treering.weights.plain_tensors import to_file_layout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

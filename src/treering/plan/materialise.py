@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from treering.errors import PlanError
+from treering.core.errors import PlanError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

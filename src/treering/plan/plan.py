@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from treering.anatomy import Anatomy
-from treering.plan.fill import Chain
-from treering.plan.place import settle
+from treering.core.sharded import settle
+from treering.core.topology import axis_size
+from treering.plan.load import Chain
 from treering.technique import Applied, Technique
-from treering.topology import axis_size
-from treering.weights import Source, plain_tensors
+from treering.weights.plain_tensors import Source, plain_tensors
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -17,8 +17,8 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from treering.errors import CheckpointError
-from treering.writing import Writer, content_of, sync
+from treering.core.errors import CheckpointError
+from treering.store.tensor_writer import Writer, content_of, sync
 
 FORMAT = 1
 METADATA = "treering"

@@ -7,15 +7,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from treering.errors import CheckpointError, PlanError
-from treering.folders import tensor_files
+from treering.core.errors import CheckpointError, PlanError
 from treering.plan.adapter import contents, exportable
 from treering.plan.export import layout
 from treering.plan.plan import Plan
-from treering.plan.publish import on_first, refuse_full
 from treering.plan.values import announced, groups, joined, live_values
-from treering.weights import places, to_file_layout
-from treering.writing import size
+from treering.store.model_folder import tensor_files
+from treering.store.publish import on_first, refuse_full
+from treering.store.tensor_writer import size
+from treering.weights.plain_tensors import places, to_file_layout
 
 
 def rehearse(plan: Plan, folder: Path) -> None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from treering.errors import PlanError
+from treering.core.errors import PlanError
+from treering.core.sharded import settle
 from treering.plan import batches, step
 from treering.plan.batches import Batch
 from treering.plan.explain import explain
 from treering.plan.export import export
 from treering.plan.loss import cross_entropy
-from treering.plan.place import settle
 from treering.plan.plan import Plan
 from treering.plan.step import StepReport
 from treering.plan.values import plain

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.optim import Optimizer
 
-from treering.errors import NumericsError
-from treering.plan.place import local
+from treering.core.errors import NumericsError
+from treering.core.sharded import local
 from treering.technique import Applied
 
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from treering.errors import PlanError
-from treering.plan.fill import Chain, join
-from treering.plan.place import gather
+from treering.core.errors import PlanError
+from treering.core.sharded import gather
+from treering.plan.load import Chain, join
 from treering.plan.plan import Plan
 from treering.technique import LazyTensor
-from treering.weights import export_groups, plain_tensors, to_file_layout
+from treering.weights.plain_tensors import export_groups, plain_tensors, to_file_layout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,14 +7,14 @@ import numpy as np
 import torch
 import xxhash
 
+from treering.core.errors import DataError
+from treering.core.seeds import derive
+from treering.core.topology import data_rank
 from treering.data.batch import collate
 from treering.data.deal import deal
 from treering.data.examples import Document, Examples
 from treering.data.order import Order, scrambled
-from treering.errors import DataError
 from treering.plan import Plan
-from treering.seeds import derive
-from treering.topology import data_rank
 
 
 def sample(examples: Examples, tokens: int, seed: int) -> list[Document]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from treering.errors import CheckpointError
+from treering.core.errors import CheckpointError
 
 Metrics = Mapping[str, float]
 

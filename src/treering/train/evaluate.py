@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from treering.data.chat.template import Template
 from treering.data.loader import Loader
-from treering.data.template import Template
 from treering.plan import Run
 
 if TYPE_CHECKING:

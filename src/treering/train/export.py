@@ -5,16 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from treering import plan as room
-from treering.errors import CheckpointError
+from treering.core.errors import CheckpointError
 from treering.plan import Plan, Run
 from treering.plan.export import export as write
-from treering.plan.publish import on_first, refuse_taken
 from treering.plan.values import saved_values
+from treering.store.publish import on_first, refuse_taken
 from treering.technique import Stage
-from treering.train import checkpoint
+from treering.train.checkpoints import files as checkpoint
+from treering.train.checkpoints.manager import Keeper, check_same
 from treering.train.job import Job
-from treering.train.keeper import Keeper, check_same
-from treering.train.rings import carried
+from treering.train.measurements import carried
 
 
 def export(job: Job, folder: Path, *, adapter: str | None = None, step: int | None = None) -> Path:

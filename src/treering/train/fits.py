@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from treering.core.errors import PlanError
 from treering.data.examples import Examples
-from treering.errors import PlanError
 from treering.plan import Plan
 from treering.train.evaluate import encode
 from treering.train.job import Job

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from treering.core.errors import DataError
+from treering.core.seeds import generator
+from treering.core.topology import data_rank
 from treering.data.examples import Document
-from treering.errors import DataError
 from treering.plan import Run
-from treering.seeds import generator
-from treering.topology import data_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

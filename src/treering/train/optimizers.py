@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from treering.errors import PlanError
+from treering.core.errors import PlanError
 from treering.plan import Run
 from treering.train.config import Optimizer as Settings
 

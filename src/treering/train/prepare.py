@@ -5,16 +5,16 @@ from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from treering import trust
+from treering.core.errors import PlanError
+from treering.core.topology import data_rank
 from treering.data.config import Format
 from treering.data.encode import ALPACA
 from treering.data.examples import Examples, build
 from treering.data.loader import Loader
 from treering.data.order import Order
-from treering.errors import PlanError
 from treering.plan import Plan
-from treering.plan.opening import locate
-from treering.topology import data_rank
+from treering.plan.open_model import locate
+from treering.store import untrusted as trust
 from treering.train.job import Job
 
 if TYPE_CHECKING:

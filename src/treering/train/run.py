@@ -9,24 +9,26 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from treering.core.seeds import derive
+from treering.core.topology import mesh
 from treering.plan import Plan, Run, draft
-from treering.plan.opening import initialised, locate
+from treering.plan.open_model import initialised, locate
 from treering.plan.rehearse import rehearse
-from treering.seeds import derive
 from treering.technique import Stage
-from treering.topology import mesh
-from treering.train import fits, lock, optimizers, rings
+from treering.train import fits, optimizers
+from treering.train import measurements as rings
 from treering.train.callbacks import Callback
+from treering.train.checkpoints.manager import Keeper
+from treering.train.checkpoints.saving import save
+from treering.train.evaluator import Judge
 from treering.train.job import Job
-from treering.train.judge import Judge
-from treering.train.keeper import Keeper
 from treering.train.prepare import open_data, open_tokenizer
-from treering.train.saving import save
+from treering.train.ranks import lock
+from treering.train.ranks.signals import Signals
+from treering.train.ranks.watchdog import Watchdog
+from treering.train.reporter import Teller
 from treering.train.schedule import rate
-from treering.train.signals import Signals
 from treering.train.stopwatch import Stopwatch
-from treering.train.tell import Teller
-from treering.train.watchdog import Watchdog
 
 
 def train(job: Job, callbacks: Sequence[Callback] = (), *, profile: bool = False) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def train(job: Job, callbacks: Sequence[Callback] = (), *, profile: bool = False
             watchdog.spared = keeper.saver.group
             signals.at_once = False
             _steps(run, steppers, judge, start)
-            rings.grow(run, job, data, keeper.statistics, tell, watchdog)
+            rings.grow(run, job, data, keeper.statistics, tell.at, tell.note, watchdog)
             return tell.finished(keeper, watch)
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from treering.train.pulse import Phase
+from treering.train.ranks.heartbeat import Phase
 
 
 class Stopwatch:

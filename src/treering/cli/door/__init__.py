@@ -1,8 +1,0 @@
-"""Where outside text becomes a configuration: read, overridden, checked, or refused with every reason at once."""
-
-from treering.cli.door.check import json_schema, validate
-from treering.cli.door.problems import ConfigErrors, Problem
-from treering.cli.door.reader import Document, read_file, read_text
-from treering.cli.door.resolved import to_yaml
-
-__all__ = ["ConfigErrors", "Document", "Problem", "json_schema", "read_file", "read_text", "to_yaml", "validate"]

@@ -1,3 +1,0 @@
-from treering.compile.config import Compile
-
-__all__ = ["Compile"]

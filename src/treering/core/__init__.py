@@ -1,0 +1,1 @@
+"""What everything else stands on: errors, seeds, collectives, the mesh, replaced forwards."""

@@ -1,0 +1,175 @@
+"""Sums of a aᵀ over the tokens of every forward, one for each weight that is watched."""
+
+import inspect
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from treering.core.errors import DataError, PlanError
+from treering.curvature.statistics import Counts, Ring, Statistics, in_memory, sizes
+from treering.curvature.sums import Sum, summed
+from treering.technique import recompute_state
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from treering.anatomy import Anatomy
+
+_RECENT = 8  # inputs of this forward that are remembered: those that two linears share follow each other
+
+
+class Observer:
+    """What `observe` yields. Every forward of the model counts, a second pass for the backward does not."""
+
+    def __init__(self, anatomy: "Anatomy", weights: Iterable[str] | None = None, share: bool = True):
+        self.anatomy, self.share = anatomy, share
+        self.sizes = sizes(anatomy)
+        chosen = set(self.sizes if weights is None else weights)
+        if strange := chosen - set(self.sizes):
+            raise PlanError(f"{sorted(strange)[0]} is no weight of a linear or of experts in a block of the model")
+        self.weights = tuple(w for w in self.sizes if w in chosen)
+        self.owner: dict[str, str] = {}  # weight -> the one whose sum is its sum too
+        self.sums: dict[str, Sum] = {}
+        self.kinds: dict[str, tuple[torch.dtype, torch.device]] = {}  # of the sums, also of those without a token yet
+        self.tokens = 0  # real ones so far, of this rank
+        self.real: Tensor | None = None  # of the running forward: [T] bool; None: all of them
+        self._index: Tensor | None = None
+        self._told: tuple[Tensor | None] | None = None
+        self._recent: deque[tuple[Tensor, int | None, str]] = deque(maxlen=_RECENT)
+
+    def __reduce__(self) -> Any:
+        """A copy of the model would go on counting, or count into this observer."""
+        raise PlanError(
+            "the model is being observed, and a copy would keep the observer's hooks; leave the `with observe` block "
+            "before you copy or pickle it"
+        )
+
+    @contextmanager
+    def counting(self, real: Tensor | None) -> Iterator[None]:
+        """Of the forwards inside, only the tokens where `real` ([B, S], bool) is true count; None: all of them.
+
+        Without it they are those of the model's attention_mask, and all if there is none.
+        """
+        before, self._told = self._told, (real,)
+        try:
+            yield
+        finally:
+            self._told = before
+
+    def statistics(self, ring: Ring | None = None, groups: "Sequence[ProcessGroup]" = ()) -> Statistics:
+        """Means of what was seen so far, on the host; over the ranks of each of `groups`, which then all call it."""
+        if not self.counted(groups) and not self.sums:
+            raise DataError(
+                "no token was seen, so there is nothing to keep: run the model inside the `with observe` block, on "
+                "batches whose attention_mask is not all padding"
+            )
+        tensors: dict[str, Tensor] = {}
+        counts: dict[str, Counts] = {}
+        for owner, tensor, count in self.means(groups, keep=True):
+            tensors[owner], counts[owner] = tensor, count
+        ring = ring or Ring(name="", tokens=self.counted(groups))
+        return in_memory(self.anatomy.model_type, tensors, self.order(), counts, (ring,))
+
+    def counted(self, groups: "Sequence[ProcessGroup]" = ()) -> int:
+        device = next(iter(self.kinds.values()))[1] if self.kinds else None
+        return int(summed(torch.tensor(self.tokens, device=device), groups))
+
+    def order(self) -> dict[str, str]:
+        """`owner`, in the model's order."""
+        return {weight: self.owner[weight] for weight in self.weights if weight in self.owner}
+
+    def means(self, groups: "Sequence[ProcessGroup]" = (), keep: bool = False) -> Iterator[tuple[str, Tensor, Counts]]:
+        """(weight, A, tokens) of each sum, one at a time; with `groups` a collective. What is not kept is used up."""
+        for owner in dict.fromkeys(self.order().values()):
+            held = self.sums.get(owner) if keep else self.sums.pop(owner, None)
+            if held is None:
+                held = Sum.empty(self.sizes[owner], *self.kinds[owner])
+            yield owner, *(held.copy() if keep else held).mean(owner, groups)
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """At the door of the model: which tokens of this forward count."""
+        self._recent.clear()
+        if recompute_state() != "forward":
+            return
+        given = dict(zip(inspect.signature(model.forward).parameters, args)) | dict(kwargs)
+        tokens = next((given[n] for n in ("input_ids", "inputs_embeds") if given.get(n) is not None), None)
+        mask = given.get("attention_mask") if self._told is None else self._told[0]
+        self.real = _mask(mask, tokens)
+        self._index = None if self.real is None else self.real.nonzero().squeeze(1)
+        if tokens is not None:
+            whole = tokens.shape[0] * tokens.shape[1]
+            self.tokens += whole if self._index is None else self._index.numel()
+
+    def end(self, *_: Any) -> None:
+        self._recent.clear()
+
+    def take(self, weight: str, x: Tensor) -> None:
+        """The inputs of a linear."""
+        if not isinstance(x, Tensor):
+            raise PlanError(
+                f"a technique computes the inputs of {weight} later, tile by tile; measure the model that was "
+                "exported, or a run without tiledblock"
+            )
+        if recompute_state() != "forward" or not self.owns(weight, x):
+            return
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if self._index is not None:
+            self.refuse_unless(rows.shape[0] == self.real.numel(), weight)  # type: ignore[union-attr]
+            rows = rows.index_select(0, self._index)
+        self.add(weight, rows)
+
+    def refuse_unless(self, known: bool, weight: str) -> None:
+        if not known:
+            raise PlanError(
+                f"which of the tokens that reach {weight} are padding cannot be told; measure packed rows, or rows of "
+                "one document without padding"
+            )
+
+    def add(self, weight: str, rows: Tensor, expert: int | None = None) -> None:
+        if rows.shape[0]:
+            if weight not in self.sums:
+                self.sums[weight] = Sum.empty(self.sizes[weight], *self.kinds[weight])
+            self.sums[weight].add(rows, expert)
+
+    def owns(self, weight: str, x: Tensor) -> bool:
+        """Whether the inputs are to be added to this weight's own sum: no other has just seen the same ones.
+
+        The same memory, alive since then and not written to since then, holds the same values.
+        """
+        version = None if x.is_inference() else x._version
+        found = next((o for t, v, o in self._recent if v == version and _same(t, x)), weight) if self.share else weight
+        known = self.owner.setdefault(weight, found)
+        if known != weight and found != known:
+            raise PlanError(
+                f"{weight} and {known} had the same inputs in one forward and others in another; measure them apart: "
+                "observe(…, share=False)"
+            )
+        if known == weight:
+            self.kinds.setdefault(weight, (torch.promote_types(x.dtype, torch.float32), x.device))
+            self._recent.append((x, version, weight))
+        return known == weight
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a is b:
+        return not a.is_inference()  # of an inference tensor nobody counts the writes
+    facts = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in (a, b) if t.numel()]
+    return len(facts) == 2 and facts[0] == facts[1] and not a.is_inference()
+
+
+def _mask(mask: Any, tokens: Tensor | None) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise PlanError("which tokens are real cannot be told from this attention_mask; use counting(mask), [B, S]")
+    if tokens is not None:
+        mask = mask[:, -tokens.shape[1] :]  # the mask of a cached generation tells of earlier tokens too
+        if mask.shape != tokens.shape[:2]:
+            raise PlanError(f"a mask of shape {tuple(mask.shape)} for tokens of shape {tuple(tokens.shape[:2])}")
+        mask = mask.to(tokens.device)
+    flat = mask.reshape(-1) != 0
+    return None if bool(flat.all()) else flat

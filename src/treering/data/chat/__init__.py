@@ -1,0 +1,1 @@
+"""Conversations: schema, template, and which tokens the assistant has to write."""

@@ -1,0 +1,185 @@
+"""Control tokens: only a template may write them; the same characters in a text of the data are encoded as text.
+
+Two backends encode. The ordinary one is the tokenizer as it is, and gives exactly the tokens of `apply_chat_template`.
+Each control token in its result must lie where the template wrote one. A sample where that does not hold is encoded by
+the renamed backend, which calls every control token by a name made of Unicode noncharacters, so that no text can
+spell it.
+"""
+
+import bisect
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from treering.core.errors import DataError
+from treering.data.chat.conversation import Piece
+from treering.data.sources.strings import NAME_CLOSE, NAME_OPEN
+from treering.data.token_places import Placer, Tokens
+
+_NOTHING = "(?!)"
+_REMEMBERED = 4096
+
+
+def _any_of(tokens: Sequence[str]) -> str:
+    # Longest first: a token takes precedence over the tokens that it begins with.
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or _NOTHING
+
+
+class Renamed:
+    """A text for the renamed backend with `names` names of control tokens."""
+
+    def __init__(self, text: str, borders: list[tuple[int, int]]):
+        self.text, self.names = text, len(borders) - 1
+        self._old, self._new = ([border[i] for border in borders] for i in (0, 1))
+
+    def at(self, character: int) -> int:
+        """Where a character of the ordinary text is in this one."""
+        i = bisect.bisect_right(self._old, character) - 1
+        return self._new[i] + character - self._old[i]
+
+
+class Control:
+    """Which tokens of a tokenizer control, and encoding texts so that only a template can write them.
+
+    `special` are tokens that are never text. `structural` are other added tokens that the template itself writes
+    (`<think>`, `<tool_call>`): a user cannot write them, an assistant may.
+    """
+
+    def __init__(self, backend: str, template: str | None):
+        self._json = _bare(json.loads(backend))
+        self._ordinary = Placer(Tokenizer.from_str(json.dumps(self._json)), self._json)
+        self._renamed: Placer | None = None
+        added = [token for token in self._json["added_tokens"] if token["content"]]
+        special = [token["content"] for token in added if token["special"]]
+        structural = [
+            token["content"]
+            for token in added
+            if not token["special"] and not token["content"].isspace() and template and token["content"] in template
+        ]
+        ids = {token["content"]: token["id"] for token in added}
+        self._ids = {token: ids[token] for token in (*special, *structural)}
+        self._names = {token: f"{NAME_OPEN}{i}{NAME_CLOSE}" for i, token in enumerate(self._ids)}
+        self.special = re.compile(_any_of(special))
+        self.structural = re.compile(_any_of(structural))
+        self.any = re.compile(_any_of(list(self._ids)))
+        self._kinds = np.zeros(max(ids.values(), default=-1) + 1, dtype=np.int8)
+        self._kinds[[ids[token] for token in special]] = 2
+        self._kinds[[ids[token] for token in structural]] = 1
+        self._counts: dict[str, int] = {}
+
+    def kinds(self, tokens: Tokens) -> np.ndarray:
+        """For each token 0: text, 1: structural, 2: special."""
+        ids = tokens.ids
+        if not len(self._kinds):
+            return np.zeros(len(ids), dtype=np.int8)
+        return np.where(ids < len(self._kinds), self._kinds.take(ids, mode="clip"), 0)
+
+    def genuine(self, tokens: Tokens, text: str, pieces: Sequence[Piece], writers: Sequence[bool]) -> bool:
+        """Whether the control tokens are those that the template wrote, or structural ones that an assistant wrote."""
+        kinds = self.kinds(tokens)
+        at = np.flatnonzero(kinds)
+        expected = 0
+        begin = 0
+        for piece in pieces:
+            if piece.begin > begin:
+                expected += self._count(text[begin : piece.begin])
+            begin = max(begin, piece.end)
+        expected += self._count(text[begin:])
+        if not pieces or not len(at):
+            return len(at) == expected
+        edges = [edge for piece in pieces for edge in (piece.begin, piece.end)]
+        begins, ends, places = tokens.places(at, edges)
+        piece_begins, piece_ends = places[::2], places[1::2]
+        near = piece_ends.searchsorted(begins, "right")  # the first piece that ends behind where the token begins
+        behind = np.append(piece_begins, np.iinfo(np.int64).max)
+        literal = behind[near] >= ends
+        if int(literal.sum()) != expected:
+            return False
+        for i in np.flatnonzero(~literal):
+            which = int(near[i])
+            inside = piece_begins[which] <= begins[i] and ends[i] <= piece_ends[which]
+            if not (inside and writers[which] and kinds[at[i]] == 1):
+                return False
+        return True
+
+    def _count(self, literal: str) -> int:
+        """How many control tokens a text of the template holds."""
+        if literal not in self._counts:
+            if len(self._counts) >= _REMEMBERED:
+                self._counts.clear()
+            self._counts[literal] = sum(1 for _ in self.any.finditer(literal))
+        return self._counts[literal]
+
+    def rename(self, text: str, pieces: Sequence[Piece], writers: Sequence[bool]) -> Renamed:
+        """The text for the renamed backend: what the template wrote by its name, texts of the data as they are."""
+        made: list[str] = []
+        borders = [(0, 0)]
+        at, length = 0, 0
+
+        def copy(end: int, pattern: re.Pattern[str]) -> None:
+            nonlocal at, length
+            for match in pattern.finditer(text, at, end):
+                name = self._names[match[0]]
+                made.extend((text[at : match.start()], name))
+                length += match.start() - at + len(name)
+                at = match.end()
+                borders.append((at, length))
+            made.append(text[at:end])
+            length += end - at
+            at = end
+
+        nothing = re.compile(_NOTHING)
+        for piece, writer in zip(pieces, writers, strict=True):
+            copy(piece.begin, self.any)
+            copy(piece.end, self.structural if writer else nothing)
+        copy(len(text), self.any)
+        return Renamed("".join(made), borders)
+
+    def placer(self, *, renamed: bool) -> Placer:
+        return self._named() if renamed else self._ordinary
+
+    def _named(self) -> Placer:
+        if self._renamed is None:
+            state = _rename(self._json, self._names)
+            try:
+                backend = Tokenizer.from_str(json.dumps(state))
+            except Exception as error:  # tokenizers raises plain Exception
+                raise DataError(f"the tokenizer cannot be copied with its control tokens renamed: {error}") from error
+            for token, name in self._names.items():
+                if backend.token_to_id(name) != self._ids[token]:
+                    raise DataError(
+                        f"the tokenizer's control token {token!r} cannot be kept out of text: its copy has the id "
+                        f"{backend.token_to_id(name)} instead of {self._ids[token]}"
+                    )
+            self._renamed = Placer(backend, state)
+        return self._renamed
+
+
+def _bare(state: dict[str, Any]) -> dict[str, Any]:
+    """Without what would change lengths or offsets: a post-processor trims leading spaces from offsets."""
+    return {**state, "truncation": None, "padding": None, "post_processor": None}
+
+
+def _rename(state: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    added = [{**token, "content": names.get(token["content"], token["content"])} for token in state["added_tokens"]]
+    model = dict(state["model"])
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(piece, piece): i for piece, i in vocab.items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+    if isinstance(model.get("merges"), list):
+        model["merges"] = [merge for merge in model["merges"] if not _leads_to(merge, names)]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    return {**state, "added_tokens": added, "model": model}
+
+
+def _leads_to(merge: str | list[str], names: dict[str, str]) -> bool:
+    """Whether letters become a control token by this merge, or it starts from one."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left in names or right in names or left + right in names

@@ -1,0 +1,145 @@
+"""What a rendering may cost, and what a step of it costs: paid before the step is taken."""
+
+import re
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from typing import Any
+
+from jinja2.utils import Namespace
+
+from treering.data.chat.traced import Traced
+
+_BASE, _EACH = 1_000_000, 2_000  # units given to any rendering, and for each value of the conversation
+_UNIT = 64  # characters that cost one unit: about as long as a step of the interpreter
+_NUMBER = 1 << 64
+_LINEAR = {"trim", "strip", "lstrip", "rstrip", "startswith", "endswith", "split", "lower", "upper", "length"}
+_WIDE = re.compile(r"[0-9]{5,}|:[^{}]*\{|%[^%a-zA-Z]*\*")  # a field that is wide, or that takes its width from a value
+
+
+class TooExpensiveError(Exception):
+    """The template takes more than any conversation of this size needs."""
+
+
+class Meter:
+    """What is left of a rendering's allowance. Not for two threads at once."""
+
+    def __init__(self) -> None:
+        self.left = _BASE
+
+    def fill(self, values: int, characters: int) -> None:
+        """Give a new allowance, in proportion to what is rendered."""
+        self.left = _BASE + _EACH * values + characters
+
+    def pay(self, units: int = 1) -> None:
+        self.left -= units
+        if self.left < 0:
+            raise TooExpensiveError("it repeats or grows without end")
+
+    def weigh(self, value: Any) -> int:
+        """Characters that a value has when it is written out; what is inside it is paid for, each time it is seen."""
+        kind = type(value)
+        if kind is str or kind is Traced:
+            return len(value)
+        if kind is dict:
+            self.pay(len(value) + 1)
+            return sum([self.weigh(key) + self.weigh(inner) + 8 for key, inner in value.items()])
+        if kind is list or kind is tuple:
+            self.pay(len(value) + 1)
+            return sum([self.weigh(inner) + 8 for inner in value])
+        if isinstance(value, str):
+            return len(value)
+        if isinstance(value, Mapping):
+            return self.weigh(dict(value))
+        if isinstance(value, set | frozenset | KeysView | ValuesView | ItemsView | list | tuple):
+            return self.weigh([*value])
+        if isinstance(value, Namespace):
+            return self.weigh(object.__getattribute__(value, "_Namespace__attrs"))
+        if isinstance(value, int):
+            _within(value)
+        return 64
+
+    def written(self, value: Any) -> Any:
+        """`value`, paid for as text."""
+        kind = type(value)
+        weight = len(value) if kind is str or kind is Traced else 4 if kind is bool else self.weigh(value)
+        self.left -= 1 + (weight >> 6)
+        if self.left < 0:
+            self.pay()
+        return value
+
+    def copied(self, value: Any) -> Any:
+        """`value`, paid for as a copy that shares what is inside."""
+        if isinstance(value, str | list | tuple):
+            self.pay(1 + len(value) // _UNIT)
+        return value
+
+    def call(self, name: str, subject: Any, given: list[Any]) -> None:
+        """Pay for a method or filter called `name`, of `subject`."""
+        if name in _LINEAR and isinstance(subject, str):
+            self.pay(2 + (len(subject) + sum([len(value) if isinstance(value, str) else 64 for value in given]) >> 6))
+            return
+        weight = self.weigh(subject)
+        numbers = [abs(n) for n in given if isinstance(n, int)]
+        weights = [self.weigh(value) for value in given]
+        units = 1 + (weight + sum(weights)) // _UNIT
+        for number in numbers:
+            _within(number)
+            if name == "round" and number > 300:
+                raise TooExpensiveError("it rounds to more than 300 digits")
+            units += number * (1 + weight) // _UNIT + (number if name in ("batch", "slice") else 0)
+        if name == "replace" and len(given) > 1:
+            units += (weight // max(1, weights[0]) + 1) * weights[1] // _UNIT
+        elif name == "join":
+            between, items = (given[:1] or [""])[0], subject
+            if isinstance(subject, str) and given:  # the method; otherwise the filter, with the items first
+                between, items = subject, given[0]
+            count = len(items) if hasattr(items, "__len__") else 0
+            units += (self.weigh(between) * count) // _UNIT
+        elif name in ("format", "format_map"):
+            units += self.fields(str(subject), sum(weights))
+        elif name in ("translate", "expandtabs"):
+            units += weight * (8 + sum(weights)) // _UNIT
+        self.pay(units)
+
+    def fields(self, text: str, weight: int) -> int:
+        """What filling the fields of `text` costs, if each took all that is given."""
+        if _WIDE.search(text):
+            raise TooExpensiveError("it formats with a width that is large or taken from a value")
+        return (text.count("{") + text.count("%") + 1) * weight // _UNIT
+
+    def operate(self, operator: str, left: Any, right: Any) -> None:
+        """Pay for a binary operator."""
+        if isinstance(left, str) and isinstance(right, str) and operator == "+":
+            self.pay(1 + (len(left) + len(right) >> 6))
+            return
+        if isinstance(left, float | int) and isinstance(right, float | int):
+            if (
+                operator == "**"
+                and isinstance(left, int)
+                and isinstance(right, int)
+                and abs(right) > 64
+                and abs(left) > 1
+            ):
+                raise TooExpensiveError("it calculates with numbers beyond 2^64")
+            _within(left)
+            _within(right)
+            return
+        if operator == "%" and isinstance(left, str):
+            self.pay(1 + self.fields(left, self.weigh(right)))
+        elif operator == "*":
+            times = right if isinstance(right, int) else left if isinstance(left, int) else 1
+            self.pay(1 + self.weigh(left if times is right else right) * max(times, 1) // 8)
+        else:
+            self.pay(1 + (self.weigh(left) + self.weigh(right)) // _UNIT)
+
+    def items(self, values: Iterator[Any]) -> list[Any]:
+        """What a lazy filter gives."""
+        made = []
+        for value in values:
+            self.pay()
+            made.append(value)
+        return made
+
+
+def _within(number: float) -> None:
+    if isinstance(number, int) and not -_NUMBER < number < _NUMBER:
+        raise TooExpensiveError("it calculates with numbers beyond 2^64")

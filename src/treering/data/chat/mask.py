@@ -1,0 +1,209 @@
+"""From a conversation to its rendered text and the proved ranges that are trained."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from treering.data.chat.control_tokens import Control
+from treering.data.chat.conversation import TOOLS, Conversation, Piece, Span, forms, left_out, trace
+from treering.data.chat.messages import THOUGHTS
+from treering.data.chat.template import REFUSED, RenderedText, Template
+from treering.data.chat.traced import Source
+from treering.data.chat.turns import Turn, Turns
+from treering.data.formats import Sample
+from treering.data.sources.records import SampleError, bad
+
+_THOUGHT = re.compile(r".*</think>", re.DOTALL)  # a thought inside of the content
+_TAG = re.compile(r"</?think>")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """`trained` are ranges of `text`; a token that reaches beyond its range is trained only if it ends before
+    `limits`: beyond them is somebody else's text. `pieces` are the texts of the data."""
+
+    text: str
+    trained: list[Span]
+    limits: list[Span]
+    pieces: list[Piece]
+    writers: list[bool]  # of each piece: whether the assistant wrote it
+    endless: bool  # some assistant turn has no end-of-turn token
+    unprompted: bool  # some assistant turn does not begin with the whole generation prompt
+    thoughts: int  # of earlier turns, which the template leaves out
+
+
+class Chat:
+    """Renders conversations with one template."""
+
+    def __init__(self, template: Template, control: Control):
+        self._template, self._control = template, control
+        self._turns = Turns(control)
+
+    def render(self, sample: Sample) -> Rendered:
+        assert sample.messages is not None
+        self._check_thoughts(sample.messages, sample.where)
+        errors: list[SampleError] = []
+        for messages in forms(sample.messages):
+            try:
+                return self._render(trace(messages, sample.tools), sample.where)
+            except SampleError as refused:
+                errors.append(refused)
+        # What a form leaves out says more than what the template's code stumbles over in another form.
+        error = next((error for error in errors if error.kind != REFUSED), errors[0])
+        if len(errors) > 1 and error.kind == REFUSED:
+            tried = "tool calls were tried with arguments as an object and as JSON, and with and without content"
+            raise SampleError(f"{error}; {tried}", kind=error.kind)
+        raise error
+
+    def _check_thoughts(self, messages: Sequence[dict[str, Any]], where: str) -> None:
+        """A template may drop the thoughts of earlier turns; one that knows no thoughts would lose all of them."""
+        if any(field in self._template.source for field in THOUGHTS):
+            return
+        for i, message in enumerate(messages):
+            if field := next((field for field in THOUGHTS if field in message), None):
+                raise bad(where, "template", "the chat template has no place for it", at=f"messages[{i}].{field}")
+
+    def _render(self, conversation: Conversation, where: str) -> Rendered:
+        rendered = self._template.render(conversation.messages, conversation.tools, where)
+        turns = self._tagged(rendered, conversation, where) if self._template.tagged else None
+        if turns is None:
+
+            def render(messages: Sequence[dict[str, Any]], prompt: bool) -> RenderedText:
+                return self._template.render(messages, conversation.tools, where, prompt=prompt)
+
+            turns = self._turns.find(rendered, conversation, render, where)
+        thoughts = _check_complete(conversation, rendered.pieces, turns, where)
+        pieces = rendered.visible
+        self._check_mixed(rendered.text, pieces, where)
+        assistant = [message["role"] == "assistant" for message in conversation.messages]
+        return Rendered(
+            text=rendered.text,
+            trained=[(turn.start, turn.end) for turn in turns],
+            limits=[(turn.low, turn.high) for turn in turns],
+            pieces=pieces,
+            writers=[piece.source.turn != TOOLS and assistant[piece.source.turn] for piece in pieces],
+            endless=any(turn.endless for turn in turns),
+            unprompted=any(turn.unprompted for turn in turns),
+            thoughts=thoughts,
+        )
+
+    def _check_mixed(self, text: str, pieces: Sequence[Piece], where: str) -> None:
+        for piece in pieces:
+            if piece.mixed and self._control.any.search(text, piece.begin, piece.end):
+                raise bad(
+                    where,
+                    "template",
+                    "the chat template puts a text and control tokens through one filter, so nobody can tell whose "
+                    "the tokens are",
+                    at=f"messages[{piece.source.turn}]",
+                )
+
+    def _tagged(self, rendered: RenderedText, conversation: Conversation, where: str) -> list[Turn]:
+        """The turns as the template's generation tags mark them, each with its end-of-turn token."""
+        text, tags = rendered.text, [(start, end) for start, end in rendered.tags if start < end]
+        indices = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        pieces = rendered.visible
+        owners: list[int] = []
+        for start, end in tags:
+            inside = {p.source.turn for p in pieces if p.begin < end and p.end > start}
+            strange = next((turn for turn in inside if turn not in indices), None)
+            if strange is not None or len(inside) > 1:
+                at = "tools" if strange == TOOLS else f"messages[{max(inside) if strange is None else strange}]"
+                raise bad(where, "template", "the chat template's generation tags hold somebody else's text", at=at)
+            owners.append(inside.pop() if inside else owners[-1] if owners else indices[0])
+        if missing := [i for i in indices if i not in owners]:
+            raise bad(
+                where,
+                "template",
+                f"the chat template's generation tags mark {len(tags)} texts for {len(indices)} assistant turns",
+                at=f"messages[{missing[0]}]",
+            )
+        closing = self._closing(rendered, tags, conversation, where)
+        turns = []
+        for (start, end), owner in zip(tags, owners, strict=True):
+            stop = end + len(closing) if text.startswith(closing, end) else end
+            turns.append(Turn(owner, start, stop, start, stop, not self._ended(rendered, (start, stop)), False))
+        return turns
+
+    def _closing(self, rendered: RenderedText, tags: list[Span], conversation: Conversation, where: str) -> str:
+        """The end-of-turn token, if the template writes it behind its tag: it must be learned all the same."""
+        messages = conversation.messages
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        if last + 1 < len(messages):  # what follows the tag must be this turn's, not the next one's beginning
+            rendered = self._template.render(messages[: last + 1], conversation.tools, where)
+            tags = [(start, end) for start, end in rendered.tags if start < end]
+        if not tags:
+            return ""
+        token = self._control.any.match(rendered.text, tags[-1][1])
+        return "" if token is None or self._ended(rendered, tags[-1]) else token[0]
+
+    def _ended(self, rendered: RenderedText, span: Span) -> bool:
+        """Whether the last thing in `span` is a control token of the template."""
+        text, (start, end) = rendered.text, span
+        data = max((p.end for p in rendered.visible if p.begin < end and p.end > start), default=start)
+        tokens = [m.end() for m in self._control.any.finditer(text, min(data, end), end)]
+        return bool(tokens) and not text[tokens[-1] : end].strip()
+
+
+def _check_complete(conversation: Conversation, pieces: list[Piece], turns: list[Turn], where: str) -> int:
+    """Refuse a rendering that leaves out a text, or that leaves the assistant's untrained. Returns how many thoughts of
+    earlier turns are left out, which some templates do on purpose."""
+    spans: dict[int, list[Span]] = {}
+    for turn in turns:
+        spans.setdefault(turn.message, []).append((turn.start, turn.end))
+    shown = [
+        piece
+        for piece in pieces
+        if piece.source.turn not in spans
+        or any(start <= piece.begin and piece.end <= end for start, end in spans[piece.source.turn])
+    ]
+    last = max(spans)
+    thoughts: set[int] = set()
+    for source, missing in left_out(conversation.sources, shown):
+        at = _place(source)
+        if source.turn in spans and not (missing := _without_tags(source, missing)):
+            continue  # the template writes the tags of a thought itself
+        if source.turn in spans and _is_thought(source, missing):
+            if source.turn == last:
+                raise bad(
+                    where,
+                    "template",
+                    "the chat template leaves out the thought of the last turn, so the model would learn not to think; "
+                    "give a template that keeps it (data.template), or take the thoughts out of the data",
+                    at=at,
+                )
+            thoughts.add(source.turn)
+            continue
+        role = conversation.messages[source.turn]["role"]
+        raise bad(where, "template", f"the chat template leaves out {_what(source, missing[0], role)}", at=at)
+    return len(thoughts)
+
+
+def _is_thought(source: Source, missing: list[Span]) -> bool:
+    if source.path[0] in THOUGHTS:
+        return True
+    if source.path != ("content",):
+        return False
+    thought = _THOUGHT.match(source.text)
+    return all(stop <= (thought.end() if thought else 0) for _, stop in missing)
+
+
+def _without_tags(source: Source, missing: list[Span]) -> list[Span]:
+    return [(start, stop) for start, stop in missing if _TAG.sub("", source.text[start:stop]).strip()]
+
+
+def _what(source: Source, missing: Span, role: str) -> str:
+    text = source.text[slice(*missing)].strip()
+    shown = repr(text if len(text) <= 40 else text[:40] + "…")
+    whole = text == source.text.strip()
+    if source.path[-1] == "name":
+        return f"the tool call {shown}"
+    if source.path[0] == "tool_calls":
+        return f"{shown} of a tool call"
+    return f"this message (role {role})" if whole else f"{shown} of this message (role {role})"
+
+
+def _place(source: Source) -> str:
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in source.path if step != "key")
+    return f"messages[{source.turn}]{path}"

@@ -1,0 +1,97 @@
+"""Rendering a chat template in a sandbox like transformers', with a bound on what it may cost."""
+
+import bisect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from treering.core.errors import DataError
+from treering.data.chat.conversation import pieces_of
+from treering.data.chat.cost import TooExpensiveError
+from treering.data.chat.messages import THOUGHTS
+from treering.data.chat.sandbox import PythonNotationError, Rendering, Written
+from treering.data.chat.traced import MixedTextsError
+from treering.data.sources.records import bad
+
+Span = tuple[int, int]
+REFUSED = "refused by the template"  # a kind of SampleError
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class RenderedText:
+    """A text with the origins of its characters and the ranges of the template's generation tags."""
+
+    def __init__(self, written: Written):
+        self.text, self.tags, self._loops = written.text, written.tags, written.loops
+        self.pieces = pieces_of(written.parts)  # texts of the data, those that show no character among them
+        self.visible = [piece for piece in self.pieces if piece.begin < piece.end]
+
+    @cached_property
+    def tail(self) -> str:
+        """What the template writes behind the last text of the data."""
+        return self.text[self.visible[-1].end if self.visible else 0 :]
+
+    def loop_end(self, at: int, turn: int) -> int | None:
+        """How far behind `at` the template's loop was still at message `turn`; None if it was not there at `at`."""
+        i = bisect.bisect_left(self._loops, at, key=lambda loop: loop[0]) - 1
+        if i < 0 or self._loops[i][1] != turn:
+            return None
+        return self._loops[i + 1][0] if i + 1 < len(self._loops) else len(self.text)
+
+    def after_loops(self) -> int:
+        """Where what the template writes behind its loops begins."""
+        begin, turn = self._loops[-1]
+        return begin if turn is None else len(self.text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """`variables` are the tokenizer's special tokens, which templates read by name."""
+
+    source: str
+    variables: Mapping[str, Any]
+
+    @cached_property
+    def tagged(self) -> bool:
+        """Whether the template itself says what the assistant generates."""
+        return _GENERATION.search(self.source) is not None
+
+    def render(
+        self, messages: Sequence[dict[str, Any]], tools: Any, where: str, *, prompt: bool = False
+    ) -> RenderedText:
+        """The conversation as text. `prompt`: with the generation prompt behind it."""
+        import jinja2
+
+        try:
+            given = {"messages": _aliased(messages), "tools": tools, "documents": None}
+            written = self._rendering.render({**given, "add_generation_prompt": prompt, **self.variables})
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
+        except (TooExpensiveError, jinja2.exceptions.SecurityError, RecursionError, MemoryError) as error:
+            raise DataError(f"{where}: the chat template {self.source[:60]!r}… is refused: {error}") from None
+        except PythonNotationError:
+            raise bad(
+                where, "template", "the chat template prints a mapping or a list as Python does", at="messages"
+            ) from None
+        except MixedTextsError:
+            message = "the chat template puts texts of two messages through one filter, so nobody can tell them apart"
+            raise bad(where, "template", message, at="messages") from None
+        except Exception as error:  # a template is a program: what it may raise has no common base
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise bad(where, REFUSED, f"the chat template refused it: {reason}", at="messages") from error
+        return RenderedText(written)
+
+    @cached_property
+    def _rendering(self) -> Rendering:
+        return Rendering(self.source)
+
+
+def _aliased(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Thoughts under every name that templates read them by, as transformers gives them."""
+    aliased = []
+    for message in messages:
+        thought = next((message[field] for field in THOUGHTS if message.get(field) is not None), None)
+        aliased.append(message if thought is None else {"thinking": thought, **message, "reasoning_content": thought})
+    return aliased

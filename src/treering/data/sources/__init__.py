@@ -1,0 +1,1 @@
+"""From a source string to records, each with its place."""

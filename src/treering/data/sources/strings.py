@@ -1,0 +1,43 @@
+"""Which strings may enter: what cannot be encoded, or would be mistaken for our own marks, is refused by name."""
+
+import re
+from typing import Any
+
+from treering.data.sources.records import bad
+
+# Unicode keeps U+FDD0..U+FDEF out of interchange for good ("noncharacters"), so marks made of them cannot collide
+# with honest text. Private-use characters can: icon fonts use them.
+CONTROL_OPEN, CONTROL_CLOSE = "\ufdd0", "\ufdd1"  # around a control token's string that must stay text
+SLOT_OPEN, SLOT_CLOSE = "\ufdd2", "\ufdd3"  # stand in for a message's text in a template's skeleton
+NAME_OPEN, NAME_CLOSE = "\ufdd4", "\ufdd5"  # the new name of a control token in the renamed tokenizer
+
+_DEPTH = 64
+_FORBIDDEN = re.compile("[\0\ud800-\udfff\ufdd0-\ufdef]")
+
+
+def check_text(value: object, where: str, at: str) -> str:
+    if not isinstance(value, str):
+        raise bad(where, "schema", f"must be a string, not {type(value).__name__}", at=at)
+    found = _FORBIDDEN.search(value)
+    if found is None:
+        return value
+    if found[0] == "\0":
+        raise bad(where, "nul", f"NUL character at character {found.start() + 1}", at=at)
+    code = ord(found[0])
+    what = "half of a surrogate pair" if 0xD800 <= code <= 0xDFFF else "a Unicode noncharacter"
+    raise bad(where, "utf-8", f"U+{code:04X} at character {found.start() + 1} is {what}", at=at)
+
+
+def check_strings(value: Any, where: str, at: str, depth: int = 0) -> None:
+    """Every string inside a JSON value, keys included. Templates walk these values recursively, hence the bound."""
+    if depth > _DEPTH:
+        raise bad(where, "json", f"is nested more than {_DEPTH} levels deep", at=at[:80])
+    if isinstance(value, str):
+        check_text(value, where, at)
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            check_text(key, where, at)
+            check_strings(entry, where, f"{at}.{key}", depth + 1)
+    elif isinstance(value, list):
+        for i, entry in enumerate(value):
+            check_strings(entry, where, f"{at}[{i}]", depth + 1)

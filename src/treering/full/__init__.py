@@ -1,3 +1,0 @@
-from treering.full.config import Full
-
-__all__ = ["Full"]

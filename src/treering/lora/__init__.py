@@ -1,3 +1,0 @@
-from treering.lora.config import LoRA
-
-__all__ = ["LoRA"]

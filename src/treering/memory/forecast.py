@@ -1,0 +1,218 @@
+"""What a run of any depth, length and number of ranks needs, from traces of a few blocks.
+
+Blocks repeat: from `prefix` on, each is like the one `period` before it. Two depths, two periods apart, are traced, and
+every category at every corresponding moment is continued linearly: what is kept grows by the same with every block. The
+corresponding moments are those at the first blocks and at the last ones; in between, memory only falls or only grows.
+A moment's neighbours matter (FSDP gathers the next block early), so blocks two periods from either end must exist:
+three and five blocks of an even model. A model that is no deeper than that is traced as it is.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from treering.core.errors import PlanError
+from treering.memory import pretend
+from treering.memory.timeline import PHASES, Phase, Timeline, phase_of, together, traced_length
+from treering.memory.trace import Optimizers, trace
+from treering.memory.tracker import CATEGORIES, Category
+from treering.plan.compose import draft
+from treering.plan.open_model import Dropout
+from treering.plan.plan import Plan
+from treering.technique import Stage, Technique
+from treering.weights.plain_tensors import keep_wide
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PretrainedConfig
+
+LONGEST_PERIOD = 8
+RESERVED, MESSAGES = 2**30, 2**30  # what no trace sees: the driver's context and libraries; NCCL's channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A run, as far as its memory depends on it. `mesh` is called inside a process group of all ranks."""
+
+    config: "PretrainedConfig"
+    dtype: torch.dtype
+    techniques: Sequence[Technique]
+    optimizers: Optimizers
+    mesh: "Callable[[], DeviceMesh]"
+    world: int = 1
+    clip: float | None = 1.0
+    micro_batches: int = 1
+    whole: bool = False  # blocks differ in what is done to them: trace all of them
+    seed: int = 0
+    dropout: Dropout = "refuse"
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """Bytes of one rank."""
+
+    phases: dict[Phase, dict[Category, float]]
+    host: float
+    reserved: float
+
+    @property
+    def device(self) -> float:
+        return self.reserved + max(sum(held.values()) for held in self.phases.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """`prefix` blocks, and then others that repeat every `period`."""
+
+    depth: int
+    prefix: int
+    period: int
+
+    def depths(self) -> tuple[int, ...]:
+        rest = (self.depth - self.prefix) % self.period
+        small = self.prefix + rest + 3 * self.period
+        large = small + 2 * self.period
+        return (small, large) if large < self.depth else (self.depth,)
+
+    def moments(self, depth: int) -> list[int]:
+        """Segments of a trace of `depth` blocks that correspond to those of another depth, in the order of time."""
+        first = list(range(self.prefix + 2 * self.period))
+        last = list(range(depth - 2 * self.period, depth))
+        forward = [1 + i for i in (*first, *last)]
+        backward = [2 * depth + 1 - i for i in reversed((*first, *last))]
+        return [0, *forward, depth + 1, *backward, 2 * depth + 2, 2 * depth + 3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    layout: Layout
+    traces: tuple[Timeline, ...]
+    reserved: float
+    parameters: int  # of the whole model, a count
+
+    def at(self, length: int) -> Peak:
+        *_, large = self.traces
+        peaks, host = large.peaks(length), large.host_peak(length)
+        phases = [phase_of(segment, large.blocks) for segment in range(len(peaks))]
+        if len(self.traces) == 2:
+            small = self.traces[0]
+            more = (self.layout.depth - large.blocks) / (large.blocks - small.blocks)
+            here, there = self.layout.moments(large.blocks), self.layout.moments(small.blocks)
+            phases = [phases[segment] for segment in here]
+            peaks = peaks[here] + more * (peaks[here] - small.peaks(length)[there])
+            host += more * (host - small.host_peak(length))
+        worst = together(np.maximum(peaks, 0), phases)
+        named = {p: dict(zip(CATEGORIES, map(float, worst[p]))) for p in PHASES}
+        return Peak(phases=named, host=host, reserved=self.reserved)
+
+    def longest(self, room: float, step: int = 256) -> int:
+        """The most tokens of one document that fit into `room` bytes, in steps of `step`; 0 if not even one step."""
+        low, high = 0, 1
+        while self.at(high * step).device <= room:
+            low, high = high, high * 2
+            if high * step > 1 << 30:
+                return low * step
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.at(middle * step).device <= room else (low, middle)
+        return low * step
+
+
+def forecast(subject: Subject, length: int, *, device: torch.device | None = None) -> Forecast:
+    """Trace `subject`. `length`: the step is traced at about that many tokens, up to a limit; any can be asked for."""
+    with pretend.ranks(subject.world):
+        whole = _draft(subject, None, FakeTensorMode(allow_non_fake_inputs=True), device)
+        layout = Layout(depth=len(whole.anatomy.blocks), prefix=0, period=1)
+        kinds = [_kind(whole, i) for i in range(layout.depth)]
+        layout = _repeats(kinds)
+        depths = (layout.depth,) if subject.whole else layout.depths()
+        try:
+            traces = tuple(_trace(subject, depth, kinds, length, device) for depth in depths)
+        except _Different:
+            traces = (_trace(subject, layout.depth, kinds, length, device),)
+    count = sum(p.numel() for p in whole.model.parameters())
+    reserved = 0 if device is not None else RESERVED + (MESSAGES if subject.world > 1 else 0)
+    return Forecast(layout=layout, traces=traces, reserved=reserved, parameters=count)
+
+
+class _Different(Exception):
+    """A shallower model is not the beginning of the deep one."""
+
+
+def _trace(subject: Subject, depth: int, kinds: list[Any], length: int, device: torch.device | None) -> Timeline:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    shallow = depth < len(kinds)
+    try:
+        plan = _draft(subject, depth if shallow else None, fake, device)
+    except PlanError as error:
+        if shallow:  # a setting names a block that is not there
+            raise _Different from error
+        raise
+    if shallow and [_kind(plan, i) for i in range(depth)] != kinds[:depth]:
+        raise _Different
+    return trace(
+        plan,
+        traced_length(length),
+        optimizers=subject.optimizers,
+        fake=fake,
+        device=device or pretend.accelerator(),
+        clip=subject.clip,
+        micro_batches=subject.micro_batches,
+    )
+
+
+def _draft(subject: Subject, depth: int | None, fake: FakeTensorMode, device: torch.device | None) -> Plan:
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(subject.config)
+    if depth is not None:
+        shorten(config, depth)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=subject.dtype)
+    keep_wide(model, subject.dtype)
+    with pretend.Made(fake):
+        return draft(
+            model,
+            [t for t in subject.techniques if t.stage != Stage.COMPILE],  # what a compiler fuses only saves memory
+            mesh=subject.mesh(),
+            seed=subject.seed,
+            dropout=subject.dropout,
+            roles=subject.roles,
+            weights=False,
+        )
+
+
+def shorten(config: "PretrainedConfig", depth: int) -> None:
+    """The same model with its first `depth` blocks; what is listed per block is shortened with them."""
+    text = config.get_text_config()
+    before = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list | tuple) and len(value) == before:
+            setattr(text, name, value[:depth])
+    text.num_hidden_layers = depth
+
+
+def _kind(plan: Plan, index: int) -> Any:
+    """What the memory of a block depends on."""
+    block: nn.Module = plan.model.get_submodule(plan.anatomy.blocks[index].fqn)
+    parameters = [(n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in block.named_parameters()]
+    return parameters, [(n, type(m).__name__) for n, m in block.named_modules()]
+
+
+def _repeats(kinds: list[Any]) -> Layout:
+    depth = len(kinds)
+    for period in range(1, LONGEST_PERIOD + 1):
+        prefix = depth
+        while prefix > period and kinds[prefix - 1] == kinds[prefix - 1 - period]:
+            prefix -= 1
+        prefix -= period
+        if prefix + 6 * period <= depth:
+            return Layout(depth=depth, prefix=max(prefix, 0), period=period)
+    return Layout(depth=depth, prefix=0, period=depth)

@@ -1,0 +1,82 @@
+"""A forecast as a table and bars, in plain text."""
+
+from collections.abc import Sequence
+
+from treering.memory.forecast import Peak
+from treering.memory.timeline import PHASES
+from treering.memory.tracker import CATEGORIES, Category
+from treering.plan.explain import size
+
+WIDTH = 64  # of a bar
+GIB = 2**30
+# Letters and not colours: a bar must be readable in a log file.
+LETTERS: dict[Category, str] = {
+    "parameters": "P",
+    "technique": "T",
+    "optimizer": "O",
+    "gradients": "G",
+    "gathered": "g",
+    "activations": "A",
+    "loss": "L",
+    "workspace": "w",
+}
+MEANS: dict[Category, str] = {
+    "parameters": "this rank's share, as stored",
+    "technique": "what techniques keep of their own",
+    "optimizer": "its state",
+    "gradients": "summed ones, and those on their way",
+    "gathered": "parameters of other ranks, while they are used",
+    "activations": "kept from the forward for the backward",
+    "loss": "head, logits and their gradients",
+    "workspace": "made and gone within a block",
+}
+
+
+def table(peak: Peak) -> list[str]:
+    """GiB of each category at the worst moment of each phase."""
+    lines = [f"{'GiB':<14}" + "".join(f"{phase:>10}" for phase in PHASES)]
+    for category in CATEGORIES:
+        row = [peak.phases[phase][category] / GIB for phase in PHASES]
+        if max(row) >= 0.005:
+            cells = "".join(f"{value:10.2f}" if value >= 0.005 else f"{'–':>10}" for value in row)
+            lines.append(f"{LETTERS[category]} {category:<12}{cells}   {MEANS[category]}")
+    sums = "".join(f"{sum(peak.phases[phase].values()) / GIB:10.2f}" for phase in PHASES)
+    return [*lines, f"{'together':<14}{sums}"]
+
+
+def bars(peak: Peak, room: float | None) -> list[str]:
+    """A bar for each phase, `|` where the device ends."""
+    worst = max(sum(held.values()) for held in peak.phases.values()) + peak.reserved
+    scale = WIDTH / max(worst, room or 0.0)
+    edge = None if room is None else round(room * scale)
+    return [f"{phase:<9}{_bar(peak, phase, scale, edge)}" for phase in PHASES]
+
+
+def _bar(peak: Peak, phase: str, scale: float, edge: int | None) -> str:
+    """Rounded where a category ends, so that errors of rounding do not add up."""
+    drawn, total = "", 0.0
+    parts = [("·", peak.reserved), *((LETTERS[c], peak.phases[phase][c]) for c in CATEGORIES)]  # type: ignore[index]
+    for letter, held in parts:
+        total += held
+        drawn += letter * (round(total * scale) - len(drawn))
+    if edge is None:
+        return drawn
+    return drawn.ljust(edge)[:edge] + "|" + drawn[edge:]
+
+
+def verdict(peak: Peak, room: float | None, length: int) -> str:
+    need = f"{length:,} tokens need {peak.device / GIB:.1f} GiB on each rank"
+    if room is None:
+        return need
+    left = room - peak.device
+    return f"{need} of {room / GIB:.1f}: " + (f"fits, {size(int(left))} to spare" if left >= 0 else "does NOT fit")
+
+
+def render(peak: Peak, room: float | None, length: int, more: Sequence[str] = ()) -> str:
+    lines = ["memory", f"  {verdict(peak, room, length)}", ""]
+    lines += [f"  {line}" for line in table(peak)] + [""]
+    lines += [f"  {line}" for line in bars(peak, room)]
+    lines += [f"  · {size(int(peak.reserved))} for the driver's context, libraries and message buffers, not traced", ""]
+    if peak.host >= GIB / 100:
+        lines.append(f"  host memory of each rank: {size(int(peak.host))}")
+    return "\n".join([*lines, *(f"  {line}" for line in more)]).rstrip()

@@ -1,0 +1,178 @@
+"""An accelerator that is not there, and ranks that are not there: shapes need neither.
+
+Fake tensors can be on any device, but the backward of tensors on `cuda` asks the driver, which a machine without one
+does not have; and on `cpu` nobody could tell what is on the device from what rests in host memory. torch has a place
+for a backend of somebody else's (PrivateUse1): a stand-in takes it, with streams that do nothing.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from treering.core.errors import PlanError
+
+NAME = "pretend"
+# One kernel on every accelerator; torch falls back on several operators, and their memory, where a backend has none.
+KERNELS = ("silu_backward", "mish_backward", "native_channel_shuffle")
+
+
+class _Stream:
+    def __init__(self, *args: Any, **settings: Any): ...
+
+    def wait_stream(self, other: "_Stream") -> None: ...
+
+    def wait_event(self, event: "_Event") -> None: ...
+
+    def record_event(self, event: "_Event | None" = None) -> "_Event":
+        return _Event()
+
+
+class _Event(torch.Event):
+    """Never recorded, so that whoever waits for it does not wait. torch's own streams take nothing but its events."""
+
+    def __new__(cls, *args: Any, **settings: Any) -> "_Event":
+        return super().__new__(cls, device=torch.device(NAME, 0))
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class _Module:
+    """What `torch.get_device_module` gives for the stand-in: one device, one stream, no random numbers."""
+
+    Stream, Event = _Stream, _Event
+
+    def __init__(self) -> None:
+        self.only = _Stream()
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return True
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def current_device(self) -> int:
+        return 0
+
+    def device_count(self) -> int:
+        return 1
+
+    def set_device(self, device: Any) -> None: ...
+
+    def current_stream(self, device: Any = None) -> _Stream:
+        return self.only
+
+    @contextmanager
+    def stream(self, stream: _Stream) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def device(self, device: Any) -> Iterator[None]:
+        yield
+
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None: ...
+
+    def manual_seed_all(self, seed: int) -> None: ...
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
+@cache
+def accelerator() -> torch.device:
+    """The stand-in, which this process knows from now on."""
+    from torch.utils import backend_registration as registration
+
+    taken = torch._C._get_privateuse1_backend_name()
+    if taken != "privateuseone":
+        raise PlanError(
+            f"memory is planned on a stand-in for an accelerator, and torch's only place for one is taken by {taken}; "
+            "plan on a machine without it"
+        )
+    registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+    _kernels()
+    _refuse_late()
+    return torch.device(NAME, 0)
+
+
+def _refuse_late() -> None:
+    """Autograd counts devices when it is first used, and never again."""
+    with FakeTensorMode():
+        one = torch.ones((), device=torch.device(NAME, 0), requires_grad=True)
+        try:
+            (one * 2).backward()
+        except RuntimeError as error:
+            raise PlanError(
+                "memory is planned on a stand-in for an accelerator, which a process that has computed gradients "
+                "cannot get any more; plan in a fresh process: treering plan FILE"
+            ) from error
+
+
+@cache
+def _kernels() -> torch.library.Library:
+    """Kept, or torch would forget them."""
+    library = torch.library.Library("aten", "IMPL")
+    for name in KERNELS:
+        library.impl(name, _never, "PrivateUse1")
+    return library
+
+
+def _never(*args: Any) -> None:
+    raise AssertionError("a fake tensor's operators are never run")
+
+
+@cache
+def _messages() -> None:
+    """torch's own fake backend, for the stand-in as well."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed import fake_pg
+
+    dist.Backend.register_backend(NAME, fake_pg._create_fake_pg, extended_api=True, devices=["cpu", NAME])
+
+
+@contextmanager
+def ranks(world: int) -> Iterator[None]:
+    """A process group of `world` ranks whose messages go nowhere; this is rank 0."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    accelerator()
+    _messages()
+    launched = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    dist.init_process_group(NAME, store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        os.environ.update(launched)
+
+
+class Made(TorchDispatchMode):
+    """While a model is drafted: what is made on the stand-in is a fake tensor, everything else is as it always is."""
+
+    def __init__(self, fake: FakeTensorMode):
+        super().__init__()
+        self.fake = fake
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == NAME:
+            with self.fake:
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)

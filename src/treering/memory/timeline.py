@@ -1,0 +1,132 @@
+"""From the events of a step to what is held at the worst moment of each of its parts, by category, for any length.
+
+A storage either grows with the number of tokens or does not, and which it is can be read from its size: a step is
+traced with a prime number of tokens S, of which (S − 1) / 2 is prime as well, since a loss sees S − 1 tokens. Numbers
+of elements that such numbers divide are of tokens; widths, ranks, tiles are products of small numbers. So one trace
+tells every moment of a step of any length.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from treering.memory.tracker import CATEGORIES, Category
+
+if TYPE_CHECKING:
+    from treering.memory.tracker import Record, Tracker
+
+Phase = Literal["forward", "loss", "backward", "step"]
+PHASES: tuple[Phase, ...] = ("forward", "loss", "backward", "step")
+LONG = 16223  # tokens: long enough for several tiles of the usual budget
+_INDEX = {category: i for i, category in enumerate(CATEGORIES)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Timeline:
+    """Bytes on the device after each event, moment × category × power of the length, and in host memory.
+
+    Segments are counted as `trace` does.
+    """
+
+    blocks: int
+    length: int  # of the trace
+    held: np.ndarray
+    segments: np.ndarray
+    host: np.ndarray
+
+    def peaks(self, length: int) -> np.ndarray:
+        """Segment × category, at the worst moment of each segment."""
+        powers = np.array([1.0, length, float(length) ** 2])
+        held = self.held @ powers
+        total = held.sum(1)
+        worst = np.zeros((2 * self.blocks + 4, len(CATEGORIES)))
+        for segment in range(len(worst)):
+            moments = np.flatnonzero(self.segments == segment)
+            if len(moments):
+                worst[segment] = held[moments[total[moments].argmax()]]
+        return worst
+
+    def peak(self, length: int) -> float:
+        return float(self.peaks(length).sum(1).max())
+
+    def host_peak(self, length: int) -> float:
+        return float((self.host @ np.array([1.0, length, float(length) ** 2])).max())
+
+
+def phase_of(segment: int, blocks: int) -> Phase:
+    if segment <= blocks:
+        return "forward"
+    if segment == blocks + 1:
+        return "loss"
+    return "backward" if segment <= 2 * blocks + 2 else "step"
+
+
+def traced_length(wanted: int) -> int:
+    """The largest number of tokens up to `wanted` (and `LONG`) by which tokens can be told from widths."""
+    length = min(wanted, LONG)
+    while length > 11 and not (_prime(length) and _prime((length - 1) // 2)):
+        length -= 1
+    return max(length, 11)
+
+
+def _prime(n: int) -> bool:
+    return n > 1 and all(n % i for i in range(2, int(n**0.5) + 1))
+
+
+def read(tracker: "Tracker", blocks: int, length: int) -> Timeline:
+    """What `tracker` has written down, of a step of `length` tokens. A length that is not one of `traced_length` gives
+    a timeline of that length only."""
+    events = tracker.events
+    each = np.zeros((len(events), len(CATEGORIES), 3))
+    host = np.zeros((len(events), 3))
+    for i, (by, record, _) in enumerate(events):
+        power, divisor = _power(record, length)
+        if record.host:
+            host[i, power] = by / divisor
+        else:
+            each[i, _INDEX[_category(record, blocks)], power] = by / divisor
+    begins = max(tracker.begins - 1, 0)  # the moment at which the step begins
+    segments = np.array([segment for _, _, segment in events])
+    segments[: tracker.begins] = 0
+    return Timeline(
+        blocks=blocks,
+        length=length,
+        held=each.cumsum(0)[begins:],
+        segments=segments[begins:],
+        host=host.cumsum(0)[begins:],
+    )
+
+
+def _power(record: "Record", length: int) -> tuple[int, float]:
+    """The power of the length that a storage grows with, and that power of this length."""
+    if length != traced_length(length) or record.category in ("parameters", "technique", "optimizer", "gradients"):
+        return 0, 1.0
+    if record.host:  # pieces of one size, more of them for more tokens
+        return 1, float(length)
+    for divisor in (length, length - 1):
+        if record.elements and record.elements % divisor == 0:
+            square = record.elements % divisor**2 == 0
+            return (2, float(divisor) ** 2) if square else (1, float(divisor))
+    return 0, 1.0
+
+
+def _category(record: "Record", blocks: int) -> Category:
+    """Kept from the forward for the backward: activations. Made and gone on the way: workspace."""
+    if record.category is not None:
+        return record.category
+    if record.born == blocks + 1:
+        return "loss"
+    if record.born <= blocks and (record.died is None or record.died > blocks + 1):
+        return "activations"
+    return "workspace"
+
+
+def together(peaks: np.ndarray, phases: Sequence[Phase]) -> dict[Phase, np.ndarray]:
+    """The worst of the segments of each phase."""
+    worst: dict[Phase, np.ndarray] = {}
+    for phase, held in zip(phases, peaks):
+        if phase not in worst or held.sum() > worst[phase].sum():
+            worst[phase] = held
+    return worst

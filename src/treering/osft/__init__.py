@@ -1,3 +1,0 @@
-from treering.osft.config import OSFT
-
-__all__ = ["OSFT"]

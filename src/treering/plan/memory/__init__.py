@@ -1,3 +1,0 @@
-from treering.plan.memory.forecast import Forecast, Peak, Subject, forecast
-
-__all__ = ["Forecast", "Peak", "Subject", "forecast"]

@@ -1,0 +1,140 @@
+"""From what the user named to a model on the meta device and a lazy source of its plain tensors."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from treering.core.errors import CheckpointError, PlanError
+from treering.core.seeds import derive
+from treering.store.untrusted import check_folder, first_line
+from treering.weights.plain_tensors import Source, from_folder, from_model, keep_wide
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Dropout = Literal["refuse", "off", "per_rank"]
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+NEEDED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")  # no pickles, no code
+
+
+def locate(path: str) -> Path:
+    """The folder itself, or a copy of what the hub has under that name."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise CheckpointError(
+            f"{path} is not a folder; give the path of a Hugging Face folder or a hub name (owner/model)"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=list(NEEDED)))
+    except Exception as error:  # the hub client has many; none of them is more than "could not be had"
+        raise CheckpointError(
+            f"{path} is neither a folder here nor to be had from the hub ({first_line(error)}); check the name, the "
+            "network and, for a gated model, your access token"
+        ) from None
+
+
+def on_meta(folder: Path, dtype: str) -> "PreTrainedModel":
+    """The model that the folder's config describes, without memory."""
+    config = read_config(folder)
+    chosen = _dtype(config, dtype)
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=chosen)
+    except Exception as error:  # what a model's constructor makes of numbers that do not fit together
+        raise CheckpointError(
+            f"{folder}/config.json describes no model that can be made: {first_line(error)}"
+        ) from None
+    keep_wide(model, chosen)
+    if (folder / "generation_config.json").is_file():  # where a chat model's ends of turn are told
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{folder}/generation_config.json cannot be used: {first_line(error)}") from None
+    return model
+
+
+def _dtype(config: "PretrainedConfig", dtype: str) -> torch.dtype:
+    stored: Any = config.dtype or torch.float32
+    if dtype != "auto":
+        return named_dtype(dtype)
+    if str(stored).removeprefix("torch.") not in DTYPES:
+        raise PlanError(
+            f"config.json says dtype {str(stored).removeprefix('torch.')}, in which no model is trained; set "
+            "model.dtype to bfloat16 or float32",
+            settings=("model.dtype",),
+        )
+    return stored
+
+
+def named_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise PlanError(f"dtype is {name!r}; write auto or one of {', '.join(DTYPES)}", settings=("model.dtype",))
+    return getattr(torch, name)
+
+
+def read_config(folder: Path) -> "PretrainedConfig":
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json; it is not a Hugging Face model folder")
+    check_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # its validators raise kinds of their own
+        raise CheckpointError(f"{folder}/config.json cannot be used: {first_line(error)}") from None
+    if config.dtype is not None and not isinstance(config.dtype, torch.dtype):
+        raise CheckpointError(f"{folder}/config.json: dtype is {str(config.dtype)[:80]!r}, which is none")
+    if getattr(config, "quantization_config", None):
+        raise PlanError(f"{folder} holds quantized weights; this version trains dense ones: take the dense model")
+    if getattr(config, "output_router_logits", False):
+        raise PlanError(
+            "the config asks for the router's auxiliary loss (output_router_logits), which transformers computes over "
+            "a whole batch: it would depend on how a batch is cut. Set output_router_logits to false"
+        )
+    return config
+
+
+def initialised(folder: Path, dtype: str, seed: int) -> "PreTrainedModel":
+    """Random weights from the folder's config, the same on every rank."""
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(folder)
+    chosen = _dtype(config, dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "initialise"))
+        model = AutoModelForCausalLM.from_config(config, dtype=chosen)
+    keep_wide(model, chosen)
+    return model
+
+
+def source_of(model: "PreTrainedModel", folder: Path | None) -> Source:
+    return from_model(model) if folder is None else from_folder(model, folder)
+
+
+def quiet_dropout(model: nn.Module, mode: Dropout) -> None:
+    """Dropout draws from each rank's own generator: gradients then depend on how the batch was dealt."""
+    if mode == "per_rank":
+        return
+    found = []
+    for name, module in model.named_modules():
+        for attribute, value in list(vars(module).items()):
+            named = any(word in attribute for word in ("dropout", "jitter", "layerdrop"))
+            noisy = named or (isinstance(module, nn.Dropout) and attribute == "p")
+            if noisy and isinstance(value, float) and value > 0:
+                found.append(f"{name}.{attribute} = {value}")
+                if mode == "off":
+                    setattr(module, attribute, 0.0)
+    if found and mode == "refuse":
+        raise PlanError(
+            f"the model has dropout ({found[0]}, and {len(found) - 1} more), which makes results depend on the number "
+            "of ranks. Choose model.dropout: off (set it to 0) or per_rank (keep it)",
+            settings=("model.dropout",),
+        )

@@ -1,3 +1,0 @@
-from treering.recompute.config import Recompute
-
-__all__ = ["Recompute"]

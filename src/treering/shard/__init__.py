@@ -1,3 +1,0 @@
-from treering.shard.config import Shard
-
-__all__ = ["Shard"]

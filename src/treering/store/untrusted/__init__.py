@@ -1,0 +1,18 @@
+"""What others wrote, doubted before anything reads it: files of a model folder, JSON, headers of tensors."""
+
+from treering.store.untrusted.files import MAX_JSON, basename, in_folder, read_json
+from treering.store.untrusted.headers import Header, read_header
+from treering.store.untrusted.models import check_folder, first_line, notes_on, open_tokenizer
+
+__all__ = [
+    "MAX_JSON",
+    "Header",
+    "basename",
+    "check_folder",
+    "first_line",
+    "in_folder",
+    "notes_on",
+    "open_tokenizer",
+    "read_header",
+    "read_json",
+]

@@ -1,0 +1,1 @@
+"""One folder each; none imports another."""

@@ -1,0 +1,3 @@
+from treering.techniques.compile.config import Compile
+
+__all__ = ["Compile"]

@@ -1,0 +1,3 @@
+from treering.techniques.full.config import Full
+
+__all__ = ["Full"]

@@ -1,0 +1,3 @@
+from treering.techniques.lora.config import LoRA
+
+__all__ = ["LoRA"]

@@ -1,0 +1,65 @@
+"""The technique `lora`: low-rank adapters beside dense linears."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from treering.core.errors import PlanError
+from treering.technique import Applied, Claim, Need, Site, Stage
+from treering.techniques.lora.settings import LoRASettings
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from treering.anatomy import Anatomy
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(LoRASettings):
+    """W x + (alpha / rank) B A x, with A and B trained and W frozen.
+
+    targets   `all-linear`: every linear inside the blocks but routers; or patterns of module names
+    alpha     numerator of the scale; null: equal to `rank`, so that the scale is 1
+    rslora    scale alpha / √rank, which keeps the size of updates when the rank grows
+    dtype     of A, B and their arithmetic, whatever the base is stored or computed in; `base`: that of the weight
+    init      kaiming_zeros: A random, B zero, so that training starts at the base model
+              pissa: A and B take the largest singular directions of W and W keeps the rest
+              file: A and B from the peft folder `file`
+    """
+
+    stage: ClassVar[Stage] = Stage.ADAPT
+
+    @classmethod
+    def from_peft(cls, folder: str | Path, *, name: str = "default") -> "LoRA":
+        """The settings, and the tensors as a start, of an adapter folder written by peft or by us."""
+        from treering.techniques.lora.peft_format import read_config
+
+        return cls(name=name, init="file", file=str(folder), **read_config(Path(folder)))
+
+    def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
+        claims = []
+        for linear in self.linears(anatomy):
+            if self.rank > min(linear.inputs, linear.outputs):
+                raise PlanError(
+                    f"lora: rank {self.rank} exceeds what {linear.fqn} ({linear.outputs} × {linear.inputs}) can have; "
+                    f"set lora.rank to at most {min(linear.inputs, linear.outputs)} or leave it out of lora.targets"
+                )
+            pissa = self.init == "pissa"
+            needs: tuple[Need, ...] = ("plain_weight",) if pissa else ()
+            # The addend is shared: several adapters add up; but a start that moves the base must be alone on it.
+            # The gradient is claimed as well, so that a technique which trains the weight itself is refused beside
+            # an adapter instead of training the same thing twice.
+            claims.append(
+                Claim(fqn=linear.weight, aspect="addend", exclusive=pissa, needs=needs, setting="lora.targets")
+            )
+            claims.append(Claim(fqn=linear.weight, aspect="gradient", exclusive=False, setting="lora.targets"))
+            claims.append(Claim(fqn=f"{linear.fqn}.lora_{self.name}", aspect="forward", setting="lora.name"))
+        if not claims:
+            raise PlanError(f"lora: no linear of this {anatomy.model_type} model is a target; see lora.targets")
+        return claims
+
+    def apply(self, model: "nn.Module", site: Site) -> Applied:
+        from treering.techniques.lora.addend import attach
+
+        return attach(model, self, site)

@@ -1,0 +1,59 @@
+"""What a user sets of the technique `lora`, and its checks."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from treering.core.errors import ConfigError, PlanError
+
+if TYPE_CHECKING:
+    from treering.anatomy import Anatomy, Linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRASettings:
+    """The fields of `LoRA`, documented there."""
+
+    name: str = "default"
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    rank: int = 16
+    alpha: float | None = None
+    rslora: bool = False
+    dtype: Literal["float32", "bfloat16", "float64", "base"] = "float32"
+    init: Literal["kaiming_zeros", "pissa", "file"] = "kaiming_zeros"
+    file: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise ConfigError(
+                f"name is {self.name!r}; use letters, digits and _ (it becomes a module name)", field="name"
+            )
+        if self.rank < 1:
+            raise ConfigError(f"rank is {self.rank}; it must be at least 1", field="rank")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ConfigError(f"alpha is {self.alpha}; it must be greater than 0", field="alpha")
+        if self.targets != "all-linear" and not self.targets:
+            raise ConfigError("targets is empty; write all-linear or patterns such as q_proj", field="targets")
+        if isinstance(self.targets, str) and self.targets != "all-linear":
+            raise ConfigError(f"targets is {self.targets!r}; write all-linear or a list of patterns", field="targets")
+        if (self.init == "file") != (self.file is not None):
+            raise ConfigError("`file` is given exactly when init is `file`", field="file")
+
+    @property
+    def scale(self) -> float:
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / self.rank**0.5 if self.rslora else alpha / self.rank
+
+    def linears(self, anatomy: "Anatomy") -> "tuple[Linear, ...]":
+        from treering.anatomy import select
+
+        if self.targets == "all-linear":
+            inside = (x for x in anatomy.linears if x.block is not None)
+            return tuple(x for x in inside if x.role in ("attention", "mlp"))
+        chosen = select(anatomy, self.targets)
+        for linear in chosen:
+            if linear.role == "head" and anatomy.head is not None and anatomy.head.tied_to is not None:
+                raise PlanError(
+                    f"lora: {linear.fqn} is tied to {anatomy.head.tied_to}; an adapter on it would change the "
+                    "embedding as well on export. Leave the head out of lora.targets"
+                )
+        return chosen

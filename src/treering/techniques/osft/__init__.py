@@ -1,0 +1,3 @@
+from treering.techniques.osft.config import OSFT
+
+__all__ = ["OSFT"]

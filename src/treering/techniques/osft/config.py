@@ -1,0 +1,132 @@
+"""The technique `osft`: training that leaves alone what the model already uses its weights for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from treering.core.errors import PlanError
+from treering.technique import Applied, Claim, Site, Stage
+from treering.techniques.osft.settings import ADDENDS, FACTORED, OSFTSettings
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from treering.anatomy import Anatomy
+    from treering.techniques.osft.targets import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class OSFT(OSFTSettings):
+    """W changes only by P_out ΔW P_in, where both P are complements of what is to be kept.
+
+    protect   inputs: the directions in which measured text reads the weight (needs `treering measure`)
+              weights: the largest singular directions of the weight; both: each on its own side
+    strength  of `inputs`. soft: a direction is held by how much it was used; hard: the most used are closed
+    soften    λ of soft protection, 1 / (energy / mean energy + λ): smaller holds faster
+    ratio     the part of the directions that is free. 0: nothing changes, 1: everything may. null: ¼ of the weights'
+              directions, ½ of the inputs' where a form or `hard` asks for a number; soft protection holds every
+              direction by its own use and needs none
+    ratios    pattern -> ratio, for weights that are to have another
+    rank      ratio: as written; energy: enough directions are kept for `energy` of the spectrum; importance: weights
+              that leave their inputs' direction as it is are kept more
+    energy    of `rank: energy`: the part of the spectrum that is kept
+    importance  of `rank: importance`: a and b of a + I (b − a), the part that is kept, with I of mean 1
+    form      update: W itself trains, its gradient and its step are projected; exact for every optimizer
+              one_sided: an adapter ΔW = B Z inside the free directions; few parameters, W may be quantized
+              core: an adapter ΔW = B Z C between free directions on both sides; fewer still, and less free
+              forward: W in factors, projected inside the forward; no hook, no message of its own
+              factors: W in factors, gradients projected before the step and parameters after it
+    wire      of `factors`: coefficients are summed, the basis is gathered, or gathered once and kept. cached, of
+              `update`: one rank keeps a weight's operators whole, and rows travel; else operators are gathered
+    compute   of the factored forms: by token count, or always one way; all are equal
+    anchor    keep the weights from before, so that weight decay acts on the change and the leak is exact (`update`)
+    targets   `all-linear`: every linear and stacked expert inside the blocks but routers; or patterns
+    train     other plain parameters that learn, unprotected, by pattern; the rest of the model is frozen
+    free      weight -> number of free directions; what `rank` came to, written by `resolve`
+    unmeasured  what happens to an expert, or a linear, that no token of the measured text reached: refuse; freeze: it
+              does not learn; unprotected: it learns freely
+    """
+
+    stage: ClassVar[Stage] = Stage.ADAPT
+
+    def __repr__(self) -> str:
+        """A run is resumed by the techniques it was begun with, as text: what changes nothing is left out of it, or
+        runs that were begun before there was this setting could not be resumed."""
+        names = [f.name for f in fields(self) if f.name != "unmeasured" or self.unmeasured == "freeze"]
+        return f"OSFT({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+    def resolve(self, anatomy: "Anatomy", source: Any, statistics: Any) -> "OSFT":
+        """Ranks that depend on the spectrum become explicit; statistics that are needed and absent are an error."""
+        if self.measured and statistics is None and source is not None:
+            raise PlanError(
+                "osft protects the directions that measured text uses, and there are no statistics. Measure text that "
+                "stands for what must be kept (treering measure MODEL --data FILE --to DIR) and name the folder as "
+                "statistics.path (statistics= in compose), or set osft.protect to weights",
+                settings=("techniques.osft.protect", "statistics.path"),
+            )
+        if self.measured and statistics is not None:
+            from treering.techniques.osft.coverage import refuse_unmeasured
+            from treering.techniques.osft.targets import targets
+
+            refuse_unmeasured(self, targets(self, anatomy), statistics)
+        if self.rank == "ratio" or self.free or source is None:
+            return self
+        from treering.techniques.osft.ranks import resolved
+
+        return resolved(self, anatomy, source, statistics)
+
+    def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
+        from treering.techniques.osft.targets import others, targets
+
+        chosen = targets(self, anatomy)
+        self._check(anatomy, chosen)
+        claims = []
+        for target in chosen:
+            weight = target.weight
+            claims.append(Claim(fqn=weight, aspect="gradient", needs=("plain_weight",), setting="osft.targets"))
+            if self.form in FACTORED:
+                claims.append(Claim(fqn=weight, aspect="storage", setting="osft.targets"))
+            if self.form in ADDENDS:
+                claims[-1] = Claim(fqn=weight, aspect="gradient", exclusive=True, setting="osft.targets")
+                claims.append(Claim(fqn=weight, aspect="addend", setting="osft.targets"))
+            if self.form != "update":
+                claims.append(Claim(fqn=target.module, aspect="forward", exclusive=False, setting="osft.targets"))
+        for name in others(self, anatomy, chosen):
+            claims.append(Claim(fqn=name, aspect="gradient", needs=("plain_weight",), setting="osft.train"))
+        return claims
+
+    def _check(self, anatomy: "Anatomy", chosen: "Sequence[Target]") -> None:
+        """What this model cannot have, before anything of it is touched."""
+        from treering.anatomy import matches
+        from treering.techniques.osft.ranks import choices, free
+
+        for pattern in self.ratios:
+            if not any(matches(t.weight, pattern) or matches(t.module, pattern) for t in chosen):
+                raise PlanError(
+                    f"osft: the pattern {pattern!r} of osft.ratios matches no target; {chosen[0].module} is one",
+                    settings=("techniques.osft.ratios",),
+                )
+        for target in chosen:
+            if not 0 <= free(self, target) <= choices(self, target):
+                raise PlanError(
+                    f"osft: {target.weight} has {choices(self, target)} directions, and osft.free says "
+                    f"{free(self, target)}",
+                    settings=("techniques.osft.free",),
+                )
+            if self.form in ADDENDS and target.experts is not None:
+                raise PlanError(
+                    f"osft: form {self.form} puts adapters beside linear layers, and {target.weight} is a stack of "
+                    "experts; use form update, or name other osft.targets",
+                    settings=("techniques.osft.form", "techniques.osft.targets"),
+                )
+        if not any(free(self, target) for target in chosen) and not self.train:
+            raise PlanError(
+                "osft: no target has a free direction, so nothing would be trained; raise osft.ratio",
+                settings=("techniques.osft.ratio",),
+            )
+
+    def apply(self, model: "nn.Module", site: Site) -> Applied:
+        from treering.techniques.osft.attach import attach
+
+        return attach(model, self, site)

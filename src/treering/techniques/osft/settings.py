@@ -1,0 +1,67 @@
+"""What a user sets of the technique `osft`, and its checks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from treering.core.errors import ConfigError
+
+FACTORED = ("forward", "factors")
+
+
+ADDENDS = ("one_sided", "core")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OSFTSettings:
+    """The fields of `OSFT`, which documents them."""
+
+    protect: Literal["inputs", "weights", "both"] = "inputs"
+    strength: Literal["soft", "hard"] = "soft"
+    soften: float = 0.01
+    ratio: float | None = None
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    rank: Literal["ratio", "energy", "importance"] = "ratio"
+    energy: float = 0.9
+    importance: tuple[float, float] = (0.1, 0.8)
+    form: Literal["update", "one_sided", "core", "forward", "factors"] = "update"
+    wire: Literal["coefficients", "gather", "cached"] = "coefficients"
+    compute: Literal["auto", "factored", "dense", "rebuilt"] = "auto"
+    anchor: bool = False
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    train: tuple[str, ...] = ()
+    free: Mapping[str, int] = field(default_factory=dict)
+    unmeasured: Literal["refuse", "freeze", "unprotected"] = "refuse"
+
+    def __post_init__(self) -> None:
+        for name, value in {"ratio": self.ratio, **{f"ratios.{k}": v for k, v in self.ratios.items()}}.items():
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"{name} is {value}; it lies between 0 (frozen) and 1 (all free)", field=name)
+        if not self.soften > 0:
+            raise ConfigError(f"soften is {self.soften}; it must be greater than 0", field="soften")
+        if not 0 < self.energy <= 1:
+            raise ConfigError(f"energy is {self.energy}; it lies above 0 and at most at 1", field="energy")
+        least, most = self.importance
+        if not 0 <= least <= most <= 1:
+            raise ConfigError(f"importance is {least}, {most}; write 0 ≤ least ≤ most ≤ 1", field="importance")
+        if self.targets != "all-linear" and (isinstance(self.targets, str) or not self.targets):
+            raise ConfigError(f"targets is {self.targets!r}; write all-linear or a list of patterns", field="targets")
+        if self.form in FACTORED and self.protect != "weights":
+            raise ConfigError(
+                f"form {self.form} holds W as its own singular factors, so it can protect: weights only; "
+                f"for protect: {self.protect} use form update or one_sided",
+                field="form",
+            )
+        if self.form == "core" and self.protect == "inputs":
+            raise ConfigError(
+                "form core trains between free directions on both sides, and protect: inputs knows one; "
+                "use form one_sided, or protect: weights or both",
+                field="form",
+            )
+        if self.anchor and self.form != "update":
+            raise ConfigError(f"anchor is of form update; form {self.form} knows its change without it", field="anchor")
+
+    @property
+    def measured(self) -> bool:
+        """Whether statistics of inputs are needed."""
+        return self.protect != "weights" or self.rank == "importance"

@@ -1,0 +1,3 @@
+from treering.techniques.recompute.config import Recompute
+
+__all__ = ["Recompute"]

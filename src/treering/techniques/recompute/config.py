@@ -1,0 +1,55 @@
+"""The technique `recompute`: keep the input of each block, and run the block again in the backward."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from treering.core.errors import PlanError
+from treering.technique import Applied, Claim, Site, Stage
+from treering.techniques.recompute.settings import RecomputeSettings
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from treering.anatomy import Anatomy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recompute(RecomputeSettings):
+    """Of each block only the input is kept between forward and backward, one tensor of tokens × width.
+
+    keep          what is kept besides, so that it is not computed twice: results of attention, of all-to-all messages
+    offload       where the inputs wait for the backward; `cpu`: in pinned host memory
+    first_blocks  offload only those of the first so many blocks; null: of all but the last, which is needed at once
+    budget        offload, first blocks first, only as much as fits into so much host memory of a rank: 64GiB
+    """
+
+    stage: ClassVar[Stage] = Stage.RECOMPUTE
+
+    def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
+        from treering.core.topology import axis_size
+
+        blocks = len(anatomy.blocks)
+        if self.first_blocks is not None and self.first_blocks > blocks:
+            raise PlanError(
+                f"recompute: first_blocks is {self.first_blocks} and the model has {blocks} blocks; write at most "
+                f"{blocks}, or leave it out",
+                settings=("recompute.first_blocks",),
+            )
+        if "attention" in self.keep and not anatomy.attentions:
+            raise PlanError(
+                f"recompute: keep names attention, and this {anatomy.model_type} model has none; leave it out",
+                settings=("recompute.keep",),
+            )
+        if "all_to_all" in self.keep and axis_size(mesh, "sequence", "expert") == 1:
+            raise PlanError(
+                "recompute: keep names all_to_all, and nothing is exchanged: the mesh has sequence=1 and expert=1. "
+                "Leave it out",
+                settings=("recompute.keep",),
+            )
+        return [Claim(fqn=block.fqn, aspect="region", setting="recompute") for block in anatomy.blocks]
+
+    def apply(self, model: "nn.Module", site: Site) -> Applied:
+        from treering.techniques.recompute.region import install
+
+        return install(model, self, site)

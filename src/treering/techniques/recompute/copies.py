@@ -1,0 +1,106 @@
+"""A queue of copies beside the queue of computations.
+
+`copy` puts copies into the queue, behind all that has been computed so far; the ticket's `wait` lets what is computed
+from now on wait for them. Nobody waits on the host. In between, source and target belong to the queue: whoever lets go
+of one, or writes to it, has to wait first.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from treering.core.errors import PlanError
+
+Pairs = Sequence[tuple[Tensor, Tensor]]  # (target, source)
+
+
+class Ticket(Protocol):
+    def wait(self) -> None: ...
+
+
+class Copies(Protocol):
+    pinned: bool  # whether host memory must be pinned for a copy to run beside computations
+
+    def copy(self, pairs: Pairs) -> Ticket: ...
+
+
+def copies_for(device: torch.device) -> Copies:
+    """A side stream on an accelerator. On a CPU a queue that only pretends, so that all else can be run and tested."""
+    if device.type == "cpu":
+        return SimulatedCopies()
+    module = torch.get_device_module(device)
+    if hasattr(module, "Stream"):
+        return StreamCopies(module, device)
+    raise PlanError(
+        f"recompute: offload: cpu knows CUDA and XPU devices, and the model is on {device.type}; set offload to none",
+        settings=("recompute.offload",),
+    )
+
+
+class StreamCopies:
+    """One side stream for both directions: a host buffer that is read back and then filled again needs no other order.
+
+    The stream of computations is asked for at each copy: a custom Function or FSDP may run a block on another one.
+    """
+
+    pinned = True
+
+    def __init__(self, module: Any, device: torch.device):
+        self.module, self.device = module, device
+        self.side = module.Stream(device=device)
+
+    def copy(self, pairs: Pairs) -> Ticket:
+        here = self.module.current_stream(self.device)
+        self.side.wait_stream(here)  # the source has been computed, the target is no longer in use
+        with self.module.stream(self.side):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+        return _StreamTicket(self.module, self.device, here, self.side.record_event())
+
+
+class _StreamTicket:
+    def __init__(self, module: Any, device: torch.device, here: Any, done: Any):
+        self.module, self.device, self.here, self.done = module, device, here, done
+
+    def wait(self) -> None:
+        """The stream that asked for the copy owns the memory: it must not use it again too early either."""
+        now = self.module.current_stream(self.device)
+        now.wait_event(self.done)
+        if now != self.here:
+            self.here.wait_event(self.done)
+
+
+class SimulatedCopies:
+    """The laziest stream there can be: a copy is made when somebody waits for it or for a later one, and not before.
+
+    So a missing wait shows: as garbage where something was to come back, as memory that stays where it was to leave.
+    """
+
+    pinned = False
+
+    def __init__(self) -> None:
+        self.waiting: deque[Pairs] = deque()
+        self.asked = self.made = 0
+
+    def copy(self, pairs: Pairs) -> Ticket:
+        self.waiting.append(pairs)
+        self.asked += 1
+        return _SimulatedTicket(self, self.asked)
+
+    def make(self, number: int) -> None:
+        while self.made < number:
+            for target, source in self.waiting.popleft():
+                target.copy_(source)
+            self.made += 1
+
+
+class _SimulatedTicket:
+    def __init__(self, copies: SimulatedCopies, number: int):
+        self.copies, self.number = copies, number
+
+    def wait(self) -> None:
+        with torch.no_grad():
+            self.copies.make(self.number)

@@ -1,0 +1,3 @@
+from treering.techniques.shard.config import Shard
+
+__all__ = ["Shard"]

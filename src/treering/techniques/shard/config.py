@@ -1,0 +1,48 @@
+"""The technique `shard`: torch's fully_shard (FSDP2), block by block, with gradients summed and never averaged."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from treering.core.errors import PlanError
+from treering.technique import Applied, Claim, Site, Stage
+from treering.techniques.shard.settings import ShardSettings
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from treering.anatomy import Anatomy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard(ShardSettings):
+    """Parameters, gradients and optimizer state sharded over the mesh's `shard` (and `sequence`) axes.
+
+    compute   dtype of gathered parameters and arithmetic; `stored`: as the parameters are stored
+    reduce    dtype in which gradients are summed over ranks
+    reshard   free a block's gathered parameters after its forward, and gather them again for its backward
+    offload   where shards rest between uses; also useful with one GPU and no launcher
+    hold      what stays whole on each rank between the micro-batches of a step. `gradients`: they are summed over
+              ranks once a step, in its last backward. `all`: so are they, and parameters are gathered once a step
+    """
+
+    stage: ClassVar[Stage] = Stage.SHARD
+
+    def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
+        from treering.techniques.shard.units import plan_units
+
+        names = {fqn for unit in plan_units(anatomy) for fqn in unit}
+        return [Claim(fqn=fqn, aspect="sharding", setting="shard") for fqn in sorted(names)]
+
+    def apply(self, model: "nn.Module", site: Site) -> Applied:
+        from treering.techniques.shard.hold import Hold
+        from treering.techniques.shard.units import shard
+
+        if site.mesh is None:
+            raise PlanError("shard: there is no mesh; pass mesh=treering.mesh(shard=-1)")
+        notes = shard(model, self, site)
+        resting: Literal["device", "cpu"] = "cpu" if self.offload == "cpu" else "device"
+        if self.hold == "nothing":
+            return Applied(notes=notes, resting=resting)
+        hold = Hold(model, parameters=self.hold == "all")
+        return Applied(notes=notes, resting=resting, batch=hold.count, gradients=hold.check)

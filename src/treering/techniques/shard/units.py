@@ -1,0 +1,140 @@
+"""Which modules become FSDP units, and with which policy."""
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from treering.core.errors import PlanError
+from treering.core.topology import axis_size, parameter_mesh
+from treering.technique import Site
+
+if TYPE_CHECKING:
+    from treering.anatomy import Anatomy
+    from treering.techniques.shard.settings import ShardSettings
+
+
+def plan_units(anatomy: "Anatomy") -> list[tuple[str, ...]]:
+    """Module names, a tuple per unit, in the order of wrapping; the root, "", last.
+
+    Embeddings and head are units of their own: inside the root unit they would stay gathered through the whole
+    backward. A tied pair is one unit, or each half would shard, and step, a parameter of its own.
+    """
+    units: list[tuple[str, ...]] = [(block.fqn,) for block in anatomy.blocks]
+    head = anatomy.head
+    tied = head is not None and head.tied_to is not None
+    for fqn in anatomy.embeddings:
+        if tied and head is not None and f"{fqn}.weight" == head.tied_to:
+            units.append((fqn, head.fqn))
+        else:
+            units.append((fqn,))
+    if head is not None and not tied:
+        units.append((head.fqn,))
+    return [*units, ("",)]
+
+
+def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[str, ...]:
+    """Wrap `model` in place; returns the lines for explain()."""
+    assert site.mesh is not None
+    mesh = parameter_mesh(site.mesh)
+    offload: OffloadPolicy = OffloadPolicy()
+    if config.offload == "cpu":
+        offload = CPUOffloadPolicy(pin_memory=site.mesh.device_type == "cuda")
+    pinned = _pinned(model, site)
+    reshard = config.reshard and config.hold != "all"
+    apart = 0
+    for unit in plan_units(site.anatomy):
+        modules = [model.get_submodule(fqn) for fqn in unit]
+        for name, dtype in pinned.items():
+            inside = any(name.startswith(f"{fqn}.") or fqn == "" for fqn in unit)
+            module = model.get_submodule(name)
+            if inside and not isinstance(module, FSDPModule) and _needs_own_unit(modules, module, dtype, config):
+                policy = MixedPrecisionPolicy(
+                    param_dtype=dtype, reduce_dtype=_reduce(config, {dtype}), cast_forward_inputs=False
+                )
+                fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
+                apart += 1
+        _check_uniform(dict(zip(unit, modules)))
+        target = modules if len(modules) > 1 else modules[0]
+        root = unit == ("",)
+        # The root's own parameters (the last norm) are used at the very end of the forward and at the very start of
+        # the backward: gathering them again would only wait.
+        fully_shard(
+            target,
+            mesh=mesh,
+            mp_policy=_policy(config, modules),
+            offload_policy=offload,
+            reshard_after_forward=reshard and not root,
+        )
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # the loss is already divided by the global token count: sum, never average
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+            # torch refuses too, but without a word about what to do: copy and pickle look these up on the instance
+            vars(module).update(__deepcopy__=_refuse_copy, __reduce_ex__=_refuse_copy)
+    over = f"{mesh.size()} ranks" if mesh.ndim == 1 else f"{axis_size(site.mesh, 'replicate')} × {mesh.shape[1]} ranks"
+    notes = [f"{len(plan_units(site.anatomy))} units over {over}, compute {config.compute}, reduce {config.reduce}"]
+    if apart:
+        notes.append(f"{apart} modules with a pinned dtype have units of their own")
+    if config.offload == "cpu":
+        notes.append("shards rest in host memory")
+    if config.hold != "nothing":
+        notes.append(f"{'parameters and gradients' if config.hold == 'all' else 'gradients'} stay whole within a step")
+    return tuple(notes)
+
+
+def _refuse_copy(*_: Any) -> NoReturn:
+    raise PlanError(
+        "a sharded model cannot be copied or pickled: each rank has its own rows, and torch's units of sharding do not "
+        "move to another module. Write the weights with run.export(folder) and open that, or compose a second model"
+    )
+
+
+def _policy(config: "ShardSettings", unit: list[nn.Module]) -> MixedPrecisionPolicy:
+    compute = None if config.compute == "stored" else getattr(torch, config.compute)
+    gradients = {compute or p.dtype for module in unit for p in module.parameters() if p.requires_grad}
+    return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=_reduce(config, gradients))
+
+
+def _reduce(config: "ShardSettings", gradients: set[torch.dtype]) -> torch.dtype | None:
+    """`reduce` is a floor: float64 gradients are not rounded to float32 on their way. None: as they are."""
+    reduce = None if config.reduce == "stored" else getattr(torch, config.reduce)
+    return None if reduce is not None and all(dtype.itemsize >= reduce.itemsize for dtype in gradients) else reduce
+
+
+def _check_uniform(unit: dict[str, nn.Module]) -> None:
+    """FSDP sums one unit's gradients as one buffer; it would say so too, but at the first forward and without names."""
+    first: dict[torch.dtype, str] = {}
+    for fqn, module in unit.items():
+        for name, parameter in module.named_parameters(prefix=fqn):
+            if parameter.requires_grad and not isinstance(parameter, DTensor):  # a DTensor is another unit's already
+                first.setdefault(parameter.dtype, name)
+    if len(first) > 1:
+        found = " and ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for dtype, name in first.items())
+        raise PlanError(
+            f"shard: one unit would train {found}, and a unit's gradients have one dtype. Open the model with one "
+            "dtype (model.dtype: float32), or freeze those of the other"
+        )
+
+
+def _pinned(model: nn.Module, site: Site) -> dict[str, torch.dtype]:
+    """Modules that hold parameters with a pinned dtype."""
+    found = {}
+    for chain in site.parts.values():
+        for part in chain:
+            if part.compute_dtype is not None:
+                for name in part.names:
+                    found[name.rpartition(".")[0]] = part.compute_dtype
+    return found
+
+
+def _needs_own_unit(unit: list[nn.Module], module: nn.Module, dtype: torch.dtype, config: "ShardSettings") -> bool:
+    """A unit of its own costs a gather of its own: only where the surrounding unit would cast, or cannot hold it."""
+    if config.compute != "stored" and getattr(torch, config.compute) != dtype:
+        return True
+    # One unit's trainable parameters must share a dtype; frozen ones may differ.
+    own = set(module.parameters())
+    others = {p.dtype for m in unit for p in m.parameters() if p.requires_grad and p not in own}
+    return any(p.requires_grad for p in own) and bool(others - {dtype})

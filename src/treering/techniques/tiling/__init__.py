@@ -1,0 +1,3 @@
+from treering.techniques.tiling.config import TiledBlock, TiledLoss, TiledMLP
+
+__all__ = ["TiledBlock", "TiledLoss", "TiledMLP"]

@@ -1,0 +1,124 @@
+"""The techniques `tiledmlp`, `tiledblock` and `tiledloss`: what does not fit at once, computed tile by tile."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from treering.core.errors import PlanError
+from treering.technique import Applied, Claim, Site, Stage
+from treering.techniques.tiling.settings import TiledBlockSettings, TiledLossSettings, TiledMLPSettings
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from treering.anatomy import Anatomy
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledMLP(TiledMLPSettings):
+    """The feed-forward part of every block, computed on a tile of tokens at a time, and once more in the backward.
+
+    tile        tokens in a tile at most; `budget`: what a tile needs fits into `budget`; `hidden`: as many tokens as
+                the model is wide (what DeepSpeed, Liger and axolotl's first version do)
+    budget      GiB for one tile
+    experts     `tokens`: stacked experts see a tile of tokens at a time; `groups`: all tokens, but a group of experts
+                at a time, so that no gradient is ever a sum of several and none needs a float32 buffer
+    accumulate  in what the gradient of a weight is summed over tiles: float32 (or wider); the dtype of the parameter,
+                whose rounding grows with the number of tiles; `budget`: float32 where such sums fit into `budget`
+    """
+
+    stage: ClassVar[Stage] = Stage.FORWARD
+
+    def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
+        return _forwards(_mlps(anatomy, "tiledmlp"), "tiledmlp")
+
+    def apply(self, model: "nn.Module", site: Site) -> Applied:
+        from treering.techniques.tiling.mlp import attach
+
+        return attach(model, self, site)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledBlock(TiledBlockSettings):
+    """All of a block but its attention in tiles: norm, MLP and residual together, and norm with q, k and v.
+
+    tile        as in `tiledmlp`, which this contains
+    budget      GiB for one tile
+    experts     as in `tiledmlp`
+    accumulate  as in `tiledmlp`
+    """
+
+    stage: ClassVar[Stage] = Stage.FORWARD
+
+    def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
+        for block in anatomy.blocks:
+            if block.attention is None or block.mixer != "attention":
+                raise PlanError(
+                    f"tiledblock: tokens of {block.fqn} meet in {block.mixer_class}, and only blocks of attention and "
+                    "a feed-forward part are known; use tiledmlp instead",
+                    settings=("tiledblock",),
+                )
+        inner = [
+            name
+            for name in anatomy.norms
+            for block in anatomy.blocks
+            if name.startswith(f"{block.fqn}.") and "." not in name.removeprefix(f"{block.fqn}.")
+        ]
+        attentions = [block.attention for block in anatomy.blocks if block.attention is not None]
+        return _forwards([*_mlps(anatomy, "tiledblock"), *inner, *attentions], "tiledblock")
+
+    def apply(self, model: "nn.Module", site: Site) -> Applied:
+        from treering.techniques.tiling.block import attach
+
+        return attach(model, self, site)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledLoss(TiledLossSettings):
+    """Head and cross-entropy on a tile of trained tokens at a time: logits of a whole sequence never exist.
+
+    tile             tokens in a tile at most; `budget`: what a tile's logits need fits into `budget`
+    budget           GiB for one tile
+    label_smoothing  that much of the target is spread evenly over the vocabulary
+    z_loss           adds z_loss · (log Σ exp logits)² for each trained token, which keeps logits small
+    accumulate       as in `tiledmlp`, for the gradient of the head
+    """
+
+    stage: ClassVar[Stage] = Stage.FORWARD
+
+    def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
+        head = anatomy.head
+        if head is None or head.unknown:
+            what = "it has no head" if head is None else f"its forward uses {', '.join(head.unknown)}"
+            raise PlanError(
+                f"tiledloss: what this {anatomy.model_type} model does to its logits is not understood ({what}); "
+                "leave tiledloss out",
+                settings=("tiledloss",),
+            )
+        return [
+            Claim(fqn=head.fqn, aspect="loss", needs=("no_fsdp_unit_inside",), setting="tiledloss"),
+            Claim(fqn=head.fqn, aspect="forward", setting="tiledloss"),
+        ]
+
+    def apply(self, model: "nn.Module", site: Site) -> Applied:
+        from treering.techniques.tiling.loss import attach
+
+        return attach(model, self, site)
+
+
+def _mlps(anatomy: "Anatomy", setting: str) -> list[str]:
+    """The modules whose forward is replaced, as far as the anatomy tells them apart."""
+    stacked = [experts.fqn for experts in anatomy.experts]
+    dense = [b.mlp for b in anatomy.blocks if b.mlp is not None and not any(e.startswith(b.mlp) for e in stacked)]
+    unknown = [b.fqn for b in anatomy.blocks if b.mlp is None and b.mixer == "attention"]
+    if unknown or not (stacked or dense):
+        raise PlanError(
+            f"{setting}: the feed-forward part of {unknown[0] if unknown else 'the blocks'} of this "
+            f"{anatomy.model_type} model is not one module, and cannot be tiled; leave {setting} out",
+            settings=(setting,),
+        )
+    return [*dense, *stacked]
+
+
+def _forwards(names: list[str], setting: str) -> list[Claim]:
+    return [Claim(fqn=name, aspect="forward", needs=("no_fsdp_unit_inside",), setting=setting) for name in names]

@@ -1,0 +1,225 @@
+"""The one autograd function behind every tiling.
+
+A job runs `body(*tiles of tokens, *weights)` once per tile, first without a graph, and in the backward again, tile by
+tile, with one. Weights are inputs of the function like any other: their gradients are taken per tile from aliases,
+summed here, and given to autograd once. So nothing that watches a weight (DDP, FSDP, hooks, accumulation) can tell
+that there were tiles.
+
+The tokens are kept by a node of their own. In a recomputed region, asking that node for them ends the recomputation
+there, before the tiles are run: two forwards in all, not three.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
+
+from treering.technique import recomputing
+from treering.techniques.tiling.gradient import Gradient
+from treering.techniques.tiling.replay import Replay
+
+Out = Literal["cat", "sum"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """`bounds` cut dimension 0 of the inputs that `cut` marks; each tile sees the others whole."""
+
+    body: Callable[..., Any]
+    bounds: tuple[tuple[int, int], ...]
+    tokens: int  # so many inputs are kept for the backward; those after them are weights, held by reference
+    cut: tuple[bool, ...]
+    out: Out
+    wide: bool  # sums in float32
+    lead: tuple[int, ...] = ()  # what rows of the result are laid out as; made so, and not a view that FSDP warns of
+
+    def tile(self, inputs: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
+        whole = len(self.bounds) == 1
+        return [x[start:stop] if cut and not whole else x for x, cut in zip(inputs, self.cut)]
+
+    def rows(self, gradient: Tensor) -> Tensor:
+        return gradient.flatten(0, len(self.lead) - 1) if self.lead else gradient
+
+    def gradients(self, inputs: Sequence[Tensor], needed: Sequence[bool]) -> dict[int, Gradient]:
+        return {
+            i: Gradient(x, cut=self.cut[i], tiles=len(self.bounds), wide=self.wide)
+            for i, (x, wanted) in enumerate(zip(inputs, needed))
+            if wanted
+        }
+
+
+def run(job: Job, *inputs: Tensor) -> Any:
+    """A tensor or a tuple, as `body` gives them."""
+    box = _Box()
+    tokens, weights = inputs[: job.tokens], inputs[job.tokens :]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tokens):
+        tokens = _Keep.apply(box, *tokens)
+    found = _Tiles.apply(job, box, *tokens, *weights)
+    return found if box.several else found[0]
+
+
+def run_now(job: Job, *inputs: Tensor) -> Any:
+    """For `body` that gives a number: the gradients are taken along with it, and scaled in the backward."""
+    box = _Box()
+    found = _Now.apply(job, box, torch.is_grad_enabled(), *inputs)
+    return found if box.several else found[0]
+
+
+class _Box:
+    several = False
+    node: Any = None
+
+
+class _Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, box: _Box, *tokens: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tokens)
+        box.node = ctx
+        seen = tuple(x.view_as(x) for x in tokens)
+        ctx.mark_non_differentiable(*(y for x, y in zip(tokens, seen) if not x.requires_grad))
+        return seen
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, *gradients)
+
+
+class _Tiles(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, job: Job, box: _Box, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.job, ctx.box, ctx.replay = job, box, Replay(inputs[0].device)
+        # Weights by reference: saved tensors would pass through the hooks of whoever offloads activations.
+        ctx.weights = inputs[job.tokens :]
+        ctx.versions = [w._version for w in ctx.weights]
+        if box.node is None:
+            ctx.save_for_backward(*inputs[: job.tokens])
+        with ctx.replay.casting():
+            found = _forward(job, box, inputs)
+        ctx.mark_non_differentiable(*(y for y in found if not y.dtype.is_floating_point))
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        job: Job = ctx.job
+        # This may run a surrounding checkpoint's recomputation, which is no tile: before anything else.
+        tokens = (ctx if ctx.box.node is None else ctx.box.node).saved_tensors
+        if [w._version for w in ctx.weights] != ctx.versions:
+            raise RuntimeError(
+                "a weight of a tiled region was changed in place between its forward and its backward; step after the "
+                "backward is done"
+            )
+        inputs, needed = (*tokens, *ctx.weights), ctx.needs_input_grad[2:]
+        sums = job.gradients(inputs, needed)
+        with ctx.replay.again(), _as_tile():
+            plain = [x.detach() for x in inputs]
+            for start, stop in job.bounds:
+                tile = job.tile(plain, start, stop)
+                _leaves(tile, sums)
+                outputs = _tuple(job.body(*tile))
+                given = [job.rows(g)[start:stop] if g is not None and job.out == "cat" else g for g in gradients]
+                pairs = [(y, g) for y, g in zip(outputs, given) if g is not None and y.requires_grad]
+                _take(sums, [y for y, _ in pairs], [g.to(y.dtype) for y, g in pairs], tile, start, stop)
+                del outputs, pairs, tile
+        return (None, None, *(sums[i].result() if i in sums else None for i in range(len(inputs))))
+
+
+class _Now(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, job: Job, box: _Box, wanted: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        needed = ctx.needs_input_grad[3:]
+        if not (wanted and any(needed)):
+            return _forward(job, box, inputs)
+        sums = job.gradients(inputs, needed)
+        total: list[Tensor] = []
+        plain = [x.detach() for x in inputs]
+        with torch.enable_grad(), _unseen(), Replay(inputs[0].device).casting():
+            for start, stop in job.bounds:
+                tile = job.tile(plain, start, stop)
+                _leaves(tile, sums)
+                result = job.body(*tile)
+                box.several = isinstance(result, tuple)
+                first, *more = _tuple(result)
+                if first.requires_grad:
+                    _take(sums, [first], [torch.ones_like(first)], tile, start, stop)
+                found = [y.detach() for y in (first, *more)]
+                total = found if not total else [a + b for a, b in zip(total, found)]
+                del result, first, tile
+        made = {i: value for i, gradient in sums.items() if (value := gradient.result()) is not None}
+        ctx.indices, ctx.inputs = tuple(made), len(inputs)
+        ctx.save_for_backward(*made.values())  # saved, and not just held: freed as soon as they are used
+        ctx.mark_non_differentiable(*total[1:])
+        return tuple(total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        scale = gradients[0]
+        scaled = {} if scale is None else {i: g * scale.to(g.dtype) for i, g in zip(ctx.indices, ctx.saved_tensors)}
+        return (None, None, None, *(scaled.get(i) for i in range(ctx.inputs)))
+
+
+def _forward(job: Job, box: _Box, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    found: list[Tensor] = []
+    dtypes: list[torch.dtype] = []
+    for start, stop in job.bounds:
+        result = job.body(*job.tile(inputs, start, stop))
+        box.several = isinstance(result, tuple)
+        outputs = _tuple(result)
+        if len(job.bounds) == 1:
+            return outputs
+        if job.out == "sum":
+            dtypes = [y.dtype for y in outputs]
+            if not found:
+                found = [y.to(torch.promote_types(y.dtype, torch.float32)) if job.wide else y for y in outputs]
+            else:
+                found = [a + b for a, b in zip(found, outputs)]
+            continue
+        if not found:
+            total = job.bounds[-1][1]
+            lead = job.lead or (total,)
+            found = [torch.empty((*lead, *y.shape[1:]), dtype=y.dtype, device=y.device) for y in outputs]
+        for whole, y in zip(found, outputs):
+            whole.view(-1, *y.shape[1:])[start:stop].copy_(y)
+        del result, outputs
+    return tuple(y.to(dtype) for y, dtype in zip(found, dtypes)) if dtypes else tuple(found)
+
+
+def _leaves(tile: list[Tensor], sums: dict[int, Gradient]) -> None:
+    """Inputs whose gradient is asked for become leaves of this tile's graph."""
+    for i in sums:
+        tile[i] = tile[i].detach().requires_grad_()
+
+
+def _take(
+    sums: dict[int, Gradient], outputs: list[Tensor], given: list[Tensor], tile: list[Tensor], start: int, stop: int
+) -> None:
+    leaves = [tile[i] for i in sums]
+    found: Sequence[Tensor | None] = [None] * len(leaves)
+    if outputs and leaves:
+        found = torch.autograd.grad(outputs, leaves, given, allow_unused=True)
+    for gradient, value in zip(sums.values(), found):
+        gradient.add(value, start, stop)
+
+
+def _tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+@contextmanager
+def _as_tile() -> Iterator[None]:
+    with torch.enable_grad(), _unseen(), recomputing("tile"):
+        yield
+
+
+def _unseen() -> Any:
+    """A tile's own saved tensors live for a moment: no surrounding hook shall offload or count them."""
+    return saved_tensors_hooks(lambda x: x, lambda x: x)

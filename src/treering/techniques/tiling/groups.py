@@ -1,0 +1,116 @@
+"""Stacked experts a group at a time: each weight is seen by one group only, so its gradient is never a sum.
+
+A group runs the module's own forward on a slice of every stacked parameter, as if there were no other experts. What a
+router sends elsewhere gets the number that transformers reserves for "not here" (expert parallelism uses the same) and
+weight 0.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from treering.core.errors import PlanError
+from treering.techniques.tiling.engine import Job, run
+from treering.techniques.tiling.lengths import bounds
+from treering.techniques.tiling.region import Region, put, slots
+
+if TYPE_CHECKING:
+    from treering.anatomy import Experts
+
+
+# Before 5.18 only some forms of the experts skipped what is elsewhere, and grouped_mm left its rows uninitialized.
+KNOWS_ELSEWHERE = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 18)
+
+
+def check(module: Any, experts: "Experts", setting: str) -> None:
+    """Whether a slice of this module's parameters is a module of fewer experts."""
+    own = {name for name, p in module.named_parameters() if p.shape[:1] != (experts.number,)}
+    known = getattr(module, "num_experts", None) == experts.number and hasattr(module, "_is_expert_parallel")
+    eager = known and module.config._experts_implementation == "eager"
+    source = "".join(inspect.getsource(inspect.unwrap(type(module).forward)).split()) if eager else ""
+    what = f"{sorted(own)[0]} is not stacked over experts" if own else "it is not written as transformers' own are"
+    if not own and eager and "num_classes=self.num_experts)" in source:
+        what = "its eager form has no number for experts that are elsewhere (experts_implementation grouped_mm has)"
+        known = False
+    if not own and not KNOWS_ELSEWHERE:
+        version = transformers.__version__
+        what = f"transformers {version} has no number for experts that are elsewhere (5.18 and newer have)"
+    if own or not known:
+        raise PlanError(
+            f"{setting}: the experts {experts.fqn} cannot be run in groups: {what}. Set {setting}.experts to tokens",
+            settings=(f"{setting}.experts",),
+        )
+
+
+def index_of(tokens: Sequence[Tensor], name: str, setting: str) -> Tensor:
+    found = [x for x in tokens[1:] if not x.dtype.is_floating_point]
+    if len(found) != 1 or len(tokens) != 3:
+        shapes = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}" for x in tokens)
+        raise PlanError(
+            f"{setting}: {name} is called with {shapes}, not with tokens, the numbers of their experts and weights; "
+            f"leave {setting} out",
+            settings=(setting,),
+        )
+    return found[0]
+
+
+def call(
+    module: Any,
+    experts: "Experts",
+    region: Region,
+    fn: Callable[..., Tensor],
+    tokens: Sequence[Tensor],
+    dims: int,
+    size: int,
+    wide: bool,
+) -> Tensor:
+    """`size`: how many tokens a tile of tokens would have; groups are as many as such tiles, and as small."""
+    region.watchman.inspect(fn, tokens, dims, "cat")
+    tiles = len(bounds(tokens[0].shape[:dims].numel(), size))
+    each = -(-experts.number // min(tiles, experts.number))
+    held = slots([module])
+    frozen = {p: [(module._parameters, n)] for n, p in module._parameters.items() if p is not None and p not in held}
+    parameters = {**held, **frozen}
+    which = next(i for i, x in enumerate(tokens) if not x.dtype.is_floating_point)
+
+    def body(*inputs: Tensor) -> Tensor:
+        given, values = list(inputs[: -len(parameters) - 1]), inputs[-len(parameters) - 1 : -1]
+        numbers = inputs[-1]
+        here = len(numbers)
+        if here < experts.number:
+            local = given[which] - numbers[0]
+            inside = (local >= 0) & (local < here)
+            given[which] = torch.where(inside, local, here)
+            weight = 3 - which
+            given[weight] = torch.where(inside, given[weight], 0)
+        with put(parameters.values(), values), _fewer(module, here, experts.number):
+            return fn(*given)
+
+    numbers = torch.arange(experts.number, device=tokens[0].device)
+    job = Job(
+        body=body,
+        bounds=bounds(experts.number, each),
+        tokens=len(tokens),
+        cut=(False,) * len(tokens) + (True,) * (len(parameters) + 1),
+        out="sum",
+        wide=wide,
+    )
+    return run(job, *tokens, *parameters, numbers)
+
+
+@contextmanager
+def _fewer(module: Any, here: int, number: int) -> Iterator[None]:
+    if here == number:
+        yield
+        return
+    before = module.num_experts, module._is_expert_parallel
+    module.num_experts, module._is_expert_parallel = here, True
+    try:
+        yield
+    finally:
+        module.num_experts, module._is_expert_parallel = before

@@ -1,0 +1,134 @@
+"""Give the feed-forward parts of a model forwards that run in tiles."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from treering.core import module_forward as forwards
+from treering.technique import Applied, Site
+from treering.techniques.tiling import forward, groups
+from treering.techniques.tiling.lengths import GIB, tile_length
+from treering.techniques.tiling.region import Region
+
+if TYPE_CHECKING:
+    from treering.anatomy import Anatomy, Experts
+    from treering.techniques.tiling.settings import Accumulate, TiledBlockSettings, TiledMLPSettings
+
+
+def attach(model: nn.Module, config: "TiledMLPSettings", site: Site) -> Applied:
+    anatomy = site.anatomy
+    undone = [
+        forwards.install(_TiledMLP(model.get_submodule(fqn), config, fqn, token_width(anatomy, fqn)))
+        for fqn in dense(model, anatomy)
+    ]
+    several = [tile_experts(model, config, anatomy, experts, "tiledmlp") for experts in anatomy.experts]
+    return Applied(undo=forwards.undo_all([*undone, *several]), notes=notes(config, len(undone), len(several)))
+
+
+def notes(config: "TiledMLPSettings | TiledBlockSettings", dense: int, experts: int) -> tuple[str, ...]:
+    long = f"of {config.budget:g} GiB" if config.tile == "budget" else f"of {config.tile} tokens"
+    long = "of as many tokens as the model is wide" if config.tile == "hidden" else long
+    found = [f"{dense} MLPs in tiles {long}"] if dense else []
+    if experts:
+        by = f"in tiles {long}" if config.experts == "tokens" else "by groups of experts"
+        found.append(f"the experts of {experts} blocks {by}, routers outside")
+    return tuple(found)
+
+
+def dense(model: nn.Module, anatomy: "Anatomy") -> list[str]:
+    """MLPs, and beside experts the ones that every token goes through."""
+    found = []
+    for block in anatomy.blocks:
+        if block.mlp is None:
+            continue
+        stacked = tuple(e.fqn for e in anatomy.experts if e.fqn.startswith(f"{block.mlp}."))
+        if not stacked and not any(e.fqn == block.mlp for e in anatomy.experts):
+            found.append(block.mlp)
+            continue
+        beside = (f"{block.mlp}.{name}" for name, _ in model.get_submodule(block.mlp).named_children())
+        found += [fqn for fqn in beside if fqn not in stacked and len(_outputs(anatomy, fqn)) > 1]
+    return found
+
+
+def _outputs(anatomy: "Anatomy", fqn: str) -> list[int]:
+    return [x.outputs for x in anatomy.linears if x.role == "mlp" and x.fqn.startswith(f"{fqn}.")]
+
+
+def token_width(anatomy: "Anatomy", fqn: str) -> int:
+    """Elements that one token needs at the peak of its backward: each linear's output, the activation of it or what
+    becomes of it, and a gradient. For a gated MLP of width I that is the 6 I of its well-known formula, and 3 H."""
+    return 3 * sum(_outputs(anatomy, fqn))
+
+
+def sums_wide(region: Region, accumulate: "Accumulate", budget: float) -> bool:
+    if accumulate == "budget":
+        return 4 * sum(p.numel() for m in region.modules for p in m.parameters() if p.requires_grad) <= budget * GIB
+    return accumulate == "float32"
+
+
+class _TiledMLP(forwards.ModuleForward):
+    """Of an MLP, in tiles. `width`: elements that a token needs."""
+
+    setting = "tiledmlp"
+
+    def __init__(self, module: nn.Module, config: "TiledMLPSettings", fqn: str, width: int):
+        super().__init__(module)
+        self.config, self.fqn, self.width = config, fqn, width
+        self.region = Region(fqn, [module], self.setting)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        config = self.config
+        fn, tokens, dims = forward.of_tokens(self.call_former, args, kwargs, self.fqn, self.setting)
+        x = tokens[0]
+        size = tile_length(config.tile, config.budget, self.width * x.element_size(), x.shape[-1])
+        wide = sums_wide(self.region, config.accumulate, config.budget)
+        return self.region(fn, *tokens, size=size, dims=dims, wide=wide)
+
+
+def tile_experts(
+    model: nn.Module,
+    config: "TiledMLPSettings | TiledBlockSettings",
+    anatomy: "Anatomy",
+    experts: "Experts",
+    setting: str,
+) -> Callable[[], None]:
+    """The call of stacked experts: tokens, their experts' numbers and weights are cut together; the router has seen
+    all tokens before, so a loss on what it gives has the gradient it always had."""
+    module: Any = model.get_submodule(experts.fqn)
+    hidden = model.config.hidden_size  # type: ignore[union-attr]
+    rows = sum(p.shape[1] if p.shape[2] == hidden else p.shape[2] for n, p in _stacked(model, experts))
+    if config.experts == "groups":
+        groups.check(module, experts, setting)
+    return forwards.install(_TiledExperts(module, config, experts, rows, setting))
+
+
+class _TiledExperts(forwards.ModuleForward):
+    """`rows`: of what the stacked weights of one expert make of a token."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: "TiledMLPSettings | TiledBlockSettings",
+        experts: "Experts",
+        rows: int,
+        setting: str,
+    ):
+        super().__init__(module)
+        self.config, self.experts, self.rows, self.setting = config, experts, rows, setting
+        self.region = Region(experts.fqn, [module], setting)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        config, experts, region = self.config, self.experts, self.region
+        fn, tokens, dims = forward.of_tokens(self.call_former, args, kwargs, experts.fqn, self.setting)
+        x, index = tokens[0], groups.index_of(tokens, experts.fqn, self.setting)
+        width = 3 * index.shape[-1] * (self.rows + x.shape[-1]) * x.element_size()
+        size = tile_length(config.tile, config.budget, width, x.shape[-1])
+        wide = sums_wide(region, config.accumulate, config.budget)
+        if config.experts == "groups":
+            return groups.call(self.module, experts, region, fn, tokens, dims, size, wide)
+        return region(fn, *tokens, size=size, dims=dims, wide=wide)
+
+
+def _stacked(model: nn.Module, experts: "Experts") -> list[tuple[str, Tensor]]:
+    return [(name, model.get_parameter(name)) for name in experts.stacked]

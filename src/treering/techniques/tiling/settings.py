@@ -1,0 +1,55 @@
+"""What a user sets of the three tilings, and their checks."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from treering.core.errors import ConfigError
+from treering.techniques.tiling.lengths import Tile, check
+
+Accumulate = Literal["float32", "parameter", "budget"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledMLPSettings:
+    """The fields of `TiledMLP`, which documents them."""
+
+    tile: Tile = "budget"
+    budget: float = 1.0
+    experts: Literal["tokens", "groups"] = "tokens"
+    accumulate: Accumulate = "float32"
+
+    def __post_init__(self) -> None:
+        check(self.tile, self.budget)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledBlockSettings:
+    """The fields of `TiledBlock`, which documents them."""
+
+    tile: Tile = "budget"
+    budget: float = 1.0
+    experts: Literal["tokens", "groups"] = "tokens"
+    accumulate: Accumulate = "float32"
+
+    def __post_init__(self) -> None:
+        check(self.tile, self.budget)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledLossSettings:
+    """The fields of `TiledLoss`, which documents them."""
+
+    tile: int | Literal["budget"] = "budget"
+    budget: float = 1.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    accumulate: Accumulate = "float32"
+
+    def __post_init__(self) -> None:
+        check(self.tile, self.budget)
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(
+                f"label_smoothing is {self.label_smoothing}; it is at least 0 and less than 1", field="label_smoothing"
+            )
+        if not self.z_loss >= 0:
+            raise ConfigError(f"z_loss is {self.z_loss}; it is at least 0", field="z_loss")

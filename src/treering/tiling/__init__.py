@@ -1,3 +1,0 @@
-from treering.tiling.config import TiledBlock, TiledLoss, TiledMLP
-
-__all__ = ["TiledBlock", "TiledLoss", "TiledMLP"]

@@ -1,0 +1,281 @@
+"""Checkpoints on disk: a folder of safetensors files, one a rank, and a manifest that says what is in them.
+
+    step-120/manifest.json            written last, read first
+    step-120/rank-00000.safetensors   this rank's rows of every tensor
+
+A folder is made under another name and renamed when whole; what has no manifest, or files that do not match it, is
+never loaded. Each tensor's chunks are rows of dimension 0, so any number of ranks can read what any other has written.
+"""
+
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from treering.core.collectives import from_first, together
+from treering.core.errors import CheckpointError
+from treering.core.sharded import local, local_rows
+from treering.store import disk
+from treering.store.tensor_writer import DTYPES
+from treering.train.checkpoints import manifest
+from treering.train.checkpoints.manifest import Chunk, Entry, File, Manifest
+
+STEP = re.compile(r"step-(\d{1,18})")
+TORN = re.compile(r"step-\d+\.tmp-[0-9a-f]+")
+UNTOUCHED = "; earlier checkpoints are untouched"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """This rank's rows of one tensor, on the host."""
+
+    shape: tuple[int, ...]  # of the whole tensor
+    start: int
+    stop: int
+    rows: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedTensor:
+    """A tensor of a checkpoint, read by rows from whichever files hold them."""
+
+    name: str
+    entry: Entry
+    folder: Path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.entry.dtype)
+
+    def read(self) -> Tensor:
+        return self.rows(0, self.entry.rows) if self.shape else self._piece(self.entry.chunks[0], 0, 1)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        pieces, at = [], start
+        for chunk in sorted(self.entry.chunks, key=lambda c: c.start):
+            if chunk.start <= at < chunk.stop and at < stop:
+                until = min(stop, chunk.stop)
+                pieces.append(self._piece(chunk, at - chunk.start, until - chunk.start))
+                at = until
+        if len(pieces) == 1:
+            return pieces[0]
+        return torch.cat(pieces) if pieces else torch.empty((0, *self.shape[1:]), dtype=self.dtype)
+
+    def _piece(self, chunk: Chunk, start: int, stop: int) -> Tensor:
+        try:
+            with safe_open(self.folder / chunk.file, "pt") as file:
+                found = file.get_slice(self.name)[start:stop] if self.shape else file.get_tensor(self.name)
+        except (OSError, SafetensorError) as error:  # a run that goes on removes its old checkpoints
+            raise CheckpointError(
+                f"{self.folder / chunk.file} was found whole and cannot be read now: {error}"
+            ) from None
+        if found.dtype != self.dtype or (self.shape and found.shape != (stop - start, *self.shape[1:])):
+            raise CheckpointError(f"{self.folder / chunk.file}: {self.name} is not what the manifest says it is")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint that has been found whole."""
+
+    folder: Path
+    step: int
+    tensors: Mapping[str, SavedTensor]
+    facts: Mapping[str, Any]  # whatever the trainer wrote beside the tensors
+
+
+def stage(tensors: Mapping[str, Tensor], copy: bool) -> dict[str, Piece]:
+    """This rank's share on the host. `copy`: apart from the live tensors, which may then change again."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    staged = {}
+    for name, tensor in tensors.items():
+        if _first_copy(tensor, rank):
+            held = local(tensor).detach()
+            start, stop = local_rows(tensor)
+            rows = held.cpu().contiguous()
+            if copy and rows.data_ptr() == held.data_ptr():
+                rows = rows.clone()
+            staged[name] = Piece(shape=tuple(tensor.shape), start=start, stop=stop, rows=rows)
+    return staged
+
+
+def write(root: Path, step: int, staged: Mapping[str, Piece], facts: Mapping[str, Any], group: Any = None) -> Path:
+    """Write `step-<step>` below `root`. Every rank calls it with what it has staged; rank 0 publishes."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    final = root / f"step-{step}"
+    token = from_first(uuid.uuid4().hex[:8], group)
+    temporary = root / f"{final.name}.tmp-{token}"
+
+    def all_do(work: Callable[[], Any], doing: str) -> list[Any]:
+        try:
+            return together(work, doing, UNTOUCHED + f"; {disk.free(root) >> 20} MiB are free there", group)
+        except CheckpointError:
+            if rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    all_do(lambda: temporary.mkdir(parents=True) if rank == 0 else None, f"making {temporary}")
+    described = all_do(lambda: _write_own(temporary, rank, staged), f"writing {_size(staged)} to {temporary}")
+
+    def publish() -> None:
+        chunks: dict[str, list[Chunk]] = {}
+        shapes = {}
+        for file, _, own in described:
+            for name, (shape, dtype, start, stop) in own.items():
+                shapes[name] = (shape, dtype)
+                chunks.setdefault(name, []).append(Chunk(file=file, start=start, stop=stop))
+        made = Manifest(
+            step=step,
+            world=world,
+            facts=json.loads(json.dumps(dict(facts))),
+            files={file: about for file, about, _ in described},
+            tensors={
+                name: Entry(shape=shape, dtype=dtype, chunks=tuple(chunks[name]))
+                for name, (shape, dtype) in shapes.items()
+            },
+        )
+        disk.write(temporary / manifest.NAME, [made.dump()], "manifest")
+        disk.sync(temporary, "folder")
+        if final.exists():  # a damaged one of this step was passed over; it is kept, under a name that nothing loads
+            disk.move(final, root / f"{final.name}.damaged-{token}", "damaged")
+        disk.move(temporary, final, "publish")
+        disk.sync(root, "root")
+
+    all_do(lambda: publish() if rank == 0 else None, f"publishing {final}")
+    return final
+
+
+def save(root: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
+    """Stage and write at once."""
+    return write(root, step, stage(tensors, copy=False), facts)
+
+
+def _size(staged: Mapping[str, Piece]) -> str:
+    return f"{sum(p.rows.numel() * p.rows.element_size() for p in staged.values()) / 2**20:.1f} MiB"
+
+
+def _write_own(folder: Path, rank: int, staged: Mapping[str, Piece]) -> tuple[str, File, dict[str, Any]]:
+    file = f"rank-{rank:05d}.safetensors"
+    size, blocks = disk.write(folder / file, _bytes({n: p.rows for n, p in staged.items()}), f"rank {rank}")
+    own = {n: (p.shape, str(p.rows.dtype).removeprefix("torch."), p.start, p.stop) for n, p in staged.items()}
+    return file, File(bytes=size, blocks=blocks), own
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, piece by piece: the library's own writer wants a second copy of everything in memory."""
+    header, at = {}, 0
+    for name, tensor in tensors.items():
+        end = at + tensor.numel() * tensor.element_size()
+        dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        if tensor.numel():
+            yield tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _first_copy(tensor: Tensor, rank: int) -> bool:
+    """Of equal copies one is written: the one at 0 of every axis that replicates."""
+    if not isinstance(tensor, DTensor):
+        return rank == 0
+    mesh = tensor.device_mesh
+    return all(mesh.get_local_rank(i) == 0 for i, p in enumerate(tensor.placements) if isinstance(p, Replicate))
+
+
+def newest(root: Path, warn: Callable[[str], None]) -> Saved | None:
+    """The newest whole checkpoint below `root`; each newer one that is not whole is warned about."""
+    for step in reversed(steps(root)):
+        try:
+            return read(root / f"step-{step}")
+        except CheckpointError as error:
+            warn(f"passed over a checkpoint: {error}")
+    return None
+
+
+def steps(root: Path) -> list[int]:
+    """The steps there are checkpoints of, whole or not."""
+    return sorted(int(m[1]) for p in _folders(root) if (m := STEP.fullmatch(p.name)))
+
+
+def _folders(root: Path) -> list[Path]:
+    return [p for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
+
+
+def read(folder: Path) -> Saved:
+    """Open one checkpoint, proving that it is what was written. All ranks call it; each verifies its share of files."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    try:
+        said, problem = manifest.load(folder), ""
+        for number, (file, about) in enumerate(sorted(said.files.items())):
+            if not problem and number % world == rank:
+                problem = _verify(folder / file, about, said.tensors)
+        named = STEP.fullmatch(folder.name)
+        if named and int(named[1]) != said.step:
+            problem = problem or f"{folder} holds step {said.step}"
+    except CheckpointError as error:
+        problem = str(error)
+    problems = [text for text in together(lambda: problem, f"reading {folder}") if text]
+    if problems:
+        raise CheckpointError(problems[0])
+    tensors = {n: SavedTensor(name=n, entry=entry, folder=folder) for n, entry in said.tensors.items()}
+    return Saved(folder=folder, step=said.step, tensors=tensors, facts=said.facts)
+
+
+def _verify(path: Path, about: File, tensors: Mapping[str, Entry]) -> str:
+    """Why `path` is not the file that was written; empty if it is."""
+    try:
+        if path.is_symlink() or not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != about.bytes:
+            return f"{path} has {path.stat().st_size} bytes instead of {about.bytes}"
+        _, found = disk.digests(path)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    if found != about.blocks:
+        first = next((i for i in range(0, len(found), 16) if found[i : i + 16] != about.blocks[i : i + 16]), 0) // 16
+        return f"{path} is damaged: its block {first} (1 MiB each) is not what was written"
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 — no mapping
+    except SafetensorError as error:
+        return f"{path} is damaged: {error}"
+    held = {(name, rows.get_dtype(), tuple(rows.get_shape())) for name, rows in slices.items()}
+    said = {
+        (name, DTYPES[entry.dtype], (chunk.stop - chunk.start, *entry.shape[1:]) if entry.shape else ())
+        for name, entry in tensors.items()
+        for chunk in entry.chunks
+        if chunk.file == path.name
+    }
+    if held != said:  # a tensor that the manifest lacks would never be missed
+        return f"{path} does not hold what the manifest says it does, as of {min(held ^ said)[0]}"
+    return ""
+
+
+def prune(root: Path, keep: int, best: int | None, newest: int) -> None:
+    """Remove all but the last `keep` up to `newest`, and the best. Torn ones go as well: nothing would ever load them.
+
+    Those after `newest` are damaged, as the run would have gone on from them: they are neither kept count of nor lost.
+    """
+    for path in _folders(root):
+        if TORN.fullmatch(path.name):
+            disk.remove(path, "torn")
+    for step in [step for step in steps(root) if step <= newest][:-keep]:
+        if step != best:
+            disk.remove(root / f"step-{step}", "old")

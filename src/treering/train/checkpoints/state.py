@@ -1,0 +1,77 @@
+"""What a checkpoint holds of a run, by name, and how it goes back."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from treering.core.errors import CheckpointError
+from treering.core.sharded import local_rows, put_rows
+from treering.plan import Run
+from treering.train.checkpoints.files import SavedTensor
+
+
+def tensors(run: Run, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """Parameters that are not simply the source's, technique states, and the optimizers' moments."""
+    live = run.plan.live()
+    found: dict[str, Tensor] = {name: live[name] for name in run.plan.owned}
+    found |= _states(run)
+    names: dict[Tensor, str] = {p: name for name, p in run.trainable()}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    found[f"optimizer/{names[parameter]}/{key}"] = value
+    return found
+
+
+@torch.no_grad()
+def restore_optimizers(run: Run, optimizers: Sequence[Optimizer], saved: Mapping[str, SavedTensor]) -> None:
+    """Moments by parameter name. The groups' settings come from the configuration, not from the file."""
+    by_parameter: dict[str, dict[str, SavedTensor]] = {}
+    for name, tensor in saved.items():
+        if name.startswith("optimizer/"):
+            _, parameter, key = name.split("/")
+            by_parameter.setdefault(parameter, {})[key] = tensor
+    names = {p: name for name, p in run.trainable()}
+    strange = sorted(set(by_parameter) - set(names.values()))
+    if strange:
+        raise CheckpointError(f"the checkpoint has optimizer state for {strange[0]}, which is not trained here")
+    for optimizer in optimizers:
+        state: dict[int, dict[str, Any]] = {}
+        index = 0
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                own = by_parameter.get(names[parameter], {})
+                if own:
+                    state[index] = {key: _like(parameter, tensor) for key, tensor in own.items()}
+                index += 1
+        packed = optimizer.state_dict()
+        optimizer.load_state_dict({"state": state, "param_groups": packed["param_groups"]})
+
+
+def _states(run: Run) -> dict[str, Tensor]:
+    states = [applied.state() for applied in run.plan.applied if applied.state is not None]
+    found = {f"state/{name}": value for state in states for name, value in state.items()}
+    assert len(found) == sum(map(len, states)), "two techniques keep state under one name"
+    return found
+
+
+@torch.no_grad()
+def restore_techniques(run: Run, saved: Mapping[str, SavedTensor]) -> None:
+    """What techniques keep besides parameters goes back into the very tensors that they showed."""
+    for name, value in _states(run).items():
+        if name not in saved:
+            raise CheckpointError(f"the checkpoint lacks {name}, which a technique of this run keeps")
+        put_rows(value, saved[name].rows(*local_rows(value)) if value.ndim else saved[name].read())
+
+
+def _like(parameter: Tensor, saved: SavedTensor) -> Tensor:
+    """Moments have the parameter's shape and are sharded as it is; a step counter is whole on every rank."""
+    if not saved.shape or saved.shape != tuple(parameter.shape):
+        return saved.read()
+    value = torch.empty_like(parameter, dtype=saved.dtype)
+    put_rows(value, saved.rows(*local_rows(parameter)))
+    return value

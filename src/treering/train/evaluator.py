@@ -1,0 +1,48 @@
+"""Between two steps: the loss on held-out documents, and samples to read."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from treering.plan import Run
+from treering.train import evaluate
+from treering.train.checkpoints.manager import Keeper
+from treering.train.prepare import RunData
+from treering.train.ranks.watchdog import Watchdog
+from treering.train.reporter import Teller
+from treering.train.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    run: Run
+    data: RunData
+    tokenizer: "PreTrainedTokenizerBase"
+    keeper: Keeper
+    tell: Teller
+    watch: Stopwatch
+    watchdog: Watchdog
+
+    def after(self, step: int) -> None:
+        """Judge the model as it is after `step`. What a signal cuts short is owed, and done when the run goes on."""
+        asked, settings = self.watchdog.stop_asked, self.keeper.job.train.evaluate
+        if self.data.eval is not None:
+            with self.watch("evaluation"):
+                held_out = evaluate.held_out_loss(self.run, self.data.eval, asked)
+                self.keeper.counts["owed"] = step if held_out is None else None
+                if held_out is None:
+                    return
+                self.keeper.judge(step, held_out)
+                self.tell.evaluated(step, held_out)
+        if settings.prompts:
+            with self.watch("samples"):
+                prompts, new_tokens = settings.prompts, settings.new_tokens
+                made = evaluate.samples(self.run, self.tokenizer, prompts, new_tokens, self.data.template, asked)
+                self.tell.sampled(prompts, made)
+
+    def pay(self, start: int) -> None:
+        """The evaluation that was cut short before step `start` was saved."""
+        if start and self.keeper.counts.get("owed") == start:
+            self.after(start)

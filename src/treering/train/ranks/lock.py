@@ -1,0 +1,156 @@
+"""One run at a time in an output folder: `run.lock` says which process has it."""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from treering.core.collectives import from_first, is_first
+from treering.core.errors import CheckpointError
+
+NAME = "run.lock"
+BEAT = 5.0  # seconds between two touches of the file
+STALE = 60.0  # a lock of another host that was not touched for so long belongs to nobody
+
+
+class Clock:
+    """How old a lock is, and waiting. Tests give another one."""
+
+    def age(self, path: Path) -> float:
+        """Seconds since `path` was touched, by the clock of its file system: those of two hosts need not agree."""
+        probe = path.with_name(f"{NAME}.now-{uuid.uuid4().hex[:8]}")
+        probe.touch()
+        try:
+            return probe.stat().st_mtime - path.stat().st_mtime
+        finally:
+            probe.unlink()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+CLOCK = Clock()
+
+
+@contextmanager
+def held(folder: Path, clock: Clock = CLOCK) -> Iterator[None]:
+    """Have the lock of `folder`, on rank 0, which answers for all; a second run is a CheckpointError on every rank."""
+    path, problem = folder / NAME, ""
+    over = threading.Event()
+    if is_first():
+        try:
+            mine = _take(path, clock)
+        except CheckpointError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"{path} cannot be made: {error.strerror}; see `output`"
+    try:
+        if problem := from_first(problem):
+            raise CheckpointError(problem)
+        if is_first():
+            threading.Thread(target=_beat, args=(path, over), name="treering-lock", daemon=True).start()
+        yield
+    finally:
+        over.set()
+        if is_first() and not problem:
+            with suppress(OSError):
+                if path.read_bytes() == mine:  # somebody may have removed it by hand, and started another run
+                    path.unlink()
+
+
+def _take(path: Path, clock: Clock) -> bytes:
+    own = json.dumps({**whoami(os.getpid()), "host": socket.gethostname(), "id": uuid.uuid4().hex}).encode()
+    for _ in range(3):
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        except FileExistsError:
+            _clear_if_stale(path, clock)
+            continue
+        with os.fdopen(handle, "wb") as file:
+            file.write(own)
+        return own
+    raise CheckpointError(f"{path} is being fought over by several runs; start one of them")
+
+
+def _clear_if_stale(path: Path, clock: Clock) -> None:
+    """Move a lock that nobody holds out of the way; one that somebody holds is an error."""
+    try:
+        found = path.read_bytes()
+        holder = _holder(found)
+        if alive(holder, path, clock):
+            raise CheckpointError(
+                f"{path.parent} is in use by another run: process {holder.get('pid', 'unknown')} on "
+                f"{holder.get('host', 'an unknown host')}. Wait for it, or give this run another output folder. "
+                f"If there is no such process, remove {path}"
+            )
+        aside = path.with_name(f"{NAME}.stale-{uuid.uuid4().hex[:8]}")
+        os.rename(path, aside)
+    except FileNotFoundError:  # released, or cleared by another run
+        return
+    if aside.read_bytes() != found:  # another run has just taken it over; give it back
+        with suppress(FileExistsError):
+            os.link(aside, path)
+    aside.unlink()
+
+
+def _holder(content: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return {}  # just made and not yet written, or damaged: its age decides
+    return found if isinstance(found, dict) else {}
+
+
+def alive(holder: dict[str, Any], path: Path, clock: Clock = CLOCK) -> bool:
+    """Whether the process that `holder` describes may still run. Of another host one can only see the lock touched."""
+    if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
+        return _touched(path, clock)
+    now = whoami(holder["pid"])
+    if holder.get("boot") != now["boot"]:
+        return False
+    if now["started"] is not None:
+        return holder.get("started") == now["started"]
+    return "boot" in now and now["boot"] is None and _answers(holder["pid"])
+
+
+def whoami(pid: int) -> dict[str, Any]:
+    """What tells a process from any other that had or will have its number; `started` is None if it is dead."""
+    boot = started = None
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        started = None if fields[0] in "ZX" else int(fields[19])
+    return {"pid": pid, "boot": boot, "started": started}
+
+
+def _answers(pid: int) -> bool:
+    """Without /proc the number is all there is to go by."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _touched(path: Path, clock: Clock) -> bool:
+    """Wait until `path` is touched or is too old: a job that was started again elsewhere must not be refused."""
+    first = path.stat().st_mtime
+    while clock.age(path) < STALE:
+        clock.sleep(1.0)
+        if path.stat().st_mtime != first:
+            return True
+    return False
+
+
+def _beat(path: Path, over: threading.Event) -> None:
+    while not over.wait(BEAT):
+        with suppress(OSError):
+            os.utime(path)

@@ -1,0 +1,95 @@
+"""What SIGTERM, SIGUSR1 and Ctrl-C do to a run: the first asks it to stop where it can go on, a second ends it at once.
+
+Schedulers send the first two before they kill. Python's own handlers run between two bytecodes of the main thread,
+which may sit in a collective for minutes; so a second signal is seen by a thread, through the wake-up descriptor.
+"""
+
+import os
+import signal
+import socket
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from treering.core.errors import Interrupted
+
+CAUGHT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+UNWINDING = 2.0  # seconds that a second signal leaves for cleaning up
+
+
+class Now(BaseException):
+    """Raised by a handler. Not an Exception: libraries that catch everything must not catch this."""
+
+
+class Signals:
+    """Handlers for as long as a run lasts; the program's own are back afterwards. Elsewhere than in the main thread,
+    where Python allows no handlers, the program's own stay."""
+
+    def __init__(self) -> None:
+        self.got: signal.Signals | None = None
+        self.nudged = False  # ended by another rank's end
+        self.at_once = True  # nothing to save yet: the first signal ends the run where it stands
+        self._before: dict[signal.Signals, Any] = {}
+        self._over = threading.Event()
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():
+            self._reader, self._writer = socket.socketpair()
+            self._writer.setblocking(False)
+            self._old_descriptor = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+            for number in CAUGHT:
+                # What the program ignores (nohup, a shell's background job) or handles below Python stays so.
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._handle)
+            threading.Thread(target=self._count, name="treering-signals", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._over.set()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(self._old_descriptor)
+            self._writer.close()  # ends the thread
+        if isinstance(error, Now):
+            assert self.got is not None
+            raise self.ended("there was nothing to save yet" if self.at_once else "at once") from None
+
+    def ended(self, how: str) -> Interrupted:
+        """What ends a run that was asked to stop."""
+        error = Interrupted(f"stopped by {self.got.name if self.got else 'a signal to another rank'}: {how}")
+        if self._second:
+            error.exit_code = 128 + self._second
+        return error
+
+    _second = 0
+
+    def nudge(self) -> None:
+        """From another thread: end the run as a signal would, if that is where it stands and handlers are ours."""
+        if self.at_once and signal.SIGTERM in self._before and not self.nudged:
+            self.nudged = True
+            main = threading.main_thread().ident
+            assert main is not None
+            signal.pthread_kill(main, signal.SIGTERM)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.nudged:
+            raise Now
+        if self.got is None:
+            self.got = signal.Signals(number)
+            if not self.at_once:
+                return
+        else:
+            self._second = number
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+        raise Now
+
+    def _count(self) -> None:
+        seen = 0
+        while received := self._reader.recv(16):
+            for number in received:
+                seen += number in self._before
+                if seen == 2 and not self._over.wait(UNWINDING):
+                    os._exit(128 + number)
+        self._reader.close()

@@ -1,0 +1,204 @@
+"""Ranks that watch each other: when one is gone, stuck or elsewhere, the others end and say which, where and when.
+
+Twice a second a thread of each rank writes into the store of the process group where its rank is, and looks at the
+rank after it. A main thread that waits in a collective for somebody who will not come cannot be woken by anything, so
+that the thread then tells what it knows and ends the process.
+"""
+
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from treering.core.collectives import from_first
+from treering.core.errors import RankLost, TreeringError
+from treering.core.topology import STARTUP
+from treering.train.ranks.heartbeat import BEAT, Board, Phase, Pulse, different_collectives, gone
+from treering.train.ranks.signals import Now, Signals
+
+GRACE = 2.0  # seconds that a main thread has to come out of a collective by itself
+TANGLED = 4.0  # seconds of all ranks waiting at different collectives, after which they are not just late
+SILENT = 3.0  # seconds without an entry, after a collective has failed, that make a rank the one to blame
+KEY = "treering/"
+
+
+class Watchdog:
+    """with Watchdog(timeout, signals) as watchdog: …   With one rank it watches nothing and starts nothing."""
+
+    def __init__(self, timeout: float, signals: Signals, leave: Callable[[str, int], None] | None = None):
+        self.timeout, self.signals = timeout, signals
+        self.phase = Phase()
+        self.several = dist.is_initialized() and dist.get_world_size() > 1
+        self._leave = leave or _leave
+        self.spared: Any = None  # a group that may always take its time
+        self._over = threading.Event()
+        self._lowered: list[tuple[Any, timedelta]] = []
+        if self.several:
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+            # Of its own: it waits for less, whatever the device, and no message of training can be mixed up with it.
+            self._group = dist.new_group(backend="gloo", timeout=STARTUP)
+            self._board = Board(KEY + from_first(uuid.uuid4().hex), self.rank, self.world)
+
+    def __enter__(self) -> "Watchdog":
+        if self.several:
+            self._pulse = Pulse(self.phase)
+            self._board.write(self._pulse.take())
+            threading.Thread(target=self._watch, name="treering-watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if not self.several:
+            return
+        said: RankLost | None = None
+        if error is not None and (_of_ranks(error) or self.signals.nudged):
+            said = self._lost(self._diagnosis(error))
+        elif error is not None and not isinstance(error, RankLost) and not self._agreed:
+            self._board.ended(_message(error, self.signals), _code(error))
+        self._over.set()
+        self._board.write(self._pulse.take() | {"done": True})
+        for group, timeout in self._lowered:
+            group.set_timeout(timeout)
+        if said is not None:
+            raise said from error
+
+    _agreed = False
+
+    def stop_asked(self) -> bool:
+        """Whether any rank got a signal. Every rank asks at the same places, so all get the same answer."""
+        if not self.several:
+            return self.signals.got is not None
+        if not self._agreed:
+            asked = torch.tensor([self.signals.got is not None], dtype=torch.uint8)
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group)
+            self._agreed = bool(asked)
+        return self._agreed
+
+    @contextmanager
+    def first_goes_first(self) -> Iterator[None]:
+        """Rank 0 does the work and the others then find it done, however long it takes; a signal still ends them."""
+        if not self.several:
+            yield
+            return
+        self._turns += 1
+        name = f"first-{self._turns}"
+        while self.rank > 0 and not self._board.has(name):
+            if self._board.end is not None:
+                raise self._lost(self._story("and waited for rank 0"))
+            time.sleep(BEAT / 10)
+        yield
+        if self.rank == 0:
+            self._board.put(name, "done")
+
+    _turns = 0
+
+    def hurry(self) -> None:
+        """From now on no collective is waited for longer than `timeout`: everything has been compiled and loaded."""
+        if self.several and not self._lowered:
+            for group in (dist.group.WORLD, self._group, *_groups()):
+                before = _timeout_of(group)
+                if group is not self.spared and before > timedelta(seconds=self.timeout):
+                    self._lowered.append((group, before))
+                    group.set_timeout(timedelta(seconds=self.timeout))
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """For saving: one rank's disk may take its time. A rank that is gone or stopped is noticed all the same."""
+        lowered, self._lowered = self._lowered, []
+        for group, before in lowered:
+            group.set_timeout(before)
+        yield
+        if lowered:
+            self.hurry()
+
+    def _watch(self) -> None:
+        end_seen = time.monotonic()
+        while not self._over.wait(BEAT):
+            own = self._pulse.take()
+            self._board.write(own)
+            if self._board.look() is None and not self._board.lost:
+                word = self._board.neighbour_gone(self.timeout)
+                if not word and own["waiting"] > TANGLED:
+                    word = different_collectives(self._board.all(), TANGLED)
+                if word:
+                    self._board.ended(word, None)
+                end_seen = time.monotonic()
+            elif time.monotonic() - end_seen > GRACE and own["waiting"] > GRACE and not self._over.is_set():
+                self._leave(self._story("and waited for it in a collective"), self._exit_code())
+            else:
+                self.signals.nudge()  # it may be at work for hours yet, for a run that is over
+
+    def _lost(self, message: str) -> RankLost:
+        error = RankLost(message)
+        error.exit_code = self._exit_code()
+        return error
+
+    def _exit_code(self) -> int:
+        return (self._board.end or {}).get("code") or RankLost.exit_code
+
+    def _diagnosis(self, error: BaseException) -> str:
+        until = time.monotonic() + GRACE
+        while self._board.look() is None and not self._board.lost and time.monotonic() < until:
+            time.sleep(BEAT / 5)
+        if self.signals.nudged:
+            return self._story("and stopped there")
+        first_line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        return self._story(f"({first_line})")
+
+    def _story(self, how: str) -> str:
+        end, here = self._board.end, f"rank {self.rank} was in {self.phase}"
+        if end is not None and end.get("rank") is not None and end["code"] is not None:
+            head = f"rank {end['rank']} ended: {end['message']}"
+        elif end is not None:
+            head = str(end["message"])
+        elif self._board.lost:
+            head = (
+                "the store of the process group is gone, and with it the process that kept it: rank 0 or the launcher"
+            )
+        else:
+            silent = gone(self._board, SILENT)
+            head = f"rank {silent} does not answer" if silent else "a collective failed, and every rank still answers"
+        return f"{head}; {here} {how}. Last seen: {self._board.table()}"
+
+
+def _groups() -> list[Any]:
+    """The groups that collectives of the step run on."""
+    return [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
+
+
+def _timeout_of(group: Any) -> timedelta:
+    devices = group._device_types
+    return min(group._get_backend(device).options._timeout for device in devices)
+
+
+def _of_ranks(error: BaseException) -> bool:
+    """Whether `error` is how torch tells that another rank did not take part."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        word in text for word in ("gloo", "nccl", "connection closed by peer")
+    )
+
+
+def _message(error: BaseException, signals: Signals) -> str:
+    if isinstance(error, Now):
+        return f"stopped by {signals.got.name if signals.got else 'a signal'}"
+    return str(error) if isinstance(error, TreeringError) else f"{type(error).__name__}: {error}"
+
+
+def _code(error: BaseException) -> int:
+    return error.exit_code if isinstance(error, TreeringError) else 7 if isinstance(error, Now) else 1
+
+
+def _leave(message: str, code: int) -> None:
+    text = "".join(c if c.isprintable() else " " for c in f"[rank {os.environ.get('RANK', '')}] {message}")
+    os.write(2, f"{text}\n".encode(errors="replace"))  # nobody else can say it any more
+    os._exit(code)

@@ -1,0 +1,174 @@
+"""Turns what happened into numbers and tells the callbacks. Sums over ranks are made here, once a logged step."""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from treering.core.collectives import together
+from treering.plan import Plan, Run, StepReport
+from treering.plan.explain import unused
+from treering.train.callbacks import Callback, JsonLines
+from treering.train.checkpoints.manager import Keeper
+from treering.train.job import Job
+from treering.train.position import Position
+from treering.train.prepare import RunData
+from treering.train.stopwatch import Stopwatch
+
+
+class Teller:
+    def __init__(self, job: Job, plan: Plan, callbacks: Sequence[Callback]):
+        self.job, self.plan = job, plan
+        self.folder = Path(job.output)
+        self.first = not dist.is_initialized() or dist.get_rank() == 0
+        self.callbacks: list[Callback] = []
+        self.steps = 0  # taken by this process
+        self.at = 0  # the last step that was taken
+        self.begun = time.monotonic()
+        self.seconds = 0.0  # of training since the last logged step: evaluating and saving do not count
+        self.tokens = 0  # since the last logged step
+        self.last: dict[str, float] = {}
+        together(lambda: self.folder.mkdir(parents=True, exist_ok=True), f"making the output folder {self.folder}")
+        if self.first:
+            self.callbacks = [*callbacks, JsonLines(self.folder / "metrics.jsonl")]
+
+    def note(self, text: str) -> None:
+        for callback in self.callbacks:
+            callback.noted(text)
+
+    def started(self, run: Run, data: RunData, start: int, seconds: float) -> None:
+        together(
+            lambda: keep_config(self.folder, self.job.written, start) if self.first else None, "keeping config.yaml"
+        )
+        self.run, self.position, self.at = run, Position(data.examples, data.train.order), start
+        if start:
+            self.note(f"goes on after step {start}")
+        warnings = [warning for applied in self.plan.applied for warning in applied.warnings]
+        for text in filter(None, (unused(self.plan), *warnings, *run.notes, *data.notes, *_coarse(run))):
+            self.note(text)
+        facts = {
+            "model": self.plan.source_name,
+            "trained": f"{sum(p.numel() for _, p in run.trainable()):,} parameters",
+            "documents": f"{len(data.examples):,} ({data.examples.report.format})",
+            "packing": data.packing,
+            "full": f"{100 * data.fill:.1f} %",
+            "seed": self.job.seed,
+            "after step": start,
+            "ready": f"after {seconds:.1f} s",
+        }
+        for callback in self.callbacks:
+            callback.started(data.steps, facts)
+        self.begun = self.since = time.monotonic()
+
+    def stepped(self, step: int, loss: torch.Tensor, learning_rate: float, report: StepReport, *, log: bool) -> None:
+        """`loss` is this rank's share."""
+        now = time.monotonic()
+        self.seconds, self.since = self.seconds + now - self.since, now
+        self.steps += 1
+        self.at = step
+        self.tokens += self.position.tokens(step - 1)
+        if report.skipped and self.first:
+            samples = self.position.samples(step - 1)
+            named = ", ".join(samples[:8]) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
+            self.note(f"step {step} was skipped: its gradient is not finite (samples {named})")
+        if log or self.steps == 1:
+            self._log(step, loss, learning_rate, report)
+        self.since = time.monotonic()
+
+    def _log(self, step: int, loss: torch.Tensor, learning_rate: float, report: StepReport) -> None:
+        used = torch.tensor(memory(self.plan.device), dtype=torch.float64, device=loss.device)
+        if dist.is_initialized():
+            dist.all_reduce(loss)
+            loss /= dist.get_world_size() / self.plan.data_ranks  # the others saw the same documents
+            dist.all_reduce(used, op=dist.ReduceOp.MAX)
+        self.last = {
+            "step": step,
+            "loss": float(loss),
+            "lr": learning_rate,
+            "norm": report.norm,
+            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
+            "memory": float(used),  # of the rank that needs most
+            **self.run.metrics(),
+        }
+        self.seconds, self.tokens = 0.0, 0
+        for callback in self.callbacks:
+            callback.stepped(self.last)
+
+    def evaluated(self, step: int, held_out: float) -> None:
+        for callback in self.callbacks:
+            callback.evaluated({"step": float(step), "held_out_loss": held_out})
+        self.since = time.monotonic()
+
+    def sampled(self, prompts: Sequence[str], made: Sequence[str]) -> None:
+        for prompt, text in zip(prompts, made):
+            self.note(f"{prompt}\n    → {text}")
+        self.since = time.monotonic()
+
+    def saved(self, path: Path) -> None:
+        self.note(f"saved {path}")
+        self.since = time.monotonic()
+
+    def finished(self, keeper: Keeper, watch: Stopwatch) -> dict[str, Any]:
+        spent = time.monotonic() - self.begun
+        summary: dict[str, Any] = {
+            "steps": self.at,
+            "loss": self.last.get("loss"),
+            "best held-out loss": keeper.counts["best"],
+            "skipped": keeper.counts["skipped"],
+            "seconds": round(spent, 1),
+        }
+        if watch.on:
+            timed = watch.rows(self.steps)
+            if self.first:
+                (self.folder / "profile.json").write_text(json.dumps(timed, indent=2), encoding="utf-8")
+            for callback in self.callbacks:
+                callback.profiled(timed)
+        rows = [{"run": name, "": _written(value)} for name, value in summary.items() if value is not None]
+        for callback in self.callbacks:
+            callback.finished(rows)
+        return summary
+
+
+def keep_config(folder: Path, text: str, start: int) -> None:
+    """The configuration of this start as config.yaml; one that says otherwise is kept beside it."""
+    path = folder / "config.yaml"
+    if not text or (path.exists() and path.read_text(encoding="utf-8") == text):
+        return
+    temporary = folder / ".config.yaml.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    if path.exists():
+        names = (
+            folder / f"config.until-step-{start}{extra}.yaml" for extra in ("", *(f".{i}" for i in range(2, 10**6)))
+        )
+        os.rename(path, next(name for name in names if not name.exists()))
+    os.replace(temporary, path)
+
+
+def _coarse(run: Run) -> list[str]:
+    """Half precision trains, and forgets what is small."""
+    coarse = [p for _, p in run.trainable() if p.dtype == torch.bfloat16]
+    if not coarse:
+        return []
+    return [
+        f"{len(coarse)} of {len(run.trainable())} trained parameters are bfloat16: a change below 1/256 of a weight "
+        "is lost. model.dtype: float32 keeps it (with shard, compute: bfloat16 leaves the arithmetic as it is)"
+    ]
+
+
+def _written(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def memory(device: torch.device) -> int:
+    """Peak bytes on the device, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

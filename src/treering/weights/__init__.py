@@ -1,0 +1,1 @@
+"""Plain tensors in and out of Hugging Face folders."""

@@ -1,0 +1,352 @@
+"""Plain tensors in and out of Hugging Face folders, streamed, one at a time.
+
+The only file that touches transformers' weight-conversion internals: many models keep experts or fused projections in
+another shape in the file than in the module, and transformers' own mapping, taken tensor by tensor, translates.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from treering.core.errors import CheckpointError, PlanError
+from treering.store.model_folder import tensor_headers
+from treering.store.untrusted import Header
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainTensor:
+    """A plain weight that is read when asked for; by rows where the file holds it as the model does."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    reader: Callable[[], Tensor]
+    row_reader: Callable[[int, int], Tensor] | None = None
+
+    def read(self) -> Tensor:
+        return self.reader()
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.row_reader(start, stop) if self.row_reader is not None else self.reader()[start:stop]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The plain tensors of a model, by the name they have in the module. `groups` are cheapest read together."""
+
+    tensors: Mapping[str, PlainTensor]
+    groups: tuple[tuple[str, ...], ...]
+    where: str
+    unused: tuple[str, ...] = field(default=())  # tensors of the folder that the model has no place for
+    held: dict[str, Tensor] | None = None  # a live model's values, until they have been taken over
+
+    @property
+    def spent(self) -> bool:
+        return self.held is not None and not self.held
+
+    def release(self) -> None:
+        """Let go of a live model's old values: they would lie beside the new ones for the whole run."""
+        if self.held is not None:
+            self.held.clear()
+
+
+def from_model(model: nn.Module) -> Source:
+    """The tensors of a live model. They are kept alive by this source alone once the model has moved to meta."""
+    held = {name: value.detach() for name, value in plain_tensors(model).items()}
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise PlanError(
+                f"the live model holds {name} in {str(parameter.dtype).removeprefix('torch.')}: a quantized weight, "
+                "and this version trains dense ones. Load the model without quantization, or call its dequantize()"
+            )
+    tensors = {
+        name: PlainTensor(
+            name=name,
+            shape=tuple(value.shape),
+            dtype=value.dtype,
+            reader=lambda name=name: held[name],  # type: ignore[misc]
+            row_reader=lambda a, b, name=name: held[name][a:b],  # type: ignore[misc]
+        )
+        for name, value in held.items()
+    }
+    return Source(tensors=tensors, groups=tuple((n,) for n in tensors), where="the model that was given", held=held)
+
+
+def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and persistent buffers."""
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    kept = model.state_dict(keep_vars=True)
+    found.update({name: buffer for name, buffer in model.named_buffers() if name in kept})
+    return found
+
+
+def keep_wide(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+    """Put in float32 what the family keeps so in any dtype. transformers does it only while it loads a folder."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    wide = model._get_dtype_plan(dtype)
+    if not wide:
+        return
+    found, by_group, _ = build_glob_alternation(list(wide))
+    for name, tensor in plain_tensors(model).items():
+        match = found.search(name)
+        if match and tensor.is_floating_point():
+            tensor.data = tensor.data.to(wide[by_group[match.lastgroup or ""]])
+
+
+def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
+    """The tensors of an HF folder, for a model (on meta) made from the folder's config.
+
+    Quantized weights are refused: config.json does not say that there are any, and their codes are no weights.
+    """
+    headers = tensor_headers(folder)
+    files = {key: path for key, (path, _) in headers.items()}
+    wanted = plain_tensors(model)
+    state = model.state_dict(keep_vars=True)
+    gathered, by_pattern = places(model, files, state)
+    tensors: dict[str, PlainTensor] = {}
+    groups: list[tuple[str, ...]] = []
+    unused: list[str] = []
+    tied: list[tuple[str, str]] = []
+    for target, items in gathered.items():
+        if items[0][1] is None:
+            key = items[-1][0]
+            if target in wanted:
+                _refuse_codes(folder, headers, [key], target, wanted[target])
+                tensors[target] = _stored(target, key, files[key], wanted[target])
+                groups.append((target,))
+            elif target in state:
+                tied.append((key, target))
+            else:
+                unused.append(key)
+            continue
+        reader = _Converted(model, target, items, by_pattern[items[0][1]], files)
+        names = reader.targets(wanted)
+        if not names:
+            unused.extend(key for key, _ in items)
+            continue
+        _refuse_codes(folder, headers, [key for key, _ in items], names[0], wanted[names[0]])
+        for name in names:
+            tensors[name] = PlainTensor(
+                name=name,
+                shape=tuple(wanted[name].shape),
+                dtype=_dtype(files[items[0][0]], items[0][0]),
+                reader=lambda name=name, reader=reader: reader.read(name),  # type: ignore[misc]
+            )
+        groups.append(names)
+    _refuse_scales(folder, headers.keys() - set(unused), unused)
+    missing = sorted(set(wanted) - set(tensors))
+    if missing:
+        _refuse_packed(folder, headers, missing[0], unused)
+        raise CheckpointError(
+            f"{folder} has no tensor for {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + f" of {type(model).__name__}; the folder is incomplete or belongs to another architecture"
+        )
+    for key, target in tied:
+        owner = next(name for name, value in wanted.items() if value is state[target])
+        _refuse_other_copy(folder, headers[key], key, tensors[owner])
+    return Source(tensors=tensors, groups=tuple(groups), where=str(folder), unused=tuple(unused))
+
+
+ROWS = 4096  # that are compared at a time
+REAL = ("F64", "F32", "F16", "BF16")
+DEQUANTIZE = (
+    "Take the model in bfloat16 or float32, or make it from the quantized one with transformers "
+    "(from_pretrained(…, quantization_config=…), dequantize(), save_pretrained)"
+)
+# What quantizers call the tensors that belong to a quantized weight: `weight_scale_inv`, `SCB`, `weight.absmax`, …
+_BESIDE = re.compile(
+    r"(?P<of>.+?)[._](?P<what>(weight_)?(scales?|scale_inv|scale_2|global_scale|zero_points?|zeros|qzeros|packed|blocks|shape)"
+    r"|scale_weight|(nested_)?absmax|(nested_)?quant_map|quant_state\..+|SCB|weight_format|g_idx|qweight)"
+)
+
+
+def _refuse_codes(
+    folder: Path, headers: Mapping[str, tuple[Path, Header]], keys: Sequence[str], name: str, like: Tensor
+) -> None:
+    """Integers and eight-bit floats are what a quantizer makes of a weight: without their scales, they are another."""
+    if not like.is_floating_point():
+        return
+    for key in keys:
+        file, header = headers[key]
+        if header.dtype not in REAL:
+            raise CheckpointError(
+                f"{file}: {key} is stored as {header.dtype}, and the model's {name} is floating-point. These look like "
+                f"codes of a quantized weight, {folder}/config.json has no quantization_config that says what they "
+                f"stand for, and training them as if they were weights would be wrong. {DEQUANTIZE}"
+            )
+
+
+def _refuse_other_copy(folder: Path, stored: tuple[Path, Header], key: str, owner: PlainTensor) -> None:
+    """A file may hold a tied tensor twice, if both are the same."""
+    with safe_open(stored[0], "pt") as opened:
+        same = stored[1].shape == owner.shape and all(
+            torch.equal(opened.get_slice(key)[row : row + ROWS], owner.rows(row, row + ROWS))
+            for row in range(0, owner.shape[0], ROWS)
+        )
+    if not same:
+        raise CheckpointError(
+            f"{folder}: {key} is another tensor than {owner.name}, and config.json says that they are one "
+            "(tie_word_embeddings), so that it would be dropped. Set tie_word_embeddings to false in config.json, or "
+            f"remove {key} from the folder"
+        )
+
+
+def _refuse_scales(folder: Path, used: AbstractSet[str], unused: Sequence[str]) -> None:
+    """Nobody multiplies by a scale that has no place in the model."""
+    for key in unused:
+        match = _BESIDE.fullmatch(key)
+        beside = next((w for w in (match["of"], f"{match['of']}.weight") if w in used), None) if match else None
+        if beside is not None:
+            raise CheckpointError(
+                f"{folder}: {key} looks like a scale of the quantized weight {beside}, and the model has no place for "
+                f"it, so that {beside} would be trained without it. {DEQUANTIZE}. If the weights are multiplied by "
+                "their scales already, remove the scales from the folder"
+            )
+
+
+def _refuse_packed(
+    folder: Path, headers: Mapping[str, tuple[Path, Header]], missing: str, unused: Sequence[str]
+) -> None:
+    """A weight that is only there in packed form is not an incomplete folder."""
+    packed = [key for key in unused if _BESIDE.fullmatch(key)]
+    codes = [key for key in packed if headers[key][1].dtype not in REAL]
+    if codes:
+        raise CheckpointError(
+            f"{folder} has no tensor for {missing}; it holds quantized weights, such as {codes[0]} "
+            f"({headers[codes[0]][1].dtype}). {DEQUANTIZE}"
+        )
+
+
+def places(
+    model: "PreTrainedModel", keys: Iterable[str], state: dict[str, Any]
+) -> tuple[dict[str, list[tuple[str, str | None]]], dict[str, Any]]:
+    """Which of a folder's `keys` become which tensor of the module, whose names are those of `state`.
+
+    A converter's pattern stands beside each key that goes through one; the converters by pattern come second.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    gathered: dict[str, list[tuple[str, str | None]]] = {}
+    for key in sorted(keys, key=dot_natural_key):
+        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if target not in state and key in state:  # a renaming that was meant for older files
+            target, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
+        gathered.setdefault(target, []).append((key, pattern))
+    return gathered, {pattern: c for c in converters for pattern in c.source_patterns}
+
+
+def _stored(name: str, key: str, file: Path, like: Tensor) -> PlainTensor:
+    with safe_open(file, "pt") as opened:
+        shape = tuple(opened.get_slice(key).get_shape())
+    if shape != tuple(like.shape):
+        raise CheckpointError(f"{file}: {key} has shape {shape}; the model's {name} has {tuple(like.shape)}")
+
+    def read() -> Tensor:
+        with safe_open(file, "pt") as opened:
+            return opened.get_tensor(key)
+
+    def rows(start: int, stop: int) -> Tensor:
+        with safe_open(file, "pt") as opened:
+            return opened.get_slice(key)[start:stop] if shape else opened.get_tensor(key)
+
+    return PlainTensor(name=name, shape=shape, dtype=_dtype(file, key), reader=read, row_reader=rows)
+
+
+def _dtype(file: Path, key: str) -> torch.dtype:
+    """Of a tensor in a file, from a slice without rows; a scalar has none to leave out."""
+    with safe_open(file, "pt") as opened:
+        piece = opened.get_slice(key)
+        return piece[:0].dtype if piece.get_shape() else opened.get_tensor(key).dtype
+
+
+class _Converted:
+    """Tensors of the file that become tensors of the module through one of transformers' converters.
+
+    The last result is kept until its tensors have been taken once each: a fused projection is read once, not thrice.
+    """
+
+    def __init__(self, model: "PreTrainedModel", target: str, items: list, converter: Any, files: dict[str, Path]):
+        self.model, self.target, self.items, self.converter, self.files = model, target, items, converter, files
+        self.ready: dict[str, Tensor] = {}
+
+    def _convert(self, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        converter = deepcopy(self.converter)
+        for key, pattern in self.items:
+            converter.add_tensor(self.target, key, pattern, get(key))
+        made = converter.convert(self.target, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def targets(self, wanted: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Names of tensors that the model has, found by converting on the meta device: no byte of a weight is read."""
+
+        def shape_only(key: str) -> Tensor:
+            with safe_open(self.files[key], "pt") as opened:
+                return torch.empty(opened.get_slice(key).get_shape(), device="meta")
+
+        file = self.files[self.items[0][0]]
+        try:
+            made = self._convert(shape_only)
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"{file}: {self.items[0][0]} and {len(self.items) - 1} more cannot be joined to {self.target}: {error}"
+            ) from None
+        for name, value in made.items():
+            if name in wanted and value.shape != wanted[name].shape:
+                raise CheckpointError(
+                    f"{file}: {self.items[0][0]} and {len(self.items) - 1} more give shape {tuple(value.shape)}; "
+                    f"the model's {name} has {tuple(wanted[name].shape)}"
+                )
+        return tuple(name for name in made if name in wanted)
+
+    def read(self, name: str) -> Tensor:
+        if name not in self.ready:
+
+            def get(key: str) -> Tensor:
+                with safe_open(self.files[key], "pt") as opened:
+                    return opened.get_tensor(key)
+
+            self.ready = self._convert(get)
+        return self.ready.pop(name)
+
+
+def export_groups(model: "PreTrainedModel", names: Iterable[str]) -> list[tuple[str, ...]]:
+    """`names` in groups that have to be translated to the file's layout together."""
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    converters = [c for c in _reverse(model) if isinstance(c, WeightConverter)]
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(rename_source_key(name, [], converters)[0], []).append(name)
+    return [tuple(group) for group in groups.values()]
+
+
+def to_file_layout(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One group of module tensors as the file holds them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, dict(tensors)))
+
+
+def _reverse(model: "PreTrainedModel") -> list:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    mapping = [m for m in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(m, PrefixChange)]
+    return [m.reverse_transform() for m in mapping[::-1]]
