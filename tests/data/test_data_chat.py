@@ -254,7 +254,11 @@ def test_whatever_people_say_only_the_assistant_is_trained(tokenizers, name, tex
     messages = []
     for question, answer in texts:
         messages += [turn("user", f"USER{question}USER"), turn("assistant", f"SELF{answer}SELF")]
-    found = spans(tokenizer, encode(tokenizer, messages))
+    try:
+        found = spans(tokenizer, encode(tokenizer, messages))
+    except SampleError as error:  # what stands before the tag is a thought, and these templates leave it out
+        assert name in ("qwen", "prefilled") and "</think>" in texts[-1][1] and "thought of the last turn" in str(error)
+        return
     assert len(found) == len(texts)
     for text, (_, answer) in zip(found, texts, strict=True):
         kept = answer.rpartition("</think>")[2].lstrip() if name in ("qwen", "prefilled") else answer

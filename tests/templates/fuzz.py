@@ -2,7 +2,7 @@
 
     python -m tests.templates.fuzz [--conversations 10000] [--only NAME]
 
-Half of the conversations go to the six tokenizers with their own templates, half to the templates of other models.
+They go to the six tokenizers with their own templates; a quarter as many go to the templates of other models.
 Every refusal is counted by its reason. A difference ends the run with the conversation's number, which repeats it.
 """
 
@@ -29,8 +29,8 @@ def main() -> int:
     kept = different = 0
     began = time.monotonic()
     for name, tokenizer in pairs:
-        half = chosen.conversations // 2
-        share = -(-half // len(own)) if name in own else -(-half // max(1, len(pairs) - len(own)))
+        some = chosen.conversations if name in own else chosen.conversations // 4
+        share = -(-some // (len(own) if name in own else len(pairs) - len(own)))
         oracle = Oracle(tokenizer, strict=name in own)
         outcomes: collections.Counter[str] = collections.Counter()
         for seed in range(chosen.first, chosen.first + share):

@@ -88,7 +88,8 @@ class Oracle:
     def _check_ids(self, document: Encoded, messages: Sequence[dict[str, Any]], tools: Any) -> bool:
         """Whether transformers renders this conversation too, so that there is something to compare with."""
         ids = document.ids.tolist()
-        dump = json.dumps([messages, tools], ensure_ascii=False)
+        read = _read(json.loads(json.dumps([messages, tools])))  # JSON may spell a control string in other letters
+        dump = json.dumps(read, ensure_ascii=False)
         if not any(text in dump.replace('\\"', '"') for text in self.harmful):
             texts = self._rendered(messages, tools)
             if ids not in [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts]:
@@ -96,8 +97,7 @@ class Oracle:
                     raise Difference("the ids are not those of apply_chat_template")
             return bool(texts)
         # The same conversation with every control string spelled in another way has the control tokens that count.
-        harmless = json.loads(json.dumps([messages, tools]), object_hook=None)
-        twin = _spelled(harmless, self.harmful)
+        twin = _spelled(read, self.harmful)
         wanted = [
             [i for i in self.tokenizer(text, add_special_tokens=False).input_ids if i in self.special]
             for text in self._rendered(*twin)
@@ -129,6 +129,16 @@ class Oracle:
         ends = [any(i in self.control for i in group[-3:]) for group in groups]
         if self.strict and not document.endless and not all(ends):
             raise Difference(f"a turn ends with {texts[ends.index(False)][-20:]!r}")
+
+
+def _read(value: Any) -> Any:
+    """With arguments of tool calls as objects."""
+    if isinstance(value, dict):
+        read = {key: _read(entry) for key, entry in value.items()}
+        if isinstance(read.get("arguments"), str):
+            read["arguments"] = json.loads(read["arguments"] or "{}")
+        return read
+    return [_read(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _spelled(value: Any, strings: Sequence[str]) -> Any:

@@ -6,7 +6,7 @@ import treering as tr
 from tests.zoo import build
 from treering.anatomy import examine
 from treering.techniques.recompute import Recompute
-from treering.techniques.recompute.config import read_bytes
+from treering.techniques.recompute.settings import read_bytes
 
 BAD = {
     "first_blocks says how much is offloaded, and offload is none; set offload to cpu": {"first_blocks": 2},

@@ -144,6 +144,8 @@ class _Finder:
         """How much of the template's text before the turn is given, and whether the prompt would have more."""
         prompted, given, asked = self._prompt(self.index)
         common = self._common(prompted, before)
+        if common < len(prompted):  # where they part, no word is divided
+            common = self._word_border(before, common)
         if common > _shared(given, before):
             return common, common < len(prompted)
         if not asked:
@@ -255,6 +257,12 @@ class _Finder:
         if tail[common:].strip():
             raise self._bad(f"no end of turn: the chat template ends it with {tail[-40:]!r} only when it is last")
         return common, not behind[:common].strip()
+
+    def _word_border(self, text: str, at: int) -> int:
+        """The last place up to `at` that is behind a blank or a control token."""
+        ends = [token.end() for token in self._control.any.finditer(text, 0, at) if token.end() <= at]
+        blank = max((i + 1 for i in range(at) if text[i].isspace()), default=0)
+        return at if at == len(text) else max([blank, *ends], default=0)
 
     def _bad(self, message: str) -> SampleError:
         return _bad(self.where, self.index, message)
