@@ -256,8 +256,9 @@ def test_whatever_people_say_only_the_assistant_is_trained(tokenizers, name, tex
         messages += [turn("user", f"USER{question}USER"), turn("assistant", f"SELF{answer}SELF")]
     try:
         found = spans(tokenizer, encode(tokenizer, messages))
-    except SampleError as error:  # what stands before the tag is a thought, and these templates leave it out
-        assert name in ("qwen", "prefilled") and "</think>" in texts[-1][1] and "thought of the last turn" in str(error)
+    except SampleError as error:  # these templates leave out what stands before the tag
+        assert name in ("qwen", "prefilled") and any("</think>" in answer for _, answer in texts)
+        assert "leaves out" in str(error)
         return
     assert len(found) == len(texts)
     for text, (_, answer) in zip(found, texts, strict=True):

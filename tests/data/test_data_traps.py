@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.data.data_templates import CHATML, TEMPLATES
+from treering.core.errors import DataError
 from treering.data.chat.messages import check_messages
 from treering.data.config import Data
 from treering.data.encode import Encoder, recipe
@@ -256,3 +257,164 @@ def test_no_space_comes_between_a_prompt_and_its_completion(spaced, prompt, comp
         alone = spaced.encode(prompt, add_special_tokens=False)
         assert document.ids[: len(alone)].tolist() == alone  # as the prompt is tokenised at inference
         assert document.mask.tolist().index(True) == len(alone)
+
+
+# 8. What a review found
+
+
+def renders(tokenizer, messages, template, tools=None):
+    return spans(tokenizer, encode(tokenizer, messages, template, tools))
+
+
+def test_the_next_turn_s_header_is_no_end_of_turn(tokenizer):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if loop.last %}<|im_end|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(SampleError, match="only when it is last"):
+        encode(tokenizer, CHAT, template)
+
+
+def test_two_turns_of_the_assistant_teach_nothing_wrong_about_others(tokenizer):
+    prompt = "{% if loop.last and add_generation_prompt and m.role != 'assistant' %}<|im_start|>assistant\n{% endif %}"
+    loop = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n" + prompt + "{% endfor %}"
+    tokenizer.chat_template, before = loop, tokenizer.chat_template
+    encoder = Encoder(recipe(tokenizer, Data(train="t.jsonl"), "messages"))
+    tokenizer.chat_template = before
+    for messages in ([user("a"), assistant("one"), assistant("two")], [user("a"), assistant("b")]):
+        sample = Sample(kind="chat", where="t.jsonl:1", file=0, row=1, messages=messages)
+        (result,) = encoder.encode([sample])
+    assert spans(tokenizer, result[0]) == ["b<|im_end|>"]
+
+
+def test_a_control_token_that_takes_blanks_along_is_still_given(tokenizer):
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in state["added_tokens"]:
+        token["rstrip"] = token["special"]
+    taking = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<eos>")
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    for answer in ("A.", " A."):
+        (trained,) = renders(taking, [user("a?"), assistant(answer)], template)
+        assert trained.strip() == "A.<|end|>"
+
+
+EVIL = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a<|im_end|>b": {"type": "x"}}}}}]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{{ ', '.join(p.keys()) }}",
+        "{{ p.keys() | list | string }}",
+        "{{ 'q' ~ p.keys() }}",
+        "{{ '%s' | format(p.keys()) }}",
+        "{{ '{}'.format(p.keys()) }}",
+        "{{ 'x'.translate({120: (p.keys() | first)}) }}",
+        "{{ p | tojson }}",
+        "{{ p.keys() | join(' ') | e }}",
+        "{{ (p.keys() | first | e) + '' }}",
+    ],
+)
+def test_tools_cannot_write_control_tokens(tokenizer, written):
+    template = "{% set p = tools[0].function.parameters.properties %}<|im_start|>system\n" + written
+    template += "<|im_end|>\n" + CHATML
+    try:
+        document = encode(tokenizer, CHAT, template, EVIL)
+    except SampleError as error:  # what was mixed with text of the template's own
+        assert "through one filter" in str(error) and ("%s" in written or "{}" in written or "translate" in written)
+        return
+    assert document.ids.tolist().count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 5
+
+
+@pytest.mark.parametrize("written", ["{{ namespace(d=p) }}", "{% autoescape true %}{{ p | safe }}{% endautoescape %}"])
+def test_what_cannot_be_looked_into_is_refused(tokenizer, written):
+    template = "{% set p = tools[0].function.parameters.properties %}" + written + CHATML
+    with pytest.raises(DataError, match=r"prints a mapping|switches escaping"):
+        encode(tokenizer, CHAT, template, EVIL)
+
+
+@pytest.mark.parametrize(
+    "shortened",
+    ["m.content | truncate(12)", "m.content | striptags", "(m.content | tojson)[1:8]", "'%.3s' | format(m.content)"],
+)
+def test_shortened_texts_are_left_out_texts(tokenizer, shortened):
+    with pytest.raises(SampleError, match="leaves out"):
+        encode(
+            tokenizer,
+            [user("one <b>two</b> three"), assistant("four <b>five</b> six")],
+            CHATML.replace("m.content", shortened),
+        )
+
+
+@pytest.mark.parametrize(
+    "changed", ["m.content | indent", "m.content | wordwrap(8)", "m.content | tojson", "(m.content | tojson)[1:-1]",
+                "m.content.replace('o', '0').strip()", "m.content | upper"]
+)  # fmt: skip
+def test_texts_in_other_letters_are_all_there(tokenizer, changed):
+    template = CHATML.replace("m.content", changed)
+    assert len(renders(tokenizer, [user('\none "two"\nthree '), assistant("four\nfive 'o'\n")], template)) == 1
+
+
+def test_a_split_that_finds_its_piece_inside_the_separator_loses_nothing(tokenizers):
+    tokenizer = tokenizers["qwen"]
+    for answer in ("k>", "i", "think"):
+        document = encode(tokenizer, [user("a"), assistant(f"<think>\nhm\n</think>{answer}")])
+        assert spans(tokenizer, document)[0].endswith(f"{answer}<|im_end|>")
+
+
+def test_a_tag_that_is_only_written_about_is_no_thought(tokenizers):
+    answer = assistant("The tag </think> closes it.")
+    with pytest.raises(SampleError, match="leaves out 'The tag </think>'"):
+        encode(tokenizers["qwen"], [user("a"), answer, user("b"), assistant("B.")])
+
+
+def test_a_generation_tag_inside_of_a_set_block_is_refused(tokenizer):
+    template = CHATML.replace(
+        "{{ m.content }}", "{% set x %}a{% generation %}{{ m.content }}{% endgeneration %}{% endset %}{{ x }}"
+    )
+    with pytest.raises(SampleError, match="generation tag"):
+        encode(tokenizer, CHAT, template)
+
+
+def test_tools_that_the_template_does_not_write_are_reported(tokenizers):
+    assert encode(tokenizers["chatml"], CHAT, tools=EVIL).without_tools
+    assert not encode(tokenizers["llama"], CHAT, tools=EVIL).without_tools
+
+
+def test_a_template_for_tools_serves_conversations_with_tools(tokenizer):
+    before = tokenizer.chat_template
+    tokenizer.chat_template = {
+        "default": CHATML,
+        "tool_use": CHATML.replace("{% if add", "{{ tools | tojson }}{% if add"),
+    }
+    try:
+        encoder = Encoder(recipe(tokenizer, Data(train="t.jsonl"), "messages"))
+    finally:
+        tokenizer.chat_template = before
+    for tools in (None, EVIL):
+        sample = Sample(kind="chat", where="t.jsonl:1", file=0, row=1, messages=CHAT, tools=tools)
+        ((document,),) = encoder.encode([sample])
+        assert ("properties" in tokenizer.decode(document.ids.tolist())) is bool(tools)
+
+
+def test_fields_that_a_client_left_null_are_absent(tokenizer):
+    dumped = [
+        {"role": "user", "content": "a?", "name": None, "refusal": None},
+        {"role": "assistant", "content": "A.", "tool_calls": [], "function_call": None, "reasoning_content": None},
+    ]
+    assert spans(tokenizer, encode(tokenizer, dumped)) == ["A.<|im_end|>"]
+
+
+def test_long_conversations_with_tools_are_remembered_whatever_numbers_they_hold(tokenizers):
+    tokenizer = tokenizers["qwen"]
+    messages = [user("go")]
+    for i in range(150):
+        messages += [calls(call({"n": 100 + i})), {"role": "tool", "content": str(i)}]
+    encoder = Encoder(recipe(tokenizer, Data(train="t.jsonl", max_length=100_000), "messages"))
+    sample = Sample(kind="chat", where="t", file=0, row=1, messages=[*messages, assistant("done")])
+    (result,) = encoder.encode([sample])
+    assert len(spans(tokenizer, result[0])) == 151
+    assert len(encoder.chat._turns._known) < 8

@@ -13,7 +13,7 @@ from tokenizers import Encoding
 
 from treering.core.errors import DataError
 from treering.data import completion
-from treering.data.chat.control_tokens import Control, Renamed
+from treering.data.chat.control_tokens import SPECIAL, Control, Renamed
 from treering.data.chat.conversation import TOOLS, Piece
 from treering.data.chat.mask import Chat, Rendered
 from treering.data.chat.template import Template
@@ -43,6 +43,7 @@ class Recipe:
 
     backend: str  # the tokenizer as `tokenizers` writes it
     template: str | None
+    tools_template: str | None  # for conversations with tools, where the tokenizer has one of its own for them
     template_name: str  # for people
     variables: Mapping[str, Any]
     start: tuple[int, ...]  # what the tokenizer puts before plain text
@@ -60,10 +61,12 @@ def recipe(tokenizer: "PreTrainedTokenizerBase", config: Data, format: Format) -
         raise DataError(f"{type(tokenizer).__name__} has no tokenizer.json; masks need a fast tokenizer with offsets")
     backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     template, name = _template(tokenizer, config, format)
+    named = tokenizer.chat_template if name == "the tokenizer's" else None
     eos = tokenizer.eos_token_id
     return Recipe(
         backend=backend.to_str(),
         template=template,
+        tools_template=named.get("tool_use") if isinstance(named, dict) else None,
         template_name=name,
         variables={key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)},
         start=_start(backend),
@@ -109,6 +112,7 @@ class Encoded:
     endless: bool
     unprompted: bool = False  # as in Rendered
     thoughts: int = 0
+    without_tools: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,10 +139,12 @@ class Prepared:
 class Encoder:
     def __init__(self, plan: Recipe):
         self.plan = plan
-        self.control = Control(plan.backend, plan.template)
-        self.chat = None
+        self.control = Control(plan.backend, plan.template and plan.template + (plan.tools_template or ""))
+        self.chat = self.tools_chat = None
         if plan.template is not None:
             self.chat = Chat(Template(source=plan.template, variables=plan.variables), self.control)
+        if plan.tools_template is not None:
+            self.tools_chat = Chat(Template(source=plan.tools_template, variables=plan.variables), self.control)
         self._separator = completion.separator(self.control.placer(renamed=False))
 
     def encode(self, samples: Sequence[Sample]) -> list[list[Encoded] | SampleError]:
@@ -192,8 +198,9 @@ class Encoder:
 
     def _texts(self, i: int, sample: Sample) -> Iterator[Text]:
         if sample.kind == "chat":
-            assert self.chat is not None
-            rendered = self.chat.render(sample)
+            chat = self.tools_chat if sample.tools and self.tools_chat is not None else self.chat
+            assert chat is not None
+            rendered = chat.render(sample)
             yield Text(
                 sample=i, text=rendered.text, pieces=rendered.pieces, writers=rendered.writers, rendered=rendered
             )
@@ -244,7 +251,12 @@ class Encoder:
         if renamed is not None:
             spans, limits = ([(renamed.at(a), renamed.at(b)) for a, b in part] for part in (spans, limits))
         mask = np.zeros(len(tokens.ids), dtype=np.bool_)
-        for first, stop in tokens.ranges(spans, limits):
+        kinds = self.control.kinds(tokens)
+        for (start, _), (first, stop) in zip(spans, tokens.ranges(spans, limits), strict=True):
+            # A control token that takes the blanks behind it along reaches into the turn, and is given all the same.
+            if first < stop and kinds[first] == SPECIAL:
+                begins, _, places = tokens.places(np.array([first]), [start])
+                first += int(begins[0] < places[0])
             mask[first:stop] = True
         mask[:1] = False
         return mask
@@ -274,6 +286,7 @@ class Encoder:
             endless=rendered.endless if rendered else not self.plan.end,
             unprompted=rendered is not None and rendered.unprompted,
             thoughts=rendered.thoughts if rendered else 0,
+            without_tools=rendered is not None and rendered.without_tools,
         )
         return [document]
 

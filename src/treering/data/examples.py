@@ -44,6 +44,7 @@ class Report:
     endless: int  # documents with an assistant turn that has no end-of-turn token to learn
     unprompted: int  # documents with one that does not begin with the whole generation prompt
     thoughts: int  # thoughts of earlier turns, which the template leaves out
+    without_tools: int  # documents with tools that the template does not write
     skipped: Mapping[str, int] = field(default_factory=dict)
     named: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -56,6 +57,7 @@ class Report:
             "without an end of turn": self.endless,
             "that begin with less than the template's generation prompt": self.unprompted,
             "thoughts of earlier turns left out by the template": self.thoughts,
+            "with tools that the template does not write": self.without_tools,
         }
         return {what: count for what, count in counts.items() if count}
 
@@ -135,7 +137,7 @@ def _write(
     which: Which,
     progress: Callable[[int], None] | None,
 ) -> None:
-    names = ("read", "kept", "truncated", "dropped", "endless", "unprompted", "thoughts")
+    names = ("read", "kept", "truncated", "dropped", "endless", "unprompted", "thoughts", "without_tools")
     count = dict.fromkeys(names, 0)
     skipped: dict[str, int] = {}
     named: dict[str, list[str]] = {}
@@ -152,6 +154,7 @@ def _write(
             count["endless"] += any(document.endless for document in result)
             count["unprompted"] += any(document.unprompted for document in result)
             count["thoughts"] += sum(document.thoughts for document in result)
+            count["without_tools"] += any(document.without_tools for document in result)
             writer.add(result)
             if progress is not None and count["read"] % 256 == 0:
                 progress(count["read"])

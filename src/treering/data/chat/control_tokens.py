@@ -22,6 +22,7 @@ from treering.data.token_places import Placer, Tokens
 
 _NOTHING = "(?!)"
 _REMEMBERED = 4096
+STRUCTURAL, SPECIAL = 1, 2  # kinds of tokens; 0 is text
 
 
 def _any_of(tokens: Sequence[str]) -> str:
@@ -67,12 +68,12 @@ class Control:
         self.structural = re.compile(_any_of(structural))
         self.any = re.compile(_any_of(list(self._ids)))
         self._kinds = np.zeros(max(ids.values(), default=-1) + 1, dtype=np.int8)
-        self._kinds[[ids[token] for token in special]] = 2
-        self._kinds[[ids[token] for token in structural]] = 1
+        self._kinds[[ids[token] for token in special]] = SPECIAL
+        self._kinds[[ids[token] for token in structural]] = STRUCTURAL
         self._counts: dict[str, int] = {}
 
     def kinds(self, tokens: Tokens) -> np.ndarray:
-        """For each token 0: text, 1: structural, 2: special."""
+        """For each token 0 for text, STRUCTURAL or SPECIAL."""
         ids = tokens.ids
         if not len(self._kinds):
             return np.zeros(len(ids), dtype=np.int8)
@@ -102,7 +103,7 @@ class Control:
         for i in np.flatnonzero(~literal):
             which = int(near[i])
             inside = piece_begins[which] <= begins[i] and ends[i] <= piece_ends[which]
-            if not (inside and writers[which] and kinds[at[i]] == 1):
+            if not (inside and writers[which] and kinds[at[i]] == STRUCTURAL):
                 return False
         return True
 

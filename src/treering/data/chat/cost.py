@@ -37,7 +37,10 @@ class Meter:
     def weigh(self, value: Any) -> int:
         """Characters that a value has when it is written out; what is inside it is paid for, each time it is seen."""
         kind = type(value)
-        if kind is str or kind is Traced:
+        if kind is str:
+            return len(value)
+        if isinstance(value, Traced):
+            self.pay(len(value._parts) >> 3)
             return len(value)
         if kind is dict:
             self.pay(len(value) + 1)
@@ -60,7 +63,7 @@ class Meter:
     def written(self, value: Any) -> Any:
         """`value`, paid for as text."""
         kind = type(value)
-        weight = len(value) if kind is str or kind is Traced else 4 if kind is bool else self.weigh(value)
+        weight = len(value) if kind is str else 4 if kind is bool else self.weigh(value)
         self.left -= 1 + (weight >> 6)
         if self.left < 0:
             self.pay()
@@ -74,6 +77,9 @@ class Meter:
 
     def call(self, name: str, subject: Any, given: list[Any]) -> None:
         """Pay for a method or filter called `name`, of `subject`."""
+        if name in ("length", "count", "first", "last") and not (isinstance(subject, str) and given):
+            self.pay()  # however long it is
+            return
         if name in _LINEAR and isinstance(subject, str):
             self.pay(2 + (len(subject) + sum([len(value) if isinstance(value, str) else 64 for value in given]) >> 6))
             return
@@ -109,7 +115,7 @@ class Meter:
     def operate(self, operator: str, left: Any, right: Any) -> None:
         """Pay for a binary operator."""
         if isinstance(left, str) and isinstance(right, str) and operator == "+":
-            self.pay(1 + (len(left) + len(right) >> 6))
+            self.pay(1 + (self.weigh(left) + self.weigh(right) >> 6))
             return
         if isinstance(left, float | int) and isinstance(right, float | int):
             if (

@@ -14,7 +14,7 @@ from treering.data.chat.turns import Turn, Turns
 from treering.data.formats import Sample
 from treering.data.sources.records import SampleError, bad
 
-_THOUGHT = re.compile(r".*</think>", re.DOTALL)  # a thought inside of the content
+_THOUGHT = re.compile(r"\s*<think>.*</think>", re.DOTALL)  # a thought inside of the content
 _TAG = re.compile(r"</?think>")
 
 
@@ -31,6 +31,7 @@ class Rendered:
     endless: bool  # some assistant turn has no end-of-turn token
     unprompted: bool  # some assistant turn does not begin with the whole generation prompt
     thoughts: int  # of earlier turns, which the template leaves out
+    without_tools: bool  # the sample has tools, and the template writes nothing of them
 
 
 class Chat:
@@ -61,7 +62,7 @@ class Chat:
         if any(field in self._template.source for field in THOUGHTS):
             return
         for i, message in enumerate(messages):
-            if field := next((field for field in THOUGHTS if field in message), None):
+            if field := next((field for field in THOUGHTS if (message.get(field) or "").strip()), None):
                 raise bad(where, "template", "the chat template has no place for it", at=f"messages[{i}].{field}")
 
     def _render(self, conversation: Conversation, where: str) -> Rendered:
@@ -86,6 +87,7 @@ class Chat:
             endless=any(turn.endless for turn in turns),
             unprompted=any(turn.unprompted for turn in turns),
             thoughts=thoughts,
+            without_tools=bool(conversation.tools) and not any(piece.source.turn == TOOLS for piece in pieces),
         )
 
     def _check_mixed(self, text: str, pieces: Sequence[Piece], where: str) -> None:
@@ -96,7 +98,7 @@ class Chat:
                     "template",
                     "the chat template puts a text and control tokens through one filter, so nobody can tell whose "
                     "the tokens are",
-                    at=f"messages[{piece.source.turn}]",
+                    at="tools" if piece.source.turn == TOOLS else f"messages[{piece.source.turn}]",
                 )
 
     def _tagged(self, rendered: RenderedText, conversation: Conversation, where: str) -> list[Turn]:
@@ -116,7 +118,7 @@ class Chat:
             raise bad(
                 where,
                 "template",
-                f"the chat template's generation tags mark {len(tags)} texts for {len(indices)} assistant turns",
+                "the chat template's generation tags do not hold the text of this turn",
                 at=f"messages[{missing[0]}]",
             )
         closing = self._closing(rendered, tags, conversation, where)
@@ -201,6 +203,8 @@ def _what(source: Source, missing: Span, role: str) -> str:
         return f"the tool call {shown}"
     if source.path[0] == "tool_calls":
         return f"{shown} of a tool call"
+    if whole and role == "developer":
+        return "this message (role developer); if it means the same to this model, write system"
     return f"this message (role {role})" if whole else f"{shown} of this message (role {role})"
 
 

@@ -25,7 +25,12 @@ def check_messages(value: object, where: str, *, columnar: bool) -> list[dict[st
 def _message(value: object, where: str, at: str, columnar: bool) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise bad(where, "schema", f"must be an object with role and content, not {type(value).__name__}", at=at)
-    message = {k: v for k, v in value.items() if v is not None and v != []} if columnar else dict(value)
+    # Clients write fields that they do not use as null, and so do columnar files.
+    message = {
+        k: v for k, v in value.items() if not (v is None and k != "content") and not (k == "tool_calls" and v == [])
+    }
+    if columnar:
+        message = {k: v for k, v in message.items() if v is not None and v != []}
     unknown = next((key for key in message if key not in _KNOWN), None)
     if unknown is not None:
         raise bad(where, "schema", f"is not a field of a message ({', '.join(sorted(_KNOWN))})", at=f"{at}.{unknown}")

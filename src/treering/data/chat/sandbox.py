@@ -6,7 +6,7 @@ refused, at the same place on every machine.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from datetime import datetime
 from functools import update_wrapper
 from typing import Any, NamedTuple
@@ -44,6 +44,15 @@ _CHEAP |= {"float", "true", "false", "callable", "odd", "even", "sameas", "filte
 _TRACING = {"attr", "batch", "capitalize", "count", "d", "default", "dictsort", "first", "groupby", "items", "join"}
 _TRACING |= {"last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse"}
 _TRACING |= {"safe", "select", "selectattr", "slice", "sort", "string", "sum", "tojson", "trim", "unique", "upper"}
+_COMPLETE = {
+    "center",
+    "e",
+    "escape",
+    "forceescape",
+    "indent",
+    "title",
+    "wordwrap",
+}  # of the others: they leave out nothing
 _OF_TEXT = {
     "capitalize",
     "lower",
@@ -157,7 +166,7 @@ class _Generation(Extension):
         assert isinstance(environment, Environment)
         if environment.blocks is not None:
             start = sum(map(len, environment.blocks))
-            environment.spans.append((start, start + len(said)))
+            environment.spans.append((start, start + len(said), said))
         return said
 
 
@@ -175,7 +184,7 @@ class Environment(ImmutableSandboxedEnvironment):
         self.turn: int | None = None  # the message that the template's loop is at
         self._outer: list[int | None] = []
         self.blocks: list[str] | None = None
-        self.spans: list[tuple[int, int]] = []
+        self.spans: list[tuple[int, int, str]] = []
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -203,7 +212,10 @@ class Environment(ImmutableSandboxedEnvironment):
     def compiled(self, source: str) -> jinja2.Template:
         if len(source) > LONGEST:
             raise TooExpensiveError(f"it is longer than {LONGEST:,} characters")
-        tree = _Paying().visit(self.parse(source))
+        parsed = self.parse(source)
+        if next(parsed.find_all(nodes.EvalContextModifier), None) is not None:
+            raise jinja2.exceptions.SecurityError("it switches escaping on or off")
+        tree = _Paying().visit(parsed)
         tree.set_environment(self)
         return jinja2.Template.from_code(self, self.compile(tree), self.make_globals(None))
 
@@ -247,9 +259,13 @@ class Environment(ImmutableSandboxedEnvironment):
     def _finalized(self, value: Any) -> Any:
         """What is written for `value`, paid for."""
         self.meter.written(value)
-        if isinstance(value, str) or not holds_traced(value):
+        if isinstance(value, _WRITTEN) and not holds_traced(value):
             return value
-        written = opaque(str(value), (value,))
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, _WRITTEN):  # nobody can look into it
+            raise PythonNotationError
+        written = opaque(str(value), (value,), complete=True)
         if isinstance(written, Traced) and any(part.source and part.source.turn >= 0 for part in written._parts):
             raise PythonNotationError
         return written
@@ -264,13 +280,37 @@ class Environment(ImmutableSandboxedEnvironment):
             whole = [value if type(value) is str else self._whole(value) for value in args[hidden:]]
             self.meter.call(name, whole[0] if whole else None, [*whole[1:], *kwargs.values()])
             if name in _OF_TEXT and whole and not isinstance(whole[0], str) and holds_traced(whole[0]):
-                whole[0] = opaque(str(whole[0]), (whole[0],))
+                whole[0] = opaque(str(whole[0]), (whole[0],), complete=True)
             if name in _TRACING or not holds_traced([whole, kwargs]):
                 return self.meter.copied(function(*args[:hidden], *whole, **kwargs))
             made = function(*args[:hidden], *map(plain_inside, whole), **plain_inside(kwargs))
-            return self.meter.copied(opaque(plain(made), (whole, kwargs)) if isinstance(made, str) else made)
+            if not isinstance(made, str):
+                return self.meter.copied(made)
+            text = opaque(plain(made), (whole, kwargs), complete=name in _COMPLETE)
+            return self.meter.copied(_safe(text) if hasattr(made, "__html__") else text)
 
         return update_wrapper(metered, function)
+
+
+_WRITTEN = (
+    str,
+    int,
+    float,
+    bool,
+    type(None),
+    jinja2.Undefined,
+    list,
+    tuple,
+    dict,
+    set,
+    KeysView,
+    ValuesView,
+    ItemsView,
+)
+
+
+class MisplacedTagError(Exception):
+    """A generation tag inside a macro or a block that is written somewhere else."""
 
 
 class PythonNotationError(Exception):
@@ -303,7 +343,10 @@ class Rendering:
         finally:
             environment.blocks = None
         parts = text._parts if isinstance(text, Traced) else (Part(len(text)),)
-        return Written(plain(text), parts, environment.spans, loops)
+        whole = plain(text)
+        if any(whole[start:end] != said for start, end, said in environment.spans):
+            raise MisplacedTagError
+        return Written(whole, parts, [(start, end) for start, end, _ in environment.spans], loops)
 
 
 class Written(NamedTuple):
@@ -358,8 +401,11 @@ def _named(name: Any) -> None:
 def _join(environment: Environment, values: Iterable[Any], d: str = "", attribute: Any = None) -> str:
     if attribute is not None:
         values = map(jinja2.filters.make_attrgetter(environment, attribute), values)
-    texts = [value if isinstance(value, str) else opaque(str(value), (value,)) for value in values]
-    return Traced(str(d)).join(texts)
+    return Traced(str(d)).join([_text(value) for value in values])
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else opaque(str(value), (value,), complete=True)
 
 
 def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
@@ -394,7 +440,7 @@ def _escaped(text: str) -> str:
     if hasattr(text, "__html__"):
         return text
     written = plain(markupsafe.escape(plain(text)))
-    return text if written == text else opaque(written, (text,))
+    return text if written == text else opaque(written, (text,), complete=True)
 
 
 def _refuse(message: str) -> None:
@@ -402,4 +448,4 @@ def _refuse(message: str) -> None:
 
 
 def _now(format: str) -> str:
-    return datetime.now().strftime(format)
+    return opaque(datetime.now().strftime(plain(format)), (format,))

@@ -11,7 +11,7 @@ from treering.core.errors import DataError
 from treering.data.chat.conversation import pieces_of
 from treering.data.chat.cost import TooExpensiveError
 from treering.data.chat.messages import THOUGHTS
-from treering.data.chat.sandbox import PythonNotationError, Rendering, Written
+from treering.data.chat.sandbox import MisplacedTagError, PythonNotationError, Rendering, Written
 from treering.data.chat.traced import MixedTextsError
 from treering.data.sources.records import bad
 
@@ -72,9 +72,11 @@ class Template:
         except (TooExpensiveError, jinja2.exceptions.SecurityError, RecursionError, MemoryError) as error:
             raise DataError(f"{where}: the chat template {self.source[:60]!r}… is refused: {error}") from None
         except PythonNotationError:
-            raise bad(
-                where, "template", "the chat template prints a mapping or a list as Python does", at="messages"
-            ) from None
+            message = "the chat template prints a mapping, a list or another value as Python does"
+            raise bad(where, "template", message, at="messages") from None
+        except MisplacedTagError:
+            message = "the chat template has a generation tag inside of a macro or a set block, so its place is unknown"
+            raise bad(where, "template", message, at="messages") from None
         except MixedTextsError:
             message = "the chat template puts texts of two messages through one filter, so nobody can tell them apart"
             raise bad(where, "template", message, at="messages") from None

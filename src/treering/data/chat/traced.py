@@ -7,8 +7,10 @@ is computed from it is traced as well. A traced string compares, searches and pr
 decides exactly what it would decide without tracing.
 """
 
+import bisect
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from dataclasses import dataclass
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -43,10 +45,16 @@ class Part(NamedTuple):
     stop: int = 0
     mixed: bool = False
 
-    def cut(self, low: int, high: int) -> "Part":
-        if self.source is None or self.stop - self.start != self.length:
+    def cut(self, low: int, high: int, whole: bool) -> "Part":
+        """Its characters [low, high). `whole`: nothing is lost, if it was rewritten: what is cut off are blanks."""
+        if self.source is None or (self.stop - self.start != self.length and whole):
             return self._replace(length=high - low)
+        if self.stop - self.start != self.length:  # which characters of the source these are is not known
+            return self._replace(length=high - low, stop=self.start)
         return self._replace(length=high - low, start=self.start + low, stop=self.start + high)
+
+
+_SEVERAL = (list, tuple, KeysView, ValuesView, ItemsView, set, frozenset)
 
 
 class MixedTextsError(Exception):
@@ -56,8 +64,9 @@ class MixedTextsError(Exception):
 class Traced(str):
     """A string with the origin of its characters. `_parts` has an underscore to be out of reach for templates."""
 
-    __slots__ = ("_parts",)
+    __slots__ = ("_ends", "_parts")
     _parts: tuple[Part, ...]
+    _ends: list[int]  # where each part ends; made when it is first cut
 
     def __new__(cls, text: str, parts: tuple[Part, ...] | None = None) -> "Traced":
         made = super().__new__(cls, text)
@@ -96,13 +105,26 @@ class Traced(str):
     def _cut(self, begin: int, end: int) -> str:
         if begin == 0 and end == len(self):
             return self
-        parts, at = [], 0
-        for part in self._parts:
+        if not hasattr(self, "_ends"):
+            self._ends = list(itertools.accumulate(part.length for part in self._parts))
+        parts = []
+        for i in range(bisect.bisect_left(self._ends, begin), len(self._parts)):
+            part = self._parts[i]
+            at = self._ends[i] - part.length
+            if at > end or (at == end and part.length):
+                break
             low, high = max(begin - at, 0), min(end - at, part.length)
             if low < high:
-                parts.append(part.cut(low, high))
-            at += part.length
-        return type(self)(plain(self)[begin:end], tuple(parts))
+                rewritten = part.source is not None and part.stop - part.start != part.length
+                whole = rewritten and self._only_edges(at, at + low) and self._only_edges(at + high, self._ends[i])
+                parts.append(part if high - low == part.length else part.cut(low, high, whole))
+            elif part.length == 0:  # stands for what was replaced here
+                parts.append(part)
+        return type(self)(str.__getitem__(self, slice(begin, end)), tuple(parts))
+
+    def _only_edges(self, begin: int, end: int) -> bool:
+        """Whether these characters are only what stands around a value."""
+        return end - begin <= _LONGEST_EDGE and not str.__getitem__(self, slice(begin, end)).strip(_EDGES)
 
     def strip(self, characters: str | None = None, /) -> str:
         return self._cut(*_ends(self, characters, left=True, right=True))
@@ -120,10 +142,10 @@ class Traced(str):
         return self._cut(0, len(self) - len(suffix)) if suffix and self.endswith(suffix) else self
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
-        return self._located(plain(self).split(sep, maxsplit))
+        return self._located(plain(self).split(sep, maxsplit), len(sep or ""))
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
-        return self._located(plain(self).rsplit(sep, maxsplit))
+        return self._located(plain(self).rsplit(sep, maxsplit), len(sep or ""))
 
     def splitlines(self, keepends: bool = False) -> list[str]:  # type: ignore[override]
         return self._located(plain(self).splitlines(keepends))
@@ -138,19 +160,19 @@ class Traced(str):
         first, second = len(found[0]), len(found[0]) + len(found[1])
         return self._cut(0, first), self._cut(first, second), self._cut(second, len(self))
 
-    def _located(self, pieces: list[str]) -> list[str]:
-        """Pieces that stand in this order, without overlap."""
+    def _located(self, pieces: list[str], between: int = 0) -> list[str]:
+        """Pieces that stand in this order, at least `between` characters apart."""
         text, at, made = plain(self), 0, []
         for piece in pieces:
             begin = text.index(piece, at)
-            at = begin + len(piece)
-            made.append(self._cut(begin, at))
+            at = begin + len(piece) + between
+            made.append(self._cut(begin, begin + len(piece)))
         return made
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:  # type: ignore[override]
         text, limit = plain(self), int(count)
         if not old:
-            return opaque(text.replace(old, plain(new), limit), (self, new))
+            return opaque(text.replace(old, plain(new), limit), (self, new), complete=True)
         made: list[str] = []
         at = 0
         while limit != 0 and (found := text.find(old, at)) >= 0:
@@ -190,28 +212,30 @@ class Traced(str):
         return self._changed(plain(self).casefold())
 
     def center(self, width: SupportsIndex, fill: str = " ", /) -> str:
-        return opaque(plain(self).center(width, fill), (self,))
+        return opaque(plain(self).center(width, fill), (self,), complete=True)
 
     def ljust(self, width: SupportsIndex, fill: str = " ", /) -> str:
-        return opaque(plain(self).ljust(width, fill), (self,))
+        return opaque(plain(self).ljust(width, fill), (self,), complete=True)
 
     def rjust(self, width: SupportsIndex, fill: str = " ", /) -> str:
-        return opaque(plain(self).rjust(width, fill), (self,))
+        return opaque(plain(self).rjust(width, fill), (self,), complete=True)
 
     def zfill(self, width: SupportsIndex, /) -> str:
-        return opaque(plain(self).zfill(width), (self,))
+        return opaque(plain(self).zfill(width), (self,), complete=True)
 
     def expandtabs(self, tabsize: SupportsIndex = 8) -> str:  # type: ignore[override]
-        return opaque(plain(self).expandtabs(tabsize), (self,))
+        return opaque(plain(self).expandtabs(tabsize), (self,), complete=True)
 
     def translate(self, table: Any, /) -> str:
         return opaque(plain(self).translate(table), (self, table))
 
     def _changed(self, text: str) -> str:
-        return Traced(text, self._parts) if len(text) == len(self) else opaque(text, (self,))
+        return Traced(text, self._parts) if len(text) == len(self) else opaque(text, (self,), complete=True)
 
 
-PRODUCING = {"join", "replace", "center", "ljust", "rjust"}  # methods whose result holds what they are given
+_LONGEST_EDGE = 64
+_EDGES = " \t\r\n\"'"  # around a value that JSON writes
+PRODUCING = {"join", "replace", "center", "ljust", "rjust", "translate"}  # their results hold what they are given
 
 
 def traced(value: Any, turn: int, path: Path, sources: list[Source], required: bool) -> Any:
@@ -245,7 +269,7 @@ def plain_inside(value: Any) -> Any:
         return {plain_inside(key): plain_inside(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return type(value)([plain_inside(entry) for entry in value]) if type(value) in (list, tuple) else value
-    return value
+    return [plain_inside(entry) for entry in value] if isinstance(value, _SEVERAL) else value
 
 
 def concat(pieces: Iterable[str]) -> str:
@@ -290,15 +314,18 @@ def holds_traced(value: Any) -> bool:
         return isinstance(value, Traced)
     if isinstance(value, Mapping):
         return any(holds_traced(key) or holds_traced(entry) for key, entry in value.items())
-    return isinstance(value, list | tuple) and any(map(holds_traced, value))
+    return isinstance(value, _SEVERAL) and any(map(holds_traced, value))
 
 
-def opaque(text: str, inputs: Iterable[Any]) -> str:
-    """The result of an operation on `inputs` that is not followed character by character."""
+def opaque(text: str, inputs: Iterable[Any], *, complete: bool = False) -> str:
+    """The result of an operation on `inputs` that is not followed character by character. `complete`: the operation
+    leaves nothing out; else what is not found in the result counts as left out."""
     parts, literal = _collected(list(inputs))
     used = [part for part in parts if part.source is not None]
     if not used:
         return text
+    if not complete:
+        used = [part if _found(part, text) else part._replace(stop=part.start) for part in used]
     turns = {part.source.turn for part in used if part.source is not None}
     if len(turns) > 1:
         raise MixedTextsError
@@ -306,6 +333,11 @@ def opaque(text: str, inputs: Iterable[Any]) -> str:
     mixed = literal or any(part.mixed for part in used)
     whole = Part(len(text), first.source, first.start, first.stop, mixed)
     return Traced(text, (whole, *(part._replace(length=0) for part in rest)))
+
+
+def _found(part: Part, text: str) -> bool:
+    assert part.source is not None
+    return part.source.text[part.start : part.stop].strip() in text
 
 
 def _collected(value: Any) -> tuple[list[Part], bool]:
@@ -318,7 +350,7 @@ def _collected(value: Any) -> tuple[list[Part], bool]:
         value = [*value.keys(), *value.values()]
     parts: list[Part] = []
     literal = False
-    if isinstance(value, list | tuple):
+    if isinstance(value, _SEVERAL):
         for entry in value:
             more, some = _collected(entry)
             parts += more
@@ -329,47 +361,62 @@ def _collected(value: Any) -> tuple[list[Part], bool]:
 def to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """As `json.dumps` writes it, traced. Brackets, commas and numbers belong to the first string beside them."""
+    """As `json.dumps` writes it, traced. Brackets, commas and numbers belong to the texts beside them."""
     if not holds_traced(value):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     if isinstance(indent, int):
         indent = " " * indent
     between, colon = separators or (", " if indent is None else ",", ": ")
-    made: list[str] = []
+    made: list[tuple[str, bool]] = []  # texts, and whether they are only syntax
+
+    def syntax(text: str) -> None:
+        made.append((text, True))
 
     def write(value: Any, level: int) -> None:
         if isinstance(value, str):
-            made.append(_quoted(value, ensure_ascii))
+            made.append((_quoted(value, ensure_ascii), False))
         elif isinstance(value, dict) and value:
             items = sorted(value.items()) if sort_keys else value.items()
             bracketed("{}", [(key, entry) for key, entry in items], level)
         elif isinstance(value, list | tuple) and value:
             bracketed("[]", [(None, entry) for entry in value], level)
         else:
-            made.append(json.dumps(plain_inside(value), ensure_ascii=ensure_ascii))
+            syntax(json.dumps(plain_inside(value), ensure_ascii=ensure_ascii))
 
     def bracketed(brackets: str, items: list[tuple[Any, Any]], level: int) -> None:
         line = "" if indent is None else "\n" + indent * (level + 1)
-        made.append(brackets[0] + line)
+        syntax(brackets[0] + line)
         for i, (key, entry) in enumerate(items):
             if i:
-                made.append(between + line)
+                syntax(between + line)
             if brackets == "{}":
-                made.append(_quoted(key if isinstance(key, str) else _key(key), ensure_ascii))
-                made.append(colon)
+                made.append((_quoted(key if isinstance(key, str) else _key(key), ensure_ascii), False))
+                syntax(colon)
             write(entry, level + 1)
-        made.append(("" if indent is None else "\n" + indent * level) + brackets[1])
+        syntax(("" if indent is None else "\n" + indent * level) + brackets[1])
 
     write(value, 0)
-    near = next(part.source for piece in made if isinstance(piece, Traced) for part in piece._parts if part.source)
-    owned = []
-    for piece in made:
-        if isinstance(piece, Traced):
-            near = piece._parts[0].source or near
-            owned.append(piece)
-        else:
-            owned.append(Traced(piece, (Part(len(piece), near),)))
-    return concat(owned)
+    before, behind = _near(made), _near(made[::-1])[::-1]
+    return concat([_owned(text, *around) if mere else text for (text, mere), *around in zip(made, before, behind)])
+
+
+def _near(made: list[tuple[str, bool]]) -> list[Source | None]:
+    """For each text of the JSON the last source before it."""
+    sources: list[Source | None] = []
+    last = None
+    for text, _ in made:
+        sources.append(last)
+        if isinstance(text, Traced):
+            last = next((part.source for part in text._parts if part.source), last)
+    return sources
+
+
+def _owned(text: str, before: Source | None, behind: Source | None) -> str:
+    """Syntax between two texts of the same turn belongs to them: numbers and brackets are no text of the template."""
+    source = before or behind
+    if source is None or (before and behind and before.turn != behind.turn):
+        return text
+    return Traced(text, (Part(len(text), source),))
 
 
 def _key(key: Any) -> str:
@@ -385,7 +432,7 @@ def _quoted(text: str, ensure_ascii: bool) -> str:
         source = next((part.source for part in text._parts if part.source is not None), None)
         edge = Traced('"', (Part(1, source),))
         return concat((edge, text, edge))
-    return opaque(written, (text,))
+    return opaque(written, (text,), complete=True)
 
 
 def _ends(text: Traced, characters: str | None, *, left: bool, right: bool) -> tuple[int, int]:

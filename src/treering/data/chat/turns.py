@@ -21,6 +21,7 @@ from treering.data.chat.template import RenderedText
 from treering.data.sources.records import SampleError, bad
 
 _REMEMBERED = 4096
+_DIGITS = str.maketrans("123456789", "000000000")
 _TAGS = "give a template with {% generation %} tags (data.template)"
 Render = Callable[[Sequence[dict[str, Any]], bool], RenderedText]  # (messages, with the generation prompt)
 
@@ -66,10 +67,14 @@ class Turns:
 
     def find(self, rendered: RenderedText, conversation: Conversation, render: Render, where: str) -> list[Turn]:
         """The assistant's turns, in order. Raises SampleError where the template does not let them be told apart."""
+        by_turn: dict[int, list[tuple[int, Piece]]] = {}
+        for i, piece in enumerate(rendered.visible):
+            by_turn.setdefault(piece.source.turn, []).append((i, piece))
         found: list[Turn] = []
         for index, message in enumerate(conversation.messages):
             if message["role"] == "assistant":
-                found.append(_Finder(self, rendered.text, rendered.visible, conversation, render, where, index).turn())
+                finder = _Finder(self, rendered, by_turn.get(index, []), conversation, render, where, index)
+                found.append(finder.turn())
         for before, turn in itertools.pairwise(found):
             if turn.start < before.end:
                 raise _bad(where, turn.message, "the chat template writes the messages in another order")
@@ -88,18 +93,26 @@ class _Finder:
     """One assistant's turn of one rendering."""
 
     turns: Turns
-    text: str
-    pieces: list[Piece]
+    rendered: RenderedText
+    own: list[tuple[int, Piece]]  # the pieces of this turn, with their places among all
     conversation: Conversation
     render: Render
     where: str
     index: int
 
+    @property
+    def text(self) -> str:
+        return self.rendered.text
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return self.rendered.visible
+
     def turn(self) -> Turn:
-        runs = _runs(self.pieces, self.index)
+        runs = _runs(self.own)
         if not runs:
             raise self._nothing()
-        first = next(i for i, piece in enumerate(self.pieces) if piece.source.turn == self.index)
+        first = self.own[0][0]
         floor = self.pieces[first - 1].end if first else 0
         before = self.text[floor : runs[0].begin]
         around = self.turns.around(self._key(before, runs), lambda: self._look(before, runs))
@@ -124,7 +137,11 @@ class _Finder:
         behind = self.text[runs[-1].end : self._next(runs[-1])]
         follows = messages[self.index + 1]["role"] if self.index + 1 < len(messages) else ""
         shape = (*message, len(message.get("tool_calls") or ()), bool(message.get("content")))
-        return before, between, behind, follows, shape, runs[0].last.source.field[0], len(runs) > 1
+        precedes = messages[self.index - 1]["role"] if self.index else ""
+        # Numbers differ from sample to sample and decide nothing; their length does.
+        written = tuple(text.translate(_DIGITS) for text in (before, between, behind))
+        around = (precedes, follows, messages[0]["role"], self.conversation.tools is None)
+        return written, around, shape, runs[0].last.source.field[0], len(runs) > 1
 
     def _next(self, run: _Run) -> int:
         return self.pieces[run.after].begin if run.after < len(self.pieces) else len(self.text)
@@ -132,12 +149,13 @@ class _Finder:
     def _look(self, before: str, runs: list[_Run]) -> _Around:
         messages = self.conversation.messages
         ended = self.render(messages[: self.index + 1], False)
-        ended_runs = _runs(ended.visible, self.index)
+        own = [(i, piece) for i, piece in enumerate(ended.visible) if piece.source.turn == self.index]
+        ended_runs = _runs(own)
         if not ended_runs:
             raise self._nothing()
         start, unprompted = self._start(before, runs[0])
         last = self._last(runs, ended_runs)
-        end, endless = self._end(self._tail(ended, before), self.text[runs[last].end : self._next(runs[last])])
+        end, endless = self._end(self._tail(ended, before), runs[last].end, self._next(runs[last]))
         return _Around(start, len(runs) - 1 - last, end, endless, unprompted)
 
     def _start(self, before: str, run: _Run) -> tuple[int, bool]:
@@ -153,6 +171,8 @@ class _Finder:
         header = prompted.removeprefix(given) if prompted.startswith(given) else ""
         found = before.rfind(header) if header else -1
         if found < 0:
+            if not header and not prompted.strip():
+                raise self._bad(f"the chat template writes nothing between this turn and the one before it; {_TAGS}")
             raise self._bad(
                 f"the chat template's generation prompt {(header or prompted)[-40:]!r} is not what this turn begins "
                 f"with; {_TAGS}"
@@ -210,7 +230,7 @@ class _Finder:
 
     def _tail_without_loop(self, tail: str, before: str) -> str:
         shared = _shared_end(tail, before)
-        if not self._prompt(self.index)[2] and len(self._control.any.findall(shared)) > 1:
+        if not self._prompt(self.index)[2] and self._control.any.search(shared):
             raise self._bad(
                 f"the chat template writes {shared[-40:]!r} behind each conversation, which looks like the beginning "
                 f"of a next turn; {_TAGS}"
@@ -236,9 +256,10 @@ class _Finder:
             last += 1
         return last
 
-    def _end(self, tail: str, behind: str) -> tuple[int, bool]:
-        """How much of the template's text `behind` belongs to the turn, which ends with `tail` when it is last."""
-        control = self._control
+    def _end(self, tail: str, begin: int, stop: int) -> tuple[int, bool]:
+        """How much of the template's text [begin, stop) belongs to the turn, which ends with `tail` when it is last."""
+        control, behind = self._control, self.text[begin:stop]
+        border = self.rendered.loop_end(begin, self.index)  # what is written later begins another message
         tokens = list(control.any.finditer(tail))
         common = self._common(tail, behind)
         inside = [m.end() for m in tokens if m.end() <= common]
@@ -250,9 +271,9 @@ class _Finder:
         if complete:  # by a token that may also stand inside a turn: what is written behind it belongs to it
             return (inside[-1] if not tail[inside[-1] : common].strip() else common), False
         other = control.any.match(behind, common)
-        if closing and tokens[-1].start() == common and other:
+        if closing and tokens[-1].start() == common and other and border and begin + other.end() <= border:
             return other.end(), False  # the last turn of a conversation ends with another token than earlier ones
-        if closing and (found := behind.find(tokens[-1][0])) >= 0:
+        if closing and border and (found := behind.find(tokens[-1][0], 0, border - begin)) >= 0:
             return found + len(tokens[-1][0]), False
         if tail[common:].strip():
             raise self._bad(f"no end of turn: the chat template ends it with {tail[-40:]!r} only when it is last")
@@ -282,11 +303,10 @@ class _Finder:
         return length
 
 
-def _runs(pieces: Sequence[Piece], turn: int) -> list[_Run]:
+def _runs(own: Sequence[tuple[int, Piece]]) -> list[_Run]:
+    """`own` are pieces of one turn, with their places among all."""
     runs: list[_Run] = []
-    for i, piece in enumerate(pieces):
-        if piece.source.turn != turn:
-            continue
+    for i, piece in own:
         last = runs[-1] if runs else None
         if last is not None and last.end == piece.begin and last.last.source.field == piece.source.field:
             runs[-1] = _Run(last.begin, piece.end, piece, i + 1)

@@ -1,4 +1,4 @@
-"""Which strings may enter: what cannot be encoded, or would be mistaken for our own marks, is refused by name."""
+"""Which strings may enter: what cannot be encoded, or would be mistaken for a name of ours, is refused by name."""
 
 import re
 from typing import Any
@@ -7,8 +7,6 @@ from treering.data.sources.records import bad
 
 # Unicode keeps U+FDD0..U+FDEF out of interchange for good ("noncharacters"), so marks made of them cannot collide
 # with honest text. Private-use characters can: icon fonts use them.
-CONTROL_OPEN, CONTROL_CLOSE = "\ufdd0", "\ufdd1"  # around a control token's string that must stay text
-SLOT_OPEN, SLOT_CLOSE = "\ufdd2", "\ufdd3"  # stand in for a message's text in a template's skeleton
 NAME_OPEN, NAME_CLOSE = "\ufdd4", "\ufdd5"  # the new name of a control token in the renamed tokenizer
 
 _DEPTH = 64
