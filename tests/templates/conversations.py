@@ -54,6 +54,8 @@ class Maker:
             if tools and draw.random() < 0.6:
                 self._calls(messages, harmful)
             add("assistant")
+            if draw.random() < 0.05:
+                add("assistant")
             if draw.random() < 0.2:
                 self._think(messages[-1], len(messages) - 1, harmful)
         return messages, tools
