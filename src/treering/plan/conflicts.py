@@ -113,6 +113,11 @@ def check_whole(techniques: Sequence[Technique], claimed: Sequence[Sequence[Clai
             f"the mesh has {axis_size(mesh, 'replicate', 'shard')} ranks with documents of their own, and no technique "
             "sums their gradients: add shard to the techniques (plain data parallelism is replicate=-1, shard=1)"
         )
+    if axis_size(mesh, "sequence") > 1 and "sharding" not in aspects:
+        raise PlanError(
+            f"the mesh has sequence={axis_size(mesh, 'sequence')}: each rank computes gradients of its part of a document, "
+            "and no technique sums them: add shard to the techniques"
+        )
     if axis_size(mesh, "sequence") > 1 and "attention" not in aspects:
         raise PlanError(f"the mesh has sequence={axis_size(mesh, 'sequence')}, and no technique splits the sequence")
     if axis_size(mesh, "expert") > 1:

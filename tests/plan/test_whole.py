@@ -1,0 +1,48 @@
+"""What is asked of the techniques of a run together: every axis of the mesh must be somebody's."""
+
+from dataclasses import dataclass
+
+import pytest
+
+import treering as tr
+from treering.core.topology import AXES
+from treering.plan.conflicts import check_whole
+from treering.technique import Claim
+
+
+@dataclass(frozen=True)
+class Axis:
+    ranks: int
+
+    def size(self) -> int:
+        return self.ranks
+
+
+def mesh(**sizes: int) -> dict[str, Axis]:
+    """As much of a mesh as the check looks at."""
+    return {name: Axis(sizes.get(name, 1)) for name in AXES}
+
+
+SPLIT = Claim(fqn="", aspect="attention", setting="toy")
+SUM = Claim(fqn="w", aspect="sharding", setting="shard")
+
+
+def test_a_mesh_whose_every_axis_is_served_is_accepted():
+    check_whole([tr.Full()], [[]], mesh())
+    check_whole([tr.Full()], [[SUM]], mesh(replicate=2, shard=2))
+    check_whole([tr.Full()], [[SPLIT, SUM]], mesh(sequence=2))
+
+
+@pytest.mark.parametrize(
+    ("axes", "claims", "message"),
+    [
+        ({"shard": 2}, [], "no technique sums their gradients"),
+        ({"replicate": 2}, [SPLIT], "no technique sums their gradients"),
+        ({"sequence": 2}, [SUM], "no technique splits the sequence"),
+        ({"sequence": 2}, [SPLIT], "no technique sums them: add shard"),
+        ({"expert": 2}, [SUM, SPLIT], "no technique deals out experts"),
+    ],
+)
+def test_an_axis_that_no_technique_serves_is_refused(axes, claims, message):
+    with pytest.raises(tr.PlanError, match=message):
+        check_whole([tr.Full()], [claims], mesh(**axes))
