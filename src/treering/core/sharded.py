@@ -1,15 +1,50 @@
 """Where a live parameter's values are: whole, or as rows of dimension 0 on each rank."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
+from treering.core.errors import PlanError
+
 
 def local(value: Tensor) -> Tensor:
     """What this rank holds."""
     return value.to_local() if isinstance(value, DTensor) else value
+
+
+def sharded_axes(value: Tensor) -> tuple[int, ...]:
+    """The mesh axes over which dimension 0 is cut, in the order in which it is cut; none where it is whole.
+
+    Where experts or tensors are cut over an inner axis before FSDP cuts over an outer one, the outer placement is a
+    `_StridedShard`. It is no `Shard`, so code that looks for those would pass over it without an error: rows of such a
+    tensor are contiguous, but the outer axis cuts last.
+    """
+    if not isinstance(value, DTensor):
+        return ()
+    first: list[int] = []
+    last: list[int] = []
+    for axis, placement in enumerate(value.placements):
+        if isinstance(placement, Replicate):
+            continue
+        strided = type(placement).__name__ == "_StridedShard"
+        if not (strided or isinstance(placement, ShardPlacement)) or getattr(placement, "dim", None) != 0:
+            raise PlanError(
+                f"a tensor of {tuple(value.shape)} is placed as {placement} on axis {axis} of its mesh; only tensors "
+                "whose dimension 0 is sharded can be trained, saved and clipped"
+            )
+        (last if strided else first).append(axis)
+    return (*first, *last)
+
+
+@torch.no_grad()
+def sum_over_rows(value: Tensor, like: Tensor) -> Tensor:
+    """In place: the sum over the ranks that hold other rows of `like`. Replicas have it already. A collective."""
+    for axis in sharded_axes(like):
+        dist.all_reduce(value, group=like.device_mesh.get_group(axis))  # type: ignore[attr-defined]
+    return value
 
 
 def local_rows(value: Tensor) -> tuple[int, int]:
@@ -18,10 +53,7 @@ def local_rows(value: Tensor) -> tuple[int, int]:
     if not isinstance(value, DTensor):
         return 0, rows
     start, stop = 0, rows
-    for axis, placement in enumerate(value.placements):
-        if isinstance(placement, Replicate):
-            continue
-        assert isinstance(placement, ShardPlacement) and placement.dim == 0, f"{placement} of {tuple(value.shape)}"
+    for axis in sharded_axes(value):
         each = -(-(stop - start) // value.device_mesh.size(axis))
         begin = min(start + value.device_mesh.get_local_rank(axis) * each, stop)
         start, stop = begin, min(begin + each, stop)

@@ -115,8 +115,8 @@ def check_whole(techniques: Sequence[Technique], claimed: Sequence[Sequence[Clai
         )
     if axis_size(mesh, "sequence") > 1 and "sharding" not in aspects:
         raise PlanError(
-            f"the mesh has sequence={axis_size(mesh, 'sequence')}: each rank computes gradients of its part of a document, "
-            "and no technique sums them: add shard to the techniques"
+            f"the mesh has sequence={axis_size(mesh, 'sequence')}: each rank computes gradients of its part of a "
+            "document, and no technique sums them: add shard to the techniques"
         )
     if axis_size(mesh, "sequence") > 1 and "attention" not in aspects:
         raise PlanError(f"the mesh has sequence={axis_size(mesh, 'sequence')}, and no technique splits the sequence")

@@ -11,11 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Shard as ShardPlacement
 from torch.optim import Optimizer
 
 from treering.core.errors import NumericsError
-from treering.core.sharded import local
+from treering.core.sharded import local, sharded_axes
 from treering.technique import Applied
 
 
@@ -64,7 +63,7 @@ def norm_over_meshes(gradients: Iterable[Tensor]) -> Tensor:
         axes: tuple[int, ...] = ()
         if isinstance(gradient, DTensor):
             mesh = gradient.device_mesh
-            axes = tuple(i for i, p in enumerate(gradient.placements) if isinstance(p, ShardPlacement))
+            axes = sharded_axes(gradient)
         groups.setdefault((mesh, axes), []).append(local(gradient))
     total: Tensor | None = None
     for (mesh, axes), held in groups.items():

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from treering.core.full_precision import exactly
+from treering.core.sharded import local, sum_over_rows
 from treering.core.topology import parameter_mesh
 from treering.techniques.osft.operator import Operator
 from treering.techniques.osft.protection import End, Made, Side
@@ -148,10 +148,6 @@ def dealt(shape: tuple[int, ...], dtype: torch.dtype, mesh: "DeviceMesh | None")
     return DTensor.from_local(own, over, placements, run_check=False, shape=torch.Size(shape), stride=strides)
 
 
-def local(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
 def gathering(value: Tensor) -> Callable[[], Tensor]:
     """Rows of all ranks, asked for now and waited for by the call; a stack of experts stays with its rank, where its
     weights are."""
@@ -172,11 +168,3 @@ def project_all(pairs: Iterable[Pair]) -> None:
         # With offload the weight rests on the host and the bases do not: they would be the larger thing to move.
         X.copy_(held.project(X.to(held.held("scale").device), weight, columns))
         del columns  # or it would still be there while the one after the next is fetched
-
-
-def sum_over_rows(value: Tensor, like: Tensor) -> Tensor:
-    """In place: the sum of what ranks that hold other rows of `like` have. Replicas have it already."""
-    for axis, placement in enumerate(like.placements if isinstance(like, DTensor) else ()):
-        if isinstance(placement, ShardPlacement):
-            dist.all_reduce(value, group=like.device_mesh.get_group(axis))  # type: ignore[attr-defined]
-    return value

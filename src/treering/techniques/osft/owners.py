@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from treering.techniques.osft.held import Held, Pair, local, project_all
+from treering.core.sharded import local
+from treering.techniques.osft.held import Held, Pair, project_all
 from treering.techniques.osft.protection import End
 from treering.techniques.osft.wire import groups
 

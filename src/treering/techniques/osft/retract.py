@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from treering.core.errors import PlanError
 from treering.core.seeds import generator
-from treering.techniques.osft.held import local
+from treering.core.sharded import local
 from treering.techniques.osft.wire import Side, first_row, groups, project_, sum_together
 
 if TYPE_CHECKING:

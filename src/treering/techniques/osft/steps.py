@@ -3,14 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Shard as ShardPlacement
 from torch.optim import Optimizer
 
+from treering.core.sharded import local, sum_over_rows
 from treering.techniques.osft.decay import decays
-from treering.techniques.osft.held import Held, Pair, local, project_all
+from treering.techniques.osft.held import Held, Pair, project_all
 from treering.techniques.osft.owners import Owners
 
 
@@ -119,11 +117,7 @@ class Steps:
     def _norm(self, squares: Sequence[tuple[Tensor, Tensor]]) -> float:
         """The 2-norm of tensors that lie as their parameters do, from this rank's sums of squares."""
         total = torch.stack([square for _, square in squares]).sum()
-        like = squares[0][0]
-        for axis, placement in enumerate(like.placements if isinstance(like, DTensor) else ()):
-            if isinstance(placement, ShardPlacement):
-                dist.all_reduce(total, group=like.device_mesh.get_group(axis))  # type: ignore[attr-defined]
-        return float(total.sqrt())
+        return float(sum_over_rows(total, squares[0][0]).sqrt())
 
 
 def _square(value: Tensor) -> Tensor:

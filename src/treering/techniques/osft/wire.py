@@ -18,11 +18,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor import DTensor
 
 from treering.core.full_precision import exactly
-from treering.techniques.osft.held import local
+from treering.core.sharded import local, sharded_axes
 
 BUCKET = 64 << 20  # bytes of coefficients in one message
 
@@ -70,14 +69,8 @@ def groups(value: Tensor) -> tuple[Any, ...]:
     """The process groups over which dimension 0 of `value` is dealt, the outermost first; none where it is whole."""
     if not isinstance(value, DTensor):
         return ()
-    found = []
-    for axis, placement in enumerate(value.placements):
-        if isinstance(placement, Replicate):
-            continue
-        assert isinstance(placement, ShardPlacement) and placement.dim == 0, f"{placement} of {tuple(value.shape)}"
-        if value.device_mesh.size(axis) > 1:
-            found.append(value.device_mesh.get_group(axis))
-    return tuple(found)
+    mesh = value.device_mesh
+    return tuple(mesh.get_group(axis) for axis in sharded_axes(value) if mesh.size(axis) > 1)
 
 
 class _Job(Protocol):
