@@ -90,11 +90,10 @@ def _warn(made: "Statistics") -> None:
 def _composed(model: str, dtype: str) -> "Run":
     """The plain model, sharded where there are several ranks. Nothing is trained."""
     from treering.plan import compose
-    from treering.techniques.full import Full
     from treering.techniques.shard import Shard
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return compose(model, [Full(), Shard()] if several else [Full()], dtype=dtype, dropout="off")
+    return compose(model, [Shard()] if several else [], dtype=dtype, dropout="off", frozen=True)
 
 
 def _refuse_taken(to: Path, add: list[Path]) -> None:

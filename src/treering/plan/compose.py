@@ -43,6 +43,7 @@ def compose(
     statistics: Statistics | None = None,
     prepared: str | Path | None = None,
     roles: Mapping[str, str] | None = None,
+    frozen: bool = False,
 ) -> Run:
     """`model` with `techniques` in place and weights loaded.
 
@@ -50,9 +51,18 @@ def compose(
     mesh        from treering.mesh(…); with Shard and no mesh, all ranks shard
     prepared    folder for results of splitting (an SVD), shared by all ranks; needed with several ranks
     roles       pattern -> role, where the anatomy cannot tell (see its message)
+    frozen      nothing learns: for measuring, and for models that others learn from. Techniques that train are refused
     """
     plan = draft(
-        model, techniques, mesh=mesh, dtype=dtype, seed=seed, dropout=dropout, statistics=statistics, roles=roles
+        model,
+        techniques,
+        mesh=mesh,
+        dtype=dtype,
+        seed=seed,
+        dropout=dropout,
+        statistics=statistics,
+        roles=roles,
+        frozen=frozen,
     )
     return load(plan, statistics=statistics, prepared=prepared)
 
@@ -70,6 +80,7 @@ def draft(
     weights: bool = True,
     name: str | None = None,
     folder: Path | None = None,
+    frozen: bool = False,
 ) -> Plan:
     """Everything up to, and without, the weights: every refusal comes from here. `weights=False` needs only a config.
 
@@ -94,7 +105,7 @@ def draft(
     ordered = tuple(t.resolve(anatomy, source, statistics) if hasattr(t, "resolve") else t for t in ordered)
     claimed = [t.claims(anatomy, mesh) for t in ordered]
     conflicts.check(list(zip(ordered, claimed)))
-    conflicts.check_whole(ordered, claimed, mesh)
+    conflicts.check_whole(ordered, claimed, mesh, frozen=frozen)
     plain = {name: (tuple(value.shape), value.dtype) for name, value in plain_tensors(built).items()}
     unpackable = attention.packable(built, anatomy)
     setattr(built, COMPOSED, True)

@@ -98,22 +98,32 @@ def check_units(
                     )
 
 
-def check_whole(techniques: Sequence[Technique], claimed: Sequence[Sequence[Claim]], mesh: "DeviceMesh | None") -> None:
-    """What concerns the list as a whole: something must learn, and every axis of the mesh must be somebody's."""
+def check_whole(
+    techniques: Sequence[Technique],
+    claimed: Sequence[Sequence[Claim]],
+    mesh: "DeviceMesh | None",
+    *,
+    frozen: bool = False,
+) -> None:
+    """What concerns the list as a whole: something must learn unless the run is frozen, and every axis of the mesh must
+    be somebody's."""
     from treering.core.topology import axis_size
 
     aspects = {claim.aspect for claims in claimed for claim in claims}
-    if not any(technique.stage == Stage.ADAPT for technique in techniques):
-        raise PlanError("nothing would be trained: add full, lora or osft to the techniques")
+    learning = [name_of(technique) for technique in techniques if technique.stage == Stage.ADAPT]
+    if frozen and learning:
+        raise PlanError(f"the run is frozen, and {learning[0]} trains: leave it out, or leave out frozen")
+    if not frozen and not learning:
+        raise PlanError("nothing would be trained: add full, lora or osft to the techniques, or ask for frozen=True")
     losses = [name_of(t) for t, claims in zip(techniques, claimed) if any(c.aspect == "loss" for c in claims)]
     if len(losses) > 1:
         raise PlanError(f"{' and '.join(losses)} both compute the loss; use one of them")
-    if axis_size(mesh, "replicate", "shard") > 1 and "sharding" not in aspects:
+    if axis_size(mesh, "replicate", "shard") > 1 and "sharding" not in aspects and not frozen:
         raise PlanError(
             f"the mesh has {axis_size(mesh, 'replicate', 'shard')} ranks with documents of their own, and no technique "
             "sums their gradients: add shard to the techniques (plain data parallelism is replicate=-1, shard=1)"
         )
-    if axis_size(mesh, "sequence") > 1 and "sharding" not in aspects:
+    if axis_size(mesh, "sequence") > 1 and "sharding" not in aspects and not frozen:
         raise PlanError(
             f"the mesh has sequence={axis_size(mesh, 'sequence')}: each rank computes gradients of its part of a "
             "document, and no technique sums them: add shard to the techniques"

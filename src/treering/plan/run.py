@@ -66,6 +66,8 @@ class Run:
         Where parameters rest on the CPU, AdamW is the fused one unless you say otherwise: it is several times faster.
         """
         named = self.trainable()
+        if not named:
+            raise PlanError("the run is frozen, so there is nothing to optimize; compose it with full, lora or osft")
         chosen = settings.keys() & {"fused", "foreach", "differentiable", "capturable"}
         if kind is torch.optim.AdamW and not chosen and {p.device.type for _, p in named} == {"cpu"}:
             settings["fused"] = True
