@@ -74,9 +74,9 @@ class Theirs:
         self.optimizer: Any = osft_utils.optim_wrapper(optimizer, model)
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
-        from treering.plan.loss import cross_entropy
+        from treering.plan.loss import cross_entropy, with_targets
 
-        return cross_entropy(self.model, batch) / batch["count"]
+        return cross_entropy(self.model, with_targets(batch)) / batch["count"]
 
     def finish(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import treering as tr
-from treering.plan.loss import cross_entropy
+from treering.plan.loss import cross_entropy, with_targets
 
 Batch = dict[str, Any]
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.0}
@@ -55,7 +55,7 @@ class Foreign:
         self.optimizer: Any = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, **ADAMW)
 
     def step(self, batch: Batch) -> None:
-        (cross_entropy(self.model, batch) / batch["count"]).backward()
+        (cross_entropy(self.model, with_targets(batch)) / batch["count"]).backward()
         nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

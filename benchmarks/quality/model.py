@@ -12,7 +12,7 @@ from torch import Tensor
 import treering as tr
 from benchmarks.quality.learners import Batch, Learner, Method, decayed
 from treering.core.seeds import generator
-from treering.plan.loss import cross_entropy
+from treering.plan.loss import cross_entropy, with_targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def pretrained(config: Any, batches: Iterable[Batch], steps: int, lr: float, see
         for number, one in zip(range(steps), batches):
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (number + 1) / 30) * max(0.02, 1 - number / steps)
-            (cross_entropy(model, one) / one["count"]).backward()
+            (cross_entropy(model, with_targets(one)) / one["count"]).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -90,5 +90,5 @@ def exact(model: Any, ids: Tensor, labels: Tensor) -> float:
 @torch.no_grad()
 def nats(model: Any, ids: Tensor) -> float:
     """A token, in the mean over all that are predicted."""
-    total = sum(float(cross_entropy(model, batch(rows))) for rows in ids.split(16))
+    total = sum(float(cross_entropy(model, with_targets(batch(rows)))) for rows in ids.split(16))
     return total / ids[:, 1:].numel()

@@ -131,8 +131,11 @@ def real_tokens(batch: Batch, tokens: Literal["real", "trained"]) -> Tensor | No
         )
     if tokens == "real":
         return real
-    predicts = torch.zeros(ids.shape, dtype=torch.bool)
-    predicts[:, :-1] = batch["labels"][:, 1:] != -100
+    if "targets" in batch:
+        predicts = batch["targets"].cpu() != -100
+    else:  # a batch that no run has made ready
+        predicts = torch.zeros(ids.shape, dtype=torch.bool)
+        predicts[:, :-1] = batch["labels"][:, 1:] != -100
     return predicts if real is None else predicts & (real.cpu() != 0)
 
 

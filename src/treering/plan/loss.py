@@ -16,19 +16,26 @@ def trained_tokens(labels: Tensor) -> int:
     return int((labels[:, 1:] != IGNORED).sum())
 
 
+def with_targets(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with `targets`: what each position predicts, the label of the next one; nothing at the end of a row.
+
+    Labels are shifted here and nowhere else, once a micro-batch, so that techniques may cut rows and lose no target.
+    """
+    if "targets" in batch:
+        return batch
+    return {**batch, "targets": F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)}
+
+
 def cross_entropy(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Σ −log p(token | before). The head is applied only where a trained token is predicted.
 
-    B rows, K positions that predict a trained token in any row, V vocabulary.
+    B rows of S tokens, K positions that predict a trained token in any row, V vocabulary.
     """
-    labels = batch["labels"]
-    following = labels[:, 1:]
-    keep = (following != IGNORED).any(0).nonzero().squeeze(1)
+    targets_BS = batch["targets"]
+    keep = (targets_BS != IGNORED).any(0).nonzero().squeeze(1)
     if keep.numel() == 0:  # an empty micro-batch still runs: other ranks wait for its gathers and reductions
-        keep = torch.zeros(1, dtype=torch.long, device=labels.device)
-        targets_BK = torch.full((labels.shape[0], 1), IGNORED, device=labels.device)
-    else:
-        targets_BK = following[:, keep]
+        keep = torch.zeros(1, dtype=torch.long, device=targets_BS.device)
+    targets_BK = targets_BS[:, keep]
     inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         logits_BKV = model(**inputs, use_cache=False, logits_to_keep=keep).logits

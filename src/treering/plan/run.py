@@ -15,7 +15,7 @@ from treering.plan import batches, step
 from treering.plan.batches import Batch
 from treering.plan.explain import explain
 from treering.plan.export import export
-from treering.plan.loss import cross_entropy
+from treering.plan.loss import cross_entropy, with_targets
 from treering.plan.plan import Plan
 from treering.plan.step import StepReport
 from treering.plan.values import plain
@@ -96,6 +96,7 @@ class Run:
     def _ready(self, batch: Batch) -> Batch:
         if batch.get("documents") is not None and self.plan.unpackable:
             raise PlanError(f"a packed batch, but {self.plan.unpackable}; turn packing off (data.packing: off)")
+        batch = with_targets(batch)
         for applied in self.plan.applied:
             if applied.batch is not None:
                 batch = applied.batch(batch)
@@ -103,9 +104,10 @@ class Run:
 
     def loss(self, batch: Batch) -> Tensor:
         """This micro-batch's share of the step's loss: its sum over trained tokens / their number in the whole step."""
-        if "count" not in batch:
+        if "count" not in batch or "targets" not in batch:
             raise PlanError(
-                "the batch does not know how many tokens its step trains; take batches from run.steps(loader)"
+                "the batch does not know what its tokens predict and how many tokens its step trains; take batches "
+                "from run.steps(loader), or pass them through run.ready"
             )
         return self._loss(self.model, batch) / batch["count"]
 

@@ -30,14 +30,14 @@ def sharded_gradients(settings, full=None, arch="llama", stored=torch.float32, n
 
 def each_alone(number=4, ranks=2):
     """Σ over ranks, in float32, of what each rank's bfloat16 arithmetic gives, without FSDP's reduction."""
-    from treering.plan.loss import cross_entropy, trained_tokens
+    from treering.plan.loss import cross_entropy, trained_tokens, with_targets
 
     batches = rows(number)
     count = sum(trained_tokens(b["labels"]) for b in batches)
     total = {}
     for batch in batches:
         model = narrow(build("llama", attention="sdpa")).train()
-        (cross_entropy(model, batch) / count).backward()
+        (cross_entropy(model, with_targets(batch)) / count).backward()
         for name, parameter in model.named_parameters():
             total[name] = total.get(name, 0) + parameter.grad.float()
     return total

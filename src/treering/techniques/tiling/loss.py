@@ -61,32 +61,35 @@ class _HeadForward(forwards.ModuleForward):
 
 
 class _ModelForward(forwards.ModuleForward):
-    """What the model gives; or, given labels, the loss that its head makes of them."""
+    """What the model gives; or, given targets, the loss that its head makes of them."""
 
     def __init__(self, module: nn.Module, body: nn.Module, head: nn.Module):
         super().__init__(module)
         self.body, self.head = body, head
 
-    def __call__(self, *args: Any, treering_labels: Tensor | None = None, **kwargs: Any) -> Any:
-        if treering_labels is None:
+    def __call__(self, *args: Any, treering_targets: Tensor | None = None, **kwargs: Any) -> Any:
+        if treering_targets is None:
             return self.call_former(*args, **kwargs)
         hidden = self.body(*args, **kwargs, use_cache=False).last_hidden_state
-        return self.head(*trained(hidden, treering_labels))
+        return self.head(*trained(hidden, treering_targets))
 
 
 def loss(model: nn.Module, batch: "Batch") -> Tensor:
     """Σ over trained tokens of −log p(token | before)."""
     inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
-    return model(**inputs, treering_labels=batch["labels"])
+    return model(**inputs, treering_targets=batch["targets"])
 
 
-def trained(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def trained(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(hidden states of the tokens that predict a trained one, these), N × H and N. Never empty: ranks go together."""
-    following = labels[:, 1:].reshape(-1)
-    keep = (following != IGNORED).nonzero().squeeze(1)
+    flat = targets.reshape(-1)
+    keep = (flat != IGNORED).nonzero().squeeze(1)
     if keep.numel() == 0:
-        return hidden[:1, 0], torch.full((1,), IGNORED, device=labels.device)
-    if keep.numel() == following.numel():
-        return hidden[:, :-1].reshape(-1, hidden.shape[-1]), following
-    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    return rows[keep], following[keep]
+        return hidden[:1, 0], torch.full((1,), IGNORED, device=targets.device)
+    before_last = targets[:, :-1].reshape(-1)
+    if keep.numel() == before_last.numel() and bool(
+        (before_last != IGNORED).all()
+    ):  # all but the last: no copy by index
+        return hidden[:, :-1].reshape(-1, hidden.shape[-1]), before_last
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return rows[keep], flat[keep]
