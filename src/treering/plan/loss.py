@@ -21,7 +21,7 @@ def with_targets(batch: dict[str, Any]) -> dict[str, Any]:
 
     Labels are shifted here and nowhere else, once a micro-batch, so that techniques may cut rows and lose no target.
     """
-    if "targets" in batch:
+    if "targets" in batch or "labels" not in batch:  # what is only measured has no labels
         return batch
     return {**batch, "targets": F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)}
 
