@@ -59,7 +59,10 @@ def test_a_technique_that_cuts_a_row_loses_no_target(loss):
     assert "targets" in front.seen[0]
 
 
-def test_a_batch_that_was_not_made_ready_is_refused():
+def test_a_batch_without_labels_or_a_count_is_refused():
     run = tr.compose(build("llama"), [tr.Full()])
-    with pytest.raises(tr.PlanError, match=r"what its tokens predict.*run.ready"):
-        run.loss({**rows(1)[0], "count": 1})
+    for missing in ("labels", "count"):
+        batch = {**rows(1)[0], "count": 1}
+        del batch[missing]
+        with pytest.raises(tr.PlanError, match=r"what its tokens predict.*run.ready"):
+            run.loss(batch)

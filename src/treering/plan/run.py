@@ -104,6 +104,7 @@ class Run:
 
     def loss(self, batch: Batch) -> Tensor:
         """This micro-batch's share of the step's loss: its sum over trained tokens / their number in the whole step."""
+        batch = with_targets(batch)  # of a loop that counts by itself
         if "count" not in batch or "targets" not in batch:
             raise PlanError(
                 "the batch does not know what its tokens predict and how many tokens its step trains; take batches "

@@ -111,6 +111,7 @@ def test_a_micro_batch_that_trains_nothing_is_zero_and_still_has_a_graph():
     run = tr.compose(build("llama"), [tr.Full(), TiledLoss(tile=3)])
     batch = {**rows(1)[0], "count": 5}
     batch["labels"] = torch.full_like(batch["labels"], -100)
+    (batch,) = run.ready([batch])
     loss = run.loss(batch)
     loss.backward()
     assert float(loss) == 0 and all(p.grad is not None and not p.grad.any() for _, p in run.trainable())
