@@ -70,6 +70,11 @@ class Control:
         self._kinds = np.zeros(max(ids.values(), default=-1) + 1, dtype=np.int8)
         self._kinds[[ids[token] for token in special]] = SPECIAL
         self._kinds[[ids[token] for token in structural]] = STRUCTURAL
+        edges = {token[0] for token in self._ids} | {token[-1] for token in self._ids}
+        # Only if no token holds the beginning of another one inside, so that two never overlap.
+        first = {token[0] for token in self._ids}
+        nested = any(first & set(token[1:]) for token in self._ids)
+        self._edges = None if nested or len(edges) > 4 else "".join(sorted(edges))
         self._counts: dict[str, int] = {}
 
     def kinds(self, tokens: Tokens) -> np.ndarray:
@@ -90,7 +95,7 @@ class Control:
                 expected += self._count(text[begin : piece.begin])
             begin = max(begin, piece.end)
         expected += self._count(text[begin:])
-        if not pieces or not len(at):
+        if not pieces or not len(at) or (self._edges is not None and len(at) == expected and self._apart(text, pieces)):
             return len(at) == expected
         edges = [edge for piece in pieces for edge in (piece.begin, piece.end)]
         begins, ends, places = tokens.places(at, edges)
@@ -106,6 +111,14 @@ class Control:
             if not (inside and writers[which] and kinds[at[i]] == STRUCTURAL):
                 return False
         return True
+
+    def _apart(self, text: str, pieces: Sequence[Piece]) -> bool:
+        """Whether no text of the data holds a character that a control token begins or ends with.
+
+        A token that covers such a text whole would be one more than expected.
+        """
+        assert self._edges is not None
+        return all(text.find(edge, piece.begin, piece.end) < 0 for piece in pieces for edge in self._edges)
 
     def _count(self, literal: str) -> int:
         """How many control tokens a text of the template holds."""
