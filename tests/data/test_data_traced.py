@@ -15,9 +15,9 @@ from treering.data.chat.traced import (
     opaque,
     plain,
     plain_inside,
-    to_json,
     traced,
 )
+from treering.data.chat.traced_json import to_json
 
 TEXT = st.text(st.sampled_from("ab \n\t<|é😀\"\\'%"), max_size=12)
 SOME = st.one_of(st.none(), st.sampled_from(["a", " ", "b<", "\n", "ab"]))

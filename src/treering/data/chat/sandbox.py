@@ -32,8 +32,8 @@ from treering.data.chat.traced import (
     opaque,
     plain,
     plain_inside,
-    to_json,
 )
+from treering.data.chat.traced_json import to_json
 
 LONGEST = 1 << 20  # characters of a template
 _LEFT_OUT = ("pprint", "urlize", "random", "xmlattr", "urlencode")

@@ -23,16 +23,8 @@ class TiledMLPSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TiledBlockSettings:
-    """The fields of `TiledBlock`, which documents them."""
-
-    tile: Tile = "budget"
-    budget: float = 1.0
-    experts: Literal["tokens", "groups"] = "tokens"
-    accumulate: Accumulate = "float32"
-
-    def __post_init__(self) -> None:
-        check(self.tile, self.budget)
+class TiledBlockSettings(TiledMLPSettings):
+    """The fields of `TiledBlock`, which documents them: those of `TiledMLP`, which it contains."""
 
 
 @dataclass(frozen=True, kw_only=True)
