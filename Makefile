@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-oldest test-newest test-templates test-gpu bench-gpu lint bench clean
+.PHONY: demo test test-all test-oldest test-newest test-templates test-formats test-gpu bench-gpu lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/treering demo
@@ -17,6 +17,9 @@ test-all: $(STAMP)
 
 test-templates: $(STAMP)
 	$(BIN)/python -m tests.templates.fuzz
+
+test-formats: $(STAMP)
+	$(BIN)/python -m tests.formats.libraries
 
 # The default tests with the oldest versions that pyproject.toml allows, and with the newest that were tried: some
 # gigabytes each, because pip may take the CUDA build of torch. CPU builds fit as well, from an index that has them.
