@@ -1,0 +1,136 @@
+"""The one forward of a module of stacked experts, and what techniques register with it.
+
+transformers' experts modules share an interface: parameters `gate_up_proj` (or `up_proj`) and `down_proj` stacked over
+experts, a gate, optional biases and a norm. This forward computes what its `grouped_mm` implementation computes, with
+the same bits, and asks what was registered for each stack:
+
+    source      where its weight comes from: a plain parameter, packed codes, factors
+    addends     modules called with (rows, offsets), whose results are added to the product: adapters
+    observers   objects that see the rows of each product, and its gradient: statistics
+
+Nothing else replaces the forward of an experts module.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from treering.core.errors import PlanError
+from treering.core.module_forward import ModuleForward, install
+from treering.experts.products import stack_product
+from treering.experts.routing import Routing, route
+
+
+class Source(Protocol):
+    """Where the weight of a stack comes from. An object, so that copies of the model refer to their own."""
+
+    def product(self, x_SM: Tensor, routing: Routing) -> Tensor:
+        """Return x Wᵀ, [S, N]."""
+        ...
+
+
+class Observer(Protocol):
+    def see(self, stack: str, x_SM: Tensor, y_SN: Tensor, routing: Routing) -> None:
+        """Called with the rows that a stack multiplies and their products, once for each forward."""
+        ...
+
+
+class Plain:
+    """The weight of a plain parameter of the module."""
+
+    def __init__(self, module: nn.Module, leaf: str, transposed: bool):
+        self.module, self.leaf, self.transposed = module, leaf, transposed
+
+    def product(self, x_SM: Tensor, routing: Routing) -> Tensor:
+        weight = getattr(self.module, self.leaf)
+        return stack_product(x_SM, weight.mT if self.transposed else weight, routing.offsets)
+
+
+class GroupedForward(ModuleForward):
+    """What is called in place of an experts module's forward.
+
+    Args:
+        module: of a class that has transformers' experts interface; see `unsupported`.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__(module)
+        experts: Any = module
+        first = "gate_up_proj" if experts.has_gate else "up_proj"
+        self.stacks = (first, "down_proj")
+        self.sources: dict[str, Source] = {leaf: Plain(module, leaf, experts.is_transposed) for leaf in self.stacks}
+        self.addends: dict[str, list[nn.Module]] = {leaf: [] for leaf in self.stacks}
+        self.observers: list[Observer] = []
+        self.users = 0
+
+    def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        experts: Any = self.module
+        routing = route(top_k_index, experts.num_experts)
+        first, second = self.stacks
+        inner = self._product(first, hidden[routing.tokens], routing)
+        inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+        out = self._product(second, inner, routing)
+        if experts.has_post_expert_norm:
+            out = experts.post_expert_norm(out)
+        weighted = out * top_k_weights.reshape(-1)[routing.order].unsqueeze(-1)
+        return routing.combine(weighted).to(hidden.dtype)
+
+    def _product(self, leaf: str, x: Tensor, routing: Routing) -> Tensor:
+        y = self.sources[leaf].product(x, routing)
+        experts: Any = self.module
+        if experts.has_bias:
+            y = y + getattr(experts, f"{leaf}_bias")[routing.experts]
+        for addend in self.addends[leaf]:
+            y = y + addend(x, routing.offsets)
+        for observer in self.observers:
+            observer.see(leaf, x, y, routing)
+        return y
+
+
+def unsupported(module: nn.Module) -> str:
+    """Return why this module cannot have a grouped forward, or the empty string."""
+    experts: Any = module
+    flags = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate", "num_experts")
+    if missing := [name for name in flags if not hasattr(experts, name)]:
+        return f"{type(module).__name__} does not have transformers' experts interface ({missing[0]} is missing)"
+    if getattr(experts, "_is_expert_parallel", False):
+        return f"{type(module).__name__} is already split over ranks by transformers"
+    return ""
+
+
+def grouped(module: nn.Module, name: str) -> GroupedForward:
+    """Return the grouped forward of a module, installed if it is not yet. `release` it when it is no longer used.
+
+    Args:
+        module: the experts module.
+        name: its full name, for messages.
+    """
+    current = module.__dict__.get("forward")
+    if not isinstance(current, GroupedForward):
+        if reason := unsupported(module):
+            raise PlanError(f"{name}: {reason}, so its experts cannot be adapted, quantized or measured")
+        if current is not None:
+            raise PlanError(
+                f"{name}: its forward was replaced by {type(current).__name__}, which does not know experts"
+            )
+        current = GroupedForward(module)
+        install(current)
+    current.users += 1
+    return current
+
+
+def release(forward: GroupedForward) -> Callable[[], None]:
+    """Return what gives back one `grouped`; the last one restores the module's own forward."""
+    done = False
+
+    def undo() -> None:
+        nonlocal done
+        if done:
+            return
+        done = True
+        forward.users -= 1
+        if not forward.users:
+            del forward.module.__dict__["forward"]
+
+    return undo
