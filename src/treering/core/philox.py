@@ -1,7 +1,7 @@
 """Random numbers that are a function of where they are used: Philox4x32-10, vectorised.
 
-A torch generator gives another number for an element when the shape or the order changes. Here element (row, column) has
-a number of its own for each key, so it is the same for one document or a batch, on one rank or many, in any order.
+A torch generator gives another number for an element when the shape or the order changes. Here element (row, column)
+has a number of its own for each key, so it is the same for one document or a batch, on one rank or many, in any order.
 """
 
 import torch
