@@ -75,20 +75,32 @@ class FP8(Format):
 
 @dataclass(frozen=True, kw_only=True)
 class FP8Block(Format):
-    """e4m3 codes with one float32 scale for each block of `block` × `block`: DeepSeek's published form.
+    """e4m3 codes with one scale for each block of `block` × `block`: DeepSeek's published form.
 
     Blocks at the lower and right edges are short. The stored scale multiplies, although DeepSeek calls it `scale_inv`.
+
+    Attributes:
+        block: rows and columns that share a scale.
+        scale_dtype: in which scales are stored; the arithmetic of decoding is done in it.
     """
 
     name: ClassVar[str] = "fp8_block"
     block: int = 128
+    scale_dtype: str = "float32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.scale_dtype)
 
     def refusal(self, rows: int, columns: int) -> str:
         return ""
 
     def pieces(self, rows: int, columns: int) -> dict[str, Piece]:
         down, across = self.groups(rows, columns)
-        return {"codes": Piece(shape=(rows, columns)), "scales": Piece(shape=(down, 4 * across), by_rows=False)}
+        return {
+            "codes": Piece(shape=(rows, columns)),
+            "scales": Piece(shape=(down, self.dtype.itemsize * across), by_rows=False),
+        }
 
     def groups(self, rows: int, columns: int) -> tuple[int, int]:
         return -(-rows // self.block), -(-columns // self.block)
@@ -100,18 +112,18 @@ class FP8Block(Format):
         blocks = pad(x, (0, -columns % self.block, 0, -rows % self.block))
         blocks = blocks.unflatten(-1, (-1, self.block)).unflatten(-3, (-1, self.block))
         amax = blocks.abs().amax((-3, -1)) * clip
-        scales = torch.where(amax > 0, amax, LARGEST) / LARGEST
+        scales = (torch.where(amax > 0, amax, LARGEST) / LARGEST).to(self.dtype)
         return {"codes": as_bytes(e4m3(x / self._expand(scales, rows, columns))), "scales": as_bytes(scales)}
 
     def decode(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
-        codes = from_bytes(tensors["codes"], torch.float8_e4m3fn).float()
-        scales = from_bytes(tensors["scales"], torch.float32)
+        codes = from_bytes(tensors["codes"], torch.float8_e4m3fn).to(self.dtype)
+        scales = from_bytes(tensors["scales"], self.dtype)
         return (codes * self._expand(scales, codes.shape[-2], columns)).to(dtype)
 
     def damage(self, tensors: Tensors) -> str:
         if has_nan(tensors["codes"]):
             return "a code of fp8_block is NaN (byte 127 or 255)"
-        finite = bool(from_bytes(tensors["scales"], torch.float32).isfinite().all())
+        finite = bool(from_bytes(tensors["scales"], self.dtype).isfinite().all())
         return "" if finite else "a scale of fp8_block is not finite"
 
     def _expand(self, scales: Tensor, rows: int, columns: int) -> Tensor:

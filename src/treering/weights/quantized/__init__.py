@@ -1,0 +1,1 @@
+"""Quantized weights of published folders, read without rounding."""

@@ -1,0 +1,107 @@
+"""Folders of one publisher each: gpt-oss' experts in mxfp4, DeepSeek's fp8 blocks, bitsandbytes' nf4."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from treering.core.errors import CheckpointError
+from treering.formats import MXFP4, NF4, FP8Block
+from treering.formats.bits import as_bytes
+from treering.formats.nf4 import TABLE, nested_map
+from treering.store.untrusted.files import parse_json
+from treering.weights.quantized.weight import QuantizedWeight, Read, Shapes, need
+
+
+def gpt_oss(config: Mapping[str, Any], shapes: Shapes, read: Read, folder: str) -> Iterator[QuantizedWeight]:
+    """`X_blocks` [E, outputs, inputs / 32, 16] and `X_scales`; the parameter X is [E, inputs, outputs]."""
+    for key, (_, shape) in shapes.items():
+        if not key.endswith("_blocks"):
+            continue
+        name = key.removesuffix("_blocks")
+        scales = f"{name}_scales"
+        need(shapes, scales, name, folder)
+        if len(shape) != 4 or shape[-1] != 16:
+            raise CheckpointError(f"{folder}: {key} has shape {list(shape)}; [experts, rows, groups, 16] is expected")
+
+        def pieces(key: str = key, scales: str = scales) -> dict[str, Tensor]:
+            return {"codes": read(key).flatten(-2).contiguous(), "scales": read(scales)}
+
+        yield QuantizedWeight(
+            name=name,
+            shape=(shape[0], shape[1], 32 * shape[2]),
+            form=MXFP4(),
+            keys=(key, scales),
+            pieces=pieces,
+            transposed=True,
+            rounding=torch.bfloat16,
+        )
+
+
+def deepseek(config: Mapping[str, Any], shapes: Shapes, read: Read, folder: str) -> Iterator[QuantizedWeight]:
+    """`X.weight` e4m3 and `X.weight_scale_inv`, a scale that multiplies, for blocks of the size in config.json."""
+    size = config.get("weight_block_size")
+    if not (isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1] and isinstance(size[0], int)):
+        raise CheckpointError(
+            f"{folder}: weight_block_size is {size!r}; fp8 folders are read with square blocks, such as [128, 128], "
+            "and the size cannot be told from shapes"
+        )
+    for key, (dtype, shape) in shapes.items():
+        if dtype != "F8_E4M3" or not key.endswith(".weight"):
+            continue
+        scales = f"{key}_scale_inv"
+        need(shapes, scales, key, folder)
+
+        def pieces(key: str = key, scales: str = scales) -> dict[str, Tensor]:
+            stored = read(scales)
+            if stored.dtype == torch.uint8:  # powers of two (scale_fmt: ue8m0)
+                stored = stored.view(torch.float8_e8m0fnu)
+            return {"codes": as_bytes(read(key)), "scales": as_bytes(stored.float())}
+
+        yield QuantizedWeight(name=key, shape=shape, form=FP8Block(block=size[0]), keys=(key, scales), pieces=pieces)
+
+
+def bitsandbytes(config: Mapping[str, Any], shapes: Shapes, read: Read, folder: str) -> Iterator[QuantizedWeight]:
+    """`X.weight`: codes of the flattened matrix; `X.weight.absmax` and others; a description as JSON bytes."""
+    if config.get("load_in_8bit"):
+        raise CheckpointError(
+            f"{folder}: 8-bit weights of bitsandbytes (LLM.int8) are not read; take a 4-bit or a dense folder"
+        )
+    suffix = ".quant_state.bitsandbytes__"
+    for key in shapes:
+        if suffix not in key:
+            continue
+        name, _, kind = key.partition(suffix)
+        if kind != "nf4":
+            raise CheckpointError(
+                f"{folder}: {name} is stored as bitsandbytes {kind}; of its 4-bit formats nf4 is read"
+            )
+        state = parse_json(bytes(read(key).tolist()), Path(folder) / key)
+        shape, block = tuple(state.get("shape", ())), state.get("blocksize")
+        nested = f"{name}.nested_absmax" in shapes
+        form = NF4(block=int(block or 0) or 64, nested=nested)
+        if len(shape) != 2 or (nested and state.get("nested_blocksize") != NF4.nested_block):
+            raise CheckpointError(f"{folder}: {key} describes shape {shape} and nested blocks that are not read here")
+        if reason := form.refusal(*shape):
+            raise CheckpointError(f"{folder}: {name}: {reason}, so its blocks cross rows; take the dense model")
+        keys = [name, key] + [k for k in shapes if k.startswith(f"{name}.") and k != key]
+        tables = [(f"{name}.quant_map", TABLE)] + ([(f"{name}.nested_quant_map", nested_map())] if nested else [])
+        for table, values in tables:
+            need(shapes, table, name, folder)
+            if not torch.equal(read(table).float(), torch.tensor(values)):
+                raise CheckpointError(f"{folder}: {table} is another table than bitsandbytes ships")
+
+        def pieces(name: str = name, state: Any = state, shape: Any = shape, form: NF4 = form) -> dict[str, Tensor]:
+            codes = as_bytes(read(name)).flatten().reshape(shape[0], shape[1] // 2)
+            absmax = read(f"{name}.absmax").reshape(shape[0], -1)
+            if not form.nested:
+                return {"codes": codes, "scales": as_bytes(absmax)}
+            offset = torch.tensor([[float(state["nested_offset"])]], dtype=torch.float32)
+            nested = as_bytes(read(f"{name}.nested_absmax").float()[:, None])
+            return {"codes": codes, "scales": absmax, "nested": nested, "offset": as_bytes(offset)}
+
+        dtype = str(state.get("dtype", "float32"))
+        rounding = getattr(torch, dtype) if dtype in ("float32", "bfloat16", "float16") else torch.float32
+        yield QuantizedWeight(name=name, shape=shape, form=form, keys=tuple(keys), pieces=pieces, rounding=rounding)
