@@ -11,14 +11,19 @@ import hashlib
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.formats.weights import cases
 from treering.formats import FP8, MXFP4, NF4, NVFP4, Format, Integer
+from treering.store.untrusted.headers import read_header
+from treering.weights.quantized.folder import read_quantized
 
 PACKAGES = ("compressed-tensors==0.20.0", "torchao==0.18.0", "bitsandbytes==0.50.2", "loguru")
 GOLDEN = Path(__file__).with_name("golden.safetensors")
@@ -31,6 +36,21 @@ def u8(t: Tensor) -> Tensor:
 
 def digest(t: Tensor) -> str:
     return hashlib.sha256(u8(t).numpy().tobytes()).hexdigest()
+
+
+def compressed_config(args: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": args.model_dump(mode="json")}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+
+
+def check_folder(config: dict[str, Any], stored: dict[str, Tensor], decoded: Tensor) -> None:
+    """Our reader of published folders gives what the library decodes of the very tensors that it would save."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        save_file({key: t.contiguous() for key, t in stored.items()}, file)
+        shapes = {header.name: (header.dtype, tuple(header.shape)) for header in read_header(file)}
+        (weight,) = read_quantized(config, shapes, stored.__getitem__, "FOLDER").weights.values()
+        assert torch.equal(weight.dense(decoded.dtype), decoded), weight.form
 
 
 def compressed(form: Format, dtype: torch.dtype) -> Library:
@@ -77,6 +97,7 @@ def compressed(form: Format, dtype: torch.dtype) -> Library:
             state["weight_global_scale"] = whole
         state = compressor.compress(state, scheme)
         decoded = compressor.decompress(dict(state), scheme)["weight"]
+        check_folder(compressed_config(args), {f"m.{key}": t for key, t in state.items()}, decoded)
         if isinstance(form, NVFP4):
             whole = u8(state["weight_global_scale"])[None]
             return {"codes": state["weight_packed"], "scales": u8(state["weight_scale"]), "global": whole}, decoded
@@ -117,7 +138,10 @@ def bitsandbytes(form: Format, dtype: torch.dtype) -> Library:
             tensors["offset"] = u8(state.offset.reshape(1, 1).float())
         else:
             tensors["scales"] = u8(state.absmax.view(rows, -1))
-        return tensors, dequantize_4bit(packed, state)
+        decoded = dequantize_4bit(packed, state)
+        stored = {"m.weight": packed} | {f"m.weight.{key}": t for key, t in state.as_dict(packed=True).items()}
+        check_folder({"quant_method": "bitsandbytes", "load_in_4bit": True}, stored, decoded)
+        return tensors, decoded
 
     return run
 
@@ -165,8 +189,6 @@ def compare(seed: int) -> dict[str, list[int]]:
 
 def write_golden() -> None:
     """Write one file: a weight of each dtype, every library's tensors for it, and digests of what it decodes to."""
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     described: dict[str, dict] = {}
     for dtype in (torch.float32, torch.bfloat16):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from treering.formats import FP8, MXFP4, NF4, NVFP4, Format, FP8Block, Integer
+from treering.formats.bits import pack_stream
 from treering.formats.nf4 import TABLE, nested_map
 
 Folder = tuple[dict, dict[str, Tensor]]  # quantization_config, tensors
@@ -64,7 +65,9 @@ def compressed_tensors(name: str, weight: Tensor, form: Format, *, older: bool =
             tensors["weight_shape"] = torch.tensor(weight.shape)
             if form.asymmetric:
                 zeros = floats(packed["zeros"], torch.int8).long()
-                tensors["weight_zero_point"] = by_words(zeros.T.contiguous(), form.width).T.contiguous()
+                biased = (zeros.T + (1 << form.width - 1)).to(torch.uint8)
+                stream = pack_stream(biased, form.width).view(torch.int32)
+                tensors["weight_zero_point"] = (by_words(zeros.T, form.width) if older else stream).T
     group = {"targets": ["Linear"], "weights": config, "input_activations": None}
     whole = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
     return whole, {f"{name}.{leaf}": t for leaf, t in tensors.items()}

@@ -48,6 +48,7 @@ COMPRESSED = [
     Integer(width=4, group=0, scale_dtype="bfloat16"),
     Integer(width=4, group=32, asymmetric=True),
     Integer(width=3, group=32),
+    Integer(width=3, group=32, asymmetric=True),
 ]
 
 

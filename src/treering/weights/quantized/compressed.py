@@ -159,8 +159,8 @@ class _Module:
             scales = self.read(scale).reshape(form.groups(rows, columns)[0], -1)
             tensors = {"codes": codes, "scales": as_bytes(scales)}
             if asymmetric:
-                # Packed along the rows, unlike the codes; a width that divides 32 has one layout.
-                unpack = _by_words if 32 % width else _by_stream
+                # Packed along the rows, unlike the codes.
+                unpack = _by_stream if words == stream else _by_words
                 biased = unpack(self.read(zeros).mT.contiguous(), width, len(scales)).mT
                 tensors["zeros"] = as_bytes((biased.to(torch.int16) - (1 << width - 1)).to(torch.int8))
             return tensors
