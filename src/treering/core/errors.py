@@ -7,7 +7,7 @@ class TreeringError(Exception):
     exit_code = 1
 
 
-class ConfigError(TreeringError):
+class ConfigError(TreeringError, ValueError):
     """A setting is outside what is allowed. `field` is its dotted path below the object that raised it."""
 
     exit_code = 2
