@@ -133,6 +133,8 @@ def _row(key: Key, where: str, comment: str | None, used: set[str]) -> str:
             raise SystemExit(f"docs/make.py: {where} has no comment behind its field and no note; add one of them")
         used.add(where)
         comment = NOTES[where]
+    if key.formerly:
+        comment += f"; was called `{'`, `'.join(key.formerly)}`"
     inner = section(key.annotation)
     allowed = f"[section](#{_anchor(where)})" if inner else describe(key.annotation)
     if inner and (stands_for := shorthand(key.annotation)):

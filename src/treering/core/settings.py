@@ -17,8 +17,9 @@ T = TypeVar("T")
 
 
 def former_names(cls: type) -> dict[str, str]:
-    """Return former name → today's name of every renamed setting of the dataclass `cls`."""
-    return {name: f.name for f in dataclasses.fields(cls) for name in f.metadata.get(FORMERLY, ())}
+    """Return former name → today's name of every renamed setting of `cls`; nothing if it is not a dataclass."""
+    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    return {name: f.name for f in fields for name in f.metadata.get(FORMERLY, ())}
 
 
 def with_current_names(cls: type, text: str) -> str:
