@@ -9,7 +9,7 @@ import pytest
 import treering as tr
 from tests.same import assert_all_same
 from tests.toy_run import job
-from treering.cli.folders import describe
+from treering.cli.inspect import describe
 from treering.cli.parsing import read_text, validate
 from treering.cli.schema import RunConfig
 from treering.train import train

@@ -16,7 +16,7 @@ Settings = Annotated[
 
 
 def load(file: Path, settings: list[str] | None) -> "RunConfig":
-    """The checked configuration of `file`."""
+    """Return the checked configuration of `file`, with each `path=value` of `settings`."""
     from treering.cli.parsing import read_file, validate
     from treering.cli.schema import RunConfig
 
