@@ -141,8 +141,10 @@ def json_node(text: str) -> yaml.Node:
     line, last = 0, 0
     starts: list[yaml.Mark] = []  # of the mappings and lists that have not ended yet
     nodes: list[list[yaml.Node]] = [[]]  # what each of them contains so far, below the root
-    for match in _TOKEN.finditer(text):
+    for i, match in enumerate(_TOKEN.finditer(text)):
         line, last = line + text.count("\n", last, match.start()), match.start()
+        if i > 3 * MAX_VALUES:  # a value is at most a key and two brackets
+            raise too_many(line + 1)
         token, mark = match.group(), yaml.Mark("", last, line, 0, None, 0)
         if token in "{[":
             starts.append(mark)
