@@ -12,8 +12,8 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from treering.cli.parsing.plain import plain_values
-from treering.cli.parsing.shape import Key, arms, describe, keys, section, shorthand
+from treering.cli.parsing.resolved import plain_values
+from treering.cli.parsing.sections import Key, describe, keys, members, section, shorthand
 from treering.cli.schema import RunConfig
 
 PAGE = Path(__file__).with_name("config.md")
@@ -133,6 +133,8 @@ def _row(key: Key, where: str, comment: str | None, used: set[str]) -> str:
             raise SystemExit(f"docs/make.py: {where} has no comment behind its field and no note; add one of them")
         used.add(where)
         comment = NOTES[where]
+    if key.formerly:
+        comment += f"; was called `{'`, `'.join(key.formerly)}`"
     inner = section(key.annotation)
     allowed = f"[section](#{_anchor(where)})" if inner else describe(key.annotation)
     if inner and (stands_for := shorthand(key.annotation)):
@@ -154,10 +156,10 @@ def _written(value: Any) -> str:
 
 def _dataclasses(annotation: Any) -> list[type]:
     found = []
-    for arm in arms(annotation):
-        if is_dataclass(arm) and isinstance(arm, type):
-            found.append(arm)
-        found += [a for a in get_args(arm) if is_dataclass(a) and isinstance(a, type)]
+    for member in members(annotation):
+        if is_dataclass(member) and isinstance(member, type):
+            found.append(member)
+        found += [a for a in get_args(member) if is_dataclass(a) and isinstance(a, type)]
     return found
 
 

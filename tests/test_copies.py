@@ -37,12 +37,12 @@ ADAPTING = {
     "lora (pissa)": tr.LoRA(targets=TARGETS, rank=4, dtype="float64", init="pissa"),
     "osft": osft("update"),
     "osft (inputs)": osft("update", protect="inputs", ratio=None),
-    "osft (anchored)": osft("update", anchor=True, wire="cached"),
+    "osft (anchored)": osft("update", keep_initial=True, communication="cached"),
     "osft (one_sided)": osft("one_sided"),
     "osft (core)": osft("core"),
     "osft (forward)": osft("forward"),
     "osft (factors)": osft("factors"),
-    "osft (gathered factors)": osft("factors", wire="cached"),
+    "osft (gathered factors)": osft("factors", communication="cached"),
 }
 HELPING = {
     "tiledmlp": tr.TiledMLP(tile=5),

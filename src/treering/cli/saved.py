@@ -1,4 +1,4 @@
-"""What a checkpoint of a run says of itself, and whether its files are still what was written."""
+"""The facts in the manifest of a checkpoint, and whether its files are still what was written."""
 
 import math
 from collections import Counter
@@ -14,8 +14,8 @@ KINDS = {"optimizer": "optimizer state", "state": "technique state"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whole:
-    """A tensor of which each rank's file holds rows."""
+class SavedTensor:
+    """A full tensor, of which each rank's file holds rows."""
 
     name: str
     dtype: str
@@ -27,28 +27,28 @@ class Whole:
         return math.prod(self.shape)
 
 
-def describe_saved(folder: Path) -> tuple[dict[str, str], list[Whole]]:
-    """Facts and tensors. A manifest that is not whole is an error."""
+def describe_saved(folder: Path) -> tuple[dict[str, str], list[SavedTensor]]:
+    """Return facts and tensors of the checkpoint in `folder`. A damaged manifest is an error."""
     from treering.train.checkpoints import manifest
 
-    said = manifest.load(folder)
+    saved = manifest.load(folder)
     tensors = [
-        Whole(name=n, dtype=e.dtype, shape=e.shape, bytes=math.prod(e.shape) * manifest.DTYPES[e.dtype])
-        for n, e in said.tensors.items()
+        SavedTensor(name=n, dtype=e.dtype, shape=e.shape, bytes=math.prod(e.shape) * manifest.DTYPES[e.dtype])
+        for n, e in saved.tensors.items()
     ]
-    facts = {"step": str(said.step), "ranks": str(said.world)}
-    found = said.facts.get("identity")
-    identity = found if isinstance(found, dict) else {}
+    facts = {"step": str(saved.step), "ranks": str(saved.world)}
+    recorded = saved.facts.get("identity")
+    identity = recorded if isinstance(recorded, dict) else {}
     for name in SHOWN:
         if identity.get(name) is not None:
-            facts[name] = short(_told(masked(name, identity[name])), 200)
+            facts[name] = short(_joined(masked(name, identity[name])), 200)
     facts |= {f"size of {kind}": size(n) for kind, n in _kinds(tensors).most_common()}
-    facts["files"] = f"{len(said.files)}, {size(sum(file.bytes for file in said.files.values()))}"
+    facts["files"] = f"{len(saved.files)}, {size(sum(file.bytes for file in saved.files.values()))}"
     return facts, tensors
 
 
 def damage(folder: Path, verify: bool) -> Iterator[str]:
-    """What is wrong with the files: missing, of another size, or (`verify`: everything is read) of other content."""
+    """Yield what is wrong with the files: missing, of another size, or (`verify`: all are read) of other content."""
     from treering.store import disk
     from treering.train.checkpoints import manifest
 
@@ -65,7 +65,7 @@ def damage(folder: Path, verify: bool) -> Iterator[str]:
             yield f"{plain(str(path))} cannot be read: {error.strerror}"
 
 
-def _kinds(tensors: list[Whole]) -> Counter[str]:
+def _kinds(tensors: list[SavedTensor]) -> Counter[str]:
     kinds: Counter[str] = Counter()
     for tensor in tensors:
         first, slash, _ = tensor.name.partition("/")
@@ -73,5 +73,5 @@ def _kinds(tensors: list[Whole]) -> Counter[str]:
     return kinds
 
 
-def _told(value: Any) -> str:
+def _joined(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,4 +1,4 @@
-"""The whole configuration of a run: the sections of the YAML file, and the literal table technique name → class."""
+"""The configuration of a run: the sections of the YAML file, and the literal table technique name → class."""
 
 from dataclasses import dataclass, field
 
@@ -40,7 +40,7 @@ class Techniques:
                     raise ConfigError(message, field=f"lora[{i}].name")
 
     def chosen(self) -> tuple[Technique, ...]:
-        """The techniques that are on, each adapter on its own. `compose` puts them in order."""
+        """Return the techniques that are switched on, each adapter by itself. `compose` puts them in order."""
         adapters = self.lora if isinstance(self.lora, tuple) else (self.lora,)
         tiled = (self.tiledmlp, self.tiledblock, self.tiledloss)
         rest = (self.osft, *tiled, self.recompute, self.shard, self.compile)

@@ -53,6 +53,6 @@ def reread(job: Job, *, step: int | None = None) -> tuple[Plan, checkpoint.Saved
     plan = draft_of(job)
     identity = Keeper(job, plan, None).identity()
     check_same(
-        saved, {name: identity[name] for name in ("techniques", "dtype", "weights")}
+        saved, {name: identity[name] for name in ("techniques", "dtype", "weights")}, plan.techniques
     )  # its tensors would not fit, be cast, or stand beside a base that they were not trained on
     return plan, saved

@@ -18,8 +18,8 @@ ARCHITECTURES = ["llama", "gpt2", "qwen3_moe", "gpt_oss"]  # GQA, Conv1D with bi
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
-def osft(form="factors", wire="coefficients", **settings):
-    return OSFT(protect="weights", form=form, wire=wire, **settings)
+def osft(form="factors", communication="coefficients", **settings):
+    return OSFT(protect="weights", form=form, communication=communication, **settings)
 
 
 def factored(W, open_, config):
@@ -55,14 +55,14 @@ def learning(module):
 # --- at load and at export
 
 
-@pytest.mark.parametrize(("form", "wire"), FORMS)
+@pytest.mark.parametrize(("form", "communication"), FORMS)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_model_is_the_same_right_after_decomposition(arch, form, wire):
+def test_the_model_is_the_same_right_after_decomposition(arch, form, communication):
     plain = build(arch).eval()
     wanted = {n: p.detach().clone() for n, p in plain.named_parameters()}
     ids = rows(1)[0]["input_ids"]
     logits = plain(ids).logits
-    run = tr.compose(plain, [osft(form, wire)])
+    run = tr.compose(plain, [osft(form, communication)])
     assert max(run.lost.values()) < 2e-6
     assert_same(run.model.eval()(ids).logits, logits, 5e-6)
     assert_all_same(weights(run), wanted, 5e-6)
@@ -164,11 +164,11 @@ OPTIMIZERS = {
 def test_training_follows_the_reference(name, open_):
     W, loss = reference_loss(name, rows(2))
     wanted, _ = reference.trajectory(W, 32 - open_, loss, lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0), 4)
-    for form, wire in FORMS:
-        config = osft(form, wire, targets=(name.removesuffix(".weight"),), free={name: open_})
+    for form, communication in FORMS:
+        config = osft(form, communication, targets=(name.removesuffix(".weight"),), free={name: open_})
         run = tr.compose(build("llama", dtype=torch.float64), [config])
         train(run, [rows(2)] * 4, torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
-        assert_same(dict(run.plain())[name], wanted, 1e-9, f"{form} {wire}")
+        assert_same(dict(run.plain())[name], wanted, 1e-9, f"{form} {communication}")
 
 
 # --- while it learns
@@ -275,8 +275,8 @@ def test_without_the_projection_after_the_step_adamw_leaks():
 def test_gradients_are_orthogonal_to_what_is_held_and_s_is_left_alone(shape, open_):
     torch.manual_seed(0)
     N, M = MATRICES[shape]
-    for form, wire in FORMS[1:]:
-        module, steps, _ = factored(torch.randn(N, M, dtype=torch.float64), open_, osft(form, wire))
+    for form, communication in FORMS[1:]:
+        module, steps, _ = factored(torch.randn(N, M, dtype=torch.float64), open_, osft(form, communication))
         module(torch.randn(9, M, dtype=torch.float64), None).square().sum().backward()
         raw = module.S_low.grad.clone(), module.S_low.detach().clone()
         with torch.no_grad():
@@ -311,8 +311,8 @@ def test_gradients_are_orthogonal_to_what_is_held_and_s_is_left_alone(shape, ope
 
 def test_a_leak_is_seen_and_its_size_is_right():
     torch.manual_seed(0)
-    for form, wire in FORMS:
-        module, steps, _ = factored(torch.randn(40, 60, dtype=torch.float64), 10, osft(form, wire))
+    for form, communication in FORMS:
+        module, steps, _ = factored(torch.randn(40, 60, dtype=torch.float64), 10, osft(form, communication))
         Q, X = module.high[0].detach(), module.low[0].detach()
         with torch.no_grad():
             X.add_(Q @ torch.randn(30, 10, dtype=torch.float64) * 0.05)
@@ -352,16 +352,16 @@ def test_weight_decay_is_refused_where_it_would_erode_the_base_model():
     for form in FORMS:
         run = tr.compose(build("llama"), [osft(*form, targets=("q_proj",))])
         before = weights(run)
-        with pytest.raises(tr.PlanError, match=r"weight_decay 0\.1 would draw.*osft\.anchor"):
+        with pytest.raises(tr.PlanError, match=r"weight_decay 0\.1 would draw.*osft\.keep_initial"):
             train(run, [rows(2)], torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
         assert_all_same(weights(run), before)
         train(run, [rows(2)], torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
 
 
-@pytest.mark.parametrize(("form", "wire"), [FORMS[0], FORMS[1]])
+@pytest.mark.parametrize(("form", "communication"), [FORMS[0], FORMS[1]])
 @pytest.mark.parametrize("arch", [*ARCHITECTURES[:3], pytest.param("gpt_oss", marks=pytest.mark.slow)])
-def test_every_architecture_learns_and_stays_held(arch, form, wire):
-    config = osft(form, wire)
+def test_every_architecture_learns_and_stays_held(arch, form, communication):
+    config = osft(form, communication)
     run = tr.compose(build(arch), [config])
     start = weights(run)
     losses = train(run, [rows(4)] * 8, torch.optim.AdamW, lr=1e-2, weight_decay=0.0)

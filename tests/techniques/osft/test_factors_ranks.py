@@ -29,8 +29,10 @@ CASES = {
 STEPS = 2
 
 
-def trained(arch, form, wire, shard=None, mesh=None, folder=None, dtype=torch.float64, optimizer=torch.optim.AdamW):
-    config = OSFT(protect="weights", form=form, wire=wire, **CASES[arch])
+def trained(
+    arch, form, communication, shard=None, mesh=None, folder=None, dtype=torch.float64, optimizer=torch.optim.AdamW
+):
+    config = OSFT(protect="weights", form=form, communication=communication, **CASES[arch])
     techniques = [config] if shard is None else [config, tr.Shard(**shard)]
     made = tr.mesh(**mesh) if mesh is not None else None
     run = tr.compose(build(arch, dtype=dtype), techniques, mesh=made, prepared=folder)
@@ -93,7 +95,7 @@ def narrow(folder, offload):
     """bfloat16 all around, and what each unit's factors are when the forward reads them."""
     seen, leaks = set(), {}
     for form in FORMS[2:3] if offload == "cpu" else FORMS[:2]:
-        config = OSFT(protect="weights", form=form[0], wire=form[1])
+        config = OSFT(protect="weights", form=form[0], communication=form[1])
         shard = tr.Shard(compute="bfloat16", offload=offload)
         run = tr.compose(build("llama"), [config, shard], mesh=tr.mesh(), prepared=Path(folder))
         module = run.model.model.layers[0].mlp.down_proj.osft
@@ -125,7 +127,7 @@ def quiet():
 
     found = {}
     for form in FORMS:
-        config = OSFT(protect="weights", form=form[0], wire=form[1])
+        config = OSFT(protect="weights", form=form[0], communication=form[1])
         with tempfile.TemporaryDirectory() as folder:
             box = [folder]
             dist.broadcast_object_list(box)
@@ -150,7 +152,7 @@ def quiet():
     return found
 
 
-def wanted_elements(wire, free=True):
+def wanted_elements(communication, free=True):
     """For one projection of all of the small llama's targets: Σ over sides of what the table says."""
     shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
     total = 0
@@ -161,7 +163,7 @@ def wanted_elements(wire, free=True):
             k = low if size == R else high
             if size == R and not free:
                 continue
-            total += k * low if wire == "coefficients" else -(-k // 2) * size
+            total += k * low if communication == "coefficients" else -(-k // 2) * size
     return 2 * total  # layers
 
 

@@ -1,4 +1,4 @@
-"""`wire: cached` of form `update`: rows travel to the rank that keeps the operators, and nothing else is different."""
+"""`communication: cached` of form `update`: rows go to the rank that keeps the operators, and all else is the same."""
 
 from collections import Counter
 
@@ -24,9 +24,9 @@ from treering.techniques.osft.steps import Steps
 from treering.techniques.osft.targets import Target
 
 CASES = {
-    "inputs": tr.OSFT(wire="cached"),
-    "both": tr.OSFT(wire="cached", protect="both", strength="hard", ratio=0.3),
-    "weights": tr.OSFT(wire="cached", protect="weights", ratio=0.3, anchor=True),
+    "inputs": tr.OSFT(communication="cached"),
+    "both": tr.OSFT(communication="cached", protect="both", strength="hard", ratio=0.3),
+    "weights": tr.OSFT(communication="cached", protect="weights", ratio=0.3, keep_initial=True),
 }
 
 
@@ -43,7 +43,7 @@ def trained(cases, sharding, folder):
     for case in cases:
         run = composed(case, mesh, folder)
         before = set(run.model.state_dict())
-        decay = 0.1 if CASES[case].anchor else 0.0
+        decay = 0.1 if CASES[case].keep_initial else 0.0
         steps = [rows(4, seed=i)[rank::ranks] for i in range(3)]
         train(run, steps, torch.optim.AdamW, lr=1e-2, weight_decay=decay)
         assert set(run.model.state_dict()) == before
@@ -77,7 +77,7 @@ def test_every_mesh_trains_like_one(sharding, cases, tmp_path):
             assert found[case][1] == pytest.approx(wanted[case][1], rel=1e-6, abs=1e-12)
             assert found[case][2] == wanted[case][2]  # nothing more to save
             assert found[case][3] == pytest.approx(wanted[case][3], rel=1e-9)
-            assert (found[case][3] > 0.1) == CASES[case].anchor
+            assert (found[case][3] > 0.1) == CASES[case].keep_initial
 
 
 SHAPES = {

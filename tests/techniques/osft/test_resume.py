@@ -11,7 +11,7 @@ from tests.toy_run import job
 from treering.train.checkpoints.files import read
 
 FORMS = {
-    "update": tr.OSFT(protect="weights", ratio=0.4, anchor=True),
+    "update": tr.OSFT(protect="weights", ratio=0.4, keep_initial=True),
     "one_sided": tr.OSFT(protect="weights", ratio=0.4, form="one_sided"),
     "factors": tr.OSFT(protect="weights", ratio=0.4, form="factors"),
 }

@@ -68,7 +68,7 @@ def test_coefficients_are_summed_in_the_smaller_basis(ratio):
 
 
 def test_gathered_bases_travel_whole_once_a_pass():
-    found = counted(tr.OSFT(form="factors", protect="weights", wire="gather"))
+    found = counted(tr.OSFT(form="factors", protect="weights", communication="gather"))
     wanted = 0
     for target in linears():
         _, _, columns = by_weights(target, 0.25)
@@ -79,7 +79,7 @@ def test_gathered_bases_travel_whole_once_a_pass():
 @pytest.mark.parametrize(
     "technique",
     [
-        tr.OSFT(form="factors", protect="weights", wire="cached"),
+        tr.OSFT(form="factors", protect="weights", communication="cached"),
         tr.OSFT(form="forward", protect="weights"),
         tr.OSFT(form="one_sided"),
         tr.OSFT(form="one_sided", protect="weights"),
@@ -116,7 +116,9 @@ def test_update_gathers_at_the_inputs_and_sums_at_the_outputs(technique):
 def test_cached_operators_stay_and_rows_go_there_and_back():
     ranks = 4  # divides all rows here, so that what all ranks send is the same whoever owns what
     # Shapes only: the pretended group has nothing to hand to a rank that sends nothing.
-    every = [counted(tr.OSFT(protect="both", wire="cached"), ranks, rank, shapes_only=True) for rank in range(ranks)]
+    every = [
+        counted(tr.OSFT(protect="both", communication="cached"), ranks, rank, shapes_only=True) for rank in range(ranks)
+    ]
     each = sum(2 * (ranks - 1) / ranks * t.outputs * t.inputs * BYTES / ranks for t in linears())
     assert sum(found["gradients"] for found in every) == sum(found["step"] for found in every) == ranks * each
 

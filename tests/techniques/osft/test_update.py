@@ -42,7 +42,7 @@ def dense(run, config, statistics, before):
             soft = config.strength == "soft"
             if soft and config.ratio is None and config.form == "update":
                 held = target.inputs
-            into = reference.held_softly(A, held, config.soften) if soft else reference.held_hard(A, held)
+            into = reference.held_softly(A, held, config.damping) if soft else reference.held_hard(A, held)
         found[target.weight] = target, out, into
     return found
 
@@ -53,7 +53,7 @@ CASES = [
     tr.OSFT(protect="inputs", strength="hard", ratio=0.25),
     tr.OSFT(protect="inputs", strength="hard", ratio=0.6),
     tr.OSFT(protect="inputs", ratio=0.4),
-    tr.OSFT(protect="both", ratio=0.3, soften=0.1),
+    tr.OSFT(protect="both", ratio=0.3, damping=0.1),
     tr.OSFT(),
 ]
 
@@ -84,13 +84,13 @@ def test_one_sgd_step_is_the_projected_gradient(config, arch):
 def test_nothing_leaks_into_what_is_held(config, kind):
     from dataclasses import replace
 
-    run, _ = composed(replace(config, anchor=True, targets=("q_proj", "down_proj")), dtype=torch.float32)
+    run, _ = composed(replace(config, keep_initial=True, targets=("q_proj", "down_proj")), dtype=torch.float32)
     train(run, [rows(1, seed=i % 3) for i in range(200)], kind, lr=1e-2, weight_decay=0.1)
     assert 0 < run.metrics()["osft/leak"] <= 1e-5
 
 
 def test_leak_is_what_it_says():
-    run, statistics = composed(tr.OSFT(protect="inputs", strength="hard", ratio=0.5, anchor=True))
+    run, statistics = composed(tr.OSFT(protect="inputs", strength="hard", ratio=0.5, keep_initial=True))
     before = weights(run)
     train(run, STEPS, torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_weight_decay_without_an_anchor_is_refused_and_with_one_acts_on_the_chan
         train(run, STEPS, torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
     decayed = {}
     for rate in (0.0, 5.0):
-        run, _ = composed(tr.OSFT(protect="weights", anchor=True))
+        run, _ = composed(tr.OSFT(protect="weights", keep_initial=True))
         before = weights(run)
         train(run, STEPS, torch.optim.AdamW, lr=1e-2, weight_decay=rate)
         decayed[rate] = sum(float((w - before[n]).norm()) for n, w in weights(run).items())
@@ -284,7 +284,7 @@ def test_the_small_file_is_an_adapter_that_peft_loads(config, arch, tmp_path):
 )
 def test_decay_is_that_of_the_change(kind, settings):
     """The same optimizer on the change itself, with the weight from before added in the forward."""
-    config = tr.OSFT(protect="weights", ratio=1.0, anchor=True, targets=("q_proj",))
+    config = tr.OSFT(protect="weights", ratio=1.0, keep_initial=True, targets=("q_proj",))
     run, _ = composed(config)
     before = weights(run)
     train(run, STEPS, kind, lr=1e-2, weight_decay=0.5, **settings)
@@ -309,13 +309,13 @@ def test_an_optimizer_whose_decay_is_not_known_is_refused():
     class Lion(torch.optim.SGD):
         pass
 
-    run, _ = composed(tr.OSFT(protect="weights", anchor=True))
+    run, _ = composed(tr.OSFT(protect="weights", keep_initial=True))
     with pytest.raises(tr.PlanError, match="how Lion decays"):
         train(run, STEPS, Lion, lr=1e-2, weight_decay=0.1)
 
 
 def test_a_failed_step_leaves_the_weights(monkeypatch):
-    run, _ = composed(tr.OSFT(protect="weights", anchor=True))
+    run, _ = composed(tr.OSFT(protect="weights", keep_initial=True))
     before = weights(run)
     optimizer = run.optimizer(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
     with monkeypatch.context() as patched, pytest.raises(MemoryError):
@@ -340,7 +340,7 @@ def stepped(config, **context):
 
 @pytest.mark.parametrize("form", ["update", "one_sided", "forward", "factors"])
 def test_neither_autocast_nor_fast_products_leak(form):
-    config = tr.OSFT(protect="weights", ratio=0.3, form=form, anchor=form == "update")
+    config = tr.OSFT(protect="weights", ratio=0.3, form=form, keep_initial=form == "update")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -430,7 +430,7 @@ def test_unmeasured_experts_can_be_frozen(config, anchor):
     from dataclasses import replace
 
     model, statistics = partly_measured(EMPTY, experts=(1, 3))
-    config = replace(config, unmeasured="freeze", anchor=anchor)
+    config = replace(config, unmeasured="freeze", keep_initial=anchor)
     run = tr.compose(model, [config], statistics=statistics)
     assert "4 of 24 matrices saw no token and do not learn" in run.explain()
     before = weights(run)
@@ -509,11 +509,11 @@ def test_a_run_that_was_begun_before_there_was_the_setting_is_the_same_run():
     """Checkpoints know their techniques by this text."""
     assert repr(tr.OSFT()) == repr(tr.OSFT(unmeasured="unprotected")) and "unmeasured" not in repr(tr.OSFT())
     assert "unmeasured='freeze'" in repr(tr.OSFT(unmeasured="freeze"))
-    assert repr(tr.OSFT()).startswith("OSFT(protect='inputs', strength='soft', soften=0.01, ratio=None, ")
+    assert repr(tr.OSFT()).startswith("OSFT(protect='inputs', strength='soft', damping=0.01, ratio=None, ")
 
 
 def test_weights_without_protection_are_counted():
-    run, _ = composed(tr.OSFT(protect="weights", ratio=0.25, ratios={"q_proj": 1.0}, anchor=True))
+    run, _ = composed(tr.OSFT(protect="weights", ratio=0.25, ratios={"q_proj": 1.0}, keep_initial=True))
     assert "14 weights train as they are: 12 are protected, 2 are not" in run.explain()
 
 

@@ -14,7 +14,7 @@ from tests.toy import rows, train, weights
 from tests.zoo import build
 
 CONFIGS = {
-    "weights": tr.OSFT(protect="weights", ratio=0.3, anchor=True),
+    "weights": tr.OSFT(protect="weights", ratio=0.3, keep_initial=True),
     "inputs": tr.OSFT(),
     "inputs, a tail": tr.OSFT(ratio=0.4),
     "both": tr.OSFT(protect="both", strength="hard", ratio=0.3),
@@ -41,7 +41,7 @@ def trained(case, arch, sharding, folder, dtype=torch.float64, compute="stored")
 
     rank, ranks = data_rank(mesh)
     steps = [rows(4, seed=i)[rank::ranks] for i in range(3)]
-    train(run, steps, torch.optim.AdamW, lr=1e-2, weight_decay=0.1 if config.anchor else 0.0)
+    train(run, steps, torch.optim.AdamW, lr=1e-2, weight_decay=0.1 if config.keep_initial else 0.0)
     return weights(run), run.metrics()
 
 

@@ -109,7 +109,7 @@ def _part(target: Target, config: "OSFTSettings", own: str, addend: Addend, dtyp
         weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
         ends = tuple(addend.ends.values())
-        made = protection.operators(ends, target, config.soften, weight.read, statistics)
+        made = protection.operators(ends, target, config.damping, weight.read, statistics)
         tensors = {f"{own}.Z": torch.zeros(shape, dtype=dtype)}
         c = protection.scale(ends, made, target, coverage.frozen(config, statistics))
         for side in ends:

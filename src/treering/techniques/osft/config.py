@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from treering.core.errors import PlanError
+from treering.core.settings import refuse_former_names
 from treering.technique import Applied, Claim, Site, Stage
 from treering.techniques.osft.settings import ADDENDS, FACTORED, OSFTSettings
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from treering.techniques.osft.targets import Target
 
 
+@refuse_former_names
 @dataclass(frozen=True, kw_only=True)
 class OSFT(OSFTSettings):
     """W changes only by P_out ΔW P_in, where both P are complements of what is to be kept.
@@ -23,7 +25,7 @@ class OSFT(OSFTSettings):
     protect   inputs: the directions in which measured text reads the weight (needs `treering measure`)
               weights: the largest singular directions of the weight; both: each on its own side
     strength  of `inputs`. soft: a direction is held by how much it was used; hard: the most used are closed
-    soften    λ of soft protection, 1 / (energy / mean energy + λ): smaller holds faster
+    damping   λ of soft protection, 1 / (energy / mean energy + λ): smaller holds faster
     ratio     the part of the directions that is free. 0: nothing changes, 1: everything may. null: ¼ of the weights'
               directions, ½ of the inputs' where a form or `hard` asks for a number; soft protection holds every
               direction by its own use and needs none
@@ -37,10 +39,10 @@ class OSFT(OSFTSettings):
               core: an adapter ΔW = B Z C between free directions on both sides; fewer still, and less free
               forward: W in factors, projected inside the forward; no hook, no message of its own
               factors: W in factors, gradients projected before the step and parameters after it
-    wire      of `factors`: coefficients are summed, the basis is gathered, or gathered once and kept. cached, of
+    communication  of `factors`: coefficients are summed, the basis is gathered, or gathered once and kept. cached, of
               `update`: one rank keeps a weight's operators whole, and rows travel; else operators are gathered
     compute   of the factored forms: by token count, or always one way; all are equal
-    anchor    keep the weights from before, so that weight decay acts on the change and the leak is exact (`update`)
+    keep_initial  keep the weights from before, so that weight decay acts on the change and the leak is exact (`update`)
     targets   `all-linear`: every linear and stacked expert inside the blocks but routers; or patterns
     train     other plain parameters that learn, unprotected, by pattern; the rest of the model is frozen
     free      weight -> number of free directions; what `rank` came to, written by `resolve`

@@ -32,9 +32,9 @@ def decays(
             if not anchored:
                 raise PlanError(
                     f"weight_decay {group['weight_decay']} would draw what the model knew towards zero; set "
-                    "osft.anchor to true, so that it acts on the change alone, or weight_decay to 0 "
+                    "osft.keep_initial to true, so that it acts on the change alone, or weight_decay to 0 "
                     "(torch's AdamW decays by 0.01 if nothing is said)",
-                    settings=("techniques.osft.anchor", "train.optimizer.weight_decay"),
+                    settings=("techniques.osft.keep_initial", "train.optimizer.weight_decay"),
                 )
             apart = _apart(optimizer, group)
             rate = float(group["weight_decay"]) * (float(group["lr"]) if apart else 1.0)

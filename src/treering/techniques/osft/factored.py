@@ -36,8 +36,8 @@ class Factored(nn.Module):
         self.sizes = (target.outputs, target.inputs)
         self.held, self.open = target.rank - open_, open_
         self.projected, self.compute = config.form == "forward", config.compute
-        self.turned = config.form == "factors" and config.wire != "coefficients" and target.experts is None
-        self.kept = {end: Kept() for end in "UV"} if self.turned and config.wire == "cached" else {}
+        self.turned = config.form == "factors" and config.communication != "coefficients" and target.experts is None
+        self.kept = {end: Kept() for end in "UV"} if self.turned and config.communication == "cached" else {}
         lead = (target.experts,) if target.experts is not None else ()
         for names, k in ((HIGH, self.held), (LOW, open_)):
             for name in names if k else ():  # a parameter without a row or a column would be one more thing to shard

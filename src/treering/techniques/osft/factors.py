@@ -3,7 +3,7 @@
     W = U_h S_h V_hᵀ + U_l S_l V_lᵀ        U N×k, V M×k        h: held, frozen        l: free, learning
 
 V is M×k and not k×M: FSDP2 deals dimension 0, and it is over M that Qᵀ X is a sum (wire.py). Where a basis is to be
-gathered instead (`wire` gather, cached), both are stored turned, k×N and k×M, so that ranks have whole rows.
+gathered instead (`communication` gather, cached), both are stored turned, k×N and k×M, so that ranks have whole rows.
 
 Stacked experts are read by their module slice by slice, whatever its implementation: it is shown a weight made of the
 factors, for the time of its forward. That weight lives until the backward, as a plain one would.
@@ -64,8 +64,8 @@ def attach(model: nn.Module, config: "OSFTSettings", site: Site, chosen: Sequenc
 def _note(config: "OSFTSettings", own: Mapping[str, Factored]) -> str:
     numbers = sum(p.numel() for factored in own.values() for p in factored.parameters())
     learning = sum(getattr(factored, name).numel() for factored in own.values() for name in LOW)
-    wire = f", wire {config.wire}" if config.form == "factors" else ""
-    return f"{len(own)} weights as {numbers / 1e6:.1f} M numbers, {learning / 1e6:.1f} M learn{wire}"
+    communication = f", communication {config.communication}" if config.form == "factors" else ""
+    return f"{len(own)} weights as {numbers / 1e6:.1f} M numbers, {learning / 1e6:.1f} M learn{communication}"
 
 
 class _FactoredForward(ModuleForward):

@@ -1,4 +1,4 @@
-"""`wire: cached` of form `update`: rows travel to operators instead of operators to rows.
+"""`communication: cached` of form `update`: rows travel to operators instead of operators to rows.
 
 Each weight has one owner among the ranks that share its rows, which keeps what is held of it whole, and multiplies:
 

@@ -106,7 +106,7 @@ Made = Mapping[End, tuple[Tensor, Tensor]]
 def operators(
     chosen: Sequence[Side],
     target: Target,
-    soften: float,
+    damping: float,
     weight: Callable[[], Tensor],
     statistics: Mapping[str, Tensor] | None,
 ) -> Made:
@@ -115,7 +115,7 @@ def operators(
     factors = None
     for side in chosen:
         if side.source == "inputs":
-            made[side.end] = from_inputs(side, soften, moment(target, statistics))
+            made[side.end] = from_inputs(side, damping, moment(target, statistics))
             continue
         factors = factors or svd(oriented(finite(weight(), target), target))
         Q = _columns(side, factors[0] if side.end == "out" else factors[2])
@@ -129,7 +129,7 @@ def finite(W: Tensor, target: Target) -> Tensor:
     return W
 
 
-def from_inputs(side: Side, soften: float, A: Tensor) -> tuple[Tensor, Tensor]:
+def from_inputs(side: Side, damping: float, A: Tensor) -> tuple[Tensor, Tensor]:
     """Directions of measured inputs, most used first. Soft: open by 1 / (e/ē + λ), in proportion to the most open."""
     energy, basis = eigen(A)
     Q, own = _columns(side, basis), _columns(side, energy[..., None, :])[..., 0, :]
@@ -139,7 +139,7 @@ def from_inputs(side: Side, soften: float, A: Tensor) -> tuple[Tensor, Tensor]:
         others = energy[..., side.columns :]
         last = own[..., -1:] if side.thin or not others.shape[-1] else others.mean(-1, keepdim=True)
         unit = torch.where(mean > 0, mean, torch.ones_like(mean))
-        values = ((last / unit + soften) / (own / unit + soften)).clamp(max=1.0)
+        values = ((last / unit + damping) / (own / unit + damping)).clamp(max=1.0)
     # Where nothing was measured (an expert that saw no token) nothing is held.
     return Q, torch.where(mean > 0, values, torch.ones_like(values))
 
@@ -171,4 +171,4 @@ def cost(chosen: Sequence[Side], target: Target) -> float:
 def identity(config: "OSFTSettings", chosen: Sequence[Side]) -> str:
     """What the decomposed bases depend on besides the weight and the statistics."""
     freeze = " freeze" if config.unmeasured == "freeze" else ""
-    return f"osft {config.form} soften {config.soften} {tuple(chosen)!r}{freeze}"
+    return f"osft {config.form} soften {config.damping} {tuple(chosen)!r}{freeze}"

@@ -24,13 +24,13 @@ def held_hard(A: Tensor, held: int) -> Tensor:
     return closed(Q.flip(-1)[..., :held])
 
 
-def held_softly(A: Tensor, held: int, soften: float) -> Tensor:
+def held_softly(A: Tensor, held: int, damping: float) -> Tensor:
     """P that opens each of the `held` directions by 1 / (e/ē + λ), and the others by one mean value, which is 1."""
     energy, Q = torch.linalg.eigh(A.double())
     energy, Q = energy.flip(-1).clamp_min(0), Q.flip(-1)
     mean = energy.mean(-1, keepdim=True)
     rest = energy[..., held:].mean(-1, keepdim=True).expand_as(energy[..., held:])
-    openness = 1 / (torch.cat([energy[..., :held], rest], -1) / mean + soften)
+    openness = 1 / (torch.cat([energy[..., :held], rest], -1) / mean + damping)
     openness = openness / openness[..., -1:]
     return (Q * openness[..., None, :]) @ Q.mT
 

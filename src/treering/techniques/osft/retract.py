@@ -137,6 +137,6 @@ def refuse_decay(optimizers: Iterable[Optimizer], learning: Iterable[Tensor]) ->
                 raise PlanError(
                     f"weight_decay {group['weight_decay']} would draw the free part of what the model knew towards "
                     "zero: osft's factored forms train that part itself. Set weight_decay to 0, or use form update "
-                    "with osft.anchor, or form one_sided, where it acts on the change",
+                    "with osft.keep_initial, or form one_sided, where it acts on the change",
                     settings=("train.optimizer.weight_decay", "techniques.osft.form"),
                 )

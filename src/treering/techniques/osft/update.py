@@ -41,7 +41,7 @@ def attach(model: nn.Module, config: "OSFTSettings", site: Site, chosen: Sequenc
         if (own := _hold(model, config, site, target, dtypes[target.weight])) is not None:
             held[target.weight], parts[target.weight] = own
     names = tuple(target.weight for target in chosen)
-    steps = Steps(model, names, held, anchored=config.anchor, cached=config.wire == "cached")
+    steps = Steps(model, names, held, anchored=config.keep_initial, cached=config.communication == "cached")
     return Applied(
         trainable=names,
         parts=parts,
@@ -62,22 +62,22 @@ def _hold(
     model: nn.Module, config: "OSFTSettings", site: Site, target: Target, dtype: torch.dtype
 ) -> tuple[Held, Part] | None:
     sides = protection.sides(config, target)
-    if not sides and not config.anchor:
+    if not sides and not config.keep_initial:
         return None
     module, leaf = model.get_submodule(target.module), target.weight.rpartition(".")[2]
     child = "osft" if leaf == "weight" else f"osft_{leaf}"
     freezes = config.unmeasured == "freeze"
-    held = Held(target, sides, dtype, site.mesh, anchored=config.anchor, freezes=freezes)
+    held = Held(target, sides, dtype, site.mesh, anchored=config.keep_initial, freezes=freezes)
     module.add_module(child, held)
     own = f"{target.module}.{child}"
 
     def split(
         weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
-        made = protection.operators(sides, target, config.soften, weight.read, statistics)
+        made = protection.operators(sides, target, config.damping, weight.read, statistics)
         scale = protection.scale(sides, made, target, coverage.frozen(config, statistics))
         tensors = {f"{own}.scale": scale} | held.values(own, made)
-        return tensors | ({f"{own}.before": weight.read()} if config.anchor else {})
+        return tensors | ({f"{own}.before": weight.read()} if config.keep_initial else {})
 
     part = Part(
         names=tuple(f"{own}.{name}" for name, _ in held.named_buffers()),
@@ -86,7 +86,7 @@ def _hold(
         tolerance=0.0,
         joins=(),
         cost=protection.cost(sides, target),
-        identity=f"{protection.identity(config, sides)} anchor {config.anchor}",
+        identity=f"{protection.identity(config, sides)} anchor {config.keep_initial}",
         measured=config.protect != "weights",
     )
     return held, part

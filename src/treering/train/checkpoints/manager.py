@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from treering.core.collectives import is_first
 from treering.core.errors import CheckpointError
+from treering.core.settings import with_current_names
 from treering.plan import Plan, Run, StepReport, load
 from treering.store.model_folder import fingerprint
 from treering.train import measurements as rings
@@ -51,7 +52,7 @@ class Keeper:
         prepared = Path(self.job.output) / "prepared"
         if newest is None:
             return load(self.plan, statistics=self.statistics, prepared=prepared)
-        for note in check_same(newest, self.identity(), force=self.job.train.checkpoint.force):
+        for note in check_same(newest, self.identity(), self.plan.techniques, force=self.job.train.checkpoint.force):
             warn(note)
         absent = [name for name in self.plan.owned if name not in newest.tensors]
         if absent:
@@ -142,9 +143,13 @@ class Keeper:
         return json.loads(json.dumps(found))
 
 
-def check_same(saved: checkpoint.Saved, now: Mapping[str, Any], force: bool = False) -> list[str]:
+def check_same(
+    saved: checkpoint.Saved, now: Mapping[str, Any], techniques: Iterable[object], force: bool = False
+) -> list[str]:
     """Refuse to go on as another run. With `force`, what leaves the tensors as they are is noted instead."""
-    then = saved.facts.get("identity", {})
+    then = dict(saved.facts.get("identity", {}))
+    for technique in techniques:  # an earlier version may have written a setting's former name
+        then["techniques"] = [with_current_names(type(technique), text) for text in then.get("techniques", ())]
     noted = []
     for name, value in now.items():
         if then.get(name) == value:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tests.cli.sections import SMALL, Inner, Outer, config, only, problems
 from treering.cli.parsing import ConfigErrors, Document, json_schema, read_text, validate
 from treering.cli.parsing.problems import dotted
-from treering.cli.parsing.shape import describe, paths
-from treering.cli.parsing.suggest import ELSEWHERE
+from treering.cli.parsing.sections import describe, paths
+from treering.cli.parsing.suggest import OTHER_TRAINERS
 from treering.cli.schema import RunConfig, Techniques
 from treering.techniques.shard import Shard
 
@@ -115,7 +115,7 @@ def test_an_unknown_key_is_traced_to_what_was_meant(text, remedy):
 
 def test_words_of_other_trainers_lead_to_settings_that_exist():
     known = set(paths(RunConfig))
-    for word, target in ELSEWHERE.items():
+    for word, target in OTHER_TRAINERS.items():
         assert tuple(target.split(".")) in known, f"{word} → {target}"
 
 
@@ -186,7 +186,7 @@ def test_types_are_described_in_words():
     assert describe(str | tuple[str, ...] | None) == "text, a list of texts or null"
 
 
-def test_the_json_schema_says_what_the_door_says():
+def test_the_json_schema_has_the_same_rules():
     schema = json_schema(RunConfig)
     assert schema["additionalProperties"] is False
     assert set(schema["required"]) == {"model", "data", "output"}
