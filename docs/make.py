@@ -8,7 +8,7 @@ import inspect
 import io
 import re
 import tokenize
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -65,14 +65,6 @@ NOTES = {
     "data.skip_bad": "skip and count samples that cannot be used, instead of ending with the first one",
     "data.skip_untrained": "skip and count samples without a token to train",
     "data.workers": "processes that tokenise",
-    "techniques.full": "train plain parameters: [full](#techniquesfull)",
-    "techniques.osft": "training that leaves alone what is known: [osft](#techniquesosft)",
-    "techniques.tiledmlp": "the MLP in tiles of tokens: [tiledmlp](#techniquestiledmlp)",
-    "techniques.tiledblock": "all of a block but attention in tiles: [tiledblock](#techniquestiledblock)",
-    "techniques.tiledloss": "head and loss in tiles, without logits: [tiledloss](#techniquestiledloss)",
-    "techniques.recompute": "keep less, compute twice: [recompute](#techniquesrecompute)",
-    "techniques.shard": "FSDP2: [shard](#techniquesshard)",
-    "techniques.compile": "torch.compile: [compile](#techniquescompile)",
     "techniques.full.train": "patterns of parameters that learn",
     "techniques.full.freeze": "patterns of parameters that do not, although `train` matches them",
     "techniques.lora.name": "of the adapter: needed when there are several, and to export it",
@@ -181,8 +173,10 @@ def _docstring(cls: type) -> tuple[str, dict[str, str]]:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """Field → the comment behind it, in this class or one that it inherits the field from."""
-    found = {}
+    """Field → the comment behind it, in this class or one that it inherits the field from; or its metadata."""
+    found = {f.name: f.metadata["meaning"] for f in fields(cls) if "meaning" in f.metadata}
+    if found:  # a class that was made of a list has no source
+        return found
     for part in filter(is_dataclass, reversed(cls.__mro__)):
         lines = inspect.getsource(part).splitlines()
         for token in tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline):

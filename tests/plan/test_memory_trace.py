@@ -11,11 +11,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import treering as tr
+from tests.plan.memory_formula import formula
 from tests.plan.memory_toys import CPU, llama, llama_8b, moe, subject
 from treering.core.errors import PlanError
 from treering.memory import Subject, attention, forecast, pretend
 from treering.memory.forecast import Layout, _repeats, shorten
-from treering.memory.formula import formula
 from treering.memory.timeline import LONG, traced_length
 from treering.memory.tracker import CATEGORIES, Tracker
 from treering.plan import draft

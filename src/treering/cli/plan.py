@@ -1,8 +1,9 @@
 """`treering plan`: what a configuration would do, and whether it fits, from shapes alone, for any number of ranks."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from treering.cli.schema import RunConfig
     from treering.memory import Forecast, Subject
     from treering.memory.search import Switch
-    from treering.plan import Plan, Run
+    from treering.plan import Run
+    from treering.technique import Variant
 
 NAME = "plan"
 UNITS = {"GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6}
@@ -41,11 +43,10 @@ def command(
     config = load(file, settings)
     from treering.cli.console import say
 
-    text, predict = _explained(config, ranks)
-    say(text)
     tokens = length or config.data.max_length
+    say(explanation(config, ranks, tokens))
     try:
-        say("\n" + _memory(_State(config=config, ranks=ranks), tokens, room, predict))
+        say("\n" + _memory(_State(config=config, ranks=ranks), tokens, room))
     except PlanError as error:
         if error.settings:
             raise
@@ -64,18 +65,14 @@ class _State:
         return replace(self, config=replace(self.config, techniques=changed))
 
 
-def explanation(config: "RunConfig", ranks: int) -> str:
-    """`explain()` of `config` as rank 0 of `ranks` would see it."""
-    return _explained(config, ranks)[0]
-
-
-def _explained(config: "RunConfig", ranks: int) -> "tuple[str, Callable[[int], float] | None]":
-    """What `explain()` says, and the formula for the peak, where there is one."""
+def explanation(config: "RunConfig", ranks: int, tokens: int) -> str:
+    """Return `explain()` of `config` as rank 0 of `ranks` sees it, for micro-batches of `tokens`."""
     from treering.cli.train import job_of
     from treering.core.topology import mesh
     from treering.memory import pretend
     from treering.plan import draft
     from treering.plan.explain import explain
+    from treering.technique import Workload
     from treering.train.measurements import find
 
     with pretend.ranks(ranks):
@@ -90,37 +87,18 @@ def _explained(config: "RunConfig", ranks: int) -> "tuple[str, Callable[[int], f
             roles=config.model.roles,
             weights=False,
         )
-        return explain(plan), _formula(config, plan)
+        once = tokens * plan.data_ranks
+        batches = max(1, -(-(config.train.tokens_per_step or 0) // once))
+        return explain(plan, work=Workload(tokens=tokens, micro_batches=batches))
 
 
-def _formula(config: "RunConfig", plan: "Plan") -> "Callable[[int], float] | None":
-    from treering.memory.formula import formula
-
-    techniques = config.techniques
-    shard, recompute = techniques.shard, techniques.recompute
-    compute = "stored" if shard is None else shard.compute
-    stored = next(iter(plan.model.parameters())).element_size()
-    made = formula(
-        plan,
-        width=stored if compute == "stored" else {"bfloat16": 2, "float32": 4}[compute],
-        recompute=recompute is not None,
-        offload=recompute is not None and recompute.offload == "cpu",
-        tiles="block" if techniques.tiledblock else "mlp" if techniques.tiledmlp else "none",
-        tiled_loss=techniques.tiledloss is not None,
-        host=shard is not None and shard.offload == "cpu",
-    )
-    return None if made is None else made.peak
-
-
-def _memory(state: _State, length: int, room: int | None, predict: "Callable[[int], float] | None") -> str:
+def _memory(state: _State, length: int, room: int | None) -> str:
     from treering.memory.picture import render
     from treering.memory.timeline import LONG
 
     found = _forecast(state, length)
     peak = found.at(length)
     more = []
-    if predict is not None:
-        more.append(f"by the formula {(predict(length) + peak.reserved) / 2**30:.1f} GiB")
     if room is not None:
         long = found if length >= LONG // 2 else _forecast(state, LONG)
         longest = long.longest(room)
@@ -207,39 +185,20 @@ def _usable(state: _State, length: int) -> "list[Switch[_State]]":
     return usable
 
 
-def _switches() -> "tuple[Switch[_State], ...]":
-    """In the order of what they cost, least first."""
+def _switches() -> "list[Switch[_State]]":
+    """What the techniques themselves propose, in the order of what it costs, least first."""
     from treering.memory.search import Switch
-    from treering.techniques.recompute import Recompute
-    from treering.techniques.shard import Shard
-    from treering.techniques.tiling import TiledBlock, TiledLoss
+    from treering.techniques import TECHNIQUES
 
-    def loss(state: _State) -> _State | None:
-        t = state.config.techniques
-        return None if t.tiledloss else state.but(tiledloss=TiledLoss())
+    proposed = [(key, one) for key, cls in TECHNIQUES.items() if hasattr(cls, "lighter") for one in cls.lighter()]
+    proposed.sort(key=lambda pair: pair[1].order)
+    return [Switch(name=one.name, says=one.config, on=partial(_with, key, one)) for key, one in proposed]
 
-    def recompute(state: _State) -> _State | None:
-        return None if state.config.techniques.recompute else state.but(recompute=Recompute())
 
-    def tiles(state: _State) -> _State | None:
-        t = state.config.techniques
-        return None if t.tiledblock else state.but(tiledblock=TiledBlock(), tiledmlp=None)
-
-    def away(state: _State) -> _State | None:
-        now = state.config.techniques.recompute
-        return None if now is None or now.offload == "cpu" else state.but(recompute=replace(now, offload="cpu"))
-
-    def states(state: _State) -> _State | None:
-        now = state.config.techniques.shard or Shard()
-        return None if now.offload == "cpu" else state.but(shard=replace(now, offload="cpu"))
-
-    return (
-        Switch(name="a tiled loss", says="tiledloss:", on=loss),
-        Switch(name="recompute", says="recompute:", on=recompute),
-        Switch(name="tiled blocks", says="tiledblock:  # in the place of tiledmlp", on=tiles),
-        Switch(name="activations in host memory", says="recompute: {offload: cpu}", on=away),
-        Switch(name="parameters and optimizer in host memory", says="shard: {offload: cpu}", on=states),
-    )
+def _with(key: str, variant: "Variant", state: _State) -> _State | None:
+    """Return the run with `variant` of the technique `key`, or None where it is on already or makes no sense yet."""
+    technique = variant.of(getattr(state.config.techniques, key))
+    return None if technique is None else state.but(**{key: technique, **dict.fromkeys(variant.replaces)})
 
 
 def _bytes(text: str) -> int:

@@ -1,27 +1,28 @@
 """The lifecycle: open → resolve → claims → apply → shard → materialise → fill or resume → run."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from treering import attention
-from treering.anatomy import Anatomy, examine
+from treering.anatomy import examine
 from treering.core.errors import PlanError
 from treering.core.topology import mesh as make_mesh
 from treering.curvature import Statistics as Measured
 from treering.plan import conflicts
 from treering.plan import open_model as opening
-from treering.plan.load import Chain, Statistics, fill, refill
+from treering.plan.apply import apply_all, resolve_all
+from treering.plan.load import Statistics, fill, refill
 from treering.plan.materialise import materialise, remember, to_meta
 from treering.plan.plan import Plan
 from treering.plan.prepared import Prepared
 from treering.plan.run import Run
-from treering.technique import Applied, LazyTensor, Part, Site, Stage, Technique
+from treering.technique import LazyTensor, Stage, Technique
 from treering.weights.plain_tensors import plain_tensors
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ def draft(
     source = opening.source_of(built, None if live else folder) if weights else None  # type: ignore[arg-type]
     if mesh is None and (any(t.stage == Stage.SHARD for t in ordered) or _several_ranks()):
         mesh = make_mesh()  # of all ranks: without one, each would train a model of its own and nobody would tell
-    ordered = tuple(t.resolve(anatomy, source, statistics) if hasattr(t, "resolve") else t for t in ordered)
+    known = {"anatomy": anatomy, "mesh": mesh, "seed": seed, "statistics": statistics}
+    ordered = resolve_all(built, ordered, source, **known)  # type: ignore[arg-type]
     claimed = [t.claims(anatomy, mesh) for t in ordered]
     conflicts.check(list(zip(ordered, claimed)))
     conflicts.check_whole(ordered, claimed, mesh, frozen=frozen)
@@ -116,7 +118,7 @@ def draft(
     for parameter in built.parameters():
         parameter.requires_grad_(False)
     try:
-        applied, chains = _apply(built, ordered, claimed, anatomy, mesh, seed, statistics)
+        applied, chains = apply_all(built, ordered, claimed, **known)  # type: ignore[arg-type]
         conflicts.check_units(list(zip(ordered, claimed)), built, {a.fqn for a in anatomy.attentions})
     except PlanError:  # somebody's model is not to be lost by a refusal
         give_back()
@@ -195,49 +197,6 @@ def _refuse_used(model: nn.Module) -> None:
         )
     if getattr(model, COMPOSED, False):
         raise PlanError("the model has been composed already; give compose() all techniques at once, and a fresh model")
-
-
-def _apply(
-    model: nn.Module,
-    techniques: Sequence[Technique],
-    claimed: Sequence[Sequence[Any]],
-    anatomy: Anatomy,
-    mesh: "DeviceMesh | None",
-    seed: int,
-    statistics: Statistics | None,
-) -> tuple[tuple[Applied, ...], dict[str, Chain]]:
-    done: list[Applied] = []
-    parts: dict[str, tuple[Part, ...]] = {}
-    identities: dict[str, str] = {}
-    for technique, claims in zip(techniques, claimed):
-        before = set(dict(model.named_parameters()))
-        site = Site(anatomy=anatomy, mesh=mesh, seed=seed, parts=dict(parts), statistics=statistics)
-        applied = technique.apply(model, site)
-        _check_names(technique, applied, before, set(dict(model.named_parameters())), claims)
-        live = dict(model.named_parameters())
-        for name in live.keys() - before:
-            live[name].requires_grad_(False)  # what is not declared does not learn, however it was made
-        for name in applied.trainable:
-            live[name].requires_grad_(True)
-        for name, part in applied.parts.items():
-            parts[name] = (*parts.get(name, ()), part)
-            identities[name] = f"{identities.get(name, '')}|{part.identity or f'{seed} {technique!r}'}"
-        done.append(applied)
-    chains = {name: Chain(name=name, parts=links, identity=identities[name]) for name, links in parts.items()}
-    return tuple(done), chains
-
-
-def _check_names(
-    technique: Technique, applied: Applied, before: set[str], after: set[str], claims: Sequence[Any]
-) -> None:
-    """A technique may add its own parameters and take away those it stores itself. Anything else is a bug in it."""
-    own = {name for part in applied.parts.values() for name in part.names}
-    stored = {claim.fqn for claim in claims if claim.aspect == "storage"}
-    added, taken = after - before - own, before - after - stored
-    if added or taken:
-        raise AssertionError(
-            f"{technique!r} changed names it did not claim: added {sorted(added)}, took {sorted(taken)}"
-        )
 
 
 def _device(mesh: "DeviceMesh | None") -> torch.device:

@@ -5,13 +5,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from treering.core.sharded import local_rows
 from treering.core.topology import AXES, axis_size
 from treering.plan.conflicts import name_of
 from treering.plan.plan import Plan
+from treering.technique import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,10 @@ class Figures:
     held: int
     gradients: int
     optimizer: int
-    gathered: int  # received by all-gathers in one micro-batch's forward and backward
-    reduced: int  # sent into reduce-scatters in one micro-batch's backward
 
 
 def figures(plan: Plan) -> Figures:
-    counts = dict.fromkeys(("parameters", "trained", "held", "gradients", "optimizer", "gathered", "reduced"), 0)
+    counts = dict.fromkeys(("parameters", "trained", "held", "gradients", "optimizer"), 0)
     # Buffers count as well: bases that a technique keeps can be as large as weights.
     for parameter in (*plan.model.parameters(), *plan.model.buffers()):
         whole = parameter.numel()
@@ -39,19 +37,22 @@ def figures(plan: Plan) -> Figures:
         if not isinstance(parameter, Parameter):
             continue
         counts["parameters"] += whole
-        sharded = isinstance(parameter, DTensor) and mine < whole
-        if sharded:
-            counts["gathered"] += 2 * (whole - mine) * size
         if parameter.requires_grad:
             counts["trained"] += whole
             counts["gradients"] += mine * size
             counts["optimizer"] += 2 * mine * size
-            if sharded:
-                counts["reduced"] += whole * size
     return Figures(**counts)
 
 
-def explain(plan: Plan, lost: Mapping[str, float] | None = None, notes: tuple[str, ...] = ()) -> str:
+def explain(
+    plan: Plan,
+    lost: Mapping[str, float] | None = None,
+    notes: tuple[str, ...] = (),
+    *,
+    work: Workload | None = None,
+) -> str:
+    """Return what will happen: the order of techniques, memory before activations, and communication in a step of
+    `work` (default: one micro-batch of 4,096 tokens)."""
     n = figures(plan)
     axes = ", ".join(f"{axis}={axis_size(plan.mesh, axis)}" for axis in AXES if axis_size(plan.mesh, axis) > 1)
     lines = [
@@ -71,8 +72,7 @@ def explain(plan: Plan, lost: Mapping[str, float] | None = None, notes: tuple[st
         f"  parameters {size(n.held)}, gradients {size(n.gradients)}, AdamW state {size(n.optimizer)}, "
         f"together {size(n.held + n.gradients + n.optimizer)}",
     ]
-    if n.gathered or n.reduced:
-        lines.append(f"  per micro-batch: at most {size(n.gathered)} gathered, {size(n.reduced)} reduced")
+    lines += _communication(plan, work or Workload(tokens=4096))
     if lost:
         worst = max(lost, key=lambda name: lost[name])
         lines.append(f"  {len(lost)} weights are held in parts; the worst is reproduced to {lost[worst]:.1e} ({worst})")
@@ -80,6 +80,21 @@ def explain(plan: Plan, lost: Mapping[str, float] | None = None, notes: tuple[st
         lines.append(f"  {text}")
     warnings = [warning for applied in plan.applied for warning in applied.warnings]
     return "\n".join([*lines, *(f"  {note}" for note in (*warnings, *notes))])
+
+
+def _communication(plan: Plan, work: Workload) -> list[str]:
+    """A line for each kind of message; none where nothing is sent."""
+    messages = plan.messages(work)
+    if not messages:
+        return []
+    batches = "1 micro-batch" if work.micro_batches == 1 else f"{work.micro_batches} micro-batches"
+    lines = ["", f"sent by each rank in a step of {batches} of {work.tokens:,} tokens, in a ring"]
+    for name, message in messages:
+        lines.append(
+            f"  {name:<10}{message.kind:<15}{size(round(message.sent)):>10} of {message.content} in {message.calls:,} "
+            f"calls over {' × '.join(message.axes)}"
+        )
+    return lines
 
 
 def unused(plan: Plan, most: int = 6) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from treering.core.errors import PlanError
-from treering.technique import Applied, Claim, Site, Stage
+from treering.technique import Applied, Claim, Site, Stage, TrainedMatrix
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,4 +43,27 @@ class Full:
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:
         names = self.names(site.anatomy)
-        return Applied(trainable=names, notes=(f"trains {len(names)} plain parameters",))
+        return Applied(
+            trainable=names, maps=_maps(site.anatomy, names), notes=(f"trains {len(names)} plain parameters",)
+        )
+
+
+def _maps(anatomy: "Anatomy", names: tuple[str, ...]) -> dict[str, tuple[TrainedMatrix, ...]]:
+    """Return where the inputs and output gradients of the matrices among `names` are seen.
+
+    A head tied to the embedding is left out, because its gradient is that of both. So are linears of mixers, whose
+    weight a model may read without calling the module.
+    """
+    tied = None if anatomy.head is None else anatomy.head.tied_to
+    maps: dict[str, tuple[TrainedMatrix, ...]] = {
+        linear.weight: (TrainedMatrix(name=linear.weight, module=linear.fqn, transposed=linear.transposed),)
+        for linear in anatomy.linears
+        if linear.weight in names and linear.weight != tied and linear.role != "mixer"
+    }
+    for stack in anatomy.experts:
+        for name in set(stack.stacked) & set(names):
+            maps[name] = tuple(
+                TrainedMatrix(name=name, module=stack.fqn, expert=expert, transposed=stack.transposed)
+                for expert in range(stack.number)
+            )
+    return maps

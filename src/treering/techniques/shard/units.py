@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from treering.core.errors import PlanError
 from treering.core.topology import axis_size, parameter_mesh
 from treering.technique import Site
+from treering.techniques.shard.traffic import ShardedUnit, ShardTraffic
 
 if TYPE_CHECKING:
     from treering.anatomy import Anatomy
@@ -35,8 +36,8 @@ def plan_units(anatomy: "Anatomy") -> list[tuple[str, ...]]:
     return [*units, ("",)]
 
 
-def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[str, ...]:
-    """Wrap `model` in place; returns the lines for explain()."""
+def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[tuple[str, ...], ShardTraffic]:
+    """Wrap `model` in place. Return the lines for explain(), and what the units send."""
     assert site.mesh is not None
     mesh = parameter_mesh(site.mesh)
     offload: OffloadPolicy = OffloadPolicy()
@@ -45,7 +46,9 @@ def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[str, .
     pinned = _pinned(model, site)
     reshard = config.reshard and config.hold != "all"
     apart = 0
+    sharded: list[tuple[int, ShardedUnit]] = []
     for unit in plan_units(site.anatomy):
+        order = _order(unit, site.anatomy)
         modules = [model.get_submodule(fqn) for fqn in unit]
         for name, dtype in pinned.items():
             inside = any(name.startswith(f"{fqn}.") or fqn == "" for fqn in unit)
@@ -54,17 +57,22 @@ def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[str, .
                 policy = MixedPrecisionPolicy(
                     param_dtype=dtype, reduce_dtype=_reduce(config, {dtype}), cast_forward_inputs=False
                 )
+                kinds = {"compute": dtype, "reduce": policy.reduce_dtype, "kept": not reshard}
+                sharded.append((order, ShardedUnit.of([module], mesh, **kinds)))  # type: ignore[arg-type]
                 fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
                 apart += 1
         _check_uniform(dict(zip(unit, modules)))
         target = modules if len(modules) > 1 else modules[0]
         root = unit == ("",)
+        policy = _policy(config, modules)
+        kinds = {"compute": policy.param_dtype, "reduce": policy.reduce_dtype, "kept": root or not reshard}
+        sharded.append((order, ShardedUnit.of(modules, mesh, **kinds)))  # type: ignore[arg-type]
         # The root's own parameters (the last norm) are used at the very end of the forward and at the very start of
         # the backward: gathering them again would only wait.
         fully_shard(
             target,
             mesh=mesh,
-            mp_policy=_policy(config, modules),
+            mp_policy=policy,
             offload_policy=offload,
             reshard_after_forward=reshard and not root,
         )
@@ -82,7 +90,19 @@ def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[str, .
         notes.append("shards rest in host memory")
     if config.hold != "nothing":
         notes.append(f"{'parameters and gradients' if config.hold == 'all' else 'gradients'} stay whole within a step")
-    return tuple(notes)
+    units = tuple(unit for _, unit in sorted(sharded, key=lambda one: one[0]) if unit.gathered)
+    return tuple(notes), ShardTraffic(units=units, mesh=mesh, config=config)
+
+
+def _order(unit: tuple[str, ...], anatomy: "Anatomy") -> int:
+    """Return when the unit's forward ends: embeddings, blocks, head, embedding tied to the head, the model."""
+    if unit == ("",):
+        return 4
+    if len(unit) > 1:
+        return 3
+    if unit[0] in anatomy.embeddings:
+        return 0
+    return 2 if anatomy.head is not None and unit[0] == anatomy.head.fqn else 1
 
 
 def _refuse_copy(*_: Any) -> NoReturn:
