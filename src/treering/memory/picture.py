@@ -72,8 +72,17 @@ def verdict(peak: Peak, room: float | None, length: int) -> str:
     return f"{need} of {room / GIB:.1f}: " + (f"fits, {size(int(left))} to spare" if left >= 0 else "does NOT fit")
 
 
+def content(peak: Peak) -> str:
+    """Return what the peak is made of, the largest first."""
+    phase = max(PHASES, key=lambda phase: sum(peak.phases[phase].values()))
+    held: dict[str, float] = {**peak.phases[phase], "reserved": peak.reserved}
+    parts = sorted((item for item in held.items() if item[1] >= 0.005 * GIB), key=lambda item: -item[1])
+    listed = ", ".join(f"{name} {size(int(value))}" for name, value in parts)
+    return f"at its peak, in {phase}: {listed or 'less than 0.01 GiB of anything'}"
+
+
 def render(peak: Peak, room: float | None, length: int, more: Sequence[str] = ()) -> str:
-    lines = ["memory", f"  {verdict(peak, room, length)}", ""]
+    lines = ["memory", f"  {verdict(peak, room, length)}", f"  {content(peak)}", ""]
     lines += [f"  {line}" for line in table(peak)] + [""]
     lines += [f"  {line}" for line in bars(peak, room)]
     lines += [f"  · {size(int(peak.reserved))} for the driver's context, libraries and message buffers, not traced", ""]

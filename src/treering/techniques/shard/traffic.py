@@ -5,7 +5,8 @@ replicas. Rows are padded to the same number on each rank, on the way as in memo
 
 A unit is gathered for the forward and, where it was freed after it, once more in the backward. Units before the first
 that trains have no backward; the last of these is gathered in the backward all the same, because each unit that has one
-asks for the unit before it ahead of time.
+asks for the unit before it ahead of time. In a frozen run nothing has a backward; a unit that is not freed after its
+forward is then counted for each pass, though it stays gathered until something resets the model.
 """
 
 from collections.abc import Sequence
