@@ -1,4 +1,6 @@
-"""Writes docs/config.md from the dataclasses themselves: `python docs/make.py`. tests/test_docs.py holds it up to date.
+"""Write docs/config.md, and the table of techniques in docs/concepts.md, from the code: `python docs/make.py`.
+
+tests/test_docs.py compares them.
 
 What a setting means is taken from the comment behind its field or the list in its class's docstring. Only what neither
 says is said here, in NOTES; a note for a setting that is gone, or for one that explains itself by now, is an error.
@@ -15,8 +17,12 @@ from typing import Any, get_args
 from treering.cli.parsing.plain import plain_values
 from treering.cli.parsing.shape import Key, arms, describe, keys, section, shorthand
 from treering.cli.schema import RunConfig
+from treering.technique import Stage
+from treering.techniques import TECHNIQUES
 
 PAGE = Path(__file__).with_name("config.md")
+CONCEPTS = Path(__file__).with_name("concepts.md")
+MARKS = ("<!-- techniques -->", "<!-- end -->")
 HEAD = """\
 # Configuration
 
@@ -102,6 +108,14 @@ def page() -> str:
     if left := set(NOTES) - used:
         raise SystemExit(f"docs/make.py: NOTES for settings that are gone or explain themselves: {sorted(left)}")
     return text
+
+
+def with_techniques(text: str) -> str:
+    """Return a page with the table of techniques between its marks."""
+    rows = {stage: [f"`{cls.__name__}`" for cls in TECHNIQUES.values() if cls.stage == stage] for stage in Stage}
+    lines = [f"| {stage.name} | {', '.join(names) or 'none in this version'} |" for stage, names in rows.items()]
+    table = "\n".join([MARKS[0], "| stage | techniques |", "|---|---|", *lines, MARKS[1]])
+    return re.sub(f"{MARKS[0]}.*{MARKS[1]}", table, text, flags=re.DOTALL)
 
 
 def _sections(cls: type, path: str, used: set[str]) -> list[str]:
@@ -195,3 +209,4 @@ def _cell(text: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    CONCEPTS.write_text(with_techniques(CONCEPTS.read_text(encoding="utf-8")), encoding="utf-8")

@@ -217,3 +217,9 @@ def test_every_technique_is_laid_out_like_the_others(name):
 
 def test_a_folder_of_techniques_that_is_not_in_the_list_would_be_seen():
     assert {path.parent.name for path in (SOURCE / "techniques").glob("*/__init__.py")} == FOLDERS
+
+
+def test_every_technique_has_a_row_in_the_table_of_compositions():
+    from tests.test_composition import TECHNIQUES as ROWS
+
+    assert {type(technique) for technique in ROWS.values()} == set(TECHNIQUES.values())

@@ -1,5 +1,6 @@
 """What the contract offers a technique: shares of a row, what came before, what is reproduced, a place to observe."""
 
+import inspect
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from tests.same import assert_same
 from tests.toy import packed, rows, train
 from tests.zoo import build, save
 from treering.core.module_forward import ModuleForward, install
+from treering.plan.compose import Drafting
 from treering.plan.loss import with_targets
 from treering.technique import Applied, Claim, LazyTensor, Part, Stage, StoredTensor, Variant
 from treering.techniques import TECHNIQUES
@@ -267,3 +269,9 @@ def test_every_variant_changes_its_technique_once_and_says_what_to_write():
 def test_a_packed_row_is_whole_as_well():
     run = tr.compose(build("llama"), [tr.Full()])
     assert run.ready([{**packed((5, 4)), "count": 7}])[0]["input_ids"].shape[1] == 9
+
+
+def test_compose_takes_the_keywords_of_draft_and_no_others():
+    assert set(Drafting.__annotations__) < set(inspect.signature(tr.plan.draft).parameters)
+    with pytest.raises(TypeError, match="sed"):
+        tr.compose(build("llama"), [tr.Full()], sed=3)

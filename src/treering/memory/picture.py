@@ -75,8 +75,8 @@ def verdict(peak: Peak, room: float | None, length: int) -> str:
 def content(peak: Peak) -> str:
     """Return what the peak is made of, the largest first."""
     phase = max(PHASES, key=lambda phase: sum(peak.phases[phase].values()))
-    held: dict[str, float] = {**peak.phases[phase], "reserved": peak.reserved}
-    parts = sorted((item for item in held.items() if item[1] >= 0.005 * GIB), key=lambda item: -item[1])
+    held = [*peak.phases[phase].items(), ("reserved", peak.reserved)]
+    parts = sorted((item for item in held if item[1] >= 0.005 * GIB), key=lambda item: -item[1])
     listed = ", ".join(f"{name} {size(int(value))}" for name, value in parts)
     return f"at its peak, in {phase}: {listed or 'less than 0.01 GiB of anything'}"
 

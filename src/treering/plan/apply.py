@@ -4,34 +4,27 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from treering.anatomy import Anatomy
 from treering.core.errors import PlanError
 from treering.plan.conflicts import name_of
-from treering.plan.load import Chain, Statistics, _split, join
+from treering.plan.load import Chain, _split, join
 from treering.plan.plan import without
 from treering.technique import Applied, Claim, LazyTensor, Part, Site, Stage, StoredTensor, Technique, TrainedMatrix
 from treering.weights.plain_tensors import Source, plain_tensors
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 def apply_all(
     model: nn.Module,
     techniques: Sequence[Technique],
     claimed: Sequence[Sequence[Claim]],
-    *,
-    anatomy: Anatomy,
-    mesh: "DeviceMesh | None",
-    seed: int,
-    statistics: Statistics | None,
+    site: Site,
 ) -> tuple[tuple[Applied, ...], dict[str, Chain]]:
-    """Apply `techniques`, which are in the order of their stages, to `model` in place.
+    """Apply `techniques`, which are in the order of their stages, to `model` in place, each at `site` with what those
+    before it have added.
 
     Returns:
         What each of them returned, and the chain of parts of each plain tensor that has one.
@@ -42,16 +35,10 @@ def apply_all(
     identities: dict[str, str] = {}
     for technique, claims in zip(techniques, claimed):
         before = set(dict(model.named_parameters()))
-        site = Site(
-            anatomy=anatomy,
-            mesh=mesh,
-            seed=seed,
-            parts=dict(parts),
-            statistics=statistics,
-            maps=dict(maps),
-            without=partial(without, tuple(zip(techniques, applied))),
+        here = replace(
+            site, parts=dict(parts), maps=dict(maps), without=partial(without, tuple(zip(techniques, applied)))
         )
-        one = technique.apply(model, site)
+        one = technique.apply(model, here)
         live = dict(model.named_parameters())
         _check_names(technique, one, before, set(live), claims)
         for name in live.keys() - before:
@@ -60,7 +47,7 @@ def apply_all(
             live[name].requires_grad_(True)
         for name, part in one.parts.items():
             parts[name] = (*parts.get(name, ()), part)
-            identities[name] = f"{identities.get(name, '')}|{part.identity or f'{seed} {technique!r}'}"
+            identities[name] = f"{identities.get(name, '')}|{part.identity or f'{site.seed} {technique!r}'}"
         for name, matrices in one.maps.items():
             maps[name] = (*maps.get(name, ()), *matrices)
         applied.append(one)
@@ -90,11 +77,7 @@ def resolve_all(
     model: nn.Module,
     techniques: Sequence[Technique],
     source: Source | None,
-    *,
-    anatomy: Anatomy,
-    mesh: "DeviceMesh | None",
-    seed: int,
-    statistics: Statistics | None,
+    site: Site,
 ) -> tuple[Technique, ...]:
     """Return `techniques` with choices that depend on data made explicit; `model` is not changed.
 
@@ -103,18 +86,18 @@ def resolve_all(
     """
 
     def resolved(one: Technique, seen: Source | None) -> Technique:
-        return one.resolve(anatomy, seen, statistics) if hasattr(one, "resolve") else one
+        return one.resolve(site.anatomy, seen, site.statistics) if hasattr(one, "resolve") else one
 
     first = [resolved(t, source) for t in techniques if t.stage == Stage.QUANTIZE]
     later = [t for t in techniques if t.stage != Stage.QUANTIZE]
     if source is not None and first and any(hasattr(t, "resolve") for t in later):
         structure = _structure(model)
-        claimed = [t.claims(anatomy, mesh) for t in first]
-        _, chains = apply_all(structure, first, claimed, anatomy=anatomy, mesh=mesh, seed=seed, statistics=statistics)
+        claimed = [t.claims(site.anatomy, site.mesh) for t in first]
+        _, chains = apply_all(structure, first, claimed, site)
         live = plain_tensors(structure)
         tensors: dict[str, Any] = dict(source.tensors)
         for name, chain in chains.items():
-            own = (statistics or {}).get(name)
+            own = (site.statistics or {}).get(name)
             tensors[name] = ReproducedTensor(original=source.tensors[name], chain=chain, live=live, statistics=own)
         source = replace(source, tensors=tensors)
     return (*first, *(resolved(t, source) for t in later))
