@@ -23,7 +23,7 @@ def switch(name: str, needs: str | None = None) -> Switch[Run]:
     def turn(run: Run) -> Run | None:
         return None if name in run.on or (needs and needs not in run.on) else replace(run, on=run.on | {name})
 
-    return Switch(name=name, says=f"{name}:", on=turn)
+    return Switch(name=name, config=f"{name}:", on=turn)
 
 
 SWITCHES = (switch("loss"), switch("recompute"), switch("tiles"), switch("offload", needs="recompute"))

@@ -1,4 +1,4 @@
-"""`treering plan`: what a configuration would do, and whether it fits, from shapes alone, for any number of ranks."""
+"""`treering plan`: what a configuration would do and whether it fits into memory, computed from shapes."""
 
 import re
 from collections.abc import Sequence
@@ -39,14 +39,14 @@ def command(
     ] = None,
 ) -> None:
     """Show what would happen: order, memory, messages. Reads no weights, trains nothing."""
-    room = None if gpu is None else _bytes(gpu)
+    limit = None if gpu is None else _bytes(gpu)
     config = load(file, settings)
     from treering.cli.console import say
 
     tokens = length or config.data.max_length
     say(explanation(config, ranks, tokens))
     try:
-        say("\n" + _memory(_State(config=config, ranks=ranks), tokens, room))
+        say("\n" + _memory(_State(config=config, ranks=ranks), tokens, limit))
     except PlanError as error:
         if error.settings:
             raise
@@ -55,12 +55,13 @@ def command(
 
 @dataclass(frozen=True, kw_only=True)
 class _State:
-    """What the search for something that fits changes."""
+    """The configuration and the number of ranks: what the search for a run that fits changes."""
 
     config: "RunConfig"
     ranks: int
 
     def but(self, **techniques: Any) -> "_State":
+        """Return the run with other settings of techniques."""
         changed = replace(self.config.techniques, **techniques)
         return replace(self, config=replace(self.config, techniques=changed))
 
@@ -92,20 +93,20 @@ def explanation(config: "RunConfig", ranks: int, tokens: int) -> str:
         return explain(plan, work=Workload(tokens=tokens, micro_batches=batches))
 
 
-def _memory(state: _State, length: int, room: int | None) -> str:
+def _memory(state: _State, length: int, limit: int | None) -> str:
     from treering.memory.picture import render
     from treering.memory.timeline import LONG
 
-    found = _forecast(state, length)
-    peak = found.at(length)
+    predicted = _forecast(state, length)
+    peak = predicted.at(length)
     more = []
-    if room is not None:
-        long = found if length >= LONG // 2 else _forecast(state, LONG)
-        longest = long.longest(room)
+    if limit is not None:
+        long = predicted if length >= LONG // 2 else _forecast(state, LONG)
+        longest = long.longest(limit)
         more.append(f"longest that fits: {longest:,} tokens" if longest else "no length fits")
-        if peak.device > room:
-            more += _proposed(state, length, room)
-    return render(peak, room, length, more)
+        if peak.device > limit:
+            more += _proposed(state, length, limit)
+    return render(peak, limit, length, more)
 
 
 def _forecast(state: _State, length: int) -> "Forecast":
@@ -146,12 +147,12 @@ def _subject(config: "RunConfig", ranks: int, length: int) -> "Subject":
     )
 
 
-def _proposed(state: _State, length: int, room: int) -> list[str]:
-    """Lines that say what to add."""
+def _proposed(state: _State, length: int, limit: int) -> list[str]:
+    """Return the lines of the smallest change with which the run fits."""
     from treering.memory.search import smallest
 
     def fits(tried: _State) -> bool:
-        return _forecast(tried, length).at(length).device <= room
+        return _forecast(tried, length).at(length).device <= limit
 
     switches = _usable(state, length)
     ranks = state.ranks
@@ -161,17 +162,17 @@ def _proposed(state: _State, length: int, room: int) -> list[str]:
             return [f"would fit: {ranks} ranks"]
         chosen = smallest(tried, switches, fits)
         if chosen is not None:
-            said = [f"{ranks} ranks"] if ranks > state.ranks else []
-            names = ", ".join([*said, *(switch.name for switch in chosen)])
-            return [f"would fit with {names}:", *(f"    {switch.says}" for switch in chosen)]
+            more = [f"{ranks} ranks"] if ranks > state.ranks else []
+            names = ", ".join([*more, *(switch.name for switch in chosen)])
+            return [f"would fit with {names}:", *(f"    {switch.config}" for switch in chosen)]
         if state.config.techniques.shard is None:
             break
         ranks *= 2
-    return ["nothing that is known makes it fit; shorten the sequence, or shard over more ranks"]
+    return ["no proposal of a technique makes it fit; shorten the sequence, or shard over more ranks"]
 
 
 def _usable(state: _State, length: int) -> "list[Switch[_State]]":
-    """Without those that this model, or something else in the configuration, does not go with."""
+    """Return the switches that this model and the rest of the configuration accept."""
     usable: list[Switch[_State]] = []
     for switch in _switches():
         changed = switch.on(state)
@@ -186,13 +187,13 @@ def _usable(state: _State, length: int) -> "list[Switch[_State]]":
 
 
 def _switches() -> "list[Switch[_State]]":
-    """What the techniques themselves propose, in the order of what it costs, least first."""
+    """Return what the techniques propose, ordered by what it costs, least first."""
     from treering.memory.search import Switch
     from treering.techniques import TECHNIQUES
 
     proposed = [(key, one) for key, cls in TECHNIQUES.items() if hasattr(cls, "lighter") for one in cls.lighter()]
     proposed.sort(key=lambda pair: pair[1].order)
-    return [Switch(name=one.name, says=one.config, on=partial(_with, key, one)) for key, one in proposed]
+    return [Switch(name=one.name, config=one.config, on=partial(_with, key, one)) for key, one in proposed]
 
 
 def _with(key: str, variant: "Variant", state: _State) -> _State | None:
@@ -202,7 +203,7 @@ def _with(key: str, variant: "Variant", state: _State) -> _State | None:
 
 
 def _bytes(text: str) -> int:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)\s*", text, re.IGNORECASE)
-    if found is None or float(found[1]) == 0:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
         raise ConfigError(f"--gpu is {text!r}; write the memory of one device, such as 80GiB", field="--gpu")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    return int(float(match[1]) * UNITS[match[2].upper()])

@@ -1,4 +1,4 @@
-"""What will happen, in words and numbers, from shapes alone."""
+"""A report of what a plan will do, computed from shapes."""
 
 import re
 from collections import Counter
@@ -26,21 +26,22 @@ class Figures:
 
 
 def figures(plan: Plan) -> Figures:
+    """Return the bytes that `plan` holds on this rank, from shapes."""
     counts = dict.fromkeys(("parameters", "trained", "held", "gradients", "optimizer"), 0)
     # Buffers count as well: bases that a technique keeps can be as large as weights.
     for parameter in (*plan.model.parameters(), *plan.model.buffers()):
-        whole = parameter.numel()
+        total = parameter.numel()
         start, stop = local_rows(parameter)
-        mine = whole // max(parameter.shape[0], 1) * (stop - start) if parameter.ndim else whole
+        local = total // max(parameter.shape[0], 1) * (stop - start) if parameter.ndim else total
         size = parameter.element_size()
-        counts["held"] += mine * size
+        counts["held"] += local * size
         if not isinstance(parameter, Parameter):
             continue
-        counts["parameters"] += whole
+        counts["parameters"] += total
         if parameter.requires_grad:
-            counts["trained"] += whole
-            counts["gradients"] += mine * size
-            counts["optimizer"] += 2 * mine * size
+            counts["trained"] += total
+            counts["gradients"] += local * size
+            counts["optimizer"] += 2 * local * size
     return Figures(**counts)
 
 
@@ -75,7 +76,9 @@ def explain(
     lines += _communication(plan, work or Workload(tokens=4096))
     if lost:
         worst = max(lost, key=lambda name: lost[name])
-        lines.append(f"  {len(lost)} weights are held in parts; the worst is reproduced to {lost[worst]:.1e} ({worst})")
+        lines.append(
+            f"  {len(lost)} weights are stored in parts; largest reconstruction error {lost[worst]:.1e} ({worst})"
+        )
     if text := unused(plan):
         lines.append(f"  {text}")
     warnings = [warning for applied in plan.applied for warning in applied.warnings]
@@ -98,12 +101,12 @@ def _communication(plan: Plan, work: Workload) -> list[str]:
 
 
 def unused(plan: Plan, most: int = 6) -> str:
-    """Which tensors of the source nothing uses, in one line; empty if there are none."""
+    """Return in one line which tensors of the source nothing uses; empty if there are none."""
     names = plan.source.unused if plan.source is not None else ()
     if not names:
         return ""
     groups = Counter(re.sub(r"\d+", "*", name) for name in names)
-    for parts in (4, 3, 2, 1):  # the longest beginnings that there are few enough of
+    for parts in (4, 3, 2, 1):  # the longest common beginnings that are few enough to list
         if len(groups) <= most:
             break
         groups = Counter(_beginning(name, parts) for name in names)
@@ -121,7 +124,7 @@ def _beginning(name: str, parts: int) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes for a person: 512 B, 3.2 KiB, 15.0 GiB."""
+    """Return a number of bytes as text: 512 B, 3.2 KiB, 15.0 GiB."""
     value = float(count)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":

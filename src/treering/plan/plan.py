@@ -31,7 +31,7 @@ class Plan:
     techniques: tuple[Technique, ...]  # resolved, in the order of application
     applied: tuple[Applied, ...]
     chains: Mapping[str, Chain]  # plain name -> how its value is held
-    plain: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # what there was before anything was applied
+    plain: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype before anything was applied
     source: Source | None
     source_name: str
     folder: Path | None
@@ -39,16 +39,16 @@ class Plan:
     device: torch.device
     seed: int
     unpackable: str | None = None  # why packed batches are refused
-    restore: tuple[Callable[[], None], ...] = ()  # what takes the packed attention off again
+    restore: tuple[Callable[[], None], ...] = ()  # removes the packed attention
 
     @property
     def data_ranks(self) -> int:
-        """How many sets of documents are trained on at once."""
+        """The number of ranks that have documents of their own."""
         return axis_size(self.mesh, "replicate", "shard")
 
     @property
     def copies(self) -> int:
-        """How many ranks compute each token: a sum over all ranks is so many times too large."""
+        """The number of ranks that compute each token: a sum over all ranks is so many times too large."""
         cut = axis_size(self.mesh, "sequence") if any(a.tokens is not None for a in self.applied) else 1
         return axis_size(self.mesh, *AXES) // (self.data_ranks * cut)
 
@@ -75,13 +75,13 @@ class Plan:
         return without(tuple(zip(self.techniques, self.applied)))
 
     def live(self) -> dict[str, Tensor]:
-        """Every parameter and persistent buffer as it is held now, shards where it is sharded."""
+        """Return every parameter and persistent buffer as this rank holds it, shards where it is sharded."""
         settle(self.model)
         return plain_tensors(self.model)
 
     @property
     def owned(self) -> tuple[str, ...]:
-        """Live names whose value is not simply the source's: what a checkpoint has to hold."""
+        """Live names whose value is not that of the source: what a checkpoint has to hold."""
         names = {name for applied in self.applied for name in applied.trainable}
         for plain_name, chain in self.chains.items():
             for part in chain.parts:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Full:
-    """Every plain parameter that a pattern of `train` matches and none of `freeze` does is trained.
+    """Plain parameters are trained: each that a pattern of `train` matches and none of `freeze` does.
 
     A pattern is the last part of a module's name (`q_proj`) or a glob on the whole name (`model.layers.1?.*`).
     """
@@ -26,6 +26,7 @@ class Full:
     stage: ClassVar[Stage] = Stage.ADAPT
 
     def names(self, anatomy: "Anatomy") -> tuple[str, ...]:
+        """Return the names of the parameters that are trained."""
         from treering.anatomy import matches
 
         for pattern in (*self.train, *self.freeze):
@@ -38,7 +39,7 @@ class Full:
     def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
         names = self.names(anatomy)
         if not names:
-            raise PlanError("full: `freeze` takes away everything that `train` matches; nothing is left to train")
+            raise PlanError("full: `freeze` excludes everything that `train` matches; nothing is left to train")
         return [Claim(fqn=n, aspect="gradient", needs=("plain_weight",), setting="full.train") for n in names]
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:

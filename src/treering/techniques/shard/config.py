@@ -22,7 +22,7 @@ class Shard(ShardSettings):
     reduce    dtype in which gradients are summed over ranks
     reshard   free a block's gathered parameters after its forward, and gather them again for its backward
     offload   where shards rest between uses; also useful with one GPU and no launcher
-    hold      what stays whole on each rank between the micro-batches of a step. `gradients`: they are summed over
+    hold      what stays complete on each rank between the micro-batches of a step. `gradients`: they are summed over
               ranks once a step, in its last backward. `all`: so are they, and parameters are gathered once a step
     """
 

@@ -1,4 +1,4 @@
-"""Which modules become FSDP units, and with which policy."""
+"""The choice of modules that become FSDP units, and of their policies."""
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def plan_units(anatomy: "Anatomy") -> list[tuple[str, ...]]:
-    """Module names, a tuple per unit, in the order of wrapping; the root, "", last.
+    """Return module names, a tuple per unit, in the order of wrapping; the root, "", last.
 
     Embeddings and head are units of their own: inside the root unit they would stay gathered through the whole
     backward. A tied pair is one unit, or each half would shard, and step, a parameter of its own.
@@ -77,10 +77,12 @@ def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[tuple[
             reshard_after_forward=reshard and not root,
         )
     for module in model.modules():
-        if isinstance(module, FSDPModule):  # the loss is already divided by the global token count: sum, never average
+        if isinstance(
+            module, FSDPModule
+        ):  # the loss is divided by the global number of tokens already: sum, not average
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            # torch refuses too, but without a word about what to do: copy and pickle look these up on the instance
+            # torch refuses too, without saying what to do; copy and pickle look these up on the instance
             vars(module).update(__deepcopy__=_refuse_copy, __reduce_ex__=_refuse_copy)
     over = f"{mesh.size()} ranks" if mesh.ndim == 1 else f"{axis_size(site.mesh, 'replicate')} × {mesh.shape[1]} ranks"
     notes = [f"{len(plan_units(site.anatomy))} units over {over}, compute {config.compute}, reduce {config.reduce}"]
@@ -89,7 +91,9 @@ def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[tuple[
     if config.offload == "cpu":
         notes.append("shards rest in host memory")
     if config.hold != "nothing":
-        notes.append(f"{'parameters and gradients' if config.hold == 'all' else 'gradients'} stay whole within a step")
+        notes.append(
+            f"{'parameters and gradients' if config.hold == 'all' else 'gradients'} stay complete within a step"
+        )
     units = tuple(unit for _, unit in sorted(sharded, key=lambda one: one[0]) if unit.gathered)
     return tuple(notes), ShardTraffic(units=units, mesh=mesh, config=config)
 
@@ -119,39 +123,40 @@ def _policy(config: "ShardSettings", unit: list[nn.Module]) -> MixedPrecisionPol
 
 
 def _reduce(config: "ShardSettings", gradients: set[torch.dtype]) -> torch.dtype | None:
-    """`reduce` is a floor: float64 gradients are not rounded to float32 on their way. None: as they are."""
+    """Return the dtype of the sum, None for that of the gradients: float64 gradients are not rounded to float32."""
     reduce = None if config.reduce == "stored" else getattr(torch, config.reduce)
     return None if reduce is not None and all(dtype.itemsize >= reduce.itemsize for dtype in gradients) else reduce
 
 
 def _check_uniform(unit: dict[str, nn.Module]) -> None:
-    """FSDP sums one unit's gradients as one buffer; it would say so too, but at the first forward and without names."""
+    """Refuse a unit that trains two dtypes, by name: FSDP sums its gradients as one buffer and fails in the forward."""
     first: dict[torch.dtype, str] = {}
     for fqn, module in unit.items():
         for name, parameter in module.named_parameters(prefix=fqn):
             if parameter.requires_grad and not isinstance(parameter, DTensor):  # a DTensor is another unit's already
                 first.setdefault(parameter.dtype, name)
     if len(first) > 1:
-        found = " and ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for dtype, name in first.items())
+        parameters = " and ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for dtype, name in first.items())
         raise PlanError(
-            f"shard: one unit would train {found}, and a unit's gradients have one dtype. Open the model with one "
+            f"shard: one unit would train {parameters}, and a unit's gradients have one dtype. Open the model with one "
             "dtype (model.dtype: float32), or freeze those of the other"
         )
 
 
 def _pinned(model: nn.Module, site: Site) -> dict[str, torch.dtype]:
-    """Modules that hold parameters with a pinned dtype."""
-    found = {}
+    """Return the modules that hold parameters with a pinned dtype."""
+    modules = {}
     for chain in site.parts.values():
         for part in chain:
             if part.compute_dtype is not None:
                 for name in part.names:
-                    found[name.rpartition(".")[0]] = part.compute_dtype
-    return found
+                    modules[name.rpartition(".")[0]] = part.compute_dtype
+    return modules
 
 
 def _needs_own_unit(unit: list[nn.Module], module: nn.Module, dtype: torch.dtype, config: "ShardSettings") -> bool:
-    """A unit of its own costs a gather of its own: only where the surrounding unit would cast, or cannot hold it."""
+    """Return whether `module` needs a unit of its own, which costs a gather: where the unit around it would cast it or
+    trains another dtype."""
     if config.compute != "stored" and getattr(torch, config.compute) != dtype:
         return True
     # One unit's trainable parameters must share a dtype; frozen ones may differ.
