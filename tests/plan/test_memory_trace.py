@@ -11,11 +11,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import treering as tr
+from tests.plan.memory_formula import formula
 from tests.plan.memory_toys import CPU, llama, llama_8b, moe, subject
 from treering.core.errors import PlanError
 from treering.memory import Subject, attention, forecast, pretend
-from treering.memory.forecast import Layout, _repeats, shorten
-from treering.memory.formula import formula
+from treering.memory.forecast import RepeatedBlocks, _repeats, shorten
 from treering.memory.timeline import LONG, traced_length
 from treering.memory.tracker import CATEGORIES, Tracker
 from treering.plan import draft
@@ -152,15 +152,15 @@ def test_a_deep_model_is_read_from_its_first_blocks(made):
 def test_blocks_that_differ_are_traced_with_all_of_them():
     train = tr.Full(train=("*layers.[0-3].*",))
     found = forecast(subject(llama(), [train]), 100)
-    assert found.layout == Layout(depth=6, prefix=0, period=6) and len(found.traces) == 1
+    assert found.layout == RepeatedBlocks(depth=6, prefix=0, period=6) and len(found.traces) == 1
     named = forecast(subject(llama(), [tr.Full(train=("*layers.5.*",))]), 100)
     assert len(named.traces) == 1
 
 
 def test_how_blocks_repeat_is_found():
-    assert _repeats(list("a" * 9)) == Layout(depth=9, prefix=0, period=1)
-    assert _repeats(list("x" + "a" * 9)) == Layout(depth=10, prefix=1, period=1)
-    assert _repeats(list("ab" * 8)) == Layout(depth=16, prefix=0, period=2)
+    assert _repeats(list("a" * 9)) == RepeatedBlocks(depth=9, prefix=0, period=1)
+    assert _repeats(list("x" + "a" * 9)) == RepeatedBlocks(depth=10, prefix=1, period=1)
+    assert _repeats(list("ab" * 8)) == RepeatedBlocks(depth=16, prefix=0, period=2)
     assert _repeats(list("abc")).depths() == (3,)
     assert _repeats(list("x" + "ab" * 8 + "a")).depths() == (8, 12)
 

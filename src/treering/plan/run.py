@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from treering.plan.loss import cross_entropy, with_targets
 from treering.plan.plan import Plan
 from treering.plan.step import StepReport
 from treering.plan.values import plain
+from treering.technique import Workload
 
 
 class Run:
@@ -50,9 +52,10 @@ class Run:
             "model (copy.deepcopy(run.model)) to compute with it, or compose() a fresh model for another run"
         )
 
-    def explain(self) -> str:
-        """The order of techniques, what each touches, and the memory and messages that follow."""
-        return explain(self.plan, self.lost, self.notes)
+    def explain(self, work: Workload | None = None) -> str:
+        """Return the order of techniques, what each changes, and the memory and messages that follow, of a step of
+        `work` (default: one micro-batch of 4,096 tokens)."""
+        return explain(self.plan, self.lost, self.notes, work=work)
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """What learns, by live name. Nothing else has a gradient."""
@@ -97,10 +100,18 @@ class Run:
         if batch.get("documents") is not None and self.plan.unpackable:
             raise PlanError(f"a packed batch, but {self.plan.unpackable}; turn packing off (data.packing: off)")
         batch = with_targets(batch)
+        length = batch["input_ids"].shape[1]
         for applied in self.plan.applied:
             if applied.batch is not None:
                 batch = applied.batch(batch)
+        self._check_share(batch, length)
         return batches.to_device(batch, self.plan.device)
+
+    def _check_share(self, batch: Batch, length: int) -> None:
+        """What techniques cut a row to must be what they said, or losses and tokens would be counted wrongly."""
+        share, left = len(self.plan.tokens(length)), batch["input_ids"].shape[1]
+        if left != share:
+            raise AssertionError(f"a row of {length} tokens was cut to {left}, and this rank's share is {share}")
 
     def loss(self, batch: Batch) -> Tensor:
         """This micro-batch's share of the step's loss: its sum over trained tokens / their number in the whole step."""
@@ -203,6 +214,18 @@ class Run:
                 applied.undo()
         for restore in self.plan.restore:
             restore()
+
+    def without(self) -> AbstractContextManager[None]:
+        """Open a context in which the model computes, without gradients, as it did before anything was trained.
+
+        For a teacher or a reference model without a second copy. Contexts can be nested. PlanError where a technique
+        trains the model's own weights (`full`, `osft` in most forms, a PiSSA start).
+
+        Example:
+            with run.without():
+                reference = run.model(input_ids=ids).logits
+        """
+        return self.plan.without()
 
     def plain(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """The plain weights as the techniques hold them now, one at a time; a collective when sharded."""

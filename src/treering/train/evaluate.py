@@ -34,8 +34,7 @@ def held_out_loss(run: Run, loader: Loader, stop_asked: Callable[[], bool] = lam
         run.model.train()
     if dist.is_initialized():
         dist.all_reduce(total[:1], group=None)
-        # Ranks along `sequence` and `expert` saw the same documents.
-        total[0] /= dist.get_world_size() / run.plan.data_ranks
+        total[0] /= run.plan.copies
     return float(total[0] / total[1])
 
 

@@ -86,7 +86,7 @@ class Teller:
         used = torch.tensor(memory(self.plan.device), dtype=torch.float64, device=loss.device)
         if dist.is_initialized():
             dist.all_reduce(loss)
-            loss /= dist.get_world_size() / self.plan.data_ranks  # the others saw the same documents
+            loss /= self.plan.copies
             dist.all_reduce(used, op=dist.ReduceOp.MAX)
         self.last = {
             "step": step,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from treering.core.errors import CheckpointError, PlanError
 from treering.store.model_folder import tensor_headers
 from treering.store.untrusted import Header
+from treering.technique import StoredTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +34,7 @@ class PlainTensor:
     dtype: torch.dtype
     reader: Callable[[], Tensor]
     row_reader: Callable[[int, int], Tensor] | None = None
+    stored: StoredTensor | None = None  # none yet: folders of quantized tensors are refused
 
     def read(self) -> Tensor:
         return self.reader()

@@ -7,6 +7,7 @@ need a unit that does not cast them.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from treering.core import module_forward as forwards
 from treering.core.errors import PlanError
-from treering.technique import Applied, Part, Site
+from treering.technique import Applied, Part, Site, TrainedMatrix
 from treering.techniques.lora import start
 from treering.techniques.lora.peft_format import describe
 
@@ -37,9 +38,22 @@ class Addend(nn.Module):
         low = F.linear(x.to(self.A.dtype), self.A)
         return (F.linear(low, self.B) * self.scale).to(x.dtype)
 
+    def matrices(self, own: str, linear: str) -> tuple[TrainedMatrix, TrainedMatrix]:
+        """Return where the inputs and output gradients of A and B are seen; their live names begin with `own`."""
+        return (
+            TrainedMatrix(name=f"{own}.A", module=linear, outputs=lambda g: g.to(self.B.dtype) @ self.B * self.scale),
+            TrainedMatrix(
+                name=f"{own}.B",
+                module=linear,
+                inputs=lambda a: F.linear(a.to(self.A.dtype), self.A),
+                outputs=lambda g: g.to(self.B.dtype) * self.scale,
+            ),
+        )
+
 
 def attach(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
-    parts, names, undone = {}, [], []
+    parts, names, undone, maps = {}, [], [], {}
+    added: list[forwards.AddedForward] = []
     linears = config.linears(site.anatomy)
     for linear in linears:
         module = model.get_submodule(linear.fqn)
@@ -57,8 +71,10 @@ def attach(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
                 f"lora: {linear.fqn} already has an adapter called {config.name!r}; give this one another name"
             )
         module.add_module(child, addend)
-        undone.append(forwards.install(forwards.AddedForward(module, addend)))
+        added.append(forwards.AddedForward(module, addend))
+        undone.append(forwards.install(added[-1]))
         own = f"{linear.fqn}.{child}"
+        maps[linear.weight] = addend.matrices(own, linear.fqn)
         names += [f"{own}.A", f"{own}.B"]
         stored = weight.dtype if weight is not None else torch.float32
         parts[linear.weight] = _part(linear, config, own, dtype, stored, site.seed)
@@ -69,6 +85,9 @@ def attach(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
         parts=parts,
         adapter=describe(config, linears, site.anatomy),
         undo=forwards.undo_all(undone),
+        maps=maps,
+        # PiSSA moved part of the base into A and B: without them, the model is not the base model.
+        without=None if config.init == "pissa" else partial(forwards.switched_off, added),
         notes=(note,),
     )
 

@@ -8,6 +8,7 @@ both, which for a weight that is not square leaves out what lies free on the lon
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from treering.core import module_forward as forwards
 from treering.core.full_precision import exactly
-from treering.technique import Adapter, Applied, Derived, LazyTensor, Part, Site
+from treering.technique import Adapter, Applied, Derived, LazyTensor, Part, Site, TrainedMatrix
 from treering.techniques.osft import coverage, protection
 from treering.techniques.osft.operator import Operator
 from treering.techniques.osft.protection import End, Side
@@ -57,6 +58,20 @@ class Addend(nn.Module):
         y = F.linear(x_low.to(x.dtype), Z.to(x.dtype))
         return F.linear(y, tensors["B_out"].to(y.dtype)) if "out" in self.ends and self.ends["out"].thin else y
 
+    def matrix(self, own: str, linear: str) -> TrainedMatrix:
+        """Return where the inputs and output gradients of Z, whose live name is `own`, are seen."""
+        ends = {end: partial(self._seen, end) if end in self.ends else None for end in ("in", "out")}
+        return TrainedMatrix(name=own, module=linear, inputs=ends["in"], outputs=ends["out"])
+
+    def _seen(self, end: End, rows: Tensor) -> Tensor:
+        """Return inputs or output gradients, a token a row, as Z sees them at one end."""
+        tensors = dict(self.named_parameters())
+        values, rows = tensors[f"values_{end}"], rows.to(self.Z.dtype)
+        with exactly():
+            if self.ends[end].thin:
+                return rows @ tensors[f"B_{end}"] * values
+            return Operator(tensors[f"Q_{end}"], values, tensors[f"rest_{end}"]).right(rows)
+
 
 def held(ends: Mapping[End, Side], tensors: Mapping[str, Tensor]) -> Tensor:
     """Z as it acts between the bases: operators applied, values multiplied in."""
@@ -81,16 +96,19 @@ def change(ends: Mapping[End, Side], tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def attach(model: nn.Module, config: "OSFTSettings", site: Site, chosen: Sequence[Target]) -> Applied:
-    parts, names, undone = {}, [], []
+    parts, names, undone, maps = {}, [], [], {}
+    added: list[forwards.AddedForward] = []
     for target in chosen:
         module = model.get_submodule(target.module)
         weight = getattr(module, "weight", None)
         dtype = torch.promote_types(torch.float32 if weight is None else weight.dtype, torch.float32)
         addend = Addend(target, protection.addend_sides(config, target), dtype)
         module.add_module("osft", addend)
-        undone.append(forwards.install(forwards.AddedForward(module, addend)))
+        added.append(forwards.AddedForward(module, addend))
+        undone.append(forwards.install(added[-1]))
         own = f"{target.module}.osft"
         names.append(f"{own}.Z")
+        maps[target.weight] = (addend.matrix(f"{own}.Z", target.module),)
         parts[target.weight] = _part(target, config, own, addend, dtype)
 
     return Applied(
@@ -98,6 +116,8 @@ def attach(model: nn.Module, config: "OSFTSettings", site: Site, chosen: Sequenc
         parts=parts,
         adapter=describe(chosen, model),
         undo=forwards.undo_all(undone),
+        maps=maps,
+        without=partial(forwards.switched_off, added),
         notes=(f"{len(names)} adapters in the free directions",),
     )
 

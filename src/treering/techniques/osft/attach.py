@@ -32,7 +32,8 @@ def attach(model: nn.Module, config: "OSFTSettings", site: Site) -> Applied:
         known = (coverage_note(config, counts),)
         warnings = tuple(f"osft: {text}" for text in (warning(counts, chosen, site.statistics),) if text)
     notes = tuple(filter(None, (said, *applied.notes, *known, *closed, *more)))
-    return replace(applied, trainable=(*applied.trainable, *beside), notes=notes, warnings=warnings)
+    without = None if beside else applied.without  # what learns unprotected are plain weights
+    return replace(applied, trainable=(*applied.trainable, *beside), without=without, notes=notes, warnings=warnings)
 
 
 def _form(config: "OSFTSettings"):

@@ -50,7 +50,11 @@ def attach(model: nn.Module, config: "OSFTSettings", site: Site, chosen: Sequenc
     for name, weights in stacked.items():
         install(_ShownForward(model.get_submodule(name), weights))
     steps = Steps(own)
-    hooks = {"gradients": steps.project, "after_step": steps.retract} if config.form == "factors" else {}
+    hooks = (
+        {"gradients": steps.project, "after_step": steps.retract, "messages": steps.messages}
+        if config.form == "factors"
+        else {}
+    )
     return Applied(
         trainable=tuple(f"{name}.{factor}" for name in own for factor in LOW),
         parts=parts,

@@ -155,3 +155,13 @@ class _Round:
         dist.all_to_all_single(rows, own, self.out, self.into, group=self.group)
         for part, back in zip(self.parts, rows.split([part.rows.numel() for part in self.parts])):
             part.rows.copy_(back.view_as(part.rows))
+
+
+def rounds_of(owners: Owners, weights: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, int, int]]:
+    """Yield, for each round of a projection of `weights`, one of them and the bytes that this rank sends to others: its
+    rows of their weights, and then the rows of its own weight."""
+    for names in owners.rounds(weights):
+        parts = {name: _Dealt.of(weights[name]) for name in names}
+        trip, rank = owners._round(parts), dist.get_rank(owners._groups[names[0]])
+        size = trip.parts[0].rows.itemsize
+        yield weights[names[0]], (sum(trip.out) - trip.out[rank]) * size, (sum(trip.into) - trip.into[rank]) * size

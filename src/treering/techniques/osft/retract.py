@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 from treering.core.errors import PlanError
 from treering.core.seeds import generator
 from treering.core.sharded import local
+from treering.technique import Message, Workload
+from treering.techniques.osft.traffic import of_factors
 from treering.techniques.osft.wire import Side, first_row, groups, project_, sum_together
 
 if TYPE_CHECKING:
@@ -41,6 +43,10 @@ class Steps:
 
     def before(self, optimizers: Sequence[Optimizer]) -> None:
         refuse_decay(optimizers, self._low())
+
+    def messages(self, work: Workload) -> list[Message]:
+        """Return what the projections of a step send, however many micro-batches it has."""
+        return of_factors(self._sides(lambda p: p))
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from treering.core.sharded import local, sum_over_rows
+from treering.technique import Message, Workload
 from treering.techniques.osft.decay import decays
 from treering.techniques.osft.held import Held, Pair, project_all
 from treering.techniques.osft.owners import Owners
+from treering.techniques.osft.traffic import of_update
 
 
 class Steps:
@@ -73,6 +75,10 @@ class Steps:
         if self.cached and self._owning is None:
             self._owning = Owners(self.held, dict(self._live()))
         return self._owning
+
+    def messages(self, work: Workload) -> list[Message]:
+        """Return what the projections of a step send, however many micro-batches it has."""
+        return of_update(dict(self._live()), self.held, self._owners())
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:

@@ -49,6 +49,7 @@ def attach(model: nn.Module, config: "OSFTSettings", site: Site, chosen: Sequenc
         before_step=steps.remember,
         after_step=steps.retract,
         metrics=steps.metrics,
+        messages=steps.messages,
         notes=(_note(len(names), sum(bool(one.sides) for one in held.values())),),
     )
 

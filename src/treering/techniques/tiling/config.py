@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from treering.core.errors import PlanError
-from treering.technique import Applied, Claim, Site, Stage
+from treering.technique import Applied, Claim, Site, Stage, Variant
 from treering.techniques.tiling.settings import TiledBlockSettings, TiledLossSettings, TiledMLPSettings
 
 if TYPE_CHECKING:
@@ -72,6 +72,13 @@ class TiledBlock(TiledBlockSettings):
 
         return attach(model, self, site)
 
+    @classmethod
+    def lighter(cls) -> tuple[Variant, ...]:
+        """Return tiled blocks, in the place of tiled MLPs."""
+        config = "tiledblock:  # in the place of tiledmlp"
+        of = lambda now: None if now else cls()  # noqa: E731
+        return (Variant(name="tiled blocks", config=config, order=30, of=of, replaces=("tiledmlp",)),)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TiledLoss(TiledLossSettings):
@@ -104,6 +111,11 @@ class TiledLoss(TiledLossSettings):
         from treering.techniques.tiling.loss import attach
 
         return attach(model, self, site)
+
+    @classmethod
+    def lighter(cls) -> tuple[Variant, ...]:
+        """Return the tiled loss."""
+        return (Variant(name="a tiled loss", config="tiledloss:", order=10, of=lambda now: None if now else cls()),)
 
 
 def _mlps(anatomy: "Anatomy", setting: str) -> list[str]:

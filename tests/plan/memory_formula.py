@@ -1,4 +1,4 @@
-"""The peak in one line of arithmetic, beside the traced one: what the traced one should be, and why.
+"""The peak of a step of a Llama in one line of arithmetic: an independent check of the traced peak.
 
     states + gathered + head and loss, or
     states + gathered + max(kept of all blocks, gradients of all) + what one block needs in its backward
@@ -8,14 +8,12 @@ transformers' Llama: 6 I / H + 12.6 tensors of S × H × b in its backward, 4 I 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch.distributed.tensor import DTensor
 
 from treering.plan.explain import figures
-
-if TYPE_CHECKING:
-    from treering.plan.plan import Plan
+from treering.plan.plan import Plan
 
 Tiles = Literal["none", "mlp", "block"]
 TILED: dict[Tiles, float] = {"mlp": 21.8, "block": 9.4}
@@ -60,11 +58,11 @@ class Formula:
 
 
 def formula(
-    plan: "Plan", *, width: int, recompute: bool, offload: bool, tiles: Tiles, tiled_loss: bool, host: bool
+    plan: Plan, *, width: int, recompute: bool, offload: bool, tiles: Tiles, tiled_loss: bool, host: bool
 ) -> Formula | None:
     """`plan`, drafted without weights. `host`: parameters, gradients and optimizer rest in host memory.
 
-    None for blocks of experts, whose tokens are dealt as a model likes.
+    None for blocks of experts: how many tokens each gets is up to the model.
     """
     if plan.anatomy.experts:
         return None
