@@ -251,7 +251,7 @@ def pairs(cell: Cell, ranks: int) -> set[tuple[str, ...]]:
 
 
 def cost(cell: Cell, ranks: int) -> float:
-    """About, in hundredths of a second of one rank: a refusal 1, a step 10, and compiling, most of all of experts."""
+    """About, in hundredths of a second of one rank: a refusal 1, a step 10, compiling 400; experts cost more."""
     names, model, _ = cell
     if outcome(names, model, ranks) != EQUAL:
         return 1
@@ -259,14 +259,22 @@ def cost(cell: Cell, ranks: int) -> float:
     return factor * (400 if "compile" in names else 3 * len(names))
 
 
+def is_long(cell: Cell, ranks: int) -> bool:
+    """Compiling costs seconds a cell: the default suite does it for three techniques of a dense model."""
+    names, model, _ = cell
+    compiled = "compile" in names and outcome(names, model, ranks) == EQUAL
+    return compiled and (names[0] not in ("full", "lora", "osft") or model != "llama")
+
+
 @cache
 def covering(ranks: int) -> tuple[Cell, ...]:
-    """A covering array: cells in which every pair occurs that occurs anywhere, chosen one after the other by how many
-    new pairs they show for their cost."""
-    missing = set().union(*(pairs(cell, ranks) for cell in CELLS))
+    """A covering array: of the cells that are not long, some in which every pair occurs that occurs in any of them,
+    chosen one after the other by how many new pairs they show for their cost."""
+    short = [cell for cell in CELLS if not is_long(cell, ranks)]
+    missing = set().union(*(pairs(cell, ranks) for cell in short))
     chosen: list[Cell] = []
     while missing:
-        chosen.append(max(CELLS, key=lambda cell: len(missing & pairs(cell, ranks)) / cost(cell, ranks)))
+        chosen.append(max(short, key=lambda cell: len(missing & pairs(cell, ranks)) / cost(cell, ranks)))
         missing -= pairs(chosen[-1], ranks)
     return tuple(chosen)
 
@@ -306,9 +314,9 @@ def test_all_other_cells_are_what_the_table_says(ranks, tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_default_cells_show_every_pair(ranks):
-    for pair in combinations((*TECHNIQUES, *MODELS, *LAYOUTS), 2):
-        if not set(pair) <= set(MODELS) and not set(pair) <= set(LAYOUTS):
-            assert any(set(pair) <= {*names, *where} for names, *where in covering(ranks)), pair
+    seen = set().union(*(pairs(cell, ranks) for cell in covering(ranks)))
+    for cell in CELLS:
+        assert is_long(cell, ranks) or pairs(cell, ranks) <= seen, cell
     assert len(covering(ranks)) < len(CELLS) / 4
 
 
@@ -335,8 +343,9 @@ Two adapters on one weight, or `full` beside `lora`, are refused only where they
 adapters on one weight that both start at zero).
 
 Made by `python -m tests.test_composition > docs/composition.md` from the table in that file. `make test` runs cells in
-which every two of its techniques, models and layouts meet with every outcome that they have; `make test-all` runs all
-of them. `compile` stands for the backend `aot_eager`; inductor's kernels may round differently.
+which every two of its techniques, models and layouts meet, with every outcome that they have (`compile` only with
+`full`, `lora` and `osft` on llama); `make test-all` runs all of them. `compile` stands for the backend `aot_eager`;
+inductor's kernels may round differently.
 """
 
 
