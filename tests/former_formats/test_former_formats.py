@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import treering as tr
-from tests.formats.make import MEASURE, PROMPT, RESUMED_FROM, logits
+from tests.former_formats.make import MEASURE, PROMPT, RESUMED_FROM, logits
 from tests.same import assert_all_same, assert_same
 from treering.cli import entry
 from treering.curvature import open as open_statistics
