@@ -13,8 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from treering.core.collectives import gather_objects
 from treering.core.errors import NumericsError
-from treering.core.sharded import local, sharded_axes
+from treering.core.sharded import local, sharded_axes, sum_of_squares
 from treering.technique import Applied
 
 
@@ -67,24 +68,13 @@ def norm_over_meshes(gradients: Iterable[Tensor]) -> Tensor:
         groups.setdefault((mesh, axes), []).append(local(gradient))
     total: Tensor | None = None
     for (mesh, axes), held in groups.items():
-        square = _square(held)
+        square = sum_of_squares(held)
         if mesh is not None:
             square = square.to(mesh.device_type)
             for axis in axes:
                 dist.all_reduce(square, group=mesh.get_group(axis))
         total = square if total is None else total + square.to(total.device)
     return torch.zeros(()) if total is None else total.sqrt()
-
-
-def _square(held: Sequence[Tensor]) -> Tensor:
-    """Sum of squares in float64: over 10⁹ elements a float32 sum would lose the digits that a test compares. Each norm
-    is taken in float32 without a copy of its tensor in it."""
-    filled = [g for g in held if g.numel()] or [torch.zeros(1)]
-    double = [g for g in filled if g.dtype == torch.float64]
-    single = [g for g in filled if g.dtype != torch.float64]
-    norms = list(torch._foreach_norm(double)) if double else []
-    norms += torch._foreach_norm(single, 2, torch.float32) if single else []
-    return torch.stack([n.double() for n in norms]).square().sum()
 
 
 def blame(named: Iterable[tuple[str, Tensor]], limit: int = 8) -> list[str]:
@@ -95,11 +85,7 @@ def blame(named: Iterable[tuple[str, Tensor]], limit: int = 8) -> list[str]:
 
 def everyone(own: Sequence[str]) -> list[str]:
     """What all ranks say, once each. Called when all of them are about to stop: what is to blame may be on any."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return list(own)
-    found: list[Sequence[str]] = [()] * dist.get_world_size()
-    dist.all_gather_object(found, list(own))
-    return list(dict.fromkeys(one for part in found for one in part))
+    return list(dict.fromkeys(one for part in gather_objects(list(own)) for one in part))
 
 
 def too_many(skips: int, step: int, samples: Sequence[str], names: Sequence[str]) -> NumericsError:
