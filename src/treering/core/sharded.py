@@ -160,7 +160,9 @@ def _start_level(rows: Tensor, cut: _Cut) -> tuple[Tensor, Any]:
         padded = rows.new_zeros(cut.each, *rows.shape[1:])
         padded[: rows.shape[0]] = rows
     gathered = rows.new_empty(cut.each * dist.get_world_size(cut.group), *rows.shape[1:])
-    return gathered, dist.all_gather_into_tensor(gathered, padded.contiguous(), group=cut.group, async_op=True)
+    # Before torch 2.13 it has another name, which warns since then.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gathered, all_gather(gathered, padded.contiguous(), group=cut.group, async_op=True)
 
 
 def settle(model: nn.Module) -> None:

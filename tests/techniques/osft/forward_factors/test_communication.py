@@ -26,29 +26,33 @@ LAYOUTS = {
     "replicated": ((2, 2), (Replicate(), Replicate())),
 }
 
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # before torch 2.13
+
 
 class Counted:
     """What this rank gives to collectives, in elements, and how often."""
 
     def __enter__(self):
         self.summed, self.gathered, self.calls = 0, 0, 0
-        self.saved = dist.all_reduce, dist.all_gather_into_tensor
+        self.saved = dist.all_reduce, getattr(dist, GATHER)
 
         def all_reduce(tensor, *args, **kwargs):
             self.summed += tensor.numel()
             self.calls += 1
             return self.saved[0](tensor, *args, **kwargs)
 
-        def all_gather_into_tensor(whole, own, *args, **kwargs):
+        def all_gather(whole, own, *args, **kwargs):
             self.gathered += own.numel()
             self.calls += 1
             return self.saved[1](whole, own, *args, **kwargs)
 
-        dist.all_reduce, dist.all_gather_into_tensor = all_reduce, all_gather_into_tensor
+        dist.all_reduce = all_reduce
+        setattr(dist, GATHER, all_gather)
         return self
 
     def __exit__(self, *_):
-        dist.all_reduce, dist.all_gather_into_tensor = self.saved
+        dist.all_reduce = self.saved[0]
+        setattr(dist, GATHER, self.saved[1])
 
 
 def bases(shapes=SHAPES, dtype=torch.float64):
