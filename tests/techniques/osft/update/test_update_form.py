@@ -390,7 +390,7 @@ def test_what_was_measured_nowhere_is_held_nowhere():
         statistics[empty]["inputs"][1] = 0.0
         run = tr.compose(model, [replace(config)], statistics=statistics)
         held = run.model.get_submodule("model.layers.0.mlp.experts").osft_gate_up_proj
-        X = torch.randn(*held.target.shape, dtype=torch.float64)
+        X = torch.randn(*held.matrix.shape, dtype=torch.float64)
         projected = held.project(X, X, held.fetch()())
         assert_same(projected[1], X[1], 1e-12)
         assert float((projected[0] - X[0]).norm()) > 0.1 * float(X[0].norm())
