@@ -176,12 +176,12 @@ def stepped(kind, own, name, gradient):
 
 def held_step(W, G):
     """Form update: c · P (P G P) P."""
-    from treering.techniques.osft import reference_dense as plain
+    from treering.techniques.osft import reference as plain
 
     if W.ndim == 3:  # experts, each for itself
         return torch.stack([held_step(*expert) for expert in zip(W, G)])
-    out, into = plain.held_by_weights(W, min(W.shape) - int(0.4 * min(W.shape)))
-    return plain.stretch(out, into) * out @ (out @ G @ into) @ into
+    out, into = plain.protect_weights(W, min(W.shape) - int(0.4 * min(W.shape)))
+    return plain.step_scale(out, into) * out @ (out @ G @ into) @ into
 
 
 def weight_of(fqn):

@@ -102,10 +102,10 @@ CASES = {
     ),
     "update": ("llama", [tr.OSFT(**OSFT), tr.Shard()]),
     "update of experts": ("qwen3_moe", [tr.OSFT(**OSFT), tr.Shard()]),
-    "update, cached": ("llama", [tr.OSFT(**OSFT, wire="cached"), tr.Shard()]),
+    "update, cached": ("llama", [tr.OSFT(**OSFT, communication="cached"), tr.Shard()]),
     "factors": ("llama", [tr.OSFT(**OSFT, form="factors"), tr.Shard()]),
-    "factors, gathered": ("llama", [tr.OSFT(**OSFT, form="factors", wire="gather"), tr.Shard()]),
-    "factors, cached": ("llama", [tr.OSFT(**OSFT, form="factors", wire="cached"), tr.Shard()]),
+    "factors, gathered": ("llama", [tr.OSFT(**OSFT, form="factors", communication="gather"), tr.Shard()]),
+    "factors, cached": ("llama", [tr.OSFT(**OSFT, form="factors", communication="cached"), tr.Shard()]),
     "one-sided": ("llama", [tr.OSFT(**OSFT, form="one_sided"), tr.Shard()]),
 }
 

@@ -49,7 +49,7 @@ def test_a_run_with_former_names_is_resumed_exported_and_inspected(tmp_path):
 
     as_an_earlier_version_wrote_it(tmp_path / "cut" / "checkpoints" / "step-8")
     assert export(job(tmp_path, "cut", **settings), tmp_path / "exported").is_dir()
-    assert "soften=0.02" in describe(tmp_path / "cut" / "checkpoints" / "step-8").facts["techniques"]
+    assert "damping=0.02" in describe(tmp_path / "cut" / "checkpoints" / "step-8").facts["techniques"]
 
 
 def test_the_configuration_of_such_a_run_is_read():

@@ -1,4 +1,4 @@
-"""A whole measurement: every batch through the model, as often as memory asks, and each tensor written and dropped."""
+"""A complete measurement: every batch through the model, as often as memory requires, each tensor written and freed."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from treering.anatomy import examine
+from treering.core.collectives import gather_objects
 from treering.core.errors import DataError, PlanError
+from treering.core.sharded import settle
 from treering.curvature.adding import added, joint, refuse_other
 from treering.curvature.disk import open_folder, writing
 from treering.curvature.observe import Observer, observe
@@ -54,19 +56,28 @@ def measure(
     room: int | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Statistics:
-    """Second moments of the inputs of all linears and experts in the blocks of `model`, over the tokens of `batches`.
+    """Measure the second moments of the inputs of all linear layers and experts in the blocks of `model`.
 
-    model     a live transformers model, sharded or not, or a composed run
-    batches   `input_ids` [B, S], and what tells padding from tokens if B > 1: `real` or `attention_mask`, both [B, S],
-              or `documents` of a packed row. With several ranks each has its own, and all have equally many
-    anatomy   of the plain model, where techniques have changed it already; a run knows it
-    mesh      from treering.mesh(…); default: the run's, else all ranks have batches of their own
-    tokens    `trained`: only those from which a trained token is predicted
-    ring      name, data and date of this measurement; its tokens are counted here
-    onto      earlier statistics that this ring is added to
-    to        a folder to write, instead of keeping everything in memory
-    room      bytes of sums at a time: where all do not fit, the batches go through the model several times.
-              Default: 8 GiB, or half of what the device has free
+    Args:
+        model: a live transformers model, sharded or not, or a composed run.
+        batches: `input_ids` [B, S], and, if B > 1, which tokens are not padding: `real` or `attention_mask`, both
+            [B, S], or `documents` of a packed row. Of several ranks each has its own, and all have equally many.
+        anatomy: of the plain model, where techniques have changed it already; a run knows it.
+        mesh: from treering.mesh(…); default: the run's, else all ranks have batches of their own.
+        tokens: `trained`: only those from which a trained token is predicted.
+        ring: name, data and date of this measurement; its tokens are counted here.
+        onto: earlier statistics that this measurement is added to.
+        to: a folder to write, instead of keeping everything in memory.
+        room: bytes of sums at a time: where all do not fit, the batches go through the model several times.
+            Default: 8 GiB, or half of what the device has free.
+        progress: called with (batches done, batches in all passes).
+
+    Returns:
+        The statistics, the same on every rank.
+
+    Example:
+        known = tr.measure(model, [{"input_ids": ids}])
+        run = tr.compose("MODEL", [tr.OSFT()], statistics=known, prepared="prepared")
     """
     found = _Subject.of(model, anatomy, mesh)
     given = list(batches)
@@ -82,7 +93,7 @@ def measure(
 def _refuse_nothing(
     found: "_Subject", asked: Sequence[tuple[Batch, Tensor | None]], tokens: Literal["real", "trained"]
 ) -> None:
-    """On all ranks together: one may have nothing but padding, as company for the others."""
+    """Raise a DataError where no rank has a token; one alone may have only padding, to have as many batches."""
     count = sum(batch["input_ids"].numel() if real is None else int((real != 0).sum()) for batch, real in asked)
     if int(summed(torch.tensor(count, device=found.device), found.groups)) == 0:
         what = "predicts a trained token (are all labels -100?)" if tokens == "trained" else "is not padding"
@@ -119,15 +130,15 @@ class _Subject:
 
 
 def real_tokens(batch: Batch, tokens: Literal["real", "trained"]) -> Tensor | None:
-    """Which tokens of a batch count, [B, S]; None: all."""
+    """Return which tokens of a batch count, [B, S]; None: all."""
     ids = batch["input_ids"]
-    if "samples" in batch and not batch["samples"]:  # nothing but company for other ranks
+    if "samples" in batch and not batch["samples"]:  # only padding, so that all ranks have equally many batches
         return torch.zeros(ids.shape, dtype=torch.bool)
     real = batch.get("real", batch.get("attention_mask"))
     if real is None and ids.shape[0] > 1 and batch.get("documents") is None:
         raise DataError(
-            f"a batch of {ids.shape[0]} rows does not tell padding from tokens; give it `real` or `attention_mask`, "
-            "[B, S], or measure packed rows"
+            f"in a batch of {ids.shape[0]} rows it is not known which tokens are padding; give it `real` or "
+            "`attention_mask`, [B, S], or measure packed rows"
         )
     if tokens == "real":
         return real
@@ -140,7 +151,7 @@ def real_tokens(batch: Batch, tokens: Literal["real", "trained"]) -> Tensor | No
 
 
 def _passes(found: _Subject, asked: Sequence[tuple[Batch, Tensor | None]], room: int) -> tuple[Any, list[set[str]]]:
-    """The weights of each pass through the batches. Who shares with whom has to be known to cut them well."""
+    """Return the weights of each pass through the batches. Which weights share a sum has to be known for that."""
     shapes = sizes(found.anatomy)
     if sum(map(_bytes, shapes.values())) <= room:
         return None, [set(shapes)]
@@ -160,7 +171,7 @@ def _passes(found: _Subject, asked: Sequence[tuple[Batch, Tensor | None]], room:
 
 
 def _room(device: torch.device) -> int:
-    """The same on every rank: all go through the model equally often."""
+    """Return the memory limit, the same on every rank, so that all make equally many passes."""
     room = ROOM
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -218,7 +229,7 @@ def _watched(
     passes: Sequence[set[str]],
     progress: Callable[[int, int], None],
 ) -> Iterator[Observer]:
-    """After each pass, with its sums complete."""
+    """Yield the observer after each pass, with its sums complete."""
     for number, weights in enumerate(passes):
         with observe(found.model, found.anatomy, weights=weights) as seen:
             for i, (batch, real) in enumerate(asked):
@@ -229,11 +240,8 @@ def _watched(
 
 
 def _agree(owners: dict[str, str]) -> None:
-    """Sums of different things, or in another order, would be added up, or wait for each other for ever."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, owners)
+    """Raise a PlanError where ranks would add up sums of different weights, or wait for each other without end."""
+    everyone = gather_objects(owners)
     for rank, other in enumerate(everyone):
         if list(other.items()) != list(everyone[0].items()):
             raise PlanError(
@@ -243,12 +251,12 @@ def _agree(owners: dict[str, str]) -> None:
 
 
 def _keys_of(owner: str, owners: Mapping[str, str], keys: Mapping[str, str]) -> list[str]:
-    """The tensors that are made of one measured moment: one, unless earlier rings hold apart what is shared now."""
+    """Return the tensors that one measured moment belongs to: one, unless earlier measurements have several for it."""
     return [key for key in dict.fromkeys(keys.values()) if owners[key] == owner]
 
 
 def _described(found: _Subject, owners: Mapping[str, str]) -> Statistics:
-    """What would be measured, for a message."""
+    """Return what would be measured, for a message."""
     shapes = sizes(found.anatomy)
     entries = {w: Entry(key=w, tokens=0, shape=shapes[w], digest="") for w in owners}
     return Statistics(
@@ -257,7 +265,7 @@ def _described(found: _Subject, owners: Mapping[str, str]) -> Statistics:
 
 
 def _groups(mesh: "DeviceMesh | None") -> "list[ProcessGroup]":
-    """Over which ranks documents are dealt."""
+    """Return the process groups whose ranks have different documents."""
     if mesh is not None and {"replicate", "shard"} <= set(mesh.mesh_dim_names or ()):
         return [mesh[axis].get_group() for axis in ("replicate", "shard") if mesh[axis].size() > 1]
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -268,7 +276,7 @@ def _groups(mesh: "DeviceMesh | None") -> "list[ProcessGroup]":
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients; every module's own mode is given back."""
+    """Switch dropout and gradients off; every module's own mode is restored."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -277,13 +285,4 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-        _reshard(model)
-
-
-def _reshard(model: nn.Module) -> None:
-    """FSDP frees gathered parameters in a backward, and there is none."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+        settle(model)  # FSDP frees gathered parameters in a backward, and there is none

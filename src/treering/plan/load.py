@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from treering.core.collectives import gather_objects
 from treering.core.errors import PlanError
 from treering.core.full_precision import exactly
+from treering.core.owners import assign
 from treering.core.sharded import local_rows, put, put_rows
 from treering.plan.prepared import Prepared, digest, key
 from treering.technique import LazyTensor, Part
@@ -156,7 +158,9 @@ def _shared(
     problem = ""
     again: list[tuple[str, str]] = []  # the reason for making a result again, and the weight
     try:
-        for chain in _deal(chains, world)[rank]:
+        by_name = {chain.name: chain for chain in chains}
+        owners = assign({chain.name: chain.cost for chain in chains}, world)
+        for chain in (by_name[name] for name, owner in owners.items() if owner == rank):
             weight = source.tensors[chain.name]
             whole = weight.read()
             name = key(digest(whole), chain.identity, _identity(chain, live, statistics))
@@ -183,8 +187,7 @@ def _shared(
             raise
         problem = f"rank {rank}: {type(error).__name__}: {error}"
     if world > 1:
-        everyone: list[tuple[str, dict, list]] = [("", {}, [])] * world
-        dist.all_gather_object(everyone, (problem, made, again))
+        everyone = gather_objects((problem, made, again))
         problems = [p for p, _, _ in everyone if p]
         if problems:
             raise PlanError(f"splitting failed on {problems[0]}")
@@ -213,14 +216,3 @@ def _names(chain: Chain) -> list[str]:
     """What splitting gives values to. A base that stays where it is comes straight from the source."""
     own = {name for part in chain.parts for name in part.names}
     return sorted(own | ({chain.name} if chain.moves_base else set()))
-
-
-def _deal(chains: Sequence[Chain], ranks: int) -> list[list[Chain]]:
-    """Longest first, each to the rank with the least so far."""
-    hands: list[list[Chain]] = [[] for _ in range(ranks)]
-    load = [0.0] * ranks
-    for chain in sorted(chains, key=lambda c: (-c.cost, c.name)):
-        least = load.index(min(load))
-        hands[least].append(chain)
-        load[least] += chain.cost
-    return hands

@@ -13,8 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from treering.core.collectives import gather_objects
 from treering.core.errors import NumericsError
-from treering.core.sharded import local, sharded_axes
+from treering.core.sharded import local, sharded_axes, sum_of_squares
 from treering.technique import Applied
 
 
@@ -67,25 +68,14 @@ def norm_over_meshes(gradients: Iterable[Tensor]) -> Tensor:
             axes = sharded_axes(gradient)
         groups.setdefault((mesh, axes), []).append(local(gradient))
     total: Tensor | None = None
-    for (mesh, axes), shards in groups.items():
-        square = _square(shards)
+    for (mesh, axes), held in groups.items():
+        square = sum_of_squares(held)
         if mesh is not None:
             square = square.to(mesh.device_type)
             for axis in axes:
                 dist.all_reduce(square, group=mesh.get_group(axis))
         total = square if total is None else total + square.to(total.device)
     return torch.zeros(()) if total is None else total.sqrt()
-
-
-def _square(shards: Sequence[Tensor]) -> Tensor:
-    """Return the sum of squares in float64: over 10⁹ elements a float32 sum would lose the digits that a test compares.
-    The norm of each tensor is computed in float32, without a copy of the tensor."""
-    filled = [g for g in shards if g.numel()] or [torch.zeros(1)]
-    double = [g for g in filled if g.dtype == torch.float64]
-    single = [g for g in filled if g.dtype != torch.float64]
-    norms = list(torch._foreach_norm(double)) if double else []
-    norms += torch._foreach_norm(single, 2, torch.float32) if single else []
-    return torch.stack([n.double() for n in norms]).square().sum()
 
 
 def blame(named: Iterable[tuple[str, Tensor]], limit: int = 8) -> list[str]:
@@ -95,12 +85,8 @@ def blame(named: Iterable[tuple[str, Tensor]], limit: int = 8) -> list[str]:
 
 
 def everyone(own: Sequence[str]) -> list[str]:
-    """Return the texts of all ranks, once each. A collective, for when all of them are about to stop."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return list(own)
-    texts: list[Sequence[str]] = [()] * dist.get_world_size()
-    dist.all_gather_object(texts, list(own))
-    return list(dict.fromkeys(text for part in texts for text in part))
+    """What all ranks say, once each. Called when all of them are about to stop: what is to blame may be on any."""
+    return list(dict.fromkeys(one for part in gather_objects(list(own)) for one in part))
 
 
 def too_many(skips: int, step: int, samples: Sequence[str], names: Sequence[str]) -> NumericsError:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from treering.core.collectives import gather_objects
 from treering.core.errors import DataError
 from treering.core.seeds import generator
 from treering.core.topology import data_rank
@@ -42,7 +43,8 @@ def generated(
     try:
         while done < tokens:
             rows = [number + rank * at_once + i for i in range(at_once)]
-            documents |= _everyone(dict(zip(rows, _written(run, rows, start, ends, length, seed))))
+            written = dict(zip(rows, _written(run, rows, start, ends, length, seed)))
+            documents |= {row: ids for part in gather_objects(written) for row, ids in part.items()}
             number += at_once * ranks
             done = sum(map(len, documents.values()))
             progress(min(done, tokens), tokens)
@@ -103,11 +105,3 @@ def _any(here: bool, device: torch.device) -> bool:
     flag = torch.tensor([here], dtype=torch.uint8, device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)
-
-
-def _everyone(own: dict[int, list[int]]) -> dict[int, list[int]]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return own
-    all_of_them: list[dict[int, list[int]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(all_of_them, own)
-    return {row: ids for part in all_of_them for row, ids in part.items()}

@@ -18,8 +18,9 @@ FORMS = {
 
 
 def trained(root, output, form):
-    import treering.techniques.osft.decompose as decompose
-    from treering.techniques.osft import factors, protection
+    import treering.techniques.osft.protection.decompose as decompose
+    from treering.techniques.osft.forward_factors import factored
+    from treering.techniques.osft.protection import operators
     from treering.train import train
 
     counted, plain = [], decompose.svd
@@ -28,9 +29,9 @@ def trained(root, output, form):
         counted.append(1)
         return plain(W)
 
-    protection.svd = factors.svd = counting
+    operators.svd = factored.svd = counting
     train(job(root, output, techniques=(FORMS[form], tr.Shard()), train={"steps": 8}))
-    protection.svd = factors.svd = plain
+    operators.svd = factored.svd = plain
     return len(counted)
 
 

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import treering as tr
 from benchmarks.traffic import of_a_step
 from treering.anatomy import examine
-from treering.techniques.osft import protection
-from treering.techniques.osft.targets import Target, targets
+from treering.anatomy.matrices import Matrix
+from treering.techniques.osft.protection.operators import operator_shapes
+from treering.techniques.osft.protection.targets import targets
 
 RANKS = 5
 BYTES = 4
@@ -38,7 +39,7 @@ def summed(numbers: int) -> float:
 
 
 @cache
-def linears() -> tuple[Target, ...]:
+def linears() -> tuple[Matrix, ...]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG)
     return targets(tr.OSFT(), examine(model))
@@ -49,7 +50,7 @@ def counted(technique, ranks: int = RANKS, rank: int = 0, shapes_only: bool = Fa
     return {phase: traffic.sent(phase) for phase in ("model", "gradients", "step")}
 
 
-def by_weights(target: Target, ratio: float) -> tuple[int, int, dict[str, int]]:
+def by_weights(target: Matrix, ratio: float) -> tuple[int, int, dict[str, int]]:
     """Free and held singular directions, and the columns of the smaller basis that says so at each end."""
     free = int(ratio * target.rank)
     held = target.rank - free
@@ -102,7 +103,7 @@ def test_update_gathers_at_the_inputs_and_sums_at_the_outputs(technique):
     found = counted(technique)
     wanted = 0.0
     for target in linears():
-        sides = {side.end: side for side in protection.sides(technique, target)}
+        sides = {side.end: side for side in operator_shapes(technique, target)}
         width = target.inputs
         if at_inputs := sides.get("in"):
             wanted += gathered(target.inputs, target.inputs if at_inputs.whole else at_inputs.columns)

@@ -10,59 +10,61 @@ from torch.distributed.tensor import DTensor
 from treering.core.sharded import sharded_axes
 from treering.core.topology import axes_of
 from treering.technique import Collective, Message
-from treering.techniques.osft import wire
-from treering.techniques.osft.owners import rounds_of
 
 if TYPE_CHECKING:
-    from treering.techniques.osft.held import Held
-    from treering.techniques.osft.owners import Owners
+    from treering.techniques.osft.forward_factors.communication import Projection
+    from treering.techniques.osft.update.cached_operators import CachedOperators
+    from treering.techniques.osft.update.operator_buffers import OperatorBuffers
 
 PASSES = 2
 
 
-def of_factors(sides: Iterable[wire.Side]) -> list[Message]:
-    """Return what `wire.project_` sends for `sides` in a step. A basis that is kept was gathered in the first step."""
+def of_factors(projections: "Iterable[Projection]") -> list[Message]:
+    """Return what `communication.project_` sends in a step. A basis that is cached was gathered in the first step."""
+    from treering.techniques.osft.forward_factors.communication import GatheredBasis, SummedCoefficients, plan_messages
 
     def each() -> Iterator[Message]:
-        for job in wire._jobs(sides, wire.BUCKET):
-            if isinstance(job, wire._Sum):
-                yield from _messages("all_reduce", job.sides[0].value, job.bytes, "coefficients")
-            elif isinstance(job, wire._Gather) and job.side.kept is None:
-                yield from _gathered(job.side.basis)
+        for message in plan_messages(projections):
+            if isinstance(message, SummedCoefficients):
+                yield from _messages("all_reduce", message.projections[0].value, message.bytes, "coefficients")
+            elif isinstance(message, GatheredBasis) and message.projection.cache is None:
+                yield from _gathered(message.projection.basis)
 
     return _together(each())
 
 
-def of_update(weights: Mapping[str, Tensor], held: "Mapping[str, Held]", owners: "Owners | None") -> list[Message]:
-    """Return what the projections of form `update` send: operators are gathered, or rows go to their owners and back.
-    What an owner keeps was sent in the first step."""
+def of_update(
+    weights: Mapping[str, Tensor], operators: "Mapping[str, OperatorBuffers]", cached: "CachedOperators | None"
+) -> list[Message]:
+    """Return what the projections of form `update` send: operators are gathered, or rows are sent to the owners and
+    back. What an owner caches was sent in the first step."""
 
     def each() -> Iterator[Message]:
-        travelling = set(owners.owner) if owners is not None else set()
-        for name, one in held.items():
-            if name not in travelling:
+        exchanged = set(cached.owner) if cached is not None else set()
+        for name, one in operators.items():
+            if name not in exchanged:
                 yield from _projected(one, weights[name])
-        if owners is not None:
-            for of, sent, back in rounds_of(owners, {name: weights[name] for name in travelling}):
+        if cached is not None:
+            for of, sent, returned in cached.exchanges(exchanged):
                 yield from _messages("all_to_all", of, sent, "rows")
-                yield from _messages("all_to_all", of, back, "rows")
+                yield from _messages("all_to_all", of, returned, "rows")
 
     return _together(each())
 
 
-def _projected(held: "Held", weight: Tensor) -> Iterator[Message]:
-    """One pass over one weight: see `Held.project`. Experts are whole matrices on their rank."""
+def _projected(operators: "OperatorBuffers", weight: Tensor) -> Iterator[Message]:
+    """One pass over one weight: see `OperatorBuffers.project`. Experts are complete matrices on their rank."""
     if weight.ndim != 2:
         return
-    width = held.target.shape[1]
-    columns = held.sides.get(held.columns)
+    width = weight.shape[1]
+    columns = operators.shapes.get(operators.columns)
     if columns is not None:
-        basis = held.held(held.basis(held.columns))
-        yield from _gathered(basis)
-        if columns.rest == 0 and held.basis(held.columns).startswith("Q_"):
+        name = operators.basis(operators.columns)
+        yield from _gathered(operators.buffer(name))
+        if columns.rest == 0 and name.startswith("Q_"):
             width = columns.columns
-    if held.rows in held.sides:
-        basis = held.held(held.basis(held.rows))
+    if operators.rows in operators.shapes:
+        basis = operators.buffer(operators.basis(operators.rows))
         yield from _messages("all_reduce", weight, basis.shape[-1] * width * basis.itemsize, "coefficients")
 
 
