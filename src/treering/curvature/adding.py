@@ -81,6 +81,6 @@ def refuse_other(first: Statistics, other: Statistics) -> None:
     if shapes[0] != shapes[1]:
         names = [w for w in {**shapes[0], **shapes[1]} if shapes[0].get(w) != shapes[1].get(w)]
         raise CheckpointError(
-            f"{first.where} and {other.where} differ in what they have for {names[0]} ({shapes[0].get(names[0])} and "
+            f"{first.where} and {other.where} differ in what they hold of {names[0]} ({shapes[0].get(names[0])} and "
             f"{shapes[1].get(names[0])}); only statistics of one model can be added"
         )
