@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from treering.anatomy import examine
 from treering.core.errors import DataError, PlanError
+from treering.core.topology import AXES, axis_size
 from treering.curvature.adding import added, joint, refuse_other
 from treering.curvature.disk import open_folder, writing
 from treering.curvature.observe import Observer, observe
@@ -83,8 +84,7 @@ def _refuse_nothing(
     found: "_Subject", asked: Sequence[tuple[Batch, Tensor | None]], tokens: Literal["real", "trained"]
 ) -> None:
     """On all ranks together: one may have nothing but padding, as company for the others."""
-    count = sum(batch["input_ids"].numel() if real is None else int((real != 0).sum()) for batch, real in asked)
-    if int(summed(torch.tensor(count, device=found.device), found.groups)) == 0:
+    if int(summed(torch.tensor(_count(asked), device=found.device), found.groups)) == 0:
         what = "predicts a trained token (are all labels -100?)" if tokens == "trained" else "is not padding"
         raise DataError(
             f"no token of the batches {what}, so there is nothing to measure; look at their attention_mask, `real` or "
@@ -92,12 +92,19 @@ def _refuse_nothing(
         )
 
 
+def _count(asked: Sequence[tuple[Batch, Tensor | None]]) -> int:
+    """Return the number of tokens of this rank's batches that are to be counted."""
+    return sum(batch["input_ids"].numel() if real is None else int((real != 0).sum()) for batch, real in asked)
+
+
 class _Subject:
     """The model that is measured, and how to get a batch into it."""
 
     def __init__(self, model: nn.Module, anatomy: "Anatomy", mesh: "DeviceMesh | None", run: Composed | None):
         self.model, self.anatomy, self.run = model, anatomy, run
-        self.groups = _groups(mesh)
+        self.mesh = mesh
+        self.groups = _groups(mesh, ("replicate", "shard"))
+        self.shared = axis_size(mesh, "sequence", "expert")  # ranks that are given the same batches
         self.device = run.plan.device if run is not None else next(model.parameters()).device
         self.short = {"use_cache": False}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -109,9 +116,33 @@ class _Subject:
             return cls(model, anatomy or examine(model), mesh, None)  # type: ignore[arg-type]
         return cls(model.model, anatomy or model.plan.anatomy, mesh or model.plan.mesh, model)
 
+    def agree(self, given: int, seen: int) -> None:
+        """Let sums run over all ranks among which different tokens lie. A collective where ranks share batches.
+
+        Args:
+            given: Tokens of this rank's batches that are to be counted.
+            seen: Tokens that this rank's model has counted: fewer where a technique cuts rows.
+        """
+        if self.shared == 1:
+            return
+        every = _groups(self.mesh, AXES)
+        total = int(summed(torch.tensor(given, device=self.device), self.groups))
+        counted = int(summed(torch.tensor(seen, device=self.device), every))
+        if counted == total:
+            self.groups = every
+        elif counted != total * self.shared:
+            raise PlanError(
+                f"the batches have {total} tokens to be measured, and the {self.shared} ranks that share each batch "
+                f"have seen {counted} together; a technique that cuts rows must leave each token (and its place in "
+                "`real`) on one of these ranks, one that does not must leave it on all of them"
+            )
+
     def forward(self, seen: Observer, batch: Batch, real: Tensor | None) -> None:
         if self.run is not None:
-            batch = self.run.ready([batch])[0]
+            if real is None and self.shared > 1:  # a technique that cuts rows may pad them, too
+                real = torch.ones(batch["input_ids"].shape, dtype=torch.bool)
+            [batch] = self.run.ready([batch if real is None else {**batch, "real": real}])
+            real = batch.get("real")
         inputs = {n: batch[n] for n in _INPUTS if batch.get(n) is not None}
         inputs = {n: v.to(self.device) if hasattr(v, "to") else v for n, v in inputs.items()}
         with seen.counting(real):
@@ -190,6 +221,7 @@ def _measured(
         one.check(found.anatomy)
     watched = _watched(found, asked, passes, progress)
     first = next(watched)
+    found.agree(_count(asked), first.tokens)
     owners = owners or first.order()
     rings = [*(r for one in onto for r in one.rings), replace(ring, tokens=first.counted(found.groups))]
     for one in onto:
@@ -256,10 +288,10 @@ def _described(found: _Subject, owners: Mapping[str, str]) -> Statistics:
     )
 
 
-def _groups(mesh: "DeviceMesh | None") -> "list[ProcessGroup]":
-    """Over which ranks documents are dealt."""
-    if mesh is not None and {"replicate", "shard"} <= set(mesh.mesh_dim_names or ()):
-        return [mesh[axis].get_group() for axis in ("replicate", "shard") if mesh[axis].size() > 1]
+def _groups(mesh: "DeviceMesh | None", axes: Sequence[str]) -> "list[ProcessGroup]":
+    """Return the groups of `axes`; without a mesh that has them, one of all ranks."""
+    if mesh is not None and set(axes) <= set(mesh.mesh_dim_names or ()):
+        return [mesh[axis].get_group() for axis in axes if mesh[axis].size() > 1]
     if dist.is_initialized() and dist.get_world_size() > 1:
         assert dist.group.WORLD is not None
         return [dist.group.WORLD]

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from treering.anatomy import Anatomy
 from treering.core.sharded import settle
-from treering.core.topology import axis_size
 from treering.plan.load import Chain
 from treering.technique import Applied, Technique
 from treering.weights.plain_tensors import Source, plain_tensors
@@ -37,11 +36,6 @@ class Plan:
     seed: int
     unpackable: str | None = None  # why packed batches are refused
     restore: tuple[Callable[[], None], ...] = ()  # what takes the packed attention off again
-
-    @property
-    def data_ranks(self) -> int:
-        """How many sets of documents are trained on at once."""
-        return axis_size(self.mesh, "replicate", "shard")
 
     def live(self) -> dict[str, Tensor]:
         """Every parameter and persistent buffer as it is held now, shards where it is sharded."""

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from treering.core.errors import PlanError
 from treering.core.sharded import settle
+from treering.core.topology import axis_size
 from treering.plan import batches, step
 from treering.plan.batches import Batch
 from treering.plan.explain import explain
@@ -39,6 +41,7 @@ class Run:
         self.number = 0  # steps taken, skipped ones included
         self.skipped_in_a_row = 0
         self._samples: list[str] = []
+        self._copies = 0  # on how many ranks each trained token lies; 0: not known yet
         self._attached = False
         losses = [a.loss for a in plan.applied if a.loss is not None]
         self._loss: Callable[[nn.Module, Batch], Tensor] = losses[0] if losses else cross_entropy
@@ -91,19 +94,32 @@ class Run:
     def ready(self, micro_batches: Sequence[Batch]) -> list[Batch]:
         """Counted micro-batches of one step, transformed by the techniques and on the device."""
         self._samples = [sample for batch in micro_batches for sample in batch.get("samples", ())]
-        return [self._ready(batch) for batch in micro_batches]
+        shifted = [with_targets(batch) for batch in micro_batches]
+        ready = [self._ready(batch) for batch in shifted]
+        mesh = self.plan.mesh
+        if mesh is None or axis_size(mesh, "sequence", "expert") == 1 or not all("targets" in b for b in ready):
+            return ready
+        self._copies = self._copies or batches.copies(shifted, ready, mesh)
+        factor = self._copies or 1
+        return [{**batch, "count": batch["count"] * factor} if "count" in batch else batch for batch in ready]
 
     def _ready(self, batch: Batch) -> Batch:
         if batch.get("documents") is not None and self.plan.unpackable:
             raise PlanError(f"a packed batch, but {self.plan.unpackable}; turn packing off (data.packing: off)")
-        batch = with_targets(batch)
         for applied in self.plan.applied:
             if applied.batch is not None:
                 batch = applied.batch(batch)
         return batches.to_device(batch, self.plan.device)
 
     def loss(self, batch: Batch) -> Tensor:
-        """This micro-batch's share of the step's loss: its sum over trained tokens / their number in the whole step."""
+        """Return this micro-batch's share of the step's loss: its sum over trained tokens / their global number.
+
+        The number counts each token once for every rank that holds it, so that on every mesh the loss of the step is
+        the plain sum of all shares (`total`), and its gradient the plain sum of theirs.
+
+        Args:
+            batch: From `steps` or `ready`. A loop that counts by itself may pass `labels` and `count`.
+        """
         batch = with_targets(batch)  # of a loop that counts by itself
         if "count" not in batch or "targets" not in batch:
             raise PlanError(
@@ -111,6 +127,20 @@ class Run:
                 "from run.steps(loader), or pass them through run.ready"
             )
         return self._loss(self.model, batch) / batch["count"]
+
+    def total(self, shares: Tensor) -> Tensor:
+        """Return the loss of a step over all ranks: the sum of their `shares`. A collective if there are several.
+
+        Args:
+            shares: The sum of what `loss` returned for this rank's micro-batches.
+
+        Example:
+            reported = float(run.total(sum(loss.detach() for loss in losses)))
+        """
+        total = shares.detach().clone()
+        if self.plan.mesh is not None and self.plan.mesh.size() > 1:
+            dist.all_reduce(total)
+        return total
 
     def step(self, optimizer: Optimizer | Sequence[Optimizer], *, clip: float | None = None) -> StepReport:
         """Project, guard, clip, step, retract, and clear the gradients.

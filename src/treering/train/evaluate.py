@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from treering.data.chat.template import Template
 from treering.data.loader import Loader
@@ -16,27 +15,23 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def held_out_loss(run: Run, loader: Loader, stop_asked: Callable[[], bool] = lambda: False) -> float | None:
-    """Mean over all trained tokens of the evaluation data, whatever the number of ranks and the cut into steps.
+    """Return the mean loss over all trained tokens of the evaluation data, on every mesh and for every size of step.
 
-    None if the run was asked to stop on the way.
+    Returns None if the run was asked to stop before the end.
     """
     run.model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=run.plan.device)
+    summed, tokens = torch.zeros((), dtype=torch.float64, device=run.plan.device), 0
     try:
         for batches in loader.once():
             if stop_asked():
                 return None
             count = batches[0]["count"]
             for batch in run.ready(batches):
-                total[0] += run.loss(batch).double() * count
-            total[1] += count
+                summed += run.loss(batch).double() * count
+            tokens += count
     finally:
         run.model.train()
-    if dist.is_initialized():
-        dist.all_reduce(total[:1], group=None)
-        # Ranks along `sequence` and `expert` saw the same documents.
-        total[0] /= dist.get_world_size() / run.plan.data_ranks
-    return float(total[0] / total[1])
+    return float(run.total(summed)) / tokens
 
 
 @torch.no_grad()
