@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PlainTensor:
-    """A plain weight that is read when asked for; by rows where the file holds it as the model does."""
+    """A plain weight that is read when asked for; by rows where the file has a place for each of them."""
 
     name: str
     shape: tuple[int, ...]
@@ -137,12 +137,14 @@ def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
             unused.extend(key for key, _ in items)
             continue
         _refuse_codes(folder, headers, [key for key, _ in items], names[0], wanted[names[0]])
+        by_rows = len(names) == 1 and reader.keeps_rows(names[0], tuple(wanted[names[0]].shape))
         for name in names:
             tensors[name] = PlainTensor(
                 name=name,
                 shape=tuple(wanted[name].shape),
                 dtype=_dtype(files[items[0][0]], items[0][0]),
                 reader=lambda name=name, reader=reader: reader.read(name),  # type: ignore[misc]
+                row_reader=(lambda a, b, name=name, reader=reader: reader.rows(name, a, b)) if by_rows else None,  # type: ignore[misc]
             )
         groups.append(names)
     _refuse_scales(folder, headers.keys() - set(unused), unused)
@@ -286,23 +288,69 @@ class _Converted:
         self.model, self.target, self.items, self.converter, self.files = model, target, items, converter, files
         self.ready: dict[str, Tensor] = {}
 
-    def _convert(self, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    def _convert(self, get: Callable[[str], Tensor], items: Sequence[tuple[str, str]] = ()) -> dict[str, Tensor]:
         converter = deepcopy(self.converter)
-        for key, pattern in self.items:
+        for key, pattern in items or self.items:
             converter.add_tensor(self.target, key, pattern, get(key))
         made = converter.convert(self.target, model=self.model, config=self.model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
+    def _shape_only(self, key: str) -> Tensor:
+        with safe_open(self.files[key], "pt") as opened:
+            return torch.empty(opened.get_slice(key).get_shape(), device="meta")
+
+    def _read(self, key: str) -> Tensor:
+        with safe_open(self.files[key], "pt") as opened:
+            return opened.get_tensor(key)
+
+    def keeps_rows(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Return whether rows can be converted without the others: those of one expert, if the file's tensors are
+        experts that are stacked, else those of every tensor of the file, if nothing moves along dimension 0."""
+        stacks, others = self._stacks()
+        if not shape or not all(_within_rows(operation, len(shape)) for operation in others):
+            return False
+        first = self._experts(0, 1) if stacks else self.items
+        rows = self._convert(lambda key: self._shape_only(key)[: None if stacks else 1], first)
+        return {n: tuple(v.shape) for n, v in rows.items()} == {name: (1, *shape[1:])}
+
+    def _stacks(self) -> tuple[bool, list[Any]]:
+        """Whether the first operation stacks tensors along dimension 0, and the operations after it."""
+        from transformers.core_model_loading import MergeModulelist
+
+        first, *rest = self.converter.operations
+        stacks = isinstance(first, MergeModulelist) and first.dim == 0
+        return stacks, rest if stacks else [first, *rest]
+
+    def _experts(self, start: int, stop: int) -> list[tuple[str, str]]:
+        """The file's tensors of experts `start` to `stop`: of each pattern, those at these places."""
+        by_pattern: dict[str, list[str]] = {}
+        for key, pattern in self.items:
+            by_pattern.setdefault(pattern, []).append(key)
+        return [(key, pattern) for pattern, keys in by_pattern.items() for key in keys[start:stop]]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows of the converted tensor; only what they are made of is read."""
+        if stop <= start:
+            return self._empty(name)
+        if self._stacks()[0]:
+            return self._convert(self._read, self._experts(start, stop))[name]
+
+        def some(key: str) -> Tensor:
+            with safe_open(self.files[key], "pt") as opened:
+                return opened.get_slice(key)[start:stop]
+
+        return self._convert(some)[name]
+
+    def _empty(self, name: str) -> Tensor:
+        shape = self._convert(self._shape_only)[name].shape
+        key = self.items[0][0]
+        return torch.empty((0, *shape[1:]), dtype=_dtype(self.files[key], key))
+
     def targets(self, wanted: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Names of tensors that the model has, found by converting on the meta device: no byte of a weight is read."""
-
-        def shape_only(key: str) -> Tensor:
-            with safe_open(self.files[key], "pt") as opened:
-                return torch.empty(opened.get_slice(key).get_shape(), device="meta")
-
         file = self.files[self.items[0][0]]
         try:
-            made = self._convert(shape_only)
+            made = self._convert(self._shape_only)
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{file}: {self.items[0][0]} and {len(self.items) - 1} more cannot be joined to {self.target}: {error}"
@@ -317,13 +365,21 @@ class _Converted:
 
     def read(self, name: str) -> Tensor:
         if name not in self.ready:
-
-            def get(key: str) -> Tensor:
-                with safe_open(self.files[key], "pt") as opened:
-                    return opened.get_tensor(key)
-
-            self.ready = self._convert(get)
+            self.ready = self._convert(self._read)
         return self.ready.pop(name)
+
+
+def _within_rows(operation: Any, ndim: int) -> bool:
+    """Return whether an operation of a conversion computes row i of its result from row i of what it is given."""
+    from transformers.core_model_loading import Concatenate, Interleave, Transpose
+
+    if isinstance(operation, Concatenate):
+        return operation.dim % ndim != 0 and operation.num_shards_attribute is None
+    if isinstance(operation, Interleave):
+        return operation.dim % ndim != 0
+    if isinstance(operation, Transpose):  # one that looks at the model's shape first would see another one
+        return 0 not in (operation.dim0 % ndim, operation.dim1 % ndim) and not operation.check_dims
+    return False
 
 
 def export_groups(model: "PreTrainedModel", names: Iterable[str]) -> list[tuple[str, ...]]:

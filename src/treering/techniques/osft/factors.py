@@ -132,6 +132,7 @@ def part(target: Target, factored: Factored, own: str, dtype: torch.dtype) -> Pa
         keeps_base=False,
         compute_dtype=dtype,
         tolerance=1e-5,
+        independent_rows=target.experts is not None,
         cost=float(target.rank * target.outputs * target.inputs * (target.experts or 1)),
         identity=f"osft factors {factored.held} {factored.turned} {sorted(names)}",
         measured=False,

@@ -8,6 +8,7 @@ micro-batch; nothing is folded in at export, for the weight is plain all along.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,8 +75,10 @@ def _hold(
     def split(
         weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
-        made = protection.operators(sides, target, config.soften, weight.read, statistics)
-        scale = protection.scale(sides, made, target, coverage.frozen(config, statistics))
+        # Of a stack it may be some of the experts.
+        given = target if target.experts is None else replace(target, experts=weight.shape[0])
+        made = protection.operators(sides, given, config.soften, weight.read, statistics)
+        scale = protection.scale(sides, made, given, coverage.frozen(config, statistics))
         tensors = {f"{own}.scale": scale} | held.values(own, made)
         return tensors | ({f"{own}.before": weight.read()} if config.anchor else {})
 
@@ -85,6 +88,7 @@ def _hold(
         join=lambda tensors, below: below,
         tolerance=0.0,
         joins=(),
+        independent_rows=target.experts is not None,
         cost=protection.cost(sides, target),
         identity=f"{protection.identity(config, sides)} anchor {config.anchor}",
         measured=config.protect != "weights",
