@@ -2,18 +2,22 @@
 
 import dataclasses
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import treering as tr
 from tests.ranks import on_ranks
-from tests.zoo import ARCHITECTURES, randomise, save
-from treering.core.sharded import gather, local, local_rows
-from treering.plan import draft, load
+from tests.zoo import ARCHITECTURES, build, randomise, save
+from treering.core.sharded import gather, local_rows
+from treering.plan import draft, load, splitting
 from treering.plan.open_model import on_meta
+from treering.plan.prepared import Prepared
+from treering.technique import Applied, Claim, Part, Stage
 from treering.weights import plain_tensors
 
 EXPERTS = {"qwen3_moe": "num_experts", "mixtral": "num_local_experts"}
@@ -175,8 +179,7 @@ def loaded(folder, case, prepared, whole=False):
     spans = {name: local_rows(value) for name, value in live.items()}
     errors = {name: error for name, error in run.lost.items() if name in counted}
     rows = {name: (tensor.rows_read, _span(name, spans)) for name, tensor in counted.items()}
-    largest = max(local(v)[:1].numel() * 4 for v in run.plan.live().values() if v.ndim == 3) if rows else 0
-    return {name: gather(value).clone() for name, value in live.items()}, errors, rows, alive["most"], largest
+    return {name: gather(value).clone() for name, value in live.items()}, errors, rows, alive["most"]
 
 
 def _span(name, spans):
@@ -194,9 +197,9 @@ def one_expert(arch, folder):
 @pytest.mark.parametrize("arch", EXPERTS)
 def test_pieces_are_bit_for_bit_what_the_whole_is(arch, case, tmp_path):
     folder = stacked(arch, tmp_path / "m")
-    wanted, errors, _, _, _ = loaded(folder, case, None, whole=True)
+    wanted, errors, _, _ = loaded(folder, case, None, whole=True)
     for prepared in (None, tmp_path / "prepared", tmp_path / "prepared"):
-        found, others, rows, most, _ = loaded(folder, case, prepared)
+        found, others, rows, most = loaded(folder, case, prepared)
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
             assert torch.equal(found[name], value), name
@@ -211,12 +214,96 @@ def test_a_rank_reads_and_splits_its_own_experts(case, world, experts, tmp_path)
     folder = stacked(arch, tmp_path / "m", experts)
     wanted = loaded(folder, case, None, whole=True)[0]
     for prepared in (None, tmp_path / "prepared"):
-        for found, _, rows, most, _ in on_ranks(world, loaded, folder, case, prepared):
+        for found, _, rows, most in on_ranks(world, loaded, folder, case, prepared):
             for name, value in wanted.items():
                 assert torch.equal(found[name], value), name
             assert most <= one_expert(arch, folder)
             for name, (read, (start, stop)) in rows.items():
                 assert set(read) == set(range(start, stop)), f"{name}: {read} of {start}:{stop}"
+
+
+MATRIX = "model.layers.0.mlp.up_proj"  # 48 rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Halves:
+    """Stores a matrix as two halves; `log` holds the number of rows that each split was given."""
+
+    log: list = dataclasses.field(default_factory=list)
+    short: int = 0  # rows that one half lacks, although it says that rows are independent
+
+    stage: ClassVar[Stage] = Stage.ADAPT
+
+    def claims(self, anatomy, mesh):
+        return [Claim(fqn=f"{MATRIX}.weight", aspect="storage", setting="halves")]
+
+    def apply(self, model, site):
+        module = model.get_submodule(MATRIX)
+        rows, columns = module.weight.shape
+        del module.weight
+        for half, number in (("left", rows), ("right", rows - self.short)):
+            module.register_parameter(half, torch.nn.Parameter(torch.empty(number, columns, device="meta")))
+        module.forward = lambda x: x @ (module.left + module.right).T
+        left, right = f"{MATRIX}.left", f"{MATRIX}.right"
+
+        def split(weight, below, statistics):
+            self.log.append(weight.shape[0])
+            return {left: weight.read() * 0.25, right: weight.read() * 0.75}
+
+        part = Part(
+            names=(left, right),
+            split=split,
+            join=lambda tensors, below: below + tensors[left] + tensors[right],
+            keeps_base=False,
+            independent_rows=True,
+        )
+        return Applied(trainable=(left, right), parts={f"{MATRIX}.weight": part})
+
+
+def halved(folder, prepared, at_once):
+    splitting.AT_ONCE = at_once
+    halves = Halves()
+    sharding = [tr.Shard()] if dist.is_initialized() else []
+    run = tr.compose(folder, [halves, *sharding], prepared=prepared)
+    left = run.model.get_parameter(f"{MATRIX}.left")
+    return gather(left).clone(), halves.log, local_rows(left), run.lost
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_rows_of_a_matrix_are_split_some_at_a_time(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(splitting, "AT_ONCE", splitting.AT_ONCE)
+    folder = save("llama", tmp_path / "m")
+    seven = 7 * 32 * 4  # rows of 32 float32
+    wanted, log, _, errors = halved(folder, None, 1 << 20)
+    assert log == [48]
+    assert halved(folder, tmp_path / "one", seven)[1] == [7] * 6 + [6]
+    for found, log, (start, stop), others in on_ranks(world, halved, folder, None, seven):
+        assert torch.equal(found, wanted) and sum(log) == stop - start and max(log) == 7
+        assert others == pytest.approx(errors, abs=1e-7)
+    results = on_ranks(world, halved, folder, tmp_path / "several", seven)
+    assert sorted(n for _, log, _, _ in results for n in log) == [6] + [7] * 6, "each piece once, by one rank"
+    for found, log, (start, stop), _ in results:
+        assert torch.equal(found, wanted) and abs(sum(log) - (stop - start)) < 7
+    for found, log, _, _ in on_ranks(world, halved, folder, tmp_path / "one", seven):
+        assert torch.equal(found, wanted) and not log, "what one process prepared is found"
+
+
+def test_a_part_whose_tensors_have_other_rows_is_a_mistake_of_its_technique():
+    with pytest.raises(AssertionError, match=r"up_proj.weight have independent rows, and .*right has not the 48 rows"):
+        tr.compose(build("llama"), [Halves(short=1)])
+
+
+def test_a_result_of_before_the_norm_was_kept_is_still_read(tmp_path):
+    folder = save("llama", tmp_path / "m")
+    pissa = [tr.LoRA(rank=2, init="pissa", targets=("q_proj",))]
+    errors = dict(tr.compose(folder, pissa, prepared=tmp_path / "prepared").lost)
+    store = Prepared(tmp_path / "prepared")
+    for path in (tmp_path / "prepared").iterdir():
+        tensors = load_file(path)
+        store.write(path.stem, tensors | {"lost": tensors["lost"][:1].clone()})
+    files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "prepared").iterdir()}
+    assert dict(tr.compose(folder, pissa, prepared=tmp_path / "prepared").lost) == errors
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "prepared").iterdir()} == files
 
 
 def needs_a_folder(folder):

@@ -16,12 +16,12 @@ from treering.core.topology import mesh as make_mesh
 from treering.curvature import Statistics as Measured
 from treering.plan import conflicts
 from treering.plan import open_model as opening
+from treering.plan.chain import Chain, Statistics
 from treering.plan.load import fill, refill
 from treering.plan.materialise import materialise, remember, to_meta
 from treering.plan.plan import Plan
 from treering.plan.prepared import Prepared
 from treering.plan.run import Run
-from treering.plan.splitting import Chain, Statistics
 from treering.technique import Applied, LazyTensor, Part, Site, Stage, Technique
 from treering.weights.plain_tensors import plain_tensors
 

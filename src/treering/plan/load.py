@@ -8,8 +8,9 @@ from torch import Tensor
 
 from treering.core.errors import PlanError
 from treering.core.sharded import local, local_rows, put, put_rows
+from treering.plan.chain import Chain, Statistics, join, split
 from treering.plan.prepared import Prepared
-from treering.plan.splitting import Chain, Statistics, join, rows_at_once, split, split_all
+from treering.plan.splitting import rows_at_once, split_all
 from treering.technique import LazyTensor
 from treering.weights.plain_tensors import Source, plain_tensors
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from treering.anatomy import Anatomy
 from treering.core.sharded import settle
-from treering.plan.splitting import Chain
+from treering.plan.chain import Chain
 from treering.technique import Applied, Technique
 from treering.weights.plain_tensors import Source, plain_tensors
 

@@ -14,48 +14,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from treering.core.errors import PlanError
-from treering.core.full_precision import exactly
 from treering.core.sharded import local, local_rows, put, put_rows
+from treering.plan.chain import Chain, Statistics, join, split
 from treering.plan.prepared import Prepared, digest, key
-from treering.technique import LazyTensor, Part
+from treering.technique import LazyTensor
 from treering.weights.plain_tensors import PlainTensor
 
 if TYPE_CHECKING:
     from treering.weights.plain_tensors import Source
 
-Statistics = Mapping[str, Mapping[str, Tensor]]
 AT_ONCE = 64 << 20  # bytes of a matrix's rows that are read at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chain:
-    """The parts of one plain tensor, in stage order, and what their results depend on besides the weight."""
-
-    name: str
-    parts: tuple[Part, ...]
-    identity: str
-
-    @property
-    def reads(self) -> bool:
-        return any(part.reads_weight for part in self.parts)
-
-    @property
-    def moves_base(self) -> bool:
-        return any(part.moves_base for part in self.parts)
-
-    @property
-    def independent_rows(self) -> bool:
-        return all(part.independent_rows for part in self.parts)
-
-    @property
-    def cost(self) -> float:
-        return sum(part.cost for part in self.parts)
-
-    @property
-    def names(self) -> list[str]:
-        """What splitting gives values to. A base that stays where it is comes straight from the source."""
-        own = {name for part in self.parts for name in part.names}
-        return sorted(own | ({self.name} if self.moves_base else set()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,51 +74,21 @@ class InMemory:
         return self.tensor[start:stop]
 
 
+def row_count(tensor: LazyTensor) -> int:
+    return tensor.shape[0] if tensor.shape else 1
+
+
 def rows_at_once(tensor: LazyTensor) -> int:
     """Return how many rows of `tensor` are read at a time: one expert of a stack, many rows of a matrix.
 
     A tensor that can only be read whole, because its conversion mixes rows, is read once.
     """
     if isinstance(tensor, PlainTensor) and tensor.row_reader is None:
-        return max(tensor.shape[0] if tensor.shape else 1, 1)
+        return max(row_count(tensor), 1)
     if len(tensor.shape) > 2:
         return 1
     row = torch.Size(tensor.shape[1:]).numel() * tensor.dtype.itemsize
     return max(1, AT_ONCE // max(row, 1))
-
-
-def split(
-    chain: Chain, weight: LazyTensor, live: Mapping[str, Tensor], statistics: Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
-    """Return all tensors of the chain for `weight`, all rows or some of them, in the dtypes of the live tensors."""
-    tensors: dict[str, Tensor] = {}
-
-    def base() -> Tensor:
-        if chain.name in tensors:
-            return tensors[chain.name]
-        plain = weight.read()
-        return plain if chain.name in live else torch.zeros_like(plain)
-
-    for position, part in enumerate(chain.parts):
-        earlier = chain.parts[:position]
-
-        def below(earlier: tuple[Part, ...] = earlier) -> Tensor:
-            return join(earlier, tensors, base())
-
-        with exactly():
-            values = part.split(weight, below, statistics)
-        for name, value in values.items():
-            tensors[name] = value.to(live[name].dtype)
-    return tensors
-
-
-def join(parts: Sequence[Part], tensors: Mapping[str, Tensor], base: Tensor) -> Tensor:
-    """Return the plain weight as `parts` reproduce it, at least in float32."""
-    value = base.to(torch.promote_types(base.dtype, torch.float32))
-    with exactly():
-        for part in parts:
-            value = part.join(tensors, value)
-    return value
 
 
 @torch.no_grad()
@@ -168,7 +106,7 @@ def split_all(
     several = dist.is_initialized() and dist.get_world_size() > 1
     if several and prepared is None and not all(chain.independent_rows for chain in chains):
         raise PlanError("a folder for prepared tensors is needed, seen by all ranks: compose(…, prepared=DIR)")
-    rows = {chain.name: source.tensors[chain.name].shape[0] for chain in chains}
+    rows = {chain.name: row_count(source.tensors[chain.name]) for chain in chains}
     held = {chain.name: _held_rows(chain, live, rows[chain.name]) for chain in chains}
     everyone = _everyone(held)
     if prepared is None:  # each rank makes what it holds
@@ -278,7 +216,7 @@ def _held_rows(chain: Chain, live: Mapping[str, Tensor], rows: int) -> tuple[int
 
 def _pieces(chain: Chain, source: "Source", start: int, stop: int) -> list[Piece]:
     weight = source.tensors[chain.name]
-    rows = weight.shape[0]
+    rows = row_count(weight)
     if not chain.independent_rows:
         return [Piece(chain=chain, start=0, stop=rows, rows=rows)]
     step = rows_at_once(InMemory(torch.empty(weight.shape, dtype=weight.dtype, device="meta")))
@@ -293,7 +231,7 @@ def _assigned(
     """Return each rank's pieces: longest first, each to the rank with the least so far that holds its first row."""
     assigned: list[list[Piece]] = [[] for _ in everyone]
     load = [0.0] * len(everyone)
-    pieces = [piece for chain in chains for piece in _pieces(chain, source, 0, source.tensors[chain.name].shape[0])]
+    pieces = [piece for chain in chains for piece in _pieces(chain, source, 0, row_count(source.tensors[chain.name]))]
     for piece in sorted(pieces, key=lambda piece: (-piece.cost, piece.id)):
         name = piece.chain.name
         holders = [rank for rank, held in enumerate(everyone) if held[name][0] <= piece.start < held[name][1]]
