@@ -1,4 +1,4 @@
-"""A whole measurement: every batch through the model, as often as memory asks, and each tensor written and dropped."""
+"""A complete measurement: every batch through the model, as often as memory requires, one tensor written at a time."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -55,11 +55,12 @@ def measure(
     room: int | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Statistics:
-    """Second moments of the inputs of all linears and experts in the blocks of `model`, over the tokens of `batches`.
+    """Return second moments of the inputs of all linears and experts in blocks of `model`, over tokens of `batches`.
 
     model     a live transformers model, sharded or not, or a composed run
     batches   `input_ids` [B, S], and what tells padding from tokens if B > 1: `real` or `attention_mask`, both [B, S],
-              or `documents` of a packed row. With several ranks each has its own, and all have equally many
+              or `documents` of a packed row. With several ranks each has its own, and all have equally many;
+              ranks along a mesh's `sequence` and `expert` are given the same
     anatomy   of the plain model, where techniques have changed it already; a run knows it
     mesh      from treering.mesh(…); default: the run's, else all ranks have batches of their own
     tokens    `trained`: only those from which a trained token is predicted
@@ -69,22 +70,22 @@ def measure(
     room      bytes of sums at a time: where all do not fit, the batches go through the model several times.
               Default: 8 GiB, or half of what the device has free
     """
-    found = _Subject.of(model, anatomy, mesh)
-    given = list(batches)
-    if not given:
+    subject = _Subject.of(model, anatomy, mesh)
+    every = list(batches)
+    if not every:
         raise DataError("there is no batch to measure; every rank needs at least one")
-    asked = [(batch, real_tokens(batch, tokens)) for batch in given]
-    _refuse_nothing(found, asked, tokens)
-    with _evaluating(found.model):
-        owners, passes = _passes(found, asked, room or _room(found.device))
-        return _measured(found, asked, owners, passes, ring or Ring(name="", tokens=0), onto, to, progress)
+    asked = [(batch, real_tokens(batch, tokens)) for batch in every]
+    _refuse_nothing(subject, asked, tokens)
+    with _evaluating(subject.model):
+        owners, passes = _passes(subject, asked, room or _room(subject.device))
+        return _measured(subject, asked, owners, passes, ring or Ring(name="", tokens=0), onto, to, progress)
 
 
 def _refuse_nothing(
-    found: "_Subject", asked: Sequence[tuple[Batch, Tensor | None]], tokens: Literal["real", "trained"]
+    subject: "_Subject", asked: Sequence[tuple[Batch, Tensor | None]], tokens: Literal["real", "trained"]
 ) -> None:
     """On all ranks together: one may have nothing but padding, as company for the others."""
-    if int(summed(torch.tensor(_count(asked), device=found.device), found.groups)) == 0:
+    if int(summed(torch.tensor(_count(asked), device=subject.device), subject.groups)) == 0:
         what = "predicts a trained token (are all labels -100?)" if tokens == "trained" else "is not padding"
         raise DataError(
             f"no token of the batches {what}, so there is nothing to measure; look at their attention_mask, `real` or "
@@ -170,14 +171,14 @@ def real_tokens(batch: Batch, tokens: Literal["real", "trained"]) -> Tensor | No
     return predicts if real is None else predicts & (real.cpu() != 0)
 
 
-def _passes(found: _Subject, asked: Sequence[tuple[Batch, Tensor | None]], room: int) -> tuple[Any, list[set[str]]]:
+def _passes(subject: _Subject, asked: Sequence[tuple[Batch, Tensor | None]], room: int) -> tuple[Any, list[set[str]]]:
     """The weights of each pass through the batches. Who shares with whom has to be known to cut them well."""
-    shapes = sizes(found.anatomy)
+    shapes = sizes(subject.anatomy)
     if sum(map(_bytes, shapes.values())) <= room:
         return None, [set(shapes)]
     batch = asked[0][0]
-    with observe(found.model, found.anatomy) as seen:
-        found.forward(seen, batch, torch.zeros(batch["input_ids"].shape, dtype=torch.bool))
+    with observe(subject.model, subject.anatomy) as seen:
+        subject.forward(seen, batch, torch.zeros(batch["input_ids"].shape, dtype=torch.bool))
     owners = seen.order()
     passes: list[set[str]] = []
     held = room
@@ -208,7 +209,7 @@ def _bytes(shape: tuple[int, ...]) -> int:
 
 
 def _measured(
-    found: _Subject,
+    subject: _Subject,
     asked: Sequence[tuple[Batch, Tensor | None]],
     owners: dict[str, str] | None,
     passes: Sequence[set[str]],
@@ -218,26 +219,26 @@ def _measured(
     progress: Callable[[int, int], None],
 ) -> Statistics:
     for one in onto:
-        one.check(found.anatomy)
-    watched = _watched(found, asked, passes, progress)
+        one.check(subject.anatomy)
+    watched = _watched(subject, asked, passes, progress)
     first = next(watched)
-    found.agree(_count(asked), first.tokens)
+    subject.agree(_count(asked), first.tokens)
     owners = owners or first.order()
-    rings = [*(r for one in onto for r in one.rings), replace(ring, tokens=first.counted(found.groups))]
+    rings = [*(r for one in onto for r in one.rings), replace(ring, tokens=first.counted(subject.groups))]
     for one in onto:
         if set(one.entries) != set(owners):
-            refuse_other(one, _described(found, owners))
+            refuse_other(one, _described(subject, owners))
     keys = joint(owners, *({w: e.key for w, e in one.entries.items()} for one in onto))
-    means = (mean for seen in chain([first], watched) for mean in seen.means(found.groups))
+    means = (mean for seen in chain([first], watched) for mean in seen.means(subject.groups))
     if to is None:
         tensors: dict[str, Tensor] = {}
         counts: dict[str, Counts] = {}
         for owner, mean, count in means:
             for key in _keys_of(owner, owners, keys):
                 tensors[key], counts[key] = added(key, onto, mean.clone() if onto else mean, count)
-        return in_memory(found.anatomy.model_type, tensors, keys, counts, tuple(rings))
-    shapes = {key: sizes(found.anatomy)[key] for key in dict.fromkeys(keys.values())}
-    with writing(Path(to), shapes, found.anatomy.model_type, keys, rings) as pages:
+        return in_memory(subject.anatomy.model_type, tensors, keys, counts, tuple(rings))
+    shapes = {key: sizes(subject.anatomy)[key] for key in dict.fromkeys(keys.values())}
+    with writing(Path(to), shapes, subject.anatomy.model_type, keys, rings) as pages:
         for owner, mean, count in means:
             for key in _keys_of(owner, owners, keys):
                 pages.add(key, partial(added, key, onto, mean.clone() if onto else mean, count))
@@ -245,16 +246,16 @@ def _measured(
 
 
 def _watched(
-    found: _Subject,
+    subject: _Subject,
     asked: Sequence[tuple[Batch, Tensor | None]],
     passes: Sequence[set[str]],
     progress: Callable[[int, int], None],
 ) -> Iterator[Observer]:
     """After each pass, with its sums complete."""
     for number, weights in enumerate(passes):
-        with observe(found.model, found.anatomy, weights=weights) as seen:
+        with observe(subject.model, subject.anatomy, weights=weights) as seen:
             for i, (batch, real) in enumerate(asked):
-                found.forward(seen, batch, real)
+                subject.forward(seen, batch, real)
                 progress(number * len(asked) + i + 1, len(passes) * len(asked))
         _agree(seen.order())
         yield seen
@@ -279,12 +280,16 @@ def _keys_of(owner: str, owners: Mapping[str, str], keys: Mapping[str, str]) -> 
     return [key for key in dict.fromkeys(keys.values()) if owners[key] == owner]
 
 
-def _described(found: _Subject, owners: Mapping[str, str]) -> Statistics:
+def _described(subject: _Subject, owners: Mapping[str, str]) -> Statistics:
     """What would be measured, for a message."""
-    shapes = sizes(found.anatomy)
+    shapes = sizes(subject.anatomy)
     entries = {w: Entry(key=w, tokens=0, shape=shapes[w], digest="") for w in owners}
     return Statistics(
-        model_type=found.anatomy.model_type, entries=entries, rings=(), read=lambda entry: Tensor(), where="this model"
+        model_type=subject.anatomy.model_type,
+        entries=entries,
+        rings=(),
+        read=lambda entry: Tensor(),
+        where="this model",
     )
 
 

@@ -43,30 +43,30 @@ def samples(
     template: str | None,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> list[str]:
-    """Greedy continuations. Every rank generates the same: a sharded model needs all of them in each forward."""
+    """Return greedy continuations. Every rank generates the same ones: a sharded model needs all ranks in a forward."""
     run.model.eval()
-    found: list[str] = []
+    texts: list[str] = []
     try:
         for prompt in prompts:
             if stop_asked():
                 break
             ids = encode(tokenizer, prompt, template).to(run.plan.device)
-            made = run.model.generate(
+            generated = run.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, use_cache=True
             )
-            found.append(str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)))
+            texts.append(str(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)))
     finally:
         run.model.train()
-    return found
+    return texts
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, template: str | None) -> torch.Tensor:
-    """As a user's turn in the chat template that the run trains with, as plain text where it trains on that."""
+    """Return the tokens of a user's turn in the run's chat template, or of plain text where the run has none."""
     if template is not None:
         named = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         turns = [{"role": "user", "content": prompt}]
         rendered = Template(source=template, variables=named).render(turns, None, "train.evaluate.prompts", prompt=True)
-        made: Any = tokenizer(rendered.text, add_special_tokens=False, return_tensors="pt")
+        encoded: Any = tokenizer(rendered.text, add_special_tokens=False, return_tensors="pt")
     else:
-        made = tokenizer(prompt, return_tensors="pt")
-    return made["input_ids"].long()  # of an empty prompt transformers makes floats
+        encoded = tokenizer(prompt, return_tensors="pt")
+    return encoded["input_ids"].long()  # transformers gives floats for an empty prompt
