@@ -62,7 +62,12 @@ def cut_in_two():
     batches = [{**b, "count": 19} for b in rows(2, lengths=(12, 7))]
     ready = run.ready(batches)
     shares = [list(run.plan.tokens(n)) for n in (12, 7)]
-    return run.plan.copies, shares, [b["input_ids"].shape[1] for b in ready], held_out_loss(run, Once(batches))
+    return (
+        [b["count"] for b in ready],
+        shares,
+        [b["input_ids"].shape[1] for b in ready],
+        held_out_loss(run, Once(batches)),
+    )
 
 
 def test_a_row_that_is_cut_is_counted_once():
@@ -72,8 +77,8 @@ def test_a_row_that_is_cut_is_counted_once():
         for start, stop in ((0, 6), (6, 12)) if targets.shape[1] == 12 else ((0, 4), (4, 7)):
             logits = model(input_ids=batch["input_ids"][:, start:stop]).logits[0].detach()
             expected += torch.nn.functional.cross_entropy(logits, targets[0, start:stop], reduction="sum").item()
-    for rank, (copies, shares, lengths, loss) in enumerate(on_ranks(2, cut_in_two)):
-        assert copies == 1
+    for rank, (counts, shares, lengths, loss) in enumerate(on_ranks(2, cut_in_two)):
+        assert counts == [19, 19]
         assert shares == ([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3]], [[6, 7, 8, 9, 10, 11], [4, 5, 6]])[rank]
         assert lengths == [len(share) for share in shares]
         assert loss == pytest.approx(expected / 19, rel=1e-5)

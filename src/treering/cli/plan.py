@@ -69,7 +69,7 @@ class _State:
 def explanation(config: "RunConfig", ranks: int, tokens: int) -> str:
     """Return `explain()` of `config` as rank 0 of `ranks` sees it, for micro-batches of `tokens`."""
     from treering.cli.train import job_of
-    from treering.core.topology import mesh
+    from treering.core.topology import axis_size, mesh
     from treering.memory import pretend
     from treering.plan import draft
     from treering.plan.explain import explain
@@ -88,7 +88,7 @@ def explanation(config: "RunConfig", ranks: int, tokens: int) -> str:
             roles=config.model.roles,
             weights=False,
         )
-        once = tokens * plan.data_ranks
+        once = tokens * axis_size(plan.mesh, "replicate", "shard")
         batches = max(1, -(-(config.train.tokens_per_step or 0) // once))
         return explain(plan, work=Workload(tokens=tokens, micro_batches=batches))
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from treering.core.errors import PlanError
+from treering.plan.chain import Chain, join, split
 from treering.plan.conflicts import name_of
-from treering.plan.load import Chain, _split, join
 from treering.plan.plan import without
 from treering.technique import Applied, Claim, LazyTensor, Part, Site, Stage, StoredTensor, Technique, TrainedMatrix
 from treering.weights.plain_tensors import Source, plain_tensors
@@ -141,8 +141,7 @@ class ReproducedTensor:
 
     @torch.no_grad()
     def read(self) -> Tensor:
-        statistics = None if self.statistics is None else {self.chain.name: self.statistics}
-        tensors = _split(self.chain, self.original, self.live, statistics)
+        tensors = split(self.chain, self.original, self.live, self.statistics)
         weight = self.original.read()
         plain = weight if self.chain.name in self.live else torch.zeros_like(weight)
         return join(self.chain.parts, tensors, tensors.get(self.chain.name, plain))

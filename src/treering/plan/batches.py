@@ -1,6 +1,6 @@
 """From a loader's micro-batches to optimizer steps: counted over all ranks, padded to the same number, transformed."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from treering.attention import Documents
-from treering.core.errors import DataError
-from treering.core.topology import axis_size
+from treering.core.errors import DataError, PlanError
+from treering.core.topology import AXES, axis_size
 from treering.plan.loss import IGNORED, trained_tokens
 
 Batch = dict[str, Any]
@@ -92,6 +92,43 @@ def _agree(count: int, most: int, mesh: DeviceMesh) -> tuple[int, int]:
         dist.all_reduce(total, group=mesh[axis].get_group())
         dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=mesh[axis].get_group())
     return int(total), int(longest)
+
+
+def copies(before: Sequence[Batch], after: Sequence[Batch], mesh: DeviceMesh) -> int:
+    """Return how many ranks hold each trained token of a step, or 0 if the step trains none. A collective.
+
+    Ranks along `sequence` and `expert` are given the same batches. A technique that cuts rows leaves each token on one
+    of them (1); if none does, every token is on all of them (the size of these axes).
+
+    Args:
+        before: This rank's micro-batches of the step with their `targets`, as its loader gave them.
+        after: The same micro-batches after all transforms.
+    """
+    shared = axis_size(mesh, "sequence", "expert")
+    given, left = (sum(int((batch["targets"] != IGNORED).sum()) for batch in step) for step in (before, after))
+    extremes = torch.tensor([given, -given], device=mesh.device_type)
+    for axis in ("sequence", "expert"):
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=mesh[axis].get_group())
+    differs = int(extremes.sum())
+    sums = torch.tensor([given, left, differs], device=mesh.device_type)
+    for axis in AXES:
+        dist.all_reduce(sums, group=mesh[axis].get_group())
+    given, left, differs = sums.tolist()
+    if differs:
+        raise DataError(
+            "ranks along the mesh's `sequence` (and `expert`) axis were given batches with different numbers of "
+            "trained tokens; they compute one row together and need the same batches: choose documents by "
+            "treering.core.topology.data_rank(mesh), not by the rank"
+        )
+    given //= shared
+    ways = left // given if given else 0
+    if given and (ways == 0 or ways * given != left or shared % ways):
+        raise PlanError(
+            f"a step has {given} trained tokens, and after the techniques have transformed its batches there are "
+            f"{left} of them on the ranks together. A technique that cuts rows must leave each token on one rank of "
+            "the `sequence` axis, one that does not must leave it on all of them"
+        )
+    return ways
 
 
 def silent() -> Batch:

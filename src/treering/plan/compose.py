@@ -17,7 +17,8 @@ from treering.curvature import Statistics as Measured
 from treering.plan import conflicts
 from treering.plan import open_model as opening
 from treering.plan.apply import apply_all, resolve_all
-from treering.plan.load import Statistics, fill, refill
+from treering.plan.chain import Statistics
+from treering.plan.load import fill, refill
 from treering.plan.materialise import materialise, remember, to_meta
 from treering.plan.plan import Plan
 from treering.plan.prepared import Prepared

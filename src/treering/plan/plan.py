@@ -12,9 +12,8 @@ from torch import Tensor
 from treering.anatomy import Anatomy
 from treering.core.errors import PlanError
 from treering.core.sharded import settle
-from treering.core.topology import AXES, axis_size
+from treering.plan.chain import Chain
 from treering.plan.conflicts import name_of
-from treering.plan.load import Chain
 from treering.technique import Applied, Message, Technique, Workload
 from treering.weights.plain_tensors import Source, plain_tensors
 
@@ -40,17 +39,6 @@ class Plan:
     seed: int
     unpackable: str | None = None  # why packed batches are refused
     restore: tuple[Callable[[], None], ...] = ()  # removes the packed attention
-
-    @property
-    def data_ranks(self) -> int:
-        """The number of ranks that have documents of their own."""
-        return axis_size(self.mesh, "replicate", "shard")
-
-    @property
-    def copies(self) -> int:
-        """The number of ranks that compute each token: a sum over all ranks is so many times too large."""
-        cut = axis_size(self.mesh, "sequence") if any(a.tokens is not None for a in self.applied) else 1
-        return axis_size(self.mesh, *AXES) // (self.data_ranks * cut)
 
     def tokens(self, length: int) -> range:
         """Return which tokens of a row of `length` this rank computes."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from treering.core.errors import PlanError
 from treering.core.sharded import gather
-from treering.plan.load import Chain, join
+from treering.plan.chain import Chain, join
 from treering.plan.plan import Plan
 from treering.technique import LazyTensor
 from treering.weights.plain_tensors import export_groups, plain_tensors, to_file_layout

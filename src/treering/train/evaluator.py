@@ -26,7 +26,7 @@ class Judge:
     watchdog: Watchdog
 
     def after(self, step: int) -> None:
-        """Judge the model as it is after `step`. What a signal cuts short is owed, and done when the run goes on."""
+        """Evaluate the model after `step`. An evaluation that a signal interrupts is done when the run resumes."""
         asked, settings = self.watchdog.stop_asked, self.keeper.job.train.evaluate
         if self.data.eval is not None:
             with self.watch("evaluation"):
@@ -39,10 +39,10 @@ class Judge:
         if settings.prompts:
             with self.watch("samples"):
                 prompts, new_tokens = settings.prompts, settings.new_tokens
-                made = evaluate.samples(self.run, self.tokenizer, prompts, new_tokens, self.data.template, asked)
-                self.tell.sampled(prompts, made)
+                texts = evaluate.samples(self.run, self.tokenizer, prompts, new_tokens, self.data.template, asked)
+                self.tell.sampled(prompts, texts)
 
     def pay(self, start: int) -> None:
-        """The evaluation that was cut short before step `start` was saved."""
+        """Do the evaluation that was interrupted before step `start` was saved."""
         if start and self.keeper.counts.get("owed") == start:
             self.after(start)

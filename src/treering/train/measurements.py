@@ -1,4 +1,4 @@
-"""Statistics of a run: those it begins with, and the ring that it adds at its end: tasks follow each other."""
+"""Statistics of a run: those it begins with, and the ring that it adds at its end, for the task after it."""
 
 import logging
 from collections.abc import Callable
@@ -23,13 +23,13 @@ FOLDER = "statistics"
 
 
 def find(job: Job) -> Statistics | None:
-    """What is to be kept: the folder that the job names, else the one inside the model's folder, else nothing."""
+    """Return the statistics to protect: of the folder that the job names, else of the model's own, else None."""
     if job.statistics.path is not None:
         return open_statistics(Path(job.statistics.path).expanduser())
     if job.model.initialise:
-        return None  # whatever lies there is of other weights
-    beside = locate(job.model.path) / FOLDER
-    return open_statistics(beside) if beside.is_dir() else None
+        return None  # statistics in the folder are of other weights
+    folder = locate(job.model.path) / FOLDER
+    return open_statistics(folder) if folder.is_dir() else None
 
 
 def grow(
@@ -61,20 +61,19 @@ def grow(
     date = from_first(datetime.now(UTC).strftime("%Y-%m-%d"))
     ring = Ring(name=f"{_named(step)}{folder.absolute().parent.name}", tokens=0, data=digest, date=date)
     with watchdog.patience(), Stopwatch(False, run.plan.device, watchdog.phase)("measuring"):
-        made = measure(run, batches, ring=ring, onto=[base], to=folder, progress=look)
-    note(f"measured {made.rings[-1].tokens:,} tokens of the training data: {len(made.rings)} rings in {folder}")
+        grown = measure(run, batches, ring=ring, onto=[base], to=folder, progress=look)
+    note(f"measured {grown.rings[-1].tokens:,} tokens of the training data: {len(grown.rings)} rings in {folder}")
 
 
 def _whole_forwards(run: Run) -> None:
-    """Training is over: what computes forwards in another way, for the sake of a backward, comes off. Inputs that are
-    made tile by tile cannot be counted by token."""
+    """Undo forwards that compute in another way for a backward: inputs in tiles cannot be counted by token."""
     for technique, applied in zip(run.plan.techniques, run.plan.applied):
         if technique.stage in (Stage.FORWARD, Stage.RECOMPUTE) and applied.undo is not None:
             applied.undo()
 
 
 def carried(job: Job, step: int) -> Path | None:
-    """The statistics that go with an export of `step`: with its own ring, or those that the run began with."""
+    """Return the statistics to export with `step`: with its own ring, or those that the run began with."""
     grown, base = Path(job.output) / FOLDER, find(job)
     if base is None:
         return None

@@ -85,12 +85,10 @@ class Teller:
     def _log(self, step: int, loss: torch.Tensor, learning_rate: float, report: StepReport) -> None:
         used = torch.tensor(memory(self.plan.device), dtype=torch.float64, device=loss.device)
         if dist.is_initialized():
-            dist.all_reduce(loss)
-            loss /= self.plan.copies
             dist.all_reduce(used, op=dist.ReduceOp.MAX)
         self.last = {
             "step": step,
-            "loss": float(loss),
+            "loss": float(self.run.total(loss)),
             "lr": learning_rate,
             "norm": report.norm,
             "tokens_per_second": self.tokens / max(self.seconds, 1e-9),

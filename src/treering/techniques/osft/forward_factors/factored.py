@@ -204,6 +204,7 @@ def part(matrix: Matrix, factored: Factored, prefix: str, dtype: torch.dtype) ->
         keeps_base=False,
         compute_dtype=dtype,
         tolerance=1e-5,
+        independent_rows=matrix.experts is not None,
         cost=float(matrix.rank * matrix.numel),
         identity=f"osft factors {factored.protected} {factored.turned} {sorted(names)}",
         measured=False,

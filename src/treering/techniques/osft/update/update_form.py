@@ -8,6 +8,7 @@ to add, because the weight is plain all the time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,8 +76,10 @@ def _store(
     def split(
         weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
-        bases = operators.bases(shapes, matrix, config.damping, weight.read, statistics)
-        scale = operators.scale(shapes, bases, matrix, frozen(config, statistics))
+        # Of a stack it may be some of the experts.
+        some = matrix if matrix.experts is None else replace(matrix, experts=weight.shape[0])
+        bases = operators.bases(shapes, some, config.damping, weight.read, statistics)
+        scale = operators.scale(shapes, bases, some, frozen(config, statistics))
         tensors = {f"{prefix}.scale": scale} | buffers.values(prefix, bases)
         return tensors | ({f"{prefix}.before": weight.read()} if config.keep_initial else {})
 
@@ -86,6 +89,7 @@ def _store(
         join=lambda tensors, below: below,
         tolerance=0.0,
         joins=(),
+        independent_rows=matrix.experts is not None,
         cost=operators.cost(shapes, matrix),
         identity=f"{operators.identity(config, shapes)} anchor {config.keep_initial}",
         measured=config.protect != "weights",
