@@ -93,6 +93,11 @@ class Part:
     joins: tuple[str, ...] | None = None  # the names that `join` reads; None: all of them
     identity: str = ""  # what split's result depends on besides weight and statistics; "": the technique and the seed
     measured: bool = True  # False: split does not look at statistics
+    # False: a checkpoint does not hold these tensors where a prepared result does. A resume takes them from there, bit
+    # for bit, or makes them again by `split`, equal to rounding. So none of them may be trained or changed after the
+    # start, and nothing that is saved may depend on the sign or the order of their directions: a projector may be made
+    # again, a basis that trained coefficients refer to may not.
+    saved: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """A folder of statistics: read lazily, added up ring by ring, never half-written, and doubted when it is opened."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -135,7 +136,7 @@ def test_a_killed_writer_leaves_what_was_there(folder, monkeypatch, reached):
     places = {
         "first tensor": (disk.Writer, "add"),
         "last tensor": (disk.Writer, "close"),
-        "before the JSON": (disk.os, "replace"),
+        "before the JSON": (os, "replace"),
     }
     with monkeypatch.context() as patch:
         patch.setattr(*places[reached], die)

@@ -19,7 +19,7 @@ from tests.toy_run import job as toy_job
 from tests.zoo import build, save
 from treering.plan import values as plan_values
 from treering.plan.export import export as write
-from treering.store import publish
+from treering.store import disk, publish
 from treering.store.model_folder import tensor_files
 from treering.store.tensor_writer import Writer
 from treering.train.export import export, reopen
@@ -210,8 +210,8 @@ def test_a_killed_export_leaves_nothing_that_loads_and_the_next_one_sweeps_it_up
 
 
 def test_an_export_under_way_is_not_swept_up(tmp_path):
-    with publish.published(tmp_path / "out", 0) as (temporary, _):
-        publish._sweep(tmp_path / "out")
+    next_one = disk.writing_in(tmp_path, publish.leftovers(tmp_path / "out"))
+    with publish.published(tmp_path / "out", 0) as (temporary, _), next_one:
         assert temporary.is_dir()
     assert left(tmp_path) == ["out"]
 

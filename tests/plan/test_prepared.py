@@ -228,9 +228,9 @@ def test_a_note_is_part_of_what_is_explained(log, cache):
 
 def test_a_result_is_on_the_disk_before_it_has_its_name(log, cache, monkeypatch):
     seen = []
-    fsync, replace = os.fsync, os.replace
+    fsync, link = os.fsync, os.link
     monkeypatch.setattr(os, "fsync", lambda handle: (seen.append("fsync"), fsync(handle))[1])
-    monkeypatch.setattr(os, "replace", lambda *names: (seen.append("name"), replace(*names))[1])
+    monkeypatch.setattr(os, "link", lambda *names: (seen.append("name"), link(*names))[1])
     held(log, cache)
     assert seen == ["fsync", "name", "fsync"] * 3
 

@@ -17,7 +17,7 @@ from treering.train.callbacks import Callback
 from treering.train.checkpoints.files import read
 from treering.train.config import Checkpoint, Evaluate, Optimizer
 from treering.train.export import reopen
-from treering.train.schedule import rate
+from treering.train.optimizers import rate
 
 
 def losses(root, output="run"):
@@ -105,9 +105,9 @@ def interrupted(root, output, stop):
         cut = replace(one(), train=replace(one().train, steps=stop))
         with pytest.MonkeyPatch.context() as patch:
             # The schedule of a run that was to be longer: what a killed process leaves behind.
-            import treering.train.run as loop
+            from treering.train import optimizers
 
-            patch.setattr(loop, "rate", lambda schedule, step, steps: rate(schedule, step, 12))
+            patch.setattr(optimizers, "rate", lambda schedule, step, steps: rate(schedule, step, 12))
             train(cut)
     train(one())
 

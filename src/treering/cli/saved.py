@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def describe_saved(folder: Path) -> tuple[dict[str, str], list[Whole]]:
 
     said = manifest.load(folder)
     tensors = [
-        Whole(name=n, dtype=e.dtype, shape=e.shape, bytes=math.prod(e.shape) * manifest.DTYPES[e.dtype])
+        Whole(name=n, dtype=e.dtype, shape=e.shape, bytes=math.prod(e.shape) * manifest.WIDTHS[e.dtype])
         for n, e in said.tensors.items()
     ]
     facts = {"step": str(said.step), "ranks": str(said.world)}
@@ -43,6 +43,8 @@ def describe_saved(folder: Path) -> tuple[dict[str, str], list[Whole]]:
         if identity.get(name) is not None:
             facts[name] = short(_told(masked(name, identity[name])), 200)
     facts |= {f"size of {kind}": size(n) for kind, n in _kinds(tensors).most_common()}
+    if said.prepared:
+        facts["prepared results"] = _prepared(folder, said.prepared)
     facts["files"] = f"{len(said.files)}, {size(sum(file.bytes for file in said.files.values()))}"
     return facts, tensors
 
@@ -63,6 +65,19 @@ def damage(folder: Path, verify: bool) -> Iterator[str]:
                 yield f"{plain(str(path))} is damaged: its content is not what was written"
         except OSError as error:
             yield f"{plain(str(path))} cannot be read: {error.strerror}"
+
+
+def _prepared(folder: Path, digests: Mapping[str, str]) -> str:
+    """Of the run folder that the checkpoint lies in; by their headers, which are read alone."""
+    from treering.plan.prepared import Prepared
+
+    results = folder.absolute().parent.parent / "prepared"
+    if not results.is_dir():
+        return f"{len(digests)}, not in {plain(str(results))}: a resume makes them again, equal to rounding"
+    store = Prepared(results)
+    absent = sum(store.find(digest) is None for digest in digests.values())
+    missing = f", {absent} missing: a resume makes them again, equal to rounding" if absent else ""
+    return f"{len(digests)} in {plain(str(results))}{missing}"
 
 
 def _kinds(tensors: list[Whole]) -> Counter[str]:

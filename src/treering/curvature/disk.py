@@ -5,7 +5,6 @@ one move: whoever is killed while writing leaves what was there before, whole.
 """
 
 import json
-import os
 import re
 import shutil
 import uuid
@@ -16,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from treering.core.collectives import is_first, together
 from treering.core.errors import CheckpointError, TreeringError
 from treering.curvature.statistics import Counts, Entry, Ring, Statistics
-from treering.store.tensor_writer import LIMIT, Writer, content_of, sync
+from treering.store import disk
+from treering.store.tensor_writer import LIMIT, Writer, content_digest
 from treering.store.untrusted import basename, in_folder, read_header, read_json
 
 FORMAT = 1
@@ -73,8 +72,8 @@ def copy_folder(folder: Path, to: Path) -> None:
     to.mkdir()
     for name in [*sorted({entry.file for entry in found.entries.values()}), NAME]:
         shutil.copyfile(folder / name, to / name)
-        sync(to / name)
-    sync(to)
+        disk.sync(to / name)
+    disk.sync(to)
     open_folder(to)
 
 
@@ -134,13 +133,7 @@ class Pages:
             "weights": dict(owners),
             "tensors": tensors,
         }
-        temporary = self.folder / f"{NAME}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(told, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / NAME)
-        sync(self.folder)
+        disk.replace(self.folder / NAME, json.dumps(told, indent=1).encode())
         self.sweep(lambda name: self.token not in name)
 
     def sweep(self, old: Callable[[str], bool]) -> None:
@@ -217,7 +210,7 @@ def _read(folder: Path, entry: Entry) -> Tensor:
             tensor = file.get_tensor(entry.key)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read any more: {error}") from None
-    if xxhash.xxh3_128_hexdigest(content_of(tensor)) != entry.digest:
+    if content_digest(tensor) != entry.digest:
         raise CheckpointError(
             f"{path}: {entry.key} has other values than were written; the file is damaged, measure again"
         )

@@ -68,7 +68,19 @@ def fill(
                 lost[name] = _addition(chain, tensors, source.tensors[name])
                 for own, value in tensors.items():
                     put(live[own], value)
-    lost |= _shared(live, source, [c for c in chains.values() if c.reads], statistics, prepared, note)
+    reading = [c for c in chains.values() if c.reads]
+    lost |= prepare(live, source, reading, statistics, prepared, note)
+    if prepared is not None:
+        for chain in reading:
+            for own in _names(chain):
+                start, stop = local_rows(live[own])
+                put_rows(live[own], prepared.rows(prepared.results[chain.name], own, start, stop))
+    refuse_inexact(chains, lost)
+    return lost
+
+
+def refuse_inexact(chains: Mapping[str, Chain], lost: Mapping[str, float]) -> None:
+    """Raise PlanError for a weight that its parts do not reproduce to their tolerance."""
     for name, loss in lost.items():
         allowed = [part.tolerance for part in chains[name].parts]
         if None not in allowed and not loss <= sum(a for a in allowed if a is not None):
@@ -76,7 +88,6 @@ def fill(
                 f"{name} is not reproduced by what was made of it: ‖join(split(W)) − W‖/‖W‖ is {loss:.2e}, "
                 f"and at most {sum(a for a in allowed if a is not None):.2e} was promised"
             )
-    return lost
 
 
 @torch.no_grad()
@@ -139,7 +150,7 @@ def _addition(chain: Chain, tensors: Mapping[str, Tensor], weight: LazyTensor) -
     return float(torch.linalg.vector_norm(join(chain.parts, tensors, nothing), float("inf")))
 
 
-def _shared(
+def prepare(
     live: Mapping[str, Tensor],
     source: Source,
     chains: Sequence[Chain],
@@ -147,7 +158,8 @@ def _shared(
     prepared: Prepared | None,
     note: Callable[[str], None],
 ) -> dict[str, float]:
-    """Splits that cost something: shared out longest first, each made once, by one rank, then sliced by all."""
+    """Splits that cost something: shared out longest first, each made once, by one rank, and then in `prepared`, whose
+    `results` name them. Without `prepared`, straight into the live tensors. Returns what each chain loses."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
     if chains and world > 1 and prepared is None:
@@ -195,10 +207,7 @@ def _shared(
         more = f", and {len(again) - 1} more" if len(again) > 1 else ""
         note(f"{len(again)} of {len(chains)} prepared results had to be made again: {where} was {reason}{more}")
     if prepared is not None:
-        for chain in chains:
-            for own in _names(chain):
-                start, stop = local_rows(live[own])
-                put_rows(live[own], prepared.rows(made[chain.name][0], own, start, stop))
+        prepared.results |= {name: key for name, (key, _) in made.items()}
     return {name: loss for name, (_, loss) in made.items()}
 
 

@@ -1,10 +1,12 @@
-"""What a user may say about training: plain frozen dataclasses, no torch, checked as they are made."""
+"""The settings of training, and the job: plain frozen dataclasses, no torch, checked as they are made."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from treering.core.errors import ConfigError
+from treering.data.config import Data
+from treering.technique import Technique
 
 
 def _positive(value: float | int | None, name: str) -> None:
@@ -85,6 +87,9 @@ class Checkpoint:
     force: bool = False  # go on although the data, seed or batch changed; `--force` sets it for one start
     resume: Literal["auto", "never"] = "auto"
     on_error: Literal["stop", "warn"] = "stop"  # `warn`: a save on the way may fail, training goes on; the last may not
+    self_contained: bool = (
+        False  # also save what lies in `prepared/` (the operators of `osft`): larger, needs no other folder
+    )
 
     def __post_init__(self) -> None:
         _positive(self.every, "every")
@@ -139,3 +144,22 @@ class Statistics:
             raise ConfigError("path is empty; name a folder of `treering measure`, or write null", field="path")
         if self.tokens < 0:
             raise ConfigError(f"tokens is {self.tokens}; it is at least 0", field="tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training run as a value: what the command line makes of a file, and what a program can write itself.
+
+    Example:
+        Job(model=Model(path="MODEL"), data=Data(train="chat.jsonl"), techniques=(tr.Full(),), output="runs/first")
+    """
+
+    model: Model
+    data: Data
+    techniques: tuple[Technique, ...]
+    output: str
+    train: Train = field(default_factory=Train)
+    statistics: Statistics = field(default_factory=Statistics)
+    mesh: Mapping[str, int] = field(default_factory=dict)  # keywords of treering.mesh
+    seed: int = 0
+    written: str = ""  # the resolved configuration as text, kept in the output folder

@@ -1,20 +1,21 @@
 """A run's checkpoint as a folder that transformers, or peft, loads."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from treering import plan as room
 from treering.core.errors import CheckpointError
-from treering.plan import Plan, Run
+from treering.plan import Plan, Run, load
 from treering.plan.export import export as write
+from treering.plan.refill import completed
 from treering.plan.values import saved_values
 from treering.store.publish import on_first, refuse_taken
-from treering.technique import Stage
+from treering.technique import LazyTensor, Stage
 from treering.train.checkpoints import files as checkpoint
-from treering.train.checkpoints.manager import Keeper, check_same
-from treering.train.job import Job
-from treering.train.measurements import carried
+from treering.train.checkpoints.manager import CheckpointManager, changed_sources, check_same
+from treering.train.config import Job
+from treering.train.measurements import carried, find
 
 
 def export(job: Job, folder: Path, *, adapter: str | None = None, step: int | None = None) -> Path:
@@ -24,14 +25,29 @@ def export(job: Job, folder: Path, *, adapter: str | None = None, step: int | No
     template = job.data.template  # the one it was trained with, not the base model's
     beside = {"chat_template.jinja": Path(template).expanduser()} if template is not None else {}
     statistics = carried(job, saved.step) if adapter is None else None
-    values = saved_values(plan, saved.tensors)
+    values = saved_values(plan, _completed(job, plan, saved, joined_only=True))
     return write(plan, folder, adapter, values=values, beside=beside, statistics=statistics)
 
 
 def reopen(job: Job, *, step: int | None = None) -> Run:
     """The run as it was at its newest checkpoint (or that of `step`), live in this process."""
     plan, saved = reread(job, step=step)
-    return room.load(plan, resume=saved.tensors)
+    return load(plan, resume=_completed(job, plan, saved))
+
+
+def _completed(job: Job, plan: Plan, saved: checkpoint.Saved, *, joined_only: bool = False) -> Mapping[str, LazyTensor]:
+    statistics = find(job)
+    return completed(
+        plan,
+        saved.tensors,
+        saved.prepared,
+        Path(job.output) / "prepared",
+        checkpoint=str(saved.folder),
+        statistics=statistics,
+        changed=changed_sources(saved, CheckpointManager(job, plan, None, statistics).identity()),
+        joined_only=joined_only,
+        note=logging.getLogger("treering").warning,
+    )
 
 
 def reread(job: Job, *, step: int | None = None) -> tuple[Plan, checkpoint.Saved]:
@@ -51,7 +67,7 @@ def reread(job: Job, *, step: int | None = None) -> tuple[Plan, checkpoint.Saved
     lasting = tuple(t for t in job.techniques if t.stage in (Stage.QUANTIZE, Stage.ADAPT))
     job = replace(job, techniques=lasting, mesh={})
     plan = draft_of(job)
-    identity = Keeper(job, plan, None).identity()
+    identity = CheckpointManager(job, plan, None, find(job)).identity()
     check_same(
         saved, {name: identity[name] for name in ("techniques", "dtype", "weights")}
     )  # its tensors would not fit, be cast, or stand beside a base that they were not trained on

@@ -7,8 +7,8 @@ import numpy as np
 from treering.core.errors import PlanError
 from treering.data.examples import Examples
 from treering.plan import Plan
+from treering.train.config import Job
 from treering.train.evaluate import encode
-from treering.train.job import Job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,5 +1,6 @@
-"""From settings to torch's optimizers, and the learning rate into them."""
+"""torch's optimizers from their settings, and the learning rate of each step."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from treering.core.errors import PlanError
 from treering.plan import Run
 from treering.train.config import Optimizer as Settings
+from treering.train.config import Schedule
 
 
 def build(run: Run, settings: Settings) -> list[Optimizer]:
@@ -78,3 +80,31 @@ def set_rate(optimizers: Sequence[Optimizer], rate: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
+
+
+def rate(schedule: Schedule, step: int, steps: int) -> float:
+    """The factor on the peak learning rate for step `step` (0-based) of `steps`.
+
+    Warm-up is linear and never 0: the first step would be lost. The last step lands just above `final`.
+    """
+    warmup = _length(schedule.warmup, steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule.name == "constant":
+        return 1.0
+    if schedule.name == "wsd":
+        decay = max(1, _length(schedule.decay, steps))
+        begin = max(warmup, steps - decay)
+        if step < begin:
+            return 1.0
+        return _down(1 - (step - begin) / max(1, steps - begin), schedule.final)
+    left = 1 - (step - warmup) / max(1, steps - warmup)
+    return _down(0.5 * (1 - math.cos(math.pi * left)) if schedule.name == "cosine" else left, schedule.final)
+
+
+def _length(value: float, steps: int) -> int:
+    return round(value * steps) if value < 1 else int(value)
+
+
+def _down(share: float, final: float) -> float:
+    return final + (1 - final) * max(0.0, share)

@@ -15,7 +15,7 @@ from treering.data.order import Order
 from treering.plan import Plan
 from treering.plan.open_model import locate
 from treering.store import untrusted as trust
-from treering.train.job import Job
+from treering.train.config import Job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

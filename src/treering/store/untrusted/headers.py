@@ -10,33 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from treering.core.errors import CheckpointError
+from treering.store.layout import BITS
 from treering.store.untrusted.files import parse_json
 
 MAX_HEADER = 100_000_000  # the limit of the format's own reader
-BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "I64": 64,
-    "U64": 64,
-    "F64": 64,
-    "C64": 64,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,5 +88,6 @@ def _hold(
         cost=protection.cost(sides, target),
         identity=f"{protection.identity(config, sides)} anchor {config.anchor}",
         measured=config.protect != "weights",
+        saved=False,
     )
     return held, part

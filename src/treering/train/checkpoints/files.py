@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from treering.core.collectives import from_first, together
 from treering.core.errors import CheckpointError
 from treering.core.sharded import local, local_rows
 from treering.store import disk
-from treering.store.tensor_writer import DTYPES
+from treering.store.layout import DTYPES
+from treering.store.tensor_writer import pieces, size
 from treering.train.checkpoints import manifest
 from treering.train.checkpoints.manifest import Chunk, Entry, File, Manifest
 
@@ -65,15 +66,15 @@ class SavedTensor:
         return self.rows(0, self.entry.rows) if self.shape else self._piece(self.entry.chunks[0], 0, 1)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        pieces, at = [], start
+        parts, at = [], start
         for chunk in sorted(self.entry.chunks, key=lambda c: c.start):
             if chunk.start <= at < chunk.stop and at < stop:
                 until = min(stop, chunk.stop)
-                pieces.append(self._piece(chunk, at - chunk.start, until - chunk.start))
+                parts.append(self._piece(chunk, at - chunk.start, until - chunk.start))
                 at = until
-        if len(pieces) == 1:
-            return pieces[0]
-        return torch.cat(pieces) if pieces else torch.empty((0, *self.shape[1:]), dtype=self.dtype)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else torch.empty((0, *self.shape[1:]), dtype=self.dtype)
 
     def _piece(self, chunk: Chunk, start: int, stop: int) -> Tensor:
         try:
@@ -95,7 +96,8 @@ class Saved:
     folder: Path
     step: int
     tensors: Mapping[str, SavedTensor]
-    facts: Mapping[str, Any]  # whatever the trainer wrote beside the tensors
+    facts: Mapping[str, Any]  # what the trainer wrote next to the tensors
+    prepared: Mapping[str, str]  # plain weight -> digest of the prepared result that holds the rest of its tensors
 
 
 def stage(tensors: Mapping[str, Tensor], copy: bool) -> dict[str, Piece]:
@@ -113,8 +115,15 @@ def stage(tensors: Mapping[str, Tensor], copy: bool) -> dict[str, Piece]:
     return staged
 
 
-def write(root: Path, step: int, staged: Mapping[str, Piece], facts: Mapping[str, Any], group: Any = None) -> Path:
-    """Write `step-<step>` below `root`. Every rank calls it with what it has staged; rank 0 publishes."""
+def write(
+    root: Path,
+    step: int,
+    staged: Mapping[str, Piece],
+    facts: Mapping[str, Any],
+    group: Any = None,
+    prepared: Mapping[str, str] | None = None,
+) -> Path:
+    """Write `step-<step>` in `root`. Every rank calls it with what it has staged; rank 0 publishes."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     final = root / f"step-{step}"
     token = from_first(uuid.uuid4().hex[:8], group)
@@ -147,13 +156,12 @@ def write(root: Path, step: int, staged: Mapping[str, Piece], facts: Mapping[str
                 name: Entry(shape=shape, dtype=dtype, chunks=tuple(chunks[name]))
                 for name, (shape, dtype) in shapes.items()
             },
+            prepared=dict(prepared or {}),
         )
         disk.write(temporary / manifest.NAME, [made.dump()], "manifest")
-        disk.sync(temporary, "folder")
         if final.exists():  # a damaged one of this step was passed over; it is kept, under a name that nothing loads
             disk.move(final, root / f"{final.name}.damaged-{token}", "damaged")
-        disk.move(temporary, final, "publish")
-        disk.sync(root, "root")
+        disk.publish(temporary, final, ("folder", "publish", "root"))
 
     all_do(lambda: publish() if rank == 0 else None, f"publishing {final}")
     return final
@@ -165,30 +173,14 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[st
 
 
 def _size(staged: Mapping[str, Piece]) -> str:
-    return f"{sum(p.rows.numel() * p.rows.element_size() for p in staged.values()) / 2**20:.1f} MiB"
+    return f"{sum(size(p.rows) for p in staged.values()) / 2**20:.1f} MiB"
 
 
 def _write_own(folder: Path, rank: int, staged: Mapping[str, Piece]) -> tuple[str, File, dict[str, Any]]:
     file = f"rank-{rank:05d}.safetensors"
-    size, blocks = disk.write(folder / file, _bytes({n: p.rows for n, p in staged.items()}), f"rank {rank}")
+    length, blocks = disk.write(folder / file, pieces({n: p.rows for n, p in staged.items()}), f"rank {rank}")
     own = {n: (p.shape, str(p.rows.dtype).removeprefix("torch."), p.start, p.stop) for n, p in staged.items()}
-    return file, File(bytes=size, blocks=blocks), own
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file, piece by piece: the library's own writer wants a second copy of everything in memory."""
-    header, at = {}, 0
-    for name, tensor in tensors.items():
-        end = at + tensor.numel() * tensor.element_size()
-        dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        if tensor.numel():
-            yield tensor.reshape(-1).view(torch.uint8).numpy().data
+    return file, File(bytes=length, blocks=blocks), own
 
 
 def _first_copy(tensor: Tensor, rank: int) -> bool:
@@ -235,7 +227,7 @@ def read(folder: Path) -> Saved:
     if problems:
         raise CheckpointError(problems[0])
     tensors = {n: SavedTensor(name=n, entry=entry, folder=folder) for n, entry in said.tensors.items()}
-    return Saved(folder=folder, step=said.step, tensors=tensors, facts=said.facts)
+    return Saved(folder=folder, step=said.step, tensors=tensors, facts=said.facts, prepared=said.prepared)
 
 
 def _verify(path: Path, about: File, tensors: Mapping[str, Entry]) -> str:
