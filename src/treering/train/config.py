@@ -87,9 +87,7 @@ class Checkpoint:
     force: bool = False  # go on although the data, seed or batch changed; `--force` sets it for one start
     resume: Literal["auto", "never"] = "auto"
     on_error: Literal["stop", "warn"] = "stop"  # `warn`: a save on the way may fail, training goes on; the last may not
-    self_contained: bool = (
-        False  # also save what lies in `prepared/` (the operators of `osft`): larger, needs no other folder
-    )
+    self_contained: bool = False  # also save what lies in `prepared/`: larger, and needs no folder next to it
 
     def __post_init__(self) -> None:
         _positive(self.every, "every")
