@@ -134,8 +134,8 @@ def test_a_killed_writer_leaves_what_was_there(folder, monkeypatch, reached):
         raise Killed
 
     places = {
-        "first tensor": (disk.Writer, "add"),
-        "last tensor": (disk.Writer, "close"),
+        "first tensor": (disk.TensorWriter, "add"),
+        "last tensor": (disk.TensorWriter, "close"),
         "before the JSON": (os, "replace"),
     }
     with monkeypatch.context() as patch:

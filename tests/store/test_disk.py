@@ -54,7 +54,7 @@ def test_a_killed_writer_of_a_prepared_result_is_swept_by_the_next(tmp_path):
 def test_a_token_cache_that_was_never_finished_is_swept_by_the_next(tmp_path):
     (tmp_path / f"a.tmp-{'0' * 32}").mkdir()
     (tmp_path / f"a.old-{'0' * 32}").mkdir()
-    writer = cache.Writer(tmp_path / "b")
+    writer = cache.CacheWriter(tmp_path / "b")
     assert len(list(tmp_path.iterdir())) == 1
     writer.discard()
     assert not list(tmp_path.iterdir())

@@ -64,7 +64,7 @@ def test_a_prepared_result_is_used_and_is_written_byte_for_byte(tmp_path):
 def test_a_token_cache_opens_and_is_written_with_the_same_values(tmp_path):
     arrays, manifest = cache.read(FOLDER / "tokens")
     assert manifest["key"] == "k" and arrays["offsets"].tolist() == [0, 3, 6] and arrays["rows"].tolist() == [0, 1]
-    writer = cache.Writer(tmp_path / "new")
+    writer = cache.CacheWriter(tmp_path / "new")
     ids, mask = np.array([1, 2, 3], dtype="<u4"), np.array([False, True, True])
     documents = [Encoded(ids=ids, mask=mask, file=0, row=i, piece=0, truncated=False, endless=False) for i in range(2)]
     writer.add(documents)

@@ -2,11 +2,13 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import treering as tr
 from tests.ranks import on_ranks
@@ -18,6 +20,7 @@ from treering.plan import prepared as results
 from treering.plan.prepared import Prepared
 from treering.plan.refill import completed, unsaved
 from treering.store.tensor_writer import size
+from treering.technique import Applied, Claim, Part, Stage
 from treering.train import train
 from treering.train.checkpoints import files as checkpoint
 from treering.train.checkpoints import manifest
@@ -249,6 +252,50 @@ def test_inspect_says_where_the_operators_are(root):
     assert describe(step).facts["prepared results"].startswith("14 in ")
     sorted((root / "complete" / "prepared").iterdir())[0].unlink()
     assert "1 missing" in describe(step).facts["prepared results"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """Holds a weight as a frozen parameter of its own, negated, which no checkpoint needs; trains a norm."""
+
+    stage: ClassVar[Stage] = Stage.ADAPT
+    name: ClassVar[str] = "model.layers.0.mlp.down_proj"
+
+    def claims(self, anatomy, mesh):
+        return [
+            Claim(fqn=f"{self.name}.weight", aspect="storage"),
+            Claim(fqn="model.norm.weight", aspect="gradient", needs=("plain_weight",)),
+        ]
+
+    def apply(self, model, site):
+        module = model.get_submodule(self.name)
+        packed = torch.nn.Parameter(torch.empty_like(module.weight))
+        del module.weight
+        module.register_parameter("packed", packed)
+        module.forward = lambda x: x @ -module.packed.T
+        name = f"{self.name}.packed"
+        part = Part(
+            names=(name,),
+            split=lambda weight, below, statistics: {name: -weight.read()},
+            join=lambda tensors, below: below - tensors[name],
+            keeps_base=False,
+            saved=False,
+        )
+        return Applied(trainable=("model.norm.weight",), parts={f"{self.name}.weight": part})
+
+
+@pytest.mark.parametrize("prepared", ["there", "gone"])
+def test_an_export_takes_a_frozen_base_from_its_result(root, prepared, caplog):
+    done = replace(settings(root, "complete"), techniques=(Packed(),))
+    train(done)
+    assert set(saved(root, "complete").prepared) == {f"{Packed.name}.weight"}
+    if prepared == "gone":
+        shutil.rmtree(root / "complete" / "prepared")
+    exported = load_file(export(done, root / "dense") / "model.safetensors")
+    before = load_file(root / "model" / "model.safetensors")
+    assert torch.equal(exported[f"{Packed.name}.weight"], before[f"{Packed.name}.weight"])
+    assert not torch.equal(exported["model.norm.weight"], before["model.norm.weight"])
+    assert ("made again" in caplog.text) == (prepared == "gone")
 
 
 def trained(root, output):

@@ -22,7 +22,7 @@ from treering.core.collectives import is_first, together
 from treering.core.errors import CheckpointError, TreeringError
 from treering.curvature.statistics import Counts, Entry, Ring, Statistics
 from treering.store import disk
-from treering.store.tensor_writer import LIMIT, Writer, content_digest
+from treering.store.tensor_writer import LIMIT, TensorWriter, content_digest
 from treering.store.untrusted import basename, in_folder, read_header, read_json
 
 FORMAT = 1
@@ -83,7 +83,7 @@ class Pages:
     def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], limit: int):
         self.folder, self.token = folder, uuid.uuid4().hex[:8]
         meta = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-        self.writer = Writer(meta, file=f"statistics-{self.token}.safetensors", limit=limit)
+        self.writer = TensorWriter(meta, file=f"statistics-{self.token}.safetensors", limit=limit)
         self.counts: dict[str, Counts] = {}
 
     def add(self, key: str, make: Callable[[], tuple[Tensor, Counts]]) -> None:

@@ -32,7 +32,7 @@ _TOGETHER = 512  # documents written at once
 Arrays = Mapping[str, NDArray[Any]]
 
 
-class Writer:
+class CacheWriter:
     """Appends documents to raw files in a temporary folder, then joins them and renames the folder."""
 
     def __init__(self, folder: Path):

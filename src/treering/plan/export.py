@@ -22,7 +22,7 @@ from treering.plan.plan import Plan
 from treering.plan.values import Values, announced, groups, joined, live_values, take_part
 from treering.store.model_folder import tensor_files
 from treering.store.publish import on_first, published, refuse_full, refuse_taken
-from treering.store.tensor_writer import LIMIT, Writer
+from treering.store.tensor_writer import LIMIT, TensorWriter
 from treering.technique import Adapter
 from treering.weights.plain_tensors import to_file_layout
 
@@ -62,11 +62,11 @@ def export(
     on_first(lambda: refuse_taken(folder), f"looking at {folder}")
     values = values or live_values(plan)
     if adapter is None:
-        writer = Writer(layout(plan), limit=limit)
+        writer = TensorWriter(layout(plan), limit=limit)
         coming = _dense(plan, values)
     else:
         chosen = exportable(plan, adapter)
-        writer = Writer(contents(plan, chosen), file=chosen.file, limit=None)
+        writer = TensorWriter(contents(plan, chosen), file=chosen.file, limit=None)
         coming = tensors_of(chosen, values)
     measured = None if statistics is None else open_statistics(statistics)
     need = writer.bytes + (measured.bytes if measured else 0)
@@ -103,12 +103,12 @@ def _dense(plan: Plan, values: Values) -> Iterator[dict[str, Tensor]]:
             yield {}
 
 
-def _write(plan: Plan, writer: Writer, tensors: dict[str, Tensor], translate: bool) -> None:
+def _write(plan: Plan, writer: TensorWriter, tensors: dict[str, Tensor], translate: bool) -> None:
     for name, value in (to_file_layout(plan.model, tensors) if translate else tensors).items():
         writer.add(name, value)
 
 
-def _describe(plan: Plan, writer: Writer, folder: Path, beside: Mapping[str, Path]) -> None:
+def _describe(plan: Plan, writer: TensorWriter, folder: Path, beside: Mapping[str, Path]) -> None:
     """Everything but weights. The configuration is the last: without it no one loads the folder."""
     if set(tensor_files(folder)) != set(writer.tensors):
         raise CheckpointError(f"{folder} and its index do not name the same tensors")

@@ -25,7 +25,7 @@ from torch import Tensor
 from treering.core.errors import CheckpointError
 from treering.store import disk
 from treering.store.layout import DTYPES
-from treering.store.tensor_writer import Writer, content_of
+from treering.store.tensor_writer import TensorWriter, content_of
 
 FORMAT = 1
 METADATA = "treering"
@@ -138,7 +138,7 @@ class Prepared:
         """
         temporary = self.folder / f".{name}.{uuid.uuid4().hex}.tmp"
         description = json.dumps({"key": name, "digests": {n: digest(t) for n, t in sorted(tensors.items())}})
-        writer = Writer(tensors, file=temporary.name, limit=None, metadata={METADATA: description})
+        writer = TensorWriter(tensors, file=temporary.name, limit=None, metadata={METADATA: description})
         try:
             with disk.writing_in(self.folder, LEFTOVER):
                 writer.open(self.folder)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from treering.core.collectives import together
 from treering.core.errors import CheckpointError
-from treering.plan.load import Chain, Statistics, prepare, refuse_inexact
+from treering.plan.load import Statistics, prepare, refuse_inexact
 from treering.plan.plan import Plan
 from treering.plan.prepared import Prepared
 from treering.plan.run import Run
@@ -60,7 +60,7 @@ def completed(
     checkpoint: str,
     statistics: Statistics | None = None,
     changed: Collection[str] = (),
-    joined_only: bool = False,
+    exported_only: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, LazyTensor]:
     """Return every tensor of `plan.owned`: the saved ones, and the rest from prepared results. All ranks call it.
@@ -75,12 +75,12 @@ def completed(
         checkpoint: the checkpoint's name for messages.
         statistics: those that the run began with.
         changed: what has changed since of the things that results are made from; with any, none is made again.
-        joined_only: leave out what no export reads.
+        exported_only: leave out what no export reads.
     """
     absent = {
         weight: names
         for weight, names in unsaved(plan).items()
-        if not set(names) <= saved.keys() and (not joined_only or _joined(plan.chains[weight]) & set(names))
+        if not set(names) <= saved.keys() and (not exported_only or _exported(plan, weight) & set(names))
     }
     tensors = dict(saved)
     if not absent:
@@ -98,8 +98,11 @@ def completed(
     return tensors
 
 
-def _joined(chain: Chain) -> set[str]:
-    return {name for part in chain.parts for name in (part.names if part.joins is None else part.joins)}
+def _exported(plan: Plan, weight: str) -> set[str]:
+    """What an export of a weight, or of any adapter, reads."""
+    parts = plan.chains[weight].parts
+    joined = {name for part in parts for name in (part.names if part.joins is None else part.joins)}
+    return joined.union(*(applied.adapter.own for applied in plan.applied if applied.adapter is not None))
 
 
 def _look_up(folder: Prepared, absent: Mapping[str, tuple[str, ...]], digests: Mapping[str, str]) -> dict[str, str]:

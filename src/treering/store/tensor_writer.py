@@ -38,7 +38,7 @@ class Place:
     stop: int
 
 
-class Writer:
+class TensorWriter:
     """Writes `tensors`, of which only names, shapes and dtypes are read, as their values come, in any order.
 
     A file can be opened by a reader only once it is complete: the length of its header is written last.
@@ -156,7 +156,7 @@ def content_of(tensor: Tensor) -> memoryview:
 
 
 def content_digest(tensor: Tensor) -> str:
-    """Return the digest of the bytes of a tensor on the host, as `Writer.digests` has it."""
+    """Return the digest of the bytes of a tensor on the host, as `TensorWriter.digests` has it."""
     return xxhash.xxh3_128_hexdigest(content_of(tensor))
 
 

@@ -25,7 +25,7 @@ def export(job: Job, folder: Path, *, adapter: str | None = None, step: int | No
     template = job.data.template  # the one it was trained with, not the base model's
     beside = {"chat_template.jinja": Path(template).expanduser()} if template is not None else {}
     statistics = carried(job, saved.step) if adapter is None else None
-    values = saved_values(plan, _completed(job, plan, saved, joined_only=True))
+    values = saved_values(plan, _completed(job, plan, saved, exported_only=True))
     return write(plan, folder, adapter, values=values, beside=beside, statistics=statistics)
 
 
@@ -35,7 +35,9 @@ def reopen(job: Job, *, step: int | None = None) -> Run:
     return load(plan, resume=_completed(job, plan, saved))
 
 
-def _completed(job: Job, plan: Plan, saved: checkpoint.Saved, *, joined_only: bool = False) -> Mapping[str, LazyTensor]:
+def _completed(
+    job: Job, plan: Plan, saved: checkpoint.Saved, *, exported_only: bool = False
+) -> Mapping[str, LazyTensor]:
     statistics = find(job)
     return completed(
         plan,
@@ -45,7 +47,7 @@ def _completed(job: Job, plan: Plan, saved: checkpoint.Saved, *, joined_only: bo
         checkpoint=str(saved.folder),
         statistics=statistics,
         changed=changed_sources(saved, CheckpointManager(job, plan, None, statistics).identity()),
-        joined_only=joined_only,
+        exported_only=exported_only,
         note=logging.getLogger("treering").warning,
     )
 

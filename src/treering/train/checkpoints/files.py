@@ -29,7 +29,7 @@ from treering.store import disk
 from treering.store.layout import DTYPES
 from treering.store.tensor_writer import pieces, size
 from treering.train.checkpoints import manifest
-from treering.train.checkpoints.manifest import Chunk, Entry, File, Manifest
+from treering.train.checkpoints.manifest import Chunk, FileEntry, Manifest, TensorEntry
 
 STEP = re.compile(r"step-(\d{1,18})")
 TORN = re.compile(r"step-\d+\.tmp-[0-9a-f]+")
@@ -51,7 +51,7 @@ class SavedTensor:
     """A tensor of a checkpoint, read by rows from whichever files hold them."""
 
     name: str
-    entry: Entry
+    entry: TensorEntry
     folder: Path
 
     @property
@@ -153,7 +153,7 @@ def write(
             facts=json.loads(json.dumps(dict(facts))),
             files={file: about for file, about, _ in described},
             tensors={
-                name: Entry(shape=shape, dtype=dtype, chunks=tuple(chunks[name]))
+                name: TensorEntry(shape=shape, dtype=dtype, chunks=tuple(chunks[name]))
                 for name, (shape, dtype) in shapes.items()
             },
             prepared=dict(prepared or {}),
@@ -176,11 +176,11 @@ def _size(staged: Mapping[str, Piece]) -> str:
     return f"{sum(size(p.rows) for p in staged.values()) / 2**20:.1f} MiB"
 
 
-def _write_own(folder: Path, rank: int, staged: Mapping[str, Piece]) -> tuple[str, File, dict[str, Any]]:
+def _write_own(folder: Path, rank: int, staged: Mapping[str, Piece]) -> tuple[str, FileEntry, dict[str, Any]]:
     file = f"rank-{rank:05d}.safetensors"
     length, blocks = disk.write(folder / file, pieces({n: p.rows for n, p in staged.items()}), f"rank {rank}")
     own = {n: (p.shape, str(p.rows.dtype).removeprefix("torch."), p.start, p.stop) for n, p in staged.items()}
-    return file, File(bytes=length, blocks=blocks), own
+    return file, FileEntry(bytes=length, blocks=blocks), own
 
 
 def _first_copy(tensor: Tensor, rank: int) -> bool:
@@ -230,7 +230,7 @@ def read(folder: Path) -> Saved:
     return Saved(folder=folder, step=said.step, tensors=tensors, facts=said.facts, prepared=said.prepared)
 
 
-def _verify(path: Path, about: File, tensors: Mapping[str, Entry]) -> str:
+def _verify(path: Path, about: FileEntry, tensors: Mapping[str, TensorEntry]) -> str:
     """Why `path` is not the file that was written; empty if it is."""
     try:
         if path.is_symlink() or not path.is_file():

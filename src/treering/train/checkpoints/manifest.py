@@ -33,7 +33,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class TensorEntry:
     shape: tuple[int, ...]
     dtype: str
     chunks: tuple[Chunk, ...]
@@ -44,7 +44,7 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class File:
+class FileEntry:
     bytes: int
     blocks: str  # xxh3-64 of each 1 MiB block, in hex, one after another
 
@@ -54,8 +54,8 @@ class Manifest:
     step: int
     world: int
     facts: Mapping[str, Any]
-    files: Mapping[str, File]
-    tensors: Mapping[str, Entry]
+    files: Mapping[str, FileEntry]
+    tensors: Mapping[str, TensorEntry]
     prepared: Mapping[str, str] = field(default_factory=dict)  # plain weight -> digest of the result that completes it
 
     def dump(self) -> bytes:
@@ -100,8 +100,8 @@ def load(folder: Path) -> Manifest:
     return manifest
 
 
-def _file(value: Mapping[str, Any]) -> File:
-    return File(bytes=_whole(value["bytes"]), blocks=str(value["blocks"]))
+def _file(value: Mapping[str, Any]) -> FileEntry:
+    return FileEntry(bytes=_whole(value["bytes"]), blocks=str(value["blocks"]))
 
 
 def _digests(value: Mapping[str, Any]) -> dict[str, str]:
@@ -111,17 +111,17 @@ def _digests(value: Mapping[str, Any]) -> dict[str, str]:
     return dict(value)
 
 
-def _entry(value: Mapping[str, Any]) -> Entry:
+def _entry(value: Mapping[str, Any]) -> TensorEntry:
     shape = tuple(_whole(size) for size in value["shape"])
     if value["dtype"] not in DTYPES or math.prod(shape) >= 1 << 50:
         raise ValueError(f"a tensor of {value['dtype']!r} and shape {shape}")
     chunks = tuple(
         Chunk(file=_basename(c["file"]), start=_whole(c["start"]), stop=_whole(c["stop"])) for c in value["chunks"]
     )
-    return Entry(shape=shape, dtype=value["dtype"], chunks=chunks)
+    return TensorEntry(shape=shape, dtype=value["dtype"], chunks=chunks)
 
 
-def _check_covered(folder: Path, name: str, entry: Entry, files: Mapping[str, File]) -> None:
+def _check_covered(folder: Path, name: str, entry: TensorEntry, files: Mapping[str, FileEntry]) -> None:
     """Check that the chunks are the rows 0 to the last, each once: a hole would leave first values."""
     at = 0
     for chunk in sorted(entry.chunks, key=lambda c: (c.start, c.stop)):

@@ -17,7 +17,7 @@ from treering.train.ranks.lock import whoami
 BEAT = 0.5  # seconds between two entries of a rank
 IDLE = 0.2  # of a processor; a rank that uses more is at work
 INNERMOST = 4  # frames in which a collective shows: the operator's own may lie above it
-Entry = dict[str, Any]
+Beat = dict[str, Any]
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Phase:
         return f"{self.name} of step {self.step}" if self.step else self.name
 
 
-class Pulse:
+class Heartbeat:
     """Entries about this process."""
 
     def __init__(self, phase: Phase):
@@ -47,7 +47,7 @@ class Pulse:
         self._since = self._now = time.monotonic()
         self._used = time.process_time()
 
-    def take(self) -> Entry:
+    def take(self) -> Beat:
         now, used = time.monotonic(), time.process_time()
         busy = (used - self._used) / max(now - self._now, 1e-3) > IDLE
         at = (self.phase.name, self.phase.step, counts := issued(), self._place())
@@ -92,7 +92,7 @@ class Board:
         self._store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
         self._lock = threading.Lock()
         self.rank, self.world = rank, world
-        self.end: Entry | None = None  # why the first rank ended that did
+        self.end: Beat | None = None  # why the first rank ended that did
         self.lost = False  # the store itself is gone
         self._neighbour: tuple[int, float] = (-1, time.monotonic())
 
@@ -111,7 +111,7 @@ class Board:
                 self.lost = True
                 return False
 
-    def get(self, key: str) -> Entry | None:
+    def get(self, key: str) -> Beat | None:
         if not self.has(key):
             return None
         with self._lock:
@@ -124,7 +124,7 @@ class Board:
     def write(self, entry: Mapping[str, Any]) -> None:
         self.put(str(self.rank), json.dumps(entry))
 
-    def all(self) -> list[Entry | None]:
+    def all(self) -> list[Beat | None]:
         return [self.get(str(rank)) for rank in range(self.world)]
 
     def ended(self, message: str, code: int | None) -> None:
@@ -137,7 +137,7 @@ class Board:
                 except RuntimeError:
                     self.lost = True
 
-    def look(self) -> Entry | None:
+    def look(self) -> Beat | None:
         self.end = self.end or self.get("end")
         return self.end
 
@@ -188,7 +188,7 @@ def gone(board: Board, seconds: float) -> str:
     return ", ".join(silent)
 
 
-def different_collectives(entries: list[Entry | None], seconds: float) -> str | None:
+def different_collectives(entries: list[Beat | None], seconds: float) -> str | None:
     """If all ranks wait and do not wait for the same: who is ahead of whom."""
     if any(entry is None or entry.get("done") or entry["waiting"] < seconds for entry in entries):
         return None

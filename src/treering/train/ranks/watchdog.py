@@ -21,7 +21,7 @@ import torch.distributed as dist
 from treering.core.collectives import from_first
 from treering.core.errors import RankLost, TreeringError
 from treering.core.topology import STARTUP
-from treering.train.ranks.heartbeat import BEAT, Board, Phase, Pulse, different_collectives, gone
+from treering.train.ranks.heartbeat import BEAT, Board, Heartbeat, Phase, different_collectives, gone
 from treering.train.ranks.signals import Now, Signals
 
 GRACE = 2.0  # seconds that a main thread has to come out of a collective by itself
@@ -49,8 +49,8 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self.several:
-            self._pulse = Pulse(self.phase)
-            self._board.write(self._pulse.take())
+            self._heartbeat = Heartbeat(self.phase)
+            self._board.write(self._heartbeat.take())
             threading.Thread(target=self._watch, name="treering-watchdog", daemon=True).start()
         return self
 
@@ -63,7 +63,7 @@ class Watchdog:
         elif error is not None and not isinstance(error, RankLost) and not self._agreed:
             self._board.ended(_message(error, self.signals), _code(error))
         self._over.set()
-        self._board.write(self._pulse.take() | {"done": True})
+        self._board.write(self._heartbeat.take() | {"done": True})
         for group, timeout in self._lowered:
             group.set_timeout(timeout)
         if said is not None:
@@ -121,7 +121,7 @@ class Watchdog:
     def _watch(self) -> None:
         end_seen = time.monotonic()
         while not self._over.wait(BEAT):
-            own = self._pulse.take()
+            own = self._heartbeat.take()
             self._board.write(own)
             if self._board.look() is None and not self._board.lost:
                 word = self._board.neighbour_gone(self.timeout)
