@@ -35,9 +35,9 @@ def test_what_another_writer_is_at_work_on_stays(tmp_path):
 def killed_while_preparing(folder):
     import torch
 
-    from treering.plan.prepared import Writer
+    from treering.plan.prepared import TensorWriter
 
-    Writer.close = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+    TensorWriter.close = lambda self: os.kill(os.getpid(), signal.SIGKILL)
     Prepared(folder).write("0" * 32, {"a": torch.ones(3)})
 
 

@@ -92,7 +92,7 @@ def test_a_checkpoint_without_operators_resumes_bitwise_and_is_smaller_by_them(r
     interrupted(root, "cut")
     train(settings(root, "cut"))
     assert_all_same(tensors(root, "cut"), tensors(root, "complete"))
-    assert "goes on after step 5" in notes(root, "cut") and "made again" not in notes(root, "cut")
+    assert "resumes after step 5" in notes(root, "cut") and "made again" not in notes(root, "cut")
 
 
 def test_a_moved_run_folder_resumes_bitwise(root):

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run says of itself, and whether its files are still what was written."""
+"""The description of a checkpoint, and whether its files are still what was written."""
 
 import math
 from collections import Counter
@@ -28,29 +28,29 @@ class Whole:
 
 
 def describe_saved(folder: Path) -> tuple[dict[str, str], list[Whole]]:
-    """Facts and tensors. A manifest that is not whole is an error."""
+    """Return facts and tensors of a checkpoint. A damaged manifest is an error."""
     from treering.train.checkpoints import manifest
 
-    said = manifest.load(folder)
+    description = manifest.load(folder)
     tensors = [
         Whole(name=n, dtype=e.dtype, shape=e.shape, bytes=math.prod(e.shape) * manifest.WIDTHS[e.dtype])
-        for n, e in said.tensors.items()
+        for n, e in description.tensors.items()
     ]
-    facts = {"step": str(said.step), "ranks": str(said.world)}
-    found = said.facts.get("identity")
-    identity = found if isinstance(found, dict) else {}
+    facts = {"step": str(description.step), "ranks": str(description.world)}
+    facts_of_run = description.facts.get("identity")
+    identity = facts_of_run if isinstance(facts_of_run, dict) else {}
     for name in SHOWN:
         if identity.get(name) is not None:
-            facts[name] = short(_told(masked(name, identity[name])), 200)
+            facts[name] = short(_joined(masked(name, identity[name])), 200)
     facts |= {f"size of {kind}": size(n) for kind, n in _kinds(tensors).most_common()}
-    if said.prepared:
-        facts["prepared results"] = _prepared(folder, said.prepared)
-    facts["files"] = f"{len(said.files)}, {size(sum(file.bytes for file in said.files.values()))}"
+    if description.prepared:
+        facts["prepared results"] = _prepared(folder, description.prepared)
+    facts["files"] = f"{len(description.files)}, {size(sum(file.bytes for file in description.files.values()))}"
     return facts, tensors
 
 
 def damage(folder: Path, verify: bool) -> Iterator[str]:
-    """What is wrong with the files: missing, of another size, or (`verify`: everything is read) of other content."""
+    """Yield what is wrong with the files: missing, of another size, or, with `verify`, of other content."""
     from treering.store import disk
     from treering.train.checkpoints import manifest
 
@@ -88,5 +88,5 @@ def _kinds(tensors: list[Whole]) -> Counter[str]:
     return kinds
 
 
-def _told(value: Any) -> str:
+def _joined(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

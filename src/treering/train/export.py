@@ -1,4 +1,4 @@
-"""A run's checkpoint as a folder that transformers, or peft, loads."""
+"""Export a checkpoint of a run as a folder that transformers, or peft, loads."""
 
 import logging
 from collections.abc import Mapping
@@ -19,18 +19,21 @@ from treering.train.measurements import carried, find
 
 
 def export(job: Job, folder: Path, *, adapter: str | None = None, step: int | None = None) -> Path:
-    """Write out the newest checkpoint of `job` (or that of `step`), tensor by tensor: the model is never in memory."""
-    on_first(lambda: refuse_taken(folder), f"looking at {folder}")  # said before gigabytes are verified
+    """Write the newest checkpoint of `job`, or that of `step`, as a Hugging Face folder, or one `adapter` of it.
+
+    Tensor by tensor: the model is never in memory. Returns the folder.
+    """
+    on_first(lambda: refuse_taken(folder), f"looking at {folder}")  # before gigabytes are verified
     plan, saved = reread(job, step=step)
     template = job.data.template  # the one it was trained with, not the base model's
-    beside = {"chat_template.jinja": Path(template).expanduser()} if template is not None else {}
+    files = {"chat_template.jinja": Path(template).expanduser()} if template is not None else {}
     statistics = carried(job, saved.step) if adapter is None else None
     values = saved_values(plan, _completed(job, plan, saved, exported_only=True))
-    return write(plan, folder, adapter, values=values, beside=beside, statistics=statistics)
+    return write(plan, folder, adapter, values=values, beside=files, statistics=statistics)
 
 
 def reopen(job: Job, *, step: int | None = None) -> Run:
-    """The run as it was at its newest checkpoint (or that of `step`), live in this process."""
+    """Return the run as it was at its newest checkpoint, or that of `step`, live in this process."""
     plan, saved = reread(job, step=step)
     return load(plan, resume=_completed(job, plan, saved))
 
@@ -53,7 +56,7 @@ def _completed(
 
 
 def reread(job: Job, *, step: int | None = None) -> tuple[Plan, checkpoint.Saved]:
-    """The job's model composed again, without values, and the verified checkpoint that has them."""
+    """Return the job's model composed again, without values, and the verified checkpoint that has them."""
     from treering.train.run import draft_of
 
     root = Path(job.output) / "checkpoints"
@@ -64,13 +67,15 @@ def reread(job: Job, *, step: int | None = None) -> tuple[Plan, checkpoint.Saved
     else:
         saved = checkpoint.newest(root, logging.getLogger("treering").warning)
     if saved is None:
-        raise CheckpointError(f"{root} holds no whole checkpoint; train first: treering train {job.output}/config.yaml")
-    # What only makes training faster or smaller has no part in the weights, and may not fit this machine.
+        raise CheckpointError(
+            f"{root} holds no complete checkpoint; train first: treering train {job.output}/config.yaml"
+        )
+    # Techniques that only make training faster or smaller do not change the weights, and may not run on this machine.
     lasting = tuple(t for t in job.techniques if t.stage in (Stage.QUANTIZE, Stage.ADAPT))
     job = replace(job, techniques=lasting, mesh={})
     plan = draft_of(job)
     identity = CheckpointManager(job, plan, None, find(job)).identity()
     check_same(
         saved, {name: identity[name] for name in ("techniques", "dtype", "weights")}
-    )  # its tensors would not fit, be cast, or stand beside a base that they were not trained on
+    )  # with others, its tensors would not fit, be cast, or be added to weights that they were not trained on
     return plan, saved

@@ -27,9 +27,9 @@ def find(job: Job) -> Statistics | None:
     if job.statistics.path is not None:
         return open_statistics(Path(job.statistics.path).expanduser())
     if job.model.initialise:
-        return None  # whatever lies there is of other weights
-    beside = locate(job.model.path) / FOLDER
-    return open_statistics(beside) if beside.is_dir() else None
+        return None  # those in the folder are of other weights
+    folder = locate(job.model.path) / FOLDER
+    return open_statistics(folder) if folder.is_dir() else None
 
 
 def refuse_missing(job: Job) -> None:
@@ -95,15 +95,15 @@ def grow(training: Training) -> None:
 
 
 def _whole_forwards(run: Run) -> None:
-    """Training is over: what computes forwards in another way, for the sake of a backward, comes off. Inputs that are
-    made tile by tile cannot be counted by token."""
+    """Undo techniques that change forwards for the sake of a backward: training is over, and inputs that come tile by
+    tile cannot be counted by token."""
     for technique, applied in zip(run.plan.techniques, run.plan.applied):
         if technique.stage in (Stage.FORWARD, Stage.RECOMPUTE) and applied.undo is not None:
             applied.undo()
 
 
 def carried(job: Job, step: int) -> Path | None:
-    """The statistics that go with an export of `step`: with its own ring, or those that the run began with."""
+    """Return the statistics that go with an export of `step`: with its own ring, or those that the run began with."""
     grown, base = Path(job.output) / FOLDER, find(job)
     if base is None:
         return None

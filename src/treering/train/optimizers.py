@@ -16,7 +16,7 @@ from treering.train.config import Schedule
 
 
 def build(run: Run, settings: Settings) -> list[Optimizer]:
-    """One optimizer, or two for muon: Muon for the matrices inside the blocks, AdamW for the rest."""
+    """Return one optimizer, or two for muon: Muon for the matrices inside the blocks, AdamW for the rest."""
     half = [name for name, p in run.trainable() if p.dtype == torch.float16]
     if half:
         raise PlanError(
@@ -53,16 +53,16 @@ def _muon(run: Run, settings: Settings) -> list[Optimizer]:
         (matrices if parameter.ndim == 2 and name in inside else rest).append(parameter)
     if not matrices:
         raise PlanError(
-            "muon steps whole matrices of the model's blocks, and none of them is trained; use adamw",
+            "muon steps complete matrices of the model's blocks, and none of them is trained; use adamw",
             settings=("train.optimizer.name",),
         )
     if any(isinstance(p, DTensor) and p.device_mesh.size() > 1 for p in matrices):
         raise PlanError(
-            "muon orthogonalises whole matrices, and shard has cut them into rows; use adamw, or one rank",
+            "muon orthogonalises complete matrices, and shard has cut them into rows; use adamw, or one rank",
             settings=("train.optimizer.name", "techniques.shard"),
         )
     # match_rms_adamw gives Muon's update the size of AdamW's, so that one learning rate fits both.
-    made: list[Optimizer] = [
+    optimizers: list[Optimizer] = [
         torch.optim.Muon(
             matrices,
             lr=settings.lr,
@@ -72,20 +72,21 @@ def _muon(run: Run, settings: Settings) -> list[Optimizer]:
         )
     ]
     if rest:
-        made.append(torch.optim.AdamW(rest, **{**_adamw(settings), "weight_decay": 0.0}))
-    return made
+        optimizers.append(torch.optim.AdamW(rest, **{**_adamw(settings), "weight_decay": 0.0}))
+    return optimizers
 
 
 def set_rate(optimizers: Sequence[Optimizer], rate: float) -> None:
+    """Set the learning rate of all groups."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
 
 
 def rate(schedule: Schedule, step: int, steps: int) -> float:
-    """The factor on the peak learning rate for step `step` (0-based) of `steps`.
+    """Return the factor on the peak learning rate for step `step` (0-based) of `steps`, a pure function of the step.
 
-    Warm-up is linear and never 0: the first step would be lost. The last step lands just above `final`.
+    Warm-up is linear and never 0, which would waste the first step. The last step ends just above `final`.
     """
     warmup = _length(schedule.warmup, steps)
     if step < warmup:

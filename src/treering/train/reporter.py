@@ -78,7 +78,7 @@ class Reporter:
         )
         self.run, self.samples, self.at = run, StepSamples(data.examples, data.train.order), start
         if start:
-            self.note(f"goes on after step {start}")
+            self.note(f"resumes after step {start}")
         warnings = [warning for applied in self.plan.applied for warning in applied.warnings]
         for text in filter(None, (unused(self.plan), *warnings, *run.notes, *data.notes, *_coarse(run))):
             self.note(text)

@@ -111,7 +111,7 @@ def _take_steps(training: Training, start: int) -> None:
                 with training.stopwatch("checkpoint"):
                     checkpoints.save(run, training.optimizers, step + 1, final=final, note=reporter.note)
         if asked and not (last and checkpoints.progress.owed is None):
-            raise watchdog.signals.ended(f"saved step {step + 1}, and the same command goes on from there")
+            raise watchdog.signals.ended(f"saved step {step + 1}, and the same command resumes from there")
         if early:
             reporter.note(f"stopped early: no improvement in {settings.evaluate.patience} evaluations")
             break

@@ -48,13 +48,13 @@ class Stopwatch:
         return time.perf_counter()
 
     def rows(self, steps: int) -> list[dict[str, object]]:
-        """Return a table: a row for each phase, with its time per step and its share of the whole."""
-        whole = sum(self.seconds.values()) or 1.0
+        """Return a table: a row for each phase, with its time per step and its share of the sum."""
+        total = sum(self.seconds.values()) or 1.0
         return [
             {
                 "phase": phase,
                 "ms a step": round(1000 * spent / max(1, steps), 2),
-                "share": f"{100 * spent / whole:.1f} %",
+                "share": f"{100 * spent / total:.1f} %",
             }
             for phase, spent in self.seconds.items()
         ]

@@ -51,5 +51,5 @@ def test_a_run_of_two_ranks_is_gone_on_with(form, tmp_path):
 
         assert sum(on_ranks(ranks, trained, tmp_path, cut, form)) == 0
 
-        assert "goes on after step 5" in (tmp_path / cut / "metrics.jsonl").read_text()
+        assert "resumes after step 5" in (tmp_path / cut / "metrics.jsonl").read_text()
         assert_all_same(tensors(tmp_path, cut), tensors(tmp_path, "whole"), tolerance)

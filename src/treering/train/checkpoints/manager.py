@@ -141,14 +141,14 @@ class CheckpointManager:
         self.progress = Progress()
 
     def load(self, note: Callable[[str], None]) -> Run:
-        """Return the run with first values, or those of the newest whole checkpoint of the output folder."""
+        """Return the run with first values, or those of the newest complete checkpoint of the output folder."""
         problems: list[str] = []
         newest = checkpoint.newest(self.root, problems.append)
         for problem in problems:
             note(problem)
         if newest is None and problems:
             raise CheckpointError(
-                f"none of the {len(problems)} checkpoints in {self.root} is whole ({problems[0]}). "
+                f"none of the {len(problems)} checkpoints in {self.root} is complete ({problems[0]}). "
                 "To start anew, move them away or give this run another output folder"
             )
         if newest is not None and self.job.train.checkpoint.resume == "never":
@@ -207,7 +207,7 @@ class CheckpointManager:
         except CheckpointError as error:
             if strict:
                 raise
-            note(f"{error}; training goes on without it")
+            note(f"{error}; training continues without it")
         try:
             note(f"saved {self._save(run, optimizers, step)}")
             if final:
@@ -215,7 +215,7 @@ class CheckpointManager:
         except CheckpointError as error:
             if strict or final:
                 raise
-            note(f"{error}; training goes on without it")
+            note(f"{error}; training continues without it")
 
     def _save(self, run: Run, optimizers: Sequence[Optimizer], step: int) -> Path:
         mesh = self.plan.mesh
@@ -275,7 +275,7 @@ def check_same(saved: checkpoint.Saved, now: Mapping[str, Any], force: bool = Fa
             notes.append(f"forced: {text}")
             continue
         remedy = "Restore the setting, or give the new run another output folder"
-        raise CheckpointError(f"{text}. {remedy}" + ("" if name in TENSORS else "; --force goes on all the same"))
+        raise CheckpointError(f"{text}. {remedy}" + ("" if name in TENSORS else "; --force resumes all the same"))
     return notes
 
 

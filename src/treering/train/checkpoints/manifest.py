@@ -126,7 +126,9 @@ def _check_covered(folder: Path, name: str, entry: TensorEntry, files: Mapping[s
     at = 0
     for chunk in sorted(entry.chunks, key=lambda c: (c.start, c.stop)):
         if chunk.file not in files:
-            raise CheckpointError(f"{folder}: {name} is said to lie in {chunk.file!r}, which is not of this checkpoint")
+            raise CheckpointError(
+                f"{folder}: {name} should lie in {chunk.file!r}, which is not a file of this checkpoint"
+            )
         if chunk.start != at or chunk.stop < at:
             raise CheckpointError(f"{folder}: rows {at} to {chunk.start} of {name} are in no file, or in two")
         at = chunk.stop
