@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import treering as tr
 from treering.store.model_folder import INDEX, tensor_files
-from treering.store.tensor_writer import Writer
+from treering.store.tensor_writer import TensorWriter
 
 
 def stored(folder):
@@ -21,7 +21,7 @@ def meta(tensors):
 
 def written(folder, tensors, **how):
     folder.mkdir(exist_ok=True)
-    writer = Writer(meta(tensors), **how)
+    writer = TensorWriter(meta(tensors), **how)
     writer.open(folder)
     for name, value in tensors.items():
         writer.add(name, value)
@@ -55,7 +55,7 @@ def test_tensors_of_every_kind_come_in_any_order_and_lie_aligned(tmp_path):
         "none": torch.empty(0, 4),
         "flags": torch.tensor([True, False]),
     }
-    writer = Writer(meta(tensors))
+    writer = TensorWriter(meta(tensors))
     writer.open(tmp_path)
     for name in reversed(tensors):
         writer.add(name, tensors[name])
@@ -68,7 +68,7 @@ def test_tensors_of_every_kind_come_in_any_order_and_lie_aligned(tmp_path):
 
 def test_a_file_cannot_be_opened_before_its_last_tensor_came(tmp_path):
     tensors = {"a": torch.ones(4), "b": torch.ones(4)}
-    writer = Writer(meta(tensors))
+    writer = TensorWriter(meta(tensors))
     writer.open(tmp_path)
     writer.add("a", tensors["a"])
     with pytest.raises(tr.CheckpointError):

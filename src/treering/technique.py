@@ -123,6 +123,10 @@ class Part:
         joins: The names that `join` reads; None: all of them.
         identity: What the result of `split` depends on besides weight and statistics; "": the technique and the seed.
         measured: False: `split` does not read statistics.
+        saved: False: a checkpoint does not hold these tensors where a prepared result does. A resume takes them from
+            there, bit for bit, or makes them again by `split`, equal to rounding. So none of them may be trained or
+            changed after the start, and nothing that is saved may depend on the sign or the order of their directions:
+            a projector may be made again, a basis that trained coefficients refer to may not.
     """
 
     names: tuple[str, ...]
@@ -138,6 +142,7 @@ class Part:
     joins: tuple[str, ...] | None = None
     identity: str = ""
     measured: bool = True
+    saved: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

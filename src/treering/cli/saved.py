@@ -1,8 +1,8 @@
-"""The facts in the manifest of a checkpoint, and whether its files are still what was written."""
+"""The description of a checkpoint, and whether its files are still what was written."""
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,27 +28,29 @@ class SavedTensor:
 
 
 def describe_saved(folder: Path) -> tuple[dict[str, str], list[SavedTensor]]:
-    """Return facts and tensors of the checkpoint in `folder`. A damaged manifest is an error."""
+    """Return facts and tensors of a checkpoint. A damaged manifest is an error."""
     from treering.train.checkpoints import manifest
 
-    saved = manifest.load(folder)
+    description = manifest.load(folder)
     tensors = [
-        SavedTensor(name=n, dtype=e.dtype, shape=e.shape, bytes=math.prod(e.shape) * manifest.DTYPES[e.dtype])
-        for n, e in saved.tensors.items()
+        SavedTensor(name=n, dtype=e.dtype, shape=e.shape, bytes=math.prod(e.shape) * manifest.WIDTHS[e.dtype])
+        for n, e in description.tensors.items()
     ]
-    facts = {"step": str(saved.step), "ranks": str(saved.world)}
-    recorded = saved.facts.get("identity")
-    identity = recorded if isinstance(recorded, dict) else {}
+    facts = {"step": str(description.step), "ranks": str(description.world)}
+    facts_of_run = description.facts.get("identity")
+    identity = facts_of_run if isinstance(facts_of_run, dict) else {}
     for name in SHOWN:
         if identity.get(name) is not None:
             facts[name] = short(_joined(masked(name, identity[name])), 200)
     facts |= {f"size of {kind}": size(n) for kind, n in _kinds(tensors).most_common()}
-    facts["files"] = f"{len(saved.files)}, {size(sum(file.bytes for file in saved.files.values()))}"
+    if description.prepared:
+        facts["prepared results"] = _prepared(folder, description.prepared)
+    facts["files"] = f"{len(description.files)}, {size(sum(file.bytes for file in description.files.values()))}"
     return facts, tensors
 
 
 def damage(folder: Path, verify: bool) -> Iterator[str]:
-    """Yield what is wrong with the files: missing, of another size, or (`verify`: all are read) of other content."""
+    """Yield what is wrong with the files: missing, of another size, or, with `verify`, of other content."""
     from treering.store import disk
     from treering.train.checkpoints import manifest
 
@@ -63,6 +65,19 @@ def damage(folder: Path, verify: bool) -> Iterator[str]:
                 yield f"{plain(str(path))} is damaged: its content is not what was written"
         except OSError as error:
             yield f"{plain(str(path))} cannot be read: {error.strerror}"
+
+
+def _prepared(folder: Path, digests: Mapping[str, str]) -> str:
+    """Of the run folder that the checkpoint lies in; by their headers, which are read alone."""
+    from treering.plan.prepared import Prepared
+
+    results = folder.absolute().parent.parent / "prepared"
+    if not results.is_dir():
+        return f"{len(digests)}, not in {plain(str(results))}: a resume makes them again, equal to rounding"
+    store = Prepared(results)
+    absent = sum(store.find(digest) is None for digest in digests.values())
+    missing = f", {absent} missing: a resume makes them again, equal to rounding" if absent else ""
+    return f"{len(digests)} in {plain(str(results))}{missing}"
 
 
 def _kinds(tensors: list[SavedTensor]) -> Counter[str]:

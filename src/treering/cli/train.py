@@ -14,7 +14,7 @@ from treering.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from treering.cli.schema import RunConfig
-    from treering.train.job import Job
+    from treering.train.config import Job
 
 NAME = "train"
 
@@ -54,7 +54,7 @@ def command(
 def job_of(config: "RunConfig") -> "Job":
     """Return the run that `config` describes."""
     from treering.cli.parsing import to_yaml
-    from treering.train.job import Job
+    from treering.train.config import Job
 
     return Job(
         model=config.model,

@@ -141,7 +141,7 @@ def _write(
     count = dict.fromkeys(names, 0)
     skipped: dict[str, int] = {}
     named: dict[str, list[str]] = {}
-    writer = cache.Writer(folder)
+    writer = cache.CacheWriter(folder)
     try:
         for result in encoded(sources.read(files, job.config, which), job, job.config.workers):
             count["read"] += 1

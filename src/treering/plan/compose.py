@@ -22,6 +22,7 @@ from treering.plan.load import fill, refill
 from treering.plan.materialise import materialise, remember, to_meta
 from treering.plan.plan import Plan
 from treering.plan.prepared import Prepared
+from treering.plan.refill import refuse_incomplete
 from treering.plan.run import Run
 from treering.technique import LazyTensor, Site, Stage, Technique
 from treering.weights.plain_tensors import plain_tensors
@@ -161,26 +162,30 @@ def load(
     plan: Plan,
     *,
     statistics: Statistics | None = None,
-    prepared: str | Path | None = None,
+    prepared: str | Path | Prepared | None = None,
     resume: Mapping[str, LazyTensor] | None = None,
 ) -> Run:
-    """Return the run of a plan: with first values, or with those that `resume` has of every name in `plan.owned`."""
+    """Return the run of a plan: with first values, or with those that `resume` has of every name in `plan.owned`.
+
+    A checkpoint may leave some of them to `prepared`: `treering.plan.refill.completed` adds these.
+    """
     if plan.source is None:
         raise PlanError("this plan was drafted without weights")
     if plan.source.spent:
         raise PlanError("this plan's live model has given its weights away already; draft a plan of a fresh one")
     resting = torch.device("cpu") if any(a.resting == "cpu" for a in plan.applied) else plan.device
     materialise(plan.model, plan.device, resting)
-    store = None if prepared is None else Prepared(Path(prepared))
+    store = Prepared(Path(prepared)) if isinstance(prepared, str | Path) else prepared
     notes: list[str] = []
     if resume is None:
         errors = fill(plan.model, plan.source, plan.chains, statistics=statistics, prepared=store, note=notes.append)
     else:
+        refuse_incomplete(plan, resume)
         refill(plan.model, plan.source, plan.owned, resume)
         errors = {}
     plan.source.release()
     plan.model.train()
-    return Run(plan, errors, notes=tuple(notes))
+    return Run(plan, errors, notes=tuple(notes), prepared=store)
 
 
 def _ordered(techniques: Iterable[Technique]) -> tuple[Technique, ...]:

@@ -51,6 +51,12 @@ def fill(
                 for own, value in tensors.items():
                     put(live[own], value)
     errors |= split_all(live, source, [c for c in chains.values() if c.reads], statistics, prepared, note)
+    refuse_inexact(chains, errors)
+    return errors
+
+
+def refuse_inexact(chains: Mapping[str, Chain], errors: Mapping[str, float]) -> None:
+    """Raise PlanError for a weight that its parts do not reproduce to their tolerance."""
     for name, error in errors.items():
         allowed = [part.tolerance for part in chains[name].parts]
         if None not in allowed and not error <= sum(a for a in allowed if a is not None):
@@ -58,7 +64,6 @@ def fill(
                 f"{name} is not reproduced by what was made of it: ‖join(split(W)) − W‖/‖W‖ is {error:.2e}, "
                 f"and at most {sum(a for a in allowed if a is not None):.2e} was promised"
             )
-    return errors
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from treering.plan.explain import explain
 from treering.plan.export import export
 from treering.plan.loss import cross_entropy, with_targets
 from treering.plan.plan import Plan
+from treering.plan.prepared import Prepared
 from treering.plan.step import StepReport
 from treering.plan.values import plain
 from treering.technique import Workload
@@ -34,8 +35,16 @@ class Run:
         run.step(optimizer, clip=1.0)
     """
 
-    def __init__(self, plan: Plan, lost: Mapping[str, float], max_skips: int = 5, notes: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        plan: Plan,
+        lost: Mapping[str, float],
+        max_skips: int = 5,
+        notes: tuple[str, ...] = (),
+        prepared: Prepared | None = None,
+    ):
         self.plan = plan
+        self.prepared = prepared  # where the results of splitting lie
         self.notes = notes  # what a person should know about how the weights were loaded
         self.model: Any = plan.model
         self.lost = lost  # plain name -> ‖join(split(W)) − W‖/‖W‖ at load

@@ -106,6 +106,26 @@ def split_all(
     note: Callable[[str], None],
 ) -> dict[str, float]:
     """Give own tensors of `chains` their values. Return ‖join(split(W)) − W‖/‖W‖ by plain name. A collective."""
+    errors = prepare(live, source, chains, statistics, prepared, note)
+    if prepared is not None:
+        for chain in chains:
+            for name in chain.names:
+                start, stop = local_rows(live[name])
+                put_rows(live[name], prepared.tensor(chain.name, name).rows(start, stop))
+    return errors
+
+
+@torch.no_grad()
+def prepare(
+    live: Mapping[str, Tensor],
+    source: "Source",
+    chains: Sequence[Chain],
+    statistics: Statistics | None,
+    prepared: Prepared | None,
+    note: Callable[[str], None],
+) -> dict[str, float]:
+    """Split `chains` and write the results to `prepared`, whose `results` then name them; without `prepared`, give them
+    to the live tensors. Return ‖join(split(W)) − W‖/‖W‖ by plain name. A collective."""
     if not chains:
         return {}
     several = dist.is_initialized() and dist.get_world_size() > 1
@@ -144,8 +164,8 @@ def split_all(
         note(f"{len(again)} of {len(results)} prepared results had to be made again: {where} was {reason}{more}")
     if prepared is not None:
         for chain in chains:
-            for name in chain.names:
-                _fetch(live[name], name, _pieces(chain, source, 0, rows[chain.name]), results, prepared)
+            pieces = _pieces(chain, source, 0, rows[chain.name])
+            prepared.name(chain.name, [(piece.start, piece.stop, results[piece.id].key) for piece in pieces])
     return {chain.name: _error([r for (name, _), r in results.items() if name == chain.name]) for chain in chains}
 
 
@@ -244,22 +264,6 @@ def _assigned(
         assigned[least].append(piece)
         load[least] += piece.cost
     return assigned
-
-
-def _fetch(
-    target: Tensor, name: str, pieces: Sequence[Piece], results: Mapping[tuple[str, int], Result], prepared: Prepared
-) -> None:
-    """Read this rank's rows of one own tensor from the results of all pieces."""
-    start, stop = local_rows(target)
-    if not pieces or not pieces[0].chain.independent_rows:
-        for piece in pieces:
-            put_rows(target, prepared.rows(results[piece.id].key, name, start, stop))
-        return
-    for piece in pieces:
-        first, last = max(start, piece.start), min(stop, piece.stop)
-        if first < last:
-            rows = prepared.rows(results[piece.id].key, name, first - piece.start, last - piece.start)
-            local(target)[first - start : last - start].copy_(rows)
 
 
 def _error(results: Sequence[Result]) -> float:

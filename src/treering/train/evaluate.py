@@ -1,4 +1,4 @@
-"""Loss on held-out documents, and a few generations to read."""
+"""Evaluation between two steps: the loss on held-out documents, and generated samples to read."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,9 +8,43 @@ import torch
 from treering.data.chat.template import Template
 from treering.data.loader import Loader
 from treering.plan import Run
+from treering.train.training import Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def evaluate(training: Training, step: int) -> None:
+    """Evaluate the model as it is after `step`.
+
+    An evaluation that a signal interrupts is recorded as due and done when the run is resumed, see `evaluate_if_due`.
+    """
+    asked, settings = training.watchdog.stop_asked, training.job.train.evaluate
+    if training.data.eval is not None:
+        with training.stopwatch("evaluation"):
+            held_out = held_out_loss(training.run, training.data.eval, asked)
+            training.checkpoints.progress.owed = step if held_out is None else None
+            if held_out is None:
+                return
+            training.checkpoints.progress.record_loss(step, held_out)
+            training.reporter.evaluated(step, held_out)
+    if settings.prompts:
+        with training.stopwatch("samples"):
+            texts = samples(
+                training.run,
+                training.tokenizer,
+                settings.prompts,
+                settings.new_tokens,
+                training.data.template,
+                asked,
+            )
+            training.reporter.sampled(settings.prompts, texts)
+
+
+def evaluate_if_due(training: Training, start: int) -> None:
+    """Do the evaluation that was interrupted before step `start` was saved."""
+    if start and training.checkpoints.progress.owed == start:
+        evaluate(training, start)
 
 
 @torch.no_grad()

@@ -47,9 +47,10 @@ def test_a_run_of_two_ranks_is_gone_on_with(form, tmp_path):
         cut = f"cut-{ranks}"
         shutil.copytree(tmp_path / "whole", tmp_path / cut)
         shutil.rmtree(tmp_path / cut / "checkpoints" / "step-8")
-        shutil.rmtree(tmp_path / cut / "prepared")
+        if form != "update":  # whose operators are in no checkpoint
+            shutil.rmtree(tmp_path / cut / "prepared")
 
         assert sum(on_ranks(ranks, trained, tmp_path, cut, form)) == 0
 
-        assert "goes on after step 5" in (tmp_path / cut / "metrics.jsonl").read_text()
+        assert "resumes after step 5" in (tmp_path / cut / "metrics.jsonl").read_text()
         assert_all_same(tensors(tmp_path, cut), tensors(tmp_path, "whole"), tolerance)

@@ -93,5 +93,6 @@ def _store(
         cost=operators.cost(shapes, matrix),
         identity=f"{operators.identity(config, shapes)} anchor {config.keep_initial}",
         measured=config.protect != "weights",
+        saved=False,
     )
     return buffers, part
