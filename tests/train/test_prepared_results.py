@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file
-from treering.cli.folders import describe
+from treering.cli.inspect import describe
 
 import treering as tr
 from tests.ranks import on_ranks
