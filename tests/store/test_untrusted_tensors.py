@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import toy_run
-from tests.test_untrusted import refused
+from tests.store.test_untrusted import refused
 from treering.core.errors import CheckpointError
 from treering.store.model_folder import INDEX, tensor_files
 from treering.store.untrusted import read_header, read_json
