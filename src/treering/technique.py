@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from treering.anatomy import Anatomy
+    from treering.objectives import Objective
 
     Batch = dict[str, Any]
 
@@ -138,7 +139,10 @@ class Applied:
     trainable: tuple[str, ...] = ()  # live parameter names that learn; nothing else does
     parts: Mapping[str, Part] = field(default_factory=dict)  # plain parameter name -> how its share is held
     batch: "Callable[[Batch], Batch] | None" = None  # a transform of each micro-batch
-    loss: "Callable[[nn.Module, Batch], Tensor] | None" = None  # sum over trained tokens; at most one technique
+    loss: "Callable[[nn.Module, Batch, Objective], Tensor] | None" = (
+        None  # sum over trained tokens; one technique at most
+    )
+    objective: "Objective | None" = None  # the one that the technique's settings ask for
     gradients: Callable[[], None] | None = None  # once per step, after the last backward, before the guard and clip
     before_step: "Callable[[Sequence[Optimizer]], None] | None" = None  # after clipping: keep what `after_step` needs
     after_step: Callable[[], None] | None = None  # retraction

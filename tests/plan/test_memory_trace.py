@@ -215,7 +215,7 @@ class Curious:
         return []
 
     def apply(self, model, site):
-        def loss(model, batch):
+        def loss(model, batch, objective):
             logits = model(input_ids=batch["input_ids"], use_cache=False).logits
             return logits.sum() if int(batch["labels"].sum()) > 3 else logits.mean()
 

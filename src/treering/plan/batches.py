@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from treering.attention import Documents
 from treering.core.errors import DataError
 from treering.core.topology import axis_size
-from treering.plan.loss import IGNORED, trained_tokens
+from treering.objectives import IGNORED
+from treering.plan.loss import trained_tokens
 
 Batch = dict[str, Any]
 

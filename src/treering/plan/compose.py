@@ -14,9 +14,11 @@ from treering.anatomy import Anatomy, examine
 from treering.core.errors import PlanError
 from treering.core.topology import mesh as make_mesh
 from treering.curvature import Statistics as Measured
+from treering.objectives import Objective
 from treering.plan import conflicts
 from treering.plan import open_model as opening
 from treering.plan.load import Chain, Statistics, fill, refill
+from treering.plan.loss import choose_objective
 from treering.plan.materialise import materialise, remember, to_meta
 from treering.plan.plan import Plan
 from treering.plan.prepared import Prepared
@@ -44,6 +46,7 @@ def compose(
     prepared: str | Path | None = None,
     roles: Mapping[str, str] | None = None,
     frozen: bool = False,
+    objective: Objective | None = None,
 ) -> Run:
     """`model` with `techniques` in place and weights loaded.
 
@@ -52,6 +55,7 @@ def compose(
     prepared    folder for results of splitting (an SVD), shared by all ranks; needed with several ranks
     roles       pattern -> role, where the anatomy cannot tell (see its message)
     frozen      nothing learns: for measuring, and for models that others learn from. Techniques that train are refused
+    objective   what `run.loss` evaluates; None: cross-entropy
     """
     plan = draft(
         model,
@@ -63,6 +67,7 @@ def compose(
         statistics=statistics,
         roles=roles,
         frozen=frozen,
+        objective=objective,
     )
     return load(plan, statistics=statistics, prepared=prepared)
 
@@ -81,6 +86,7 @@ def draft(
     name: str | None = None,
     folder: Path | None = None,
     frozen: bool = False,
+    objective: Objective | None = None,
 ) -> Plan:
     """Everything up to, and without, the weights: every refusal comes from here. `weights=False` needs only a config.
 
@@ -118,6 +124,7 @@ def draft(
     try:
         applied, chains = _apply(built, ordered, claimed, anatomy, mesh, seed, statistics)
         conflicts.check_units(list(zip(ordered, claimed)), built, {a.fqn for a in anatomy.attentions})
+        objective = choose_objective(objective, applied)
     except PlanError:  # somebody's model is not to be lost by a refusal
         give_back()
         delattr(built, COMPOSED)
@@ -137,6 +144,7 @@ def draft(
         mesh=mesh,
         device=_device(mesh),
         seed=seed,
+        objective=objective,
         unpackable=unpackable,
         restore=restore,
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from treering.anatomy import Anatomy
 from treering.core.sharded import settle
 from treering.core.topology import axis_size
+from treering.objectives import Objective
 from treering.plan.load import Chain
 from treering.technique import Applied, Technique
 from treering.weights.plain_tensors import Source, plain_tensors
@@ -35,6 +36,7 @@ class Plan:
     mesh: "DeviceMesh | None"
     device: torch.device
     seed: int
+    objective: Objective
     unpackable: str | None = None  # why packed batches are refused
     restore: tuple[Callable[[], None], ...] = ()  # what takes the packed attention off again
 

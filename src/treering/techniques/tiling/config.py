@@ -75,7 +75,7 @@ class TiledBlock(TiledBlockSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TiledLoss(TiledLossSettings):
-    """Head and cross-entropy on a tile of trained tokens at a time: logits of a whole sequence never exist.
+    """Head and objective on a tile of trained tokens at a time: logits of a complete sequence never exist.
 
     tile             tokens in a tile at most; `budget`: what a tile's logits need fits into `budget`
     budget           GiB for one tile
@@ -101,9 +101,9 @@ class TiledLoss(TiledLossSettings):
         ]
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:
-        from treering.techniques.tiling.loss import attach
+        from treering.techniques.tiling.losses import install_loss
 
-        return attach(model, self, site)
+        return install_loss(model, self, site)
 
 
 def _mlps(anatomy: "Anatomy", setting: str) -> list[str]:

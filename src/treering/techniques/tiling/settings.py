@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from treering.core.errors import ConfigError
+from treering.objectives import CrossEntropy
 from treering.techniques.tiling.lengths import Tile, check
 
 Accumulate = Literal["float32", "parameter", "budget"]
@@ -39,9 +39,4 @@ class TiledLossSettings:
 
     def __post_init__(self) -> None:
         check(self.tile, self.budget)
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(
-                f"label_smoothing is {self.label_smoothing}; it is at least 0 and less than 1", field="label_smoothing"
-            )
-        if not self.z_loss >= 0:
-            raise ConfigError(f"z_loss is {self.z_loss}; it is at least 0", field="z_loss")
+        CrossEntropy(label_smoothing=self.label_smoothing, z_loss=self.z_loss)  # which checks them
