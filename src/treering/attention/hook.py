@@ -35,18 +35,25 @@ def attention(
     """Registered with transformers' AttentionInterface. Returns B × T × H × E."""
     if documents is None:
         return _unpacked(module, query_BHTD, key_BKSD, value_BKSE, attention_mask, dropout, scaling, kwargs)
-    _refuse(module, query_BHTD, key_BKSD, attention_mask, dropout, documents, kwargs)
-    out = attend(
+    inside = documents.inside or documents
+    _refuse(module, query_BHTD, key_BKSD, attention_mask, dropout, inside, kwargs)
+    documents.check(query_BHTD.shape[2])
+    exchange, sinks_H = documents.exchange, kwargs.get("s_aux")
+    if exchange is not None:
+        query_BHTD, key_BKSD, value_BKSE, sinks_H = exchange.before(query_BHTD, key_BKSD, value_BKSE, sinks_H)
+    out_BHTE = attend(
         query_BHTD,
         key_BKSD,
         value_BKSE,
-        documents,
+        inside,
         scaling=scaling,
         window=kwargs.get("sliding_window"),
         softcap=kwargs.get("softcap"),
-        sinks_H=kwargs.get("s_aux"),
+        sinks_H=sinks_H,
     )
-    return out.transpose(1, 2).contiguous(), None
+    if exchange is not None:
+        out_BHTE = exchange.after(out_BHTE)
+    return out_BHTE.transpose(1, 2).contiguous(), None
 
 
 def _refuse(

@@ -4,6 +4,7 @@ Shapes: B rows, H query heads, K key heads, T tokens, D width of query and key, 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,19 @@ from torch.nn import functional as F
 from treering.attention.choose import Features, choose
 from treering.attention.chunks import chunked
 from treering.attention.documents import Documents
+
+# device type -> kernel, of devices that are none of torch's own
+_registered: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {}
+
+
+def register_kernel(device: str, kernel: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]) -> None:
+    """Let `attend` call `kernel` for every attention on devices of this type.
+
+    Args:
+        device: A device type, as `torch.device.type` has it.
+        kernel: (query H × T × D, key K × T × D, value K × T × E, sinks H or None) -> H × T × E.
+    """
+    _registered[device] = kernel
 
 
 def attend(
@@ -37,6 +51,9 @@ def attend(
     if rows > 1:
         documents = Documents.of(documents.lengths * rows, query_BHTD.device)
     query, key, value = (_one_row(x) for x in (query_BHTD, key_BKTD, value_BKTE))
+    if query.device.type in _registered:
+        out = _registered[query.device.type](query, key, value, sinks_H)
+        return out.view(heads, rows, tokens, -1).transpose(0, 1)
     features = Features(
         dtype=query.dtype,
         width=max(width, value.shape[-1]),
