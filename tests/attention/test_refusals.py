@@ -7,9 +7,8 @@ import transformers as hf
 from tests.attention.packs import LENGTHS, packed, tokens
 from tests.zoo import ARCHITECTURES, build
 from treering.attention import Documents, install, packable
-from treering.attention.masks import Deferred, deferred_mask
+from treering.attention.hook import DeferredMask, deferred_mask, rope_conflict
 from treering.attention.packable import _receivers
-from treering.attention.rope import rope_conflict
 from treering.core.errors import DataError, PlanError
 
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
@@ -147,7 +146,7 @@ def test_masks_with_rules_of_their_own_are_recognised():
     given = {"config": config, "inputs_embeds": x, "attention_mask": None, "past_key_values": None}
     restarting = torch.tensor([[0, 1, 2, 0, 1, 2]])
     packed_mask = create_causal_mask(**given, position_ids=restarting)
-    assert isinstance(packed_mask, Deferred)
+    assert isinstance(packed_mask, DeferredMask)
     assert not packed_mask.own_rule
     blocks = create_causal_mask(**given, block_sequence_ids=torch.tensor([[0, 0, -1, 1, 1, -1]]))
     overlaid = create_causal_mask(**given, or_mask_function=lambda b, h, q, k: k == 0)
@@ -157,10 +156,10 @@ def test_masks_with_rules_of_their_own_are_recognised():
 
 def test_a_mask_is_only_put_off_where_documents_can_be():
     given = {"batch_size": 1, "q_length": 4, "kv_length": 4, "device": "cpu", "use_vmap": False}
-    assert isinstance(deferred_mask(**given), Deferred)
+    assert isinstance(deferred_mask(**given), DeferredMask)
     padded = deferred_mask(**given, attention_mask=torch.tensor([[False, True, True, True]]))
     assert padded.shape == (1, 1, 4, 4)
-    assert not isinstance(deferred_mask(**given | {"kv_length": 7, "q_offset": 3}), Deferred)
+    assert not isinstance(deferred_mask(**given | {"kv_length": 7, "q_offset": 3}), DeferredMask)
 
 
 def test_rotary_embeddings_that_look_at_the_longest_document_are_refused_only_where_they_would_mix():

@@ -3,16 +3,17 @@
 Shapes: B rows, H query heads, K key heads, T tokens, S keys (more than T with a cache), D and E widths.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from treering.attention.documents import Documents
 from treering.attention.kernels import attend
-from treering.attention.masks import Deferred
-from treering.attention.rope import rope_conflict
 from treering.core.errors import PlanError
 
 # what some layers hand to their attention that changes the result, and that no kernel here knows
@@ -26,7 +27,7 @@ def attention(
     query_BHTD: Tensor,
     key_BKSD: Tensor,
     value_BKSE: Tensor,
-    attention_mask: "Deferred | Tensor | None",
+    attention_mask: "DeferredMask | Tensor | None",
     dropout: float = 0.0,
     scaling: float | None = None,
     documents: Documents | None = None,
@@ -57,7 +58,7 @@ def attention(
 
 
 def _refuse(
-    module: nn.Module, query: Tensor, key: Tensor, mask: "Deferred | Tensor | None", dropout: float,
+    module: nn.Module, query: Tensor, key: Tensor, mask: "DeferredMask | Tensor | None", dropout: float,
     documents: Documents, kwargs: dict[str, Any],
 ) -> None:  # fmt: skip
     """Everything under which the packed result would not be that of each document alone."""
@@ -79,14 +80,14 @@ def _refuse(
             raise PlanError(f"{name} uses {foreign}=, which packed attention does not know; switch packing off")
     if isinstance(mask, Tensor):
         raise PlanError(f"{name} got documents and an attention_mask; packed rows have no padding: leave the mask out")
-    if isinstance(mask, Deferred):
+    if isinstance(mask, DeferredMask):
         _refuse_mask(name, mask, documents, kwargs.get("sliding_window"))
     conflict = rope_conflict(getattr(module, "config", None), documents.lengths)
     if conflict:
         raise PlanError(conflict)
 
 
-def _refuse_mask(name: str, mask: Deferred, documents: Documents, window: int | None) -> None:
+def _refuse_mask(name: str, mask: "DeferredMask", documents: Documents, window: int | None) -> None:
     """The mask is the truth about what a layer may see; the keyword is how it tells us. They have to agree."""
     if mask.own_rule:
         raise PlanError(f"{name} has a mask rule of its own besides causality; switch packing off")
@@ -98,10 +99,10 @@ def _refuse_mask(name: str, mask: Deferred, documents: Documents, window: int | 
 
 
 def _unpacked(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: "Deferred | Tensor | None", dropout: float,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: "DeferredMask | Tensor | None", dropout: float,
     scaling: float | None, kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:  # fmt: skip
-    mask = mask.built if isinstance(mask, Deferred) else mask
+    mask = mask.built if isinstance(mask, DeferredMask) else mask
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if softcap is None and sinks is None:
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
@@ -138,3 +139,70 @@ def _masked(
     p = nn.functional.dropout(scores.softmax(-1)[..., : key.shape[2]].to(value.dtype), dropout)
     out = p.view(rows, key.shape[1], -1, key.shape[2]) @ value
     return out.view(rows, heads, tokens, -1).transpose(1, 2).contiguous()
+
+
+def rope_conflict(config: Any, lengths: Sequence[int]) -> str | None:
+    """Why these documents cannot share a row, or None.
+
+    longrope  changes its frequencies for all tokens as soon as one position is past the original length
+    dynamic   stretches them with the longest position, for all tokens
+    """
+    if len(lengths) == 1:
+        return None
+    for rope in _ropes(config):
+        kind = rope.get("rope_type", "default")
+        if kind not in ("longrope", "dynamic"):
+            continue
+        limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        beyond = sum(length > limit for length in lengths)
+        if beyond and (kind == "dynamic" or beyond < len(lengths)):
+            return (
+                f"{beyond} of {len(lengths)} packed documents are longer than {limit} tokens, and this model's {kind} "
+                "rotary embedding would then change the others too; pack documents of at most that length, or switch "
+                "packing off"
+            )
+    return None
+
+
+def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
+    """One mapping, or one per kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" in parameters:
+        yield parameters
+    else:
+        yield from (rope for rope in parameters.values() if isinstance(rope, Mapping))
+
+
+class DeferredMask:
+    """A square causal mask over whole rows, as requested."""
+
+    def __init__(self, request: dict[str, Any]):
+        self._request = request
+
+    @property
+    def window(self) -> int | None:
+        return self._request.get("local_size")
+
+    @property
+    def own_rule(self) -> bool:
+        """The model is not causal, or adds a rule of its own (an image's tokens see each other, say)."""
+        overlaid = self._request["mask_function"].__qualname__.startswith("or_masks.")
+        return overlaid or self._request.get("use_vmap", False) or "allow_is_bidirectional_skip" in self._request
+
+    @cached_property
+    def built(self) -> Tensor | None:
+        """What sdpa would have been given; None where `is_causal` says it all."""
+        return sdpa_mask(**self._request)
+
+    def contiguous(self) -> Tensor | None:
+        """`generate` with a static cache makes masks ahead of the model, and calls this on them: build it there."""
+        return None if self.built is None else self.built.contiguous()
+
+
+def deferred_mask(**request: Any) -> "DeferredMask | Tensor | None":
+    """Registered with transformers' AttentionMaskInterface. With padding or a cache there are no documents."""
+    offsets = (request.get("q_offset", 0), request.get("kv_offset", 0))
+    fresh = all(isinstance(offset, int) and offset == 0 for offset in offsets)  # a static cache counts on the device
+    if request.get("attention_mask") is None and fresh and request["q_length"] == request["kv_length"]:
+        return DeferredMask(request)
+    return sdpa_mask(**request)

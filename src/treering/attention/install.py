@@ -56,8 +56,7 @@ class Registered:
     def __init__(self) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
 
-        from treering.attention.hook import attention
-        from treering.attention.masks import deferred_mask
+        from treering.attention.hook import attention, deferred_mask
 
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, deferred_mask)

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treering.core.errors import PlanError
-from treering.techniques.recompute.copies import SimulatedCopies, StreamCopies, copies_for
-from treering.techniques.recompute.pool import LEAST, Pool
+from treering.techniques.recompute.copies import LEAST, HostPool, SimulatedCopies, StreamCopies, copies_for
 
 
 class Device:
@@ -100,7 +99,7 @@ def test_other_devices_are_refused():
 
 @given(st.lists(st.integers(1, 200_000), min_size=1, max_size=20), st.randoms())
 def test_pieces_hold_what_is_asked_and_are_used_again(sizes, random):
-    pool = Pool(False, slab=1 << 14)
+    pool = HostPool(False, slab=1 << 14)
     taken = []
     for size in sizes:
         pieces = pool.take(size)
@@ -126,7 +125,7 @@ def test_memory_that_cannot_be_had_says_what_to_write_instead(monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("CUDA error: out of memory\nmore")
 
-    pool = Pool(True)
+    pool = HostPool(True)
     monkeypatch.setattr(torch, "empty", refuse)
     with pytest.raises(PlanError, match=r"no more can be had \(CUDA error: out of memory\). Set recompute.budget"):
         pool.take(10)

@@ -5,7 +5,7 @@ from now on wait for them. Nobody waits on the host. In between, source and targ
 of one, or writes to it, has to wait first.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from treering.core.errors import PlanError
+
+SLAB = 32 * 2**20
+LEAST = 4096
 
 Pairs = Sequence[tuple[Tensor, Tensor]]  # (target, source)
 
@@ -104,3 +107,47 @@ class _SimulatedTicket:
     def wait(self) -> None:
         with torch.no_grad():
             self.copies.make(self.number)
+
+
+class HostPool:
+    """Pieces are given back by whoever took them; only `clear` gives memory back to the system."""
+
+    def __init__(self, pinned: bool, slab: int = SLAB):
+        self.pinned, self.slab = pinned, slab
+        self.held = 0  # bytes, used or waiting
+        self.used = 0
+        self._free: dict[int, list[Tensor]] = defaultdict(list)
+
+    def sizes(self, wanted: int) -> list[int]:
+        """Of the pieces that hold `wanted` bytes."""
+        whole, rest = divmod(wanted, self.slab)
+        return [self.slab] * whole + ([max(LEAST, 1 << (rest - 1).bit_length())] if rest else [])
+
+    def take(self, wanted: int) -> list[Tensor]:
+        """One-dimensional tensors of bytes, together at least `wanted` long."""
+        pieces = []
+        for size in self.sizes(wanted):
+            pieces.append(self._free[size].pop() if self._free[size] else self._new(size))
+            self.used += size
+        return pieces
+
+    def give(self, pieces: list[Tensor]) -> None:
+        for piece in pieces:
+            self.used -= piece.numel()
+            self._free[piece.numel()].append(piece)
+
+    def clear(self) -> None:
+        self.held -= sum(piece.numel() for pieces in self._free.values() for piece in pieces)
+        self._free.clear()
+
+    def _new(self, size: int) -> Tensor:
+        try:
+            piece = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self.pinned)
+        except (RuntimeError, MemoryError) as error:
+            raise PlanError(
+                f"recompute: {self.held / 2**30:.1f} GiB of host memory hold inputs of blocks, and no more can be had "
+                f"({str(error).splitlines()[0]}). Set recompute.budget below that, or offload the first_blocks only",
+                settings=("recompute.offload",),
+            ) from error
+        self.held += size
+        return piece

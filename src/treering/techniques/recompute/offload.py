@@ -18,8 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
 from treering.core.errors import PlanError
-from treering.techniques.recompute.copies import Copies, Ticket, copies_for
-from treering.techniques.recompute.pool import Pool
+from treering.techniques.recompute.copies import Copies, HostPool, Ticket, copies_for
 
 ALIGNED = 64  # elements: kernels choose their order of summation by alignment, and a second forward must choose alike
 
@@ -105,7 +104,7 @@ class Offload:
         first_blocks: int | None = None,
         budget: int | None = None,
         copies: Callable[[torch.device], Copies] = copies_for,
-        pool: Pool | None = None,
+        pool: HostPool | None = None,
     ):
         self.names = names
         self.leaving = min(len(names) - 1, len(names) if first_blocks is None else first_blocks)
@@ -120,7 +119,7 @@ class Offload:
         return vars(self) | {"_copies": {}, "_pool": None, "_newest": None, "sent": 0}
 
     @property
-    def pool(self) -> Pool:
+    def pool(self) -> HostPool:
         assert self._pool is not None
         return self._pool
 
@@ -128,7 +127,7 @@ class Offload:
         if device not in self._copies:
             self._copies[device] = self._copies_for(device)
         if self._pool is None:
-            self._pool = Pool(self._copies[device].pinned)
+            self._pool = HostPool(self._copies[device].pinned)
         return self._copies[device]
 
     def around(self, index: int) -> saved_tensors_hooks:

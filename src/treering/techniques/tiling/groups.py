@@ -16,8 +16,7 @@ from torch import Tensor
 
 from treering.core.errors import PlanError
 from treering.techniques.tiling.engine import Job, run
-from treering.techniques.tiling.lengths import bounds
-from treering.techniques.tiling.region import Region, put, slots
+from treering.techniques.tiling.tile import TiledRegion, bounds, put, slots
 
 if TYPE_CHECKING:
     from treering.anatomy import Experts
@@ -62,7 +61,7 @@ def index_of(tokens: Sequence[Tensor], name: str, setting: str) -> Tensor:
 def call(
     module: Any,
     experts: "Experts",
-    region: Region,
+    region: TiledRegion,
     fn: Callable[..., Tensor],
     tokens: Sequence[Tensor],
     dims: int,

@@ -21,12 +21,11 @@ from torch.nn import functional as F
 from treering.core import module_forward as forwards
 from treering.objectives import IGNORED, INPUTS, CrossEntropy, Objective, ObjectiveRows, objective_values, widened
 from treering.technique import Applied, Site
-from treering.techniques.tiling.lengths import tile_length
 from treering.techniques.tiling.mlp import sums_wide
-from treering.techniques.tiling.region import Region
+from treering.techniques.tiling.tile import TiledRegion, tile_length
 
 if TYPE_CHECKING:
-    from treering.anatomy import Head as AnatomyHead
+    from treering.anatomy import Head
     from treering.technique import Batch
     from treering.techniques.tiling.settings import TiledLossSettings
 
@@ -34,7 +33,7 @@ Selection = Callable[[Tensor], Tensor]  # of trained positions: [B, S, …] to [
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
+class OutputHead:
     """What stands between hidden states and logits.
 
     Attributes:
@@ -56,11 +55,11 @@ class Head:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
-class Tiled:
+class TiledHead:
     """The functions below for one head, `size` tokens at a time. `wide`: see `tile`."""
 
-    def __init__(self, head: Head, *, name: str = "head", setting: str = "tiledloss"):
-        self.head, self.region = head, Region(name, [head.module], setting)
+    def __init__(self, head: OutputHead, *, name: str = "head", setting: str = "tiledloss"):
+        self.head, self.region = head, TiledRegion(name, [head.module], setting)
 
     def objective(self, hidden_NH: Tensor, rows: ObjectiveRows, *, size: int, wide: bool = True) -> Tensor:
         """Return the sum of an objective over all rows, with the gradient of each tile computed along with it."""
@@ -90,7 +89,7 @@ class Tiled:
     def distillation(
         self,
         hidden: Tensor,
-        teacher: Head,
+        teacher: OutputHead,
         teacher_hidden: Tensor,
         targets: Tensor,
         *,
@@ -157,11 +156,13 @@ def install_loss(model: nn.Module, config: "TiledLossSettings", site: Site) -> A
 class _HeadForward(forwards.ModuleForward):
     """Logits; or, given the rows of an objective, their sum, in tiles."""
 
-    def __init__(self, module: nn.Module, config: "TiledLossSettings", anatomy_head: "AnatomyHead", vocabulary: int):
+    def __init__(self, module: nn.Module, config: "TiledLossSettings", anatomy_head: "Head", vocabulary: int):
         super().__init__(module)
         self.config, self.vocabulary = config, vocabulary
-        head = Head(module=module, scale=anatomy_head.scale, softcap=anatomy_head.softcap, forward=self.call_former)
-        self.tiled = Tiled(head, name=anatomy_head.fqn)
+        head = OutputHead(
+            module=module, scale=anatomy_head.scale, softcap=anatomy_head.softcap, forward=self.call_former
+        )
+        self.tiled = TiledHead(head, name=anatomy_head.fqn)
 
     def __call__(self, hidden: Tensor, rows: ObjectiveRows | None = None) -> Tensor:
         if rows is None:

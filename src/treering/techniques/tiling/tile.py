@@ -1,14 +1,57 @@
-"""Run any token-wise function in tiles."""
+"""Run any token-wise function in tiles; or modules, whose trainable parameters become inputs of that function.
 
-from collections.abc import Callable, Sequence
+While a tile of modules runs again, they have aliases of their parameters, put straight into the dictionaries that hold
+parameters: no hook and no `__setattr__` sees it, and after the tile the very objects are back. How long a tile is,
+every rank knows from its own shapes, without asking another or the device.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from treering.core.errors import PlanError
+from treering.techniques.tiling.check import Watchman
 from treering.techniques.tiling.engine import Job, Out, run, run_now
-from treering.techniques.tiling.lengths import bounds
+from treering.techniques.tiling.settings import Tile
+
+GIB = 2**30
+ALIGNED = 64  # longer tiles begin at multiples of it: kernels are slow on ragged rows
+SHORTEST = 256  # shorter ones read the weights more often than they save memory
+
+Slot = tuple[dict[str, Any], str]
+
+
+def tile_length(tile: Tile, budget: float, bytes_per_token: int, hidden: int) -> int:
+    """The most tokens that a tile may have.
+
+    budget   what one tile needs at its peak fits into `budget` GiB
+    hidden   as many tokens as the model is wide, so that there are ⌈tokens / hidden⌉ tiles: what other systems do
+    """
+    if tile == "hidden":
+        return hidden
+    if tile == "budget":
+        return max(SHORTEST, int(budget * GIB) // max(1, bytes_per_token))
+    return tile
+
+
+def bounds(total: int, length: int) -> tuple[tuple[int, int], ...]:
+    """Where tiles of at most `length` begin and end: as few as can be, and as equal as can be.
+
+    >>> bounds(10, 4)
+    ((0, 4), (4, 7), (7, 10))
+    """
+    if length < 1:
+        raise ValueError(f"a tile of {length} tokens")
+    unit = ALIGNED if length >= 8 * ALIGNED else 1
+    units, most = -(-total // unit), length // unit
+    tiles = max(1, -(-units // most))
+    each, more = divmod(units, tiles)
+    ends = [min(total, unit * (each * i + min(i, more))) for i in range(tiles + 1)]
+    return tuple(pairwise(ends))
 
 
 @torch.compiler.disable
@@ -69,3 +112,59 @@ def _checked(fn: Callable[..., Any], tokens: int, dims: int, out: Out) -> Callab
         return outputs if isinstance(result, tuple) else outputs[0]
 
     return body
+
+
+class TiledRegion:
+    """`fn` of tokens that computes with `modules`; called in tiles."""
+
+    def __init__(self, name: str, modules: Sequence[nn.Module], setting: str):
+        self.modules = tuple(modules)
+        self.watchman = Watchman(name, self.modules, setting)
+
+    def __call__(
+        self,
+        fn: Callable[..., Any],
+        *tokens: Tensor,
+        size: int,
+        out: Out = "cat",
+        dims: int = 1,
+        wide: bool = True,
+    ) -> Any:
+        self.watchman.inspect(fn, tokens, dims, out)
+        held = slots(self.modules)
+        count = len(tokens)
+
+        def body(*inputs: Tensor) -> Any:
+            with put(held.values(), inputs[count:]):
+                return fn(*inputs[:count])
+
+        return tile(body, *tokens, params=list(held), size=size, out=out, dims=dims, wide=wide)
+
+
+def slots(modules: Sequence[nn.Module]) -> dict[Tensor, list[Slot]]:
+    """Trainable parameter -> every place that holds it. One that is shared is one input."""
+    found: dict[Tensor, list[Slot]] = {}
+    seen = set()
+    for module in modules:
+        for one in module.modules():
+            if id(one) in seen:
+                continue
+            seen.add(id(one))
+            for name, parameter in one._parameters.items():
+                if parameter is not None and parameter.requires_grad:
+                    found.setdefault(parameter, []).append((one._parameters, name))
+    return found
+
+
+@contextmanager
+def put(places: Any, values: Sequence[Tensor]) -> Iterator[None]:
+    before = [[(holder, name, holder[name]) for holder, name in place] for place in places]
+    try:
+        for place, value in zip(before, values):
+            for holder, name, _ in place:
+                holder[name] = value
+        yield
+    finally:
+        for place in before:
+            for holder, name, parameter in place:
+                holder[name] = parameter
