@@ -23,7 +23,7 @@ UNPACKABLE = [
     (hf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2), "computes its attention itself"),
     (hf.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2), "is not causal"),
     (hf.DogeConfig(**TINY, **HEADS), "computes with its mask"),
-    (hf.NemotronConfig(**TINY, **HEADS), "does not hand its keyword arguments on"),
+    (hf.NemotronConfig(**TINY, **HEADS), "does not pass on its keyword arguments"),
 ]
 
 
@@ -78,7 +78,7 @@ def test_a_model_whose_block_keeps_keyword_arguments_is_refused():
     inner = model.model.layers[1]
     model.model.layers[1] = Deaf()
     model.model.layers[1].inner = inner
-    assert packable(model) == "Deaf (model.layers.1) does not hand its keyword arguments on"
+    assert packable(model) == "Deaf (model.layers.1) does not pass on its keyword arguments"
 
 
 def test_attention_dropout_in_training_is_refused_and_in_evaluation_is_not():
@@ -147,11 +147,11 @@ def test_masks_with_rules_of_their_own_are_recognised():
     restarting = torch.tensor([[0, 1, 2, 0, 1, 2]])
     packed_mask = create_causal_mask(**given, position_ids=restarting)
     assert isinstance(packed_mask, DeferredMask)
-    assert not packed_mask.own_rule
+    assert not packed_mask.has_other_rule
     blocks = create_causal_mask(**given, block_sequence_ids=torch.tensor([[0, 0, -1, 1, 1, -1]]))
     overlaid = create_causal_mask(**given, or_mask_function=lambda b, h, q, k: k == 0)
     both_ways = create_bidirectional_mask(**{k: v for k, v in given.items() if k != "past_key_values"})
-    assert blocks.own_rule and overlaid.own_rule and both_ways.own_rule
+    assert blocks.has_other_rule and overlaid.has_other_rule and both_ways.has_other_rule
 
 
 def test_a_mask_is_only_put_off_where_documents_can_be():

@@ -21,7 +21,7 @@ class Exchange(Protocol):
     def before(
         self, query_BHTD: Tensor, key_BKTD: Tensor, value_BKTE: Tensor, sinks_H: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return what the attention computes with: fewer heads of more tokens, say, and the sinks of these heads."""
+        """Return what the attention computes with, for example fewer heads of more tokens, and their sinks."""
         ...
 
     def after(self, out_BHTE: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The function that transformers' attention layers call: packed where `documents` are given, else what sdpa does.
+"""The function that transformers' attention layers call: packed where `documents` are given, else what sdpa computes.
 
 Shapes: B rows, H query heads, K key heads, T tokens, S keys (more than T with a cache), D and E widths.
 """
@@ -16,7 +16,7 @@ from treering.attention.documents import Documents
 from treering.attention.kernels import attend
 from treering.core.errors import PlanError
 
-# what some layers hand to their attention that changes the result, and that no kernel here knows
+# arguments of some layers' attention that change the result, and that no kernel here knows
 _FOREIGN = ("position_bias", "indices", "block_indices", "cache")
 
 
@@ -61,7 +61,7 @@ def _refuse(
     module: nn.Module, query: Tensor, key: Tensor, mask: "DeferredMask | Tensor | None", dropout: float,
     documents: Documents, kwargs: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Everything under which the packed result would not be that of each document alone."""
+    """Raise PlanError or DataError where the packed result would not be that of each document alone."""
     name = type(module).__name__
     if query.shape[0] != 1:
         raise PlanError(f"{name} got documents and {query.shape[0]} rows; packed tokens are one row, [1, T]")
@@ -88,13 +88,13 @@ def _refuse(
 
 
 def _refuse_mask(name: str, mask: "DeferredMask", documents: Documents, window: int | None) -> None:
-    """The mask is the truth about what a layer may see; the keyword is how it tells us. They have to agree."""
-    if mask.own_rule:
+    """Refuse a mask whose window differs from the layer's keyword, which is what kernels get."""
+    if mask.has_other_rule:
         raise PlanError(f"{name} has a mask rule of its own besides causality; switch packing off")
     if mask.window != window and min(mask.window or documents.longest, window or documents.longest) < documents.longest:
         raise PlanError(
-            f"{name} masks a local size of {mask.window} but tells its attention a sliding window of {window}; "
-            "it is no sliding window we know: switch packing off"
+            f"{name} masks a local size of {mask.window} but gives its attention a sliding window of {window}; "
+            "it is not a known sliding window: switch packing off"
         )
 
 
@@ -123,7 +123,7 @@ def _masked(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float,
     softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Softcap and sinks under a given mask, all scores at once, softmax in at least float32. B × T × H × E."""
+    """Return B × T × H × E: softcap and sinks under a given mask, all scores at once, softmax in at least float32."""
     rows, heads, tokens, _ = query.shape
     work = torch.promote_types(query.dtype, torch.float32)
     grouped = query.reshape(rows, key.shape[1], -1, query.shape[-1])
@@ -142,7 +142,8 @@ def _masked(
 
 
 def rope_conflict(config: Any, lengths: Sequence[int]) -> str | None:
-    """Why these documents cannot share a row, or None.
+    """Return why these documents cannot share a row, or None. With frequencies that depend on the longest position of a
+    batch, documents would change one another.
 
     longrope  changes its frequencies for all tokens as soon as one position is past the original length
     dynamic   stretches them with the longest position, for all tokens
@@ -165,7 +166,7 @@ def rope_conflict(config: Any, lengths: Sequence[int]) -> str | None:
 
 
 def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
-    """One mapping, or one per kind of layer."""
+    """Yield one mapping, or one per kind of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
     if "rope_type" in parameters:
         yield parameters
@@ -174,7 +175,12 @@ def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
 
 
 class DeferredMask:
-    """A square causal mask over whole rows, as requested."""
+    """The request for a square causal mask over complete rows, which is not built before an attention needs it.
+
+    transformers makes the mask at the top of the model, where it does not know documents, and would guess them from the
+    position ids and build S × S booleans. The request keeps no state between forward and recompute, and holds the
+    window that the mask would have had.
+    """
 
     def __init__(self, request: dict[str, Any]):
         self._request = request
@@ -184,18 +190,18 @@ class DeferredMask:
         return self._request.get("local_size")
 
     @property
-    def own_rule(self) -> bool:
-        """The model is not causal, or adds a rule of its own (an image's tokens see each other, say)."""
+    def has_other_rule(self) -> bool:
+        """Whether the model is not causal, or adds a rule to its mask (an image's tokens see each other)."""
         overlaid = self._request["mask_function"].__qualname__.startswith("or_masks.")
         return overlaid or self._request.get("use_vmap", False) or "allow_is_bidirectional_skip" in self._request
 
     @cached_property
     def built(self) -> Tensor | None:
-        """What sdpa would have been given; None where `is_causal` says it all."""
+        """The mask that sdpa would have been given; None where `is_causal` is enough."""
         return sdpa_mask(**self._request)
 
     def contiguous(self) -> Tensor | None:
-        """`generate` with a static cache makes masks ahead of the model, and calls this on them: build it there."""
+        """`generate` with a static cache makes masks ahead of the model, and calls this on them: it is built there."""
         return None if self.built is None else self.built.contiguous()
 
 

@@ -1,4 +1,4 @@
-"""One function for packed attention; `choose` picks the kernel.
+"""One function for packed attention, and `choose`, which selects its kernel.
 
 Shapes: B rows, H query heads, K key heads, T tokens, D width of query and key, E width of value.
 """
@@ -16,7 +16,7 @@ from treering.attention.chunks import chunked
 from treering.attention.documents import Documents
 
 Kernel = Literal["sdpa", "chunks", "varlen", "flex"]
-# device type -> kernel, of devices that are none of torch's own
+# device type -> kernel, of devices that torch does not know
 _registered: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {}
 
 
@@ -43,10 +43,10 @@ class Features:
 
 
 def choose(device: str, features: Features) -> Kernel:
-    """The fastest kernel that is exact for `features` on a device of this type.
+    """Return the fastest kernel that is exact for `features` on a device of this type.
 
     sdpa    one call of torch's scaled_dot_product_attention per document
-    chunks  our own, plain torch, in chunks of queries: everything, everywhere
+    chunks  plain torch, in chunks of queries: every feature, on every device
     varlen  torch.nn.attention.varlen: FlashAttention over all documents at once, CUDA, half precision
     flex    torch.nn.attention.flex_attention, compiled: softcap on CUDA; it has no backward on the CPU
     """
@@ -74,7 +74,7 @@ def attend(
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention inside each document, B × H × T × E. With several rows, each is cut into these documents.
+    """Return causal attention inside each document, B × H × T × E. With several rows, each is cut into these documents.
 
     `window`: a token sees itself and the `window − 1` before it. `sinks_H`: one logit per head that takes part in the
     softmax and has no value. `scaling` defaults to 1/√D.
@@ -119,7 +119,7 @@ def _one_row(x_BHTD: Tensor) -> Tensor:
 
 
 def _per_document(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float) -> Tensor:
-    """Heads × T × E. Split, not sliced: the gradient of many slices would each be a tensor of all tokens."""
+    """Return heads × T × E. Split, not sliced: the gradient of many slices would each be a tensor of all tokens."""
     width = value.shape[-1]
     query, key, value = _same_width(query, key, value, multiple=1)
     gqa = len(query) != len(key)
@@ -144,7 +144,8 @@ def _varlen(
 
 
 def _same_width(query: Tensor, key: Tensor, value: Tensor, *, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeros up to a common width: exact, and what flash kernels ask for. The math kernel would build T × T scores."""
+    """Return all three with zeros up to a common width, which is exact: flash kernels need it, and the math kernel
+    would compute T × T scores."""
     width = -(-max(query.shape[-1], value.shape[-1]) // multiple) * multiple
 
     def wide(x: Tensor) -> Tensor:

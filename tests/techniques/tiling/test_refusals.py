@@ -79,7 +79,7 @@ def test_rounding_and_dropout_are_no_reason_to_refuse(dtype):
     x = random(40, 512, dtype=dtype)
     for module in (nn.Linear(512, 512, dtype=dtype), nn.Sequential(nn.Linear(512, 64, dtype=dtype), nn.Dropout(0.5))):
         state = torch.get_rng_state()
-        TiledRegion("mlp", [module], "tiledmlp").watchman.inspect(module, [x], 1, "cat")
+        TiledRegion("mlp", [module], "tiledmlp").check.inspect(module, [x], 1, "cat")
         assert torch.equal(torch.get_rng_state(), state), "looking does not use up random numbers"
 
 

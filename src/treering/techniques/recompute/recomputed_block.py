@@ -57,7 +57,7 @@ def install(model: nn.Module, config: "RecomputeSettings", site: Site) -> Applie
 
 
 class RecomputedBlock(ModuleForward):
-    """Called in place of a block's forward: the block's own, or a tiled one."""
+    """Called in place of a block's forward, which may be the module's or a tiled one."""
 
     def __init__(
         self, block: nn.Module, fqn: str, index: int, keep: tuple[str, ...], attention: bool, engine: Offload | None
@@ -66,8 +66,8 @@ class RecomputedBlock(ModuleForward):
         self.block, self.fqn, self.index = block, fqn, index
         self.keep, self.attention, self.engine = keep, attention, engine
         self.compiled: Callable[..., Any] | None = None
-        own = vars(block)
-        self.before: dict[str, Any] = {name: own[name] for name in ("forward", "compile") if name in own}
+        replaced = vars(block)
+        self.before: dict[str, Any] = {name: replaced[name] for name in ("forward", "compile") if name in replaced}
         block.forward = self  # type: ignore[assignment]
         block.compile = self.compile  # type: ignore[method-assign]
 
@@ -77,7 +77,7 @@ class RecomputedBlock(ModuleForward):
         vars(self.block).update(self.before)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is not compiled, as torch's own copies of compiled modules are not: the code is the original's."""
+        """Return the state without compiled code: copies of modules that torch compiled are not compiled either."""
         return vars(self) | {"compiled": None}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -120,7 +120,7 @@ class RecomputedBlock(ModuleForward):
         if args or not isinstance(hidden, Tensor):
             raise PlanError(
                 f"recompute: {self.fqn} is called without a tensor as its first argument or as hidden_states, so what "
-                "to keep cannot be told; leave recompute out for this model",
+                "to keep is not known; leave recompute out for this model",
                 settings=("recompute",),
             )
         return hidden, lambda x: body(hidden_states=x, **rest)
@@ -162,7 +162,8 @@ class SecondPass:
 
 
 class KeepPolicy:
-    """Which results of one pass through a block are kept, and whether there was any."""
+    """The policy of torch's selective checkpoint: which operators' results are kept in one pass through a block, and
+    which of them there were."""
 
     def __init__(self, keep: tuple[str, ...]):
         self.keep = keep
@@ -186,7 +187,7 @@ class KeepPolicy:
         return create_selective_checkpoint_contexts(self)
 
     def refuse_unless_seen(self, block: str, attention: bool) -> None:
-        """An option that quietly does nothing would cost the time that it was meant to save."""
+        """Raise PlanError where `keep` had no effect: it would cost the time that it was meant to save."""
         if "attention" in self.keep and attention and not self.seen["attention"]:
             raise PlanError(
                 f"recompute: keep names attention, and the attention of {block} ran as many small operators instead "
@@ -197,7 +198,7 @@ class KeepPolicy:
 
 
 def kind_of(op: Any) -> str:
-    """`attention`, `all_to_all`, `in place` or nothing, by the operator's name: kernels are many and grow in number."""
+    """Return `attention`, `all_to_all`, `in place` or nothing, by the operator's name: there are many kernels."""
     space, _, name = str(op.name()).rpartition("::")
     name = name.partition(".")[0]
     if "backward" in name:

@@ -94,7 +94,7 @@ class Later:
     __rmul__ = __mul__
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # Python's own questions, such as whether it can be copied
+        if name.startswith("__"):  # looked up by Python itself, when it copies
             raise AttributeError(name)
         raise self.error(f"its {name} is asked for")
 
@@ -111,13 +111,13 @@ class Later:
         raise late.error(f"{getattr(func, '__name__', func)} is applied")
 
 
-def attach(model: nn.Module, config: "TiledBlockSettings", site: Site) -> Applied:
+def install_blocks(model: nn.Module, config: "TiledBlockSettings", site: Site) -> Applied:
     anatomy = site.anatomy
-    whole = dense(model, anatomy)
-    undone = [install(one) for b in anatomy.blocks for one in _forwards(model, config, anatomy, b, whole)]
+    tiled_mlps = dense(model, anatomy)
+    undone = [install(one) for b in anatomy.blocks for one in _forwards(model, config, anatomy, b, tiled_mlps)]
     undone += [tile_experts(model, config, anatomy, experts, "tiledblock") for experts in anatomy.experts]
     lines = (f"norms, q, k and v of {len(anatomy.blocks)} blocks in tiles as well",)
-    return Applied(undo=undo_all(undone), notes=(*notes(config, len(whole), len(anatomy.experts)), *lines))
+    return Applied(undo=undo_all(undone), notes=(*notes(config, len(tiled_mlps), len(anatomy.experts)), *lines))
 
 
 class _Block:
@@ -151,7 +151,7 @@ class _Block:
     def error(self, why: str) -> PlanError:
         return PlanError(
             f"tiledblock: the block {self.fqn} ({self.kind}) is not laid out in a known way: where its norms or MLP "
-            f"go on, {why}. Use tiledmlp instead",
+            f"are used, {why}. Use tiledmlp instead",
             settings=("tiledblock",),
         )
 
@@ -172,7 +172,7 @@ class _LaterForward(_PartForward):
 
 
 class _TiledForward(_PartForward):
-    """Of an MLP beside experts: computed at once."""
+    """Of an MLP next to experts: computed at once."""
 
     def __call__(self, x: Tensor | Later) -> Tensor:
         return self.shared.compute(self.shared.begin(x).call(self.module, self.call_former))
@@ -212,19 +212,19 @@ class _ReaderForward(_PartForward):
 
 
 def _forwards(
-    model: nn.Module, config: "TiledBlockSettings", anatomy: "Anatomy", block: "Block", whole: Sequence[str]
+    model: nn.Module, config: "TiledBlockSettings", anatomy: "Anatomy", block: "Block", tiled_mlps: Sequence[str]
 ) -> list[ModuleForward]:
-    """`whole`: names of the MLPs that are one function of single tokens."""
+    """`tiled_mlps`: names of the MLPs that are one function of single tokens."""
     shared, get = _Block(model, config, anatomy, block), model.get_submodule
-    found: list[ModuleForward] = [
+    forwards: list[ModuleForward] = [
         _LaterForward(get(name), shared) for name in anatomy.norms if name.rpartition(".")[0] == block.fqn
     ]
-    if block.mlp in whole:
-        found.append(_LaterForward(shared.mlp, shared))
+    if block.mlp in tiled_mlps:
+        forwards.append(_LaterForward(shared.mlp, shared))
     else:
-        found.append(_WholeForward(shared.mlp, shared))
-        found += [_TiledForward(get(name), shared) for name in whole if name.startswith(f"{block.mlp}.")]
-    return [*found, *_readers(get(block.attention or ""), shared, anatomy, block)]
+        forwards.append(_WholeForward(shared.mlp, shared))
+        forwards += [_TiledForward(get(name), shared) for name in tiled_mlps if name.startswith(f"{block.mlp}.")]
+    return [*forwards, *_readers(get(block.attention or ""), shared, anatomy, block)]
 
 
 def _readers(attention: Any, shared: _Block, anatomy: "Anatomy", block: "Block") -> list[ModuleForward]:

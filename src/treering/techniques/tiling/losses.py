@@ -1,9 +1,9 @@
-"""Functions of logits that never exist as a whole: the run's objective, distillation, log-probabilities, values.
+"""Functions of logits that never exist all at once: the run's objective, distillation, log-probabilities, values.
 
 N trained tokens, H hidden width, V vocabulary. `head` is the module that computes logits from hidden states, adapters
 included; objectives are evaluated on softcap · tanh(scale · head(h) / softcap), in float32 or wider.
 
-The run's loss calls the model's forward with targets: it runs everything below the head, selects the trained tokens and
+The run's loss calls the model's forward with targets: it runs all modules before the head, selects trained tokens and
 calls the head with these and what the objective needs there; the head's forward evaluates the objective in tiles. Both
 are called as modules, so whatever gathers their weights does so exactly as it does for logits.
 

@@ -1,4 +1,4 @@
-"""Give the feed-forward parts of a model forwards that run in tiles."""
+"""Install forwards that run in tiles on the feed-forward parts of a model."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from treering.techniques.tiling.settings import Accumulate, TiledBlockSettings, TiledMLPSettings
 
 
-def attach(model: nn.Module, config: "TiledMLPSettings", site: Site) -> Applied:
+def install_mlps(model: nn.Module, config: "TiledMLPSettings", site: Site) -> Applied:
     anatomy = site.anatomy
     undone = [
         forwards.install(_TiledMLP(model.get_submodule(fqn), config, fqn, token_width(anatomy, fqn)))
@@ -29,26 +29,26 @@ def attach(model: nn.Module, config: "TiledMLPSettings", site: Site) -> Applied:
 def notes(config: "TiledMLPSettings | TiledBlockSettings", dense: int, experts: int) -> tuple[str, ...]:
     long = f"of {config.budget:g} GiB" if config.tile == "budget" else f"of {config.tile} tokens"
     long = "of as many tokens as the model is wide" if config.tile == "hidden" else long
-    found = [f"{dense} MLPs in tiles {long}"] if dense else []
+    lines = [f"{dense} MLPs in tiles {long}"] if dense else []
     if experts:
         by = f"in tiles {long}" if config.experts == "tokens" else "by groups of experts"
-        found.append(f"the experts of {experts} blocks {by}, routers outside")
-    return tuple(found)
+        lines.append(f"the experts of {experts} blocks {by}, routers outside")
+    return tuple(lines)
 
 
 def dense(model: nn.Module, anatomy: "Anatomy") -> list[str]:
-    """MLPs, and beside experts the ones that every token goes through."""
-    found = []
+    """Return the MLPs, and next to experts those that every token goes through."""
+    names = []
     for block in anatomy.blocks:
         if block.mlp is None:
             continue
         stacked = tuple(e.fqn for e in anatomy.experts if e.fqn.startswith(f"{block.mlp}."))
         if not stacked and not any(e.fqn == block.mlp for e in anatomy.experts):
-            found.append(block.mlp)
+            names.append(block.mlp)
             continue
-        beside = (f"{block.mlp}.{name}" for name, _ in model.get_submodule(block.mlp).named_children())
-        found += [fqn for fqn in beside if fqn not in stacked and len(_outputs(anatomy, fqn)) > 1]
-    return found
+        children = (f"{block.mlp}.{name}" for name, _ in model.get_submodule(block.mlp).named_children())
+        names += [fqn for fqn in children if fqn not in stacked and len(_outputs(anatomy, fqn)) > 1]
+    return names
 
 
 def _outputs(anatomy: "Anatomy", fqn: str) -> list[int]:
@@ -56,8 +56,8 @@ def _outputs(anatomy: "Anatomy", fqn: str) -> list[int]:
 
 
 def token_width(anatomy: "Anatomy", fqn: str) -> int:
-    """Elements that one token needs at the peak of its backward: each linear's output, the activation of it or what
-    becomes of it, and a gradient. For a gated MLP of width I that is the 6 I of its well-known formula, and 3 H."""
+    """Return how many elements one token needs at the peak of its backward: each linear's output, what is computed
+    from it, and a gradient. For a gated MLP of width I that is the 6 I of its well-known formula, and 3 H."""
     return 3 * sum(_outputs(anatomy, fqn))
 
 
@@ -93,13 +93,13 @@ def tile_experts(
     experts: "Experts",
     setting: str,
 ) -> Callable[[], None]:
-    """The call of stacked experts: tokens, their experts' numbers and weights are cut together; the router has seen
-    all tokens before, so a loss on what it gives has the gradient it always had."""
+    """Install tiles on the call of stacked experts: tokens, their experts' numbers and weights are cut together. The
+    router has seen all tokens before, so a loss on its output keeps its gradient."""
     module: Any = model.get_submodule(experts.fqn)
     hidden = model.config.hidden_size  # type: ignore[union-attr]
     rows = sum(p.shape[1] if p.shape[2] == hidden else p.shape[2] for n, p in _stacked(model, experts))
     if config.experts == "groups":
-        groups.check(module, experts, setting)
+        groups.check_groups(module, experts, setting)
     return forwards.install(_TiledExperts(module, config, experts, rows, setting))
 
 
@@ -137,7 +137,7 @@ def _stacked(model: nn.Module, experts: "Experts") -> list[tuple[str, Tensor]]:
 def _of_tokens(
     forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], name: str, setting: str
 ) -> tuple[Callable[..., Any], list[Tensor], int]:
-    """(a function of token tensors alone, these, how many of their first dimensions count tokens).
+    """Return (a function of token tensors alone, these, how many of their first dimensions count tokens).
 
     Every tensor among the arguments has to be one row a token, as the first is.
     """

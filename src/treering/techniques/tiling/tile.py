@@ -1,7 +1,7 @@
 """Run any token-wise function in tiles; or modules, whose trainable parameters become inputs of that function.
 
 While a tile of modules runs again, they have aliases of their parameters, put straight into the dictionaries that hold
-parameters: no hook and no `__setattr__` sees it, and after the tile the very objects are back. How long a tile is,
+parameters: no hook and no `__setattr__` sees it, and after the tile the same objects are back. How long a tile is,
 every rank knows from its own shapes, without asking another or the device.
 """
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from treering.core.errors import PlanError
-from treering.techniques.tiling.check import Watchman
-from treering.techniques.tiling.engine import Job, Out, run, run_now
+from treering.techniques.tiling.check import TileCheck
+from treering.techniques.tiling.engine import Out, TileJob, run, run_now
 from treering.techniques.tiling.settings import Tile
 
 GIB = 2**30
@@ -26,7 +26,7 @@ Slot = tuple[dict[str, Any], str]
 
 
 def tile_length(tile: Tile, budget: float, bytes_per_token: int, hidden: int) -> int:
-    """The most tokens that a tile may have.
+    """Return the most tokens that a tile may have.
 
     budget   what one tile needs at its peak fits into `budget` GiB
     hidden   as many tokens as the model is wide, so that there are ⌈tokens / hidden⌉ tiles: what other systems do
@@ -39,7 +39,7 @@ def tile_length(tile: Tile, budget: float, bytes_per_token: int, hidden: int) ->
 
 
 def bounds(total: int, length: int) -> tuple[tuple[int, int], ...]:
-    """Where tiles of at most `length` begin and end: as few as can be, and as equal as can be.
+    """Return where tiles of at most `length` begin and end: as few and as equal as possible.
 
     >>> bounds(10, 4)
     ((0, 4), (4, 7), (7, 10))
@@ -64,11 +64,11 @@ def tile(
     dims: int = 1,
     wide: bool = True,
 ) -> Any:
-    """`fn(*tokens, *params)`, computed on at most `size` tokens at a time; exact for every function of single tokens.
+    """Return `fn(*tokens, *params)`, computed on at most `size` tokens at a time; exact for functions of single tokens.
 
     tokens   tensors that agree in their first `dims` dimensions, which count tokens; `fn` gets [t, …], or [1, t, …]
              where dims is 2
-    params   every weight that `fn` reads and that may need a gradient. One that `fn` reads behind its back gets none
+    params   every weight that `fn` reads and that may need a gradient. One that is not listed gets none
     out      cat: `fn` gives one row a token, and is run again in the backward
              sum: `fn` gives a number, whose gradient is taken at once; or a tuple of one and others that are only added
     wide     sum the gradients of `params` over tiles in float32; False: in the dtype of each
@@ -84,12 +84,12 @@ def tile(
     body = _checked(fn, len(tokens), dims if flat or dims == 1 else 0, out)
     cut = (True,) * len(tokens) + (False,) * len(params)
     laid_out = tuple(lead) if flat and out == "cat" else ()
-    job = Job(body=body, bounds=cuts, tokens=len(tokens), cut=cut, out=out, wide=wide, lead=laid_out)
+    job = TileJob(body=body, bounds=cuts, tokens=len(tokens), cut=cut, out=out, wide=wide, lead=laid_out)
     return (run if out == "cat" else run_now)(job, *tokens, *params)
 
 
 def _checked(fn: Callable[..., Any], tokens: int, dims: int, out: Out) -> Callable[..., Any]:
-    """`fn` on rows of tokens. A result that is not one row a token would be cut somewhere else than it was made."""
+    """Return `fn` on rows of tokens, with a check that it gives one row a token, which is what tiles are joined by."""
 
     def body(*inputs: Tensor) -> Any:
         rows = inputs[0].shape[0]
@@ -119,7 +119,7 @@ class TiledRegion:
 
     def __init__(self, name: str, modules: Sequence[nn.Module], setting: str):
         self.modules = tuple(modules)
-        self.watchman = Watchman(name, self.modules, setting)
+        self.check = TileCheck(name, self.modules, setting)
 
     def __call__(
         self,
@@ -130,20 +130,20 @@ class TiledRegion:
         dims: int = 1,
         wide: bool = True,
     ) -> Any:
-        self.watchman.inspect(fn, tokens, dims, out)
-        held = slots(self.modules)
+        self.check.inspect(fn, tokens, dims, out)
+        places = slots(self.modules)
         count = len(tokens)
 
         def body(*inputs: Tensor) -> Any:
-            with put(held.values(), inputs[count:]):
+            with put(places.values(), inputs[count:]):
                 return fn(*inputs[:count])
 
-        return tile(body, *tokens, params=list(held), size=size, out=out, dims=dims, wide=wide)
+        return tile(body, *tokens, params=list(places), size=size, out=out, dims=dims, wide=wide)
 
 
 def slots(modules: Sequence[nn.Module]) -> dict[Tensor, list[Slot]]:
-    """Trainable parameter -> every place that holds it. One that is shared is one input."""
-    found: dict[Tensor, list[Slot]] = {}
+    """Return, for each trainable parameter, every place where it is stored. One that is shared is one input."""
+    places: dict[Tensor, list[Slot]] = {}
     seen = set()
     for module in modules:
         for one in module.modules():
@@ -152,12 +152,13 @@ def slots(modules: Sequence[nn.Module]) -> dict[Tensor, list[Slot]]:
             seen.add(id(one))
             for name, parameter in one._parameters.items():
                 if parameter is not None and parameter.requires_grad:
-                    found.setdefault(parameter, []).append((one._parameters, name))
-    return found
+                    places.setdefault(parameter, []).append((one._parameters, name))
+    return places
 
 
 @contextmanager
 def put(places: Any, values: Sequence[Tensor]) -> Iterator[None]:
+    """Store `values` at `places`, and afterwards what was there before."""
     before = [[(holder, name, holder[name]) for holder, name in place] for place in places]
     try:
         for place, value in zip(before, values):
