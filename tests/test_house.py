@@ -18,8 +18,20 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # From the ground up: a package imports only what stands before it. plan, memory, data and train know techniques through
 # the contract alone, and no technique imports another.
-ORDER = ("core", "store", "anatomy", "technique", "formats", "weights", "attention", "experts", "curvature", "sketches")
-ORDER += ("techniques", "plan", "memory", "data", "train", "influence", "report", "cli", "demo")
+ORDER = ("core", "store", "anatomy", "objectives", "technique", "formats", "weights", "attention", "experts")
+ORDER += (
+    "curvature",
+    "sketches",
+    "techniques",
+    "plan",
+    "memory",
+    "data",
+    "train",
+    "influence",
+    "report",
+    "cli",
+    "demo",
+)
 FOLDERS = {cls.__module__.split(".")[2] for cls in TECHNIQUES.values()}
 KNOW_THE_CONTRACT = {"plan", "memory", "data", "train"}
 EVERYTHING = {"__init__", "__main__"}
@@ -29,6 +41,7 @@ NO_TORCH = [
     "treering.core.errors",
     "treering.core.seeds",
     "treering.anatomy",
+    "treering.objectives",
     "treering.cli.schema",
 ]
 NO_TORCH += ["treering.techniques", "treering.train.config", "treering.data.config"]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from treering.anatomy import Anatomy
+    from treering.objectives import Objective
 
     Batch = dict[str, Any]
 
@@ -304,7 +305,8 @@ class Applied:
         trainable: Live parameter names that learn; nothing else does.
         parts: Plain parameter name → how its share is held.
         batch: A transform of each micro-batch.
-        loss: The sum over trained tokens; of at most one technique.
+        loss: The sum of an objective over trained tokens; of at most one technique.
+        objective: The one that the technique's settings ask for.
         gradients: Called once per step, after the last backward, before the finite guard and clipping.
         before_step: Called after clipping; keeps what `after_step` needs.
         after_step: Called after the optimizers: retraction.
@@ -326,7 +328,8 @@ class Applied:
     trainable: tuple[str, ...] = ()
     parts: Mapping[str, Part] = field(default_factory=dict)
     batch: "Callable[[Batch], Batch] | None" = None
-    loss: "Callable[[nn.Module, Batch], Tensor] | None" = None
+    loss: "Callable[[nn.Module, Batch, Objective], Tensor] | None" = None
+    objective: "Objective | None" = None
     gradients: Callable[[], None] | None = None
     before_step: "Callable[[Sequence[Optimizer]], None] | None" = None
     after_step: Callable[[], None] | None = None

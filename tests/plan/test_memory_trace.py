@@ -215,7 +215,7 @@ class Curious:
         return []
 
     def apply(self, model, site):
-        def loss(model, batch):
+        def loss(model, batch, objective):
             logits = model(input_ids=batch["input_ids"], use_cache=False).logits
             return logits.sum() if int(batch["labels"].sum()) > 3 else logits.mean()
 
@@ -226,3 +226,37 @@ def test_what_depends_on_values_cannot_be_planned_and_says_so():
     made: Subject = subject(SHORT, [tr.Full(), Curious()])
     with pytest.raises(PlanError, match="depends on values"):
         forecast(made, 100)
+
+
+class Counted:
+    """An exchange that needs memory of its own, and counts its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def before(self, query, key, value, sinks):
+        self.calls += 1
+        return query * query, key, value, sinks  # keeps another tensor for the backward
+
+    def after(self, out):
+        return out * out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchanging:
+    exchange: Counted
+
+    stage: ClassVar[Stage] = Stage.FORWARD
+
+    def claims(self, anatomy, mesh):
+        return []
+
+    def apply(self, model, site):
+        return Applied(batch=lambda batch: {**batch, "documents": batch["documents"].exchanged(self.exchange)})
+
+
+def test_the_exchange_of_documents_is_traced_as_well():
+    exchange = Counted()
+    with_it = forecast(subject(SHORT, [tr.Full(), Exchanging(exchange=exchange)]), 1000).at(1000).device
+    assert exchange.calls == SHORT.num_hidden_layers
+    assert with_it > forecast(subject(SHORT, [tr.Full()]), 1000).at(1000).device

@@ -9,12 +9,12 @@ from typing import ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file
-from treering.cli.inspect import describe
 
 import treering as tr
 from tests.ranks import on_ranks
 from tests.same import assert_all_same
 from tests.toy_run import chats, folder, job
+from treering.cli.inspect import describe
 from treering.curvature import Ring
 from treering.plan import prepared as results
 from treering.plan.prepared import Prepared

@@ -11,17 +11,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from treering.attention import Documents
 from treering.core.errors import DataError, PlanError
 from treering.core.topology import AXES, axis_size
-from treering.plan.loss import IGNORED, trained_tokens
+from treering.objectives import IGNORED
+from treering.plan.loss import trained_tokens
 
 Batch = dict[str, Any]
 
 
 def steps(loader: Iterable[Batch | list[Batch]], accumulate: int, mesh: DeviceMesh | None) -> Iterator[list[Batch]]:
-    """Lists of micro-batches, each the work of one optimizer step, on every rank equally many and counted alike.
+    """Yield lists of micro-batches, one per optimizer step, as many on every rank, with the count of all ranks.
 
     A loader may yield micro-batches (then `accumulate` of them make a step, the last step takes what is left) or
-    lists of them. Batches that know their `count` already are passed on without communication. A rank whose loader
-    has less than others' takes part with micro-batches that train nothing.
+    lists of them. Batches that have a `count` already are passed on without communication. A rank whose loader
+    has fewer than others' takes part with micro-batches that train nothing.
     """
     alone = axis_size(mesh, "replicate", "shard") == 1
     gathered = _gathered(loader, accumulate)
@@ -70,7 +71,7 @@ def _trained(step: list[Batch]) -> int:
 
 
 def _refuse_across(batch: Batch) -> None:
-    """The first token of a packed document is not predicted by it: its label would train across the border."""
+    """Raise DataError for a label at the first token of a packed document: the document before would predict it."""
     documents = batch.get("documents")
     if documents is None:
         return
@@ -85,7 +86,7 @@ def _refuse_across(batch: Batch) -> None:
 
 
 def _agree(count: int, most: int, mesh: DeviceMesh) -> tuple[int, int]:
-    """The number of trained tokens over all ranks, and of micro-batches on the rank that has most."""
+    """Return the number of trained tokens over all ranks, and of micro-batches on the rank that has most."""
     total = torch.tensor([count], device=mesh.device_type)
     longest = torch.tensor([most], device=mesh.device_type)
     for axis in ("replicate", "shard"):
@@ -132,7 +133,7 @@ def copies(before: Sequence[Batch], after: Sequence[Batch], mesh: DeviceMesh) ->
 
 
 def silent() -> Batch:
-    """Two tokens and nothing to learn: it keeps a rank in step with the others' gathers and reductions."""
+    """Return a micro-batch of two tokens that trains nothing, for a rank that others wait for in gathers and sums."""
     ids = torch.zeros(1, 2, dtype=torch.long)
     return {"input_ids": ids, "labels": torch.full_like(ids, IGNORED), "samples": []}
 

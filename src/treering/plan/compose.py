@@ -14,11 +14,13 @@ from treering.anatomy import examine
 from treering.core.errors import PlanError
 from treering.core.topology import mesh as make_mesh
 from treering.curvature import Statistics as Measured
+from treering.objectives import Objective
 from treering.plan import conflicts
 from treering.plan import open_model as opening
 from treering.plan.apply import apply_all, resolve_all
 from treering.plan.chain import Statistics
 from treering.plan.load import fill, refill
+from treering.plan.loss import choose_objective
 from treering.plan.materialise import materialise, remember, to_meta
 from treering.plan.plan import Plan
 from treering.plan.prepared import Prepared
@@ -45,6 +47,7 @@ class Drafting(TypedDict, total=False):
     statistics: Statistics | None
     roles: Mapping[str, str] | None
     frozen: bool
+    objective: Objective | None
 
 
 def compose(
@@ -61,7 +64,7 @@ def compose(
             are replaced.
         techniques: In any order.
         prepared: A folder for results of splitting (an SVD), shared by all ranks; needed with several ranks.
-        **drafting: `mesh`, `dtype`, `seed`, `dropout`, `statistics`, `roles`, `frozen`: see `draft`.
+        **drafting: `mesh`, `dtype`, `seed`, `dropout`, `statistics`, `roles`, `frozen`, `objective`: see `draft`.
 
     Example:
         run = tr.compose("Qwen/Qwen3-0.6B", [tr.LoRA(rank=16), tr.Shard()], mesh=tr.mesh(), dtype="float32")
@@ -81,6 +84,7 @@ def draft(
     statistics: Statistics | None = None,
     roles: Mapping[str, str] | None = None,
     frozen: bool = False,
+    objective: Objective | None = None,
     weights: bool = True,
     name: str | None = None,
     folder: Path | None = None,
@@ -97,6 +101,7 @@ def draft(
         statistics: Of `treering.measure`, by plain name.
         roles: Pattern → role, where the anatomy cannot tell (see its message).
         frozen: Nothing learns: for measuring, and for teachers. Techniques that train are refused.
+        objective: What `run.loss` evaluates; None: cross-entropy.
         weights: False: only a config is needed, and the plan cannot be loaded.
         name: What `explain()` calls the model.
         folder: Where a live model's tokenizer lies, to be exported with it.
@@ -134,6 +139,7 @@ def draft(
     try:
         applied, chains = apply_all(built, ordered, claimed, site)
         conflicts.check_units(list(zip(ordered, claimed)), built, {a.fqn for a in anatomy.attentions})
+        objective = choose_objective(objective, applied)
     except PlanError:  # a live model keeps its values when it is refused
         give_back()
         delattr(built, COMPOSED)
@@ -153,6 +159,7 @@ def draft(
         mesh=mesh,
         device=_device(mesh),
         seed=seed,
+        objective=objective,
         unpackable=unpackable,
         restore=restore,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from treering.anatomy import Anatomy
 from treering.core.errors import PlanError
 from treering.core.sharded import settle
+from treering.objectives import Objective
 from treering.plan.chain import Chain
 from treering.plan.conflicts import name_of
 from treering.technique import Applied, Message, Technique, Workload
@@ -37,6 +38,7 @@ class Plan:
     mesh: "DeviceMesh | None"
     device: torch.device
     seed: int
+    objective: Objective
     unpackable: str | None = None  # why packed batches are refused
     restore: tuple[Callable[[], None], ...] = ()  # removes the packed attention
 

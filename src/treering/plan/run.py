@@ -18,7 +18,7 @@ from treering.plan import batches, step
 from treering.plan.batches import Batch
 from treering.plan.explain import explain
 from treering.plan.export import export
-from treering.plan.loss import cross_entropy, with_targets
+from treering.plan.loss import plain_loss, with_targets
 from treering.plan.plan import Plan
 from treering.plan.prepared import Prepared
 from treering.plan.step import StepReport
@@ -55,7 +55,7 @@ class Run:
         self._copies = 0  # on how many ranks each trained token lies; 0: not known yet
         self._attached = False
         losses = [a.loss for a in plan.applied if a.loss is not None]
-        self._loss: Callable[[nn.Module, Batch], Tensor] = losses[0] if losses else cross_entropy
+        self._loss = losses[0] if losses else plain_loss
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse copy and pickle: the hooks of techniques act on this run's model, and would in a copy, too."""
@@ -149,7 +149,7 @@ class Run:
                 "the batch does not know what its tokens predict and how many tokens its step trains; take batches "
                 "from run.steps(loader), or pass them through run.ready"
             )
-        return self._loss(self.model, batch) / batch["count"]
+        return self._loss(self.model, batch, self.plan.objective) / batch["count"]
 
     def total(self, shares: Tensor) -> Tensor:
         """Return the loss of a step over all ranks: the sum of their `shares`. A collective if there are several.

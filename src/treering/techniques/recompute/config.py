@@ -50,7 +50,7 @@ class Recompute(RecomputeSettings):
         return [Claim(fqn=block.fqn, aspect="region", setting="recompute") for block in anatomy.blocks]
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:
-        from treering.techniques.recompute.region import install
+        from treering.techniques.recompute.recomputed_block import install
 
         return install(model, self, site)
 

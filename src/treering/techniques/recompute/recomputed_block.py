@@ -1,22 +1,24 @@
 """A block that is run again in the backward: its forward, replaced on the instance."""
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from treering.core.errors import PlanError
 from treering.core.module_forward import ModuleForward
 from treering.technique import Applied, Site, recomputing
-from treering.techniques.recompute.keep import Policy
 from treering.techniques.recompute.offload import Offload
 from treering.techniques.recompute.settings import read_bytes
 
 if TYPE_CHECKING:
     from treering.techniques.recompute.settings import RecomputeSettings
+
+IN_PLACE = ("alltoall_base_", "alltoall_")  # of c10d: they fill a tensor that they are given
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
@@ -35,7 +37,7 @@ def install(model: nn.Module, config: "RecomputeSettings", site: Site) -> Applie
         budget = None if config.budget is None else read_bytes(config.budget)
         engine = Offload(tuple(block.fqn for block in blocks), config.first_blocks, budget)
     regions = [
-        Region(model.get_submodule(b.fqn), b.fqn, i, config.keep, b.attention is not None, engine)
+        RecomputedBlock(model.get_submodule(b.fqn), b.fqn, i, config.keep, b.attention is not None, engine)
         for i, b in enumerate(blocks)
     ]
 
@@ -54,8 +56,8 @@ def install(model: nn.Module, config: "RecomputeSettings", site: Site) -> Applie
     return Applied(undo=undo, notes=tuple(notes), metrics=None if engine is None else engine.metrics)
 
 
-class Region(ModuleForward):
-    """Called in place of a block's forward: the block's own, or a tiled one."""
+class RecomputedBlock(ModuleForward):
+    """Called in place of a block's forward, which may be the module's or a tiled one."""
 
     def __init__(
         self, block: nn.Module, fqn: str, index: int, keep: tuple[str, ...], attention: bool, engine: Offload | None
@@ -64,8 +66,8 @@ class Region(ModuleForward):
         self.block, self.fqn, self.index = block, fqn, index
         self.keep, self.attention, self.engine = keep, attention, engine
         self.compiled: Callable[..., Any] | None = None
-        own = vars(block)
-        self.before: dict[str, Any] = {name: own[name] for name in ("forward", "compile") if name in own}
+        replaced = vars(block)
+        self.before: dict[str, Any] = {name: replaced[name] for name in ("forward", "compile") if name in replaced}
         block.forward = self  # type: ignore[assignment]
         block.compile = self.compile  # type: ignore[method-assign]
 
@@ -75,7 +77,7 @@ class Region(ModuleForward):
         vars(self.block).update(self.before)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is not compiled, as torch's own copies of compiled modules are not: the code is the original's."""
+        """Return the state without compiled code: copies of modules that torch compiled are not compiled either."""
         return vars(self) | {"compiled": None}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -99,7 +101,7 @@ class Region(ModuleForward):
             return body(*args, **kwargs)
         self._refuse_cache(args, kwargs)
         hidden, call = self._apart(body, args, kwargs)
-        policy = Policy(self.keep) if self.keep else None
+        policy = KeepPolicy(self.keep) if self.keep else None
         with self.engine.around(self.index) if self.engine is not None else nullcontext():
             out = checkpoint(call, hidden, use_reentrant=False, context_fn=lambda: _contexts(policy))
         if policy is not None:
@@ -118,7 +120,7 @@ class Region(ModuleForward):
         if args or not isinstance(hidden, Tensor):
             raise PlanError(
                 f"recompute: {self.fqn} is called without a tensor as its first argument or as hidden_states, so what "
-                "to keep cannot be told; leave recompute out for this model",
+                "to keep is not known; leave recompute out for this model",
                 settings=("recompute",),
             )
         return hidden, lambda x: body(hidden_states=x, **rest)
@@ -135,7 +137,7 @@ class Region(ModuleForward):
             )
 
 
-def _contexts(policy: Policy | None) -> Contexts:
+def _contexts(policy: "KeepPolicy | None") -> Contexts:
     if policy is None:
         return nullcontext(), SecondPass(nullcontext())
     first, second = policy.contexts()
@@ -157,3 +159,52 @@ class SecondPass:
 
     def __exit__(self, *problem: Any) -> bool | None:
         return self.open.pop().__exit__(*problem)
+
+
+class KeepPolicy:
+    """The policy of torch's selective checkpoint: which operators' results are kept in one pass through a block, and
+    which of them there were."""
+
+    def __init__(self, keep: tuple[str, ...]):
+        self.keep = keep
+        self.seen: Counter[str] = Counter()
+
+    def __call__(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kind = kind_of(op)
+        if kind == "in place" and "all_to_all" in self.keep:
+            raise PlanError(
+                f"recompute: keep names all_to_all, and {op} fills a tensor that it is given, whose value cannot be "
+                "kept; leave all_to_all out of recompute.keep",
+                settings=("recompute.keep",),
+            )
+        if kind not in self.keep:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        self.seen[kind] += 1
+        return CheckpointPolicy.MUST_SAVE
+
+    def contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """For the first pass and for the second."""
+        return create_selective_checkpoint_contexts(self)
+
+    def refuse_unless_seen(self, block: str, attention: bool) -> None:
+        """Raise PlanError where `keep` had no effect: it would cost the time that it was meant to save."""
+        if "attention" in self.keep and attention and not self.seen["attention"]:
+            raise PlanError(
+                f"recompute: keep names attention, and the attention of {block} ran as many small operators instead "
+                "of one kernel whose result could be kept (softcap, sinks, packed windows and unequal head widths do "
+                "so on a CPU); leave attention out of recompute.keep",
+                settings=("recompute.keep",),
+            )
+
+
+def kind_of(op: Any) -> str:
+    """Return `attention`, `all_to_all`, `in place` or nothing, by the operator's name: there are many kernels."""
+    space, _, name = str(op.name()).rpartition("::")
+    name = name.partition(".")[0]
+    if "backward" in name:
+        return ""
+    if "attention" in name or "attn" in name:
+        return "attention"
+    if space == "c10d" and name in IN_PLACE:
+        return "in place"
+    return "all_to_all" if "all_to_all" in name else ""
