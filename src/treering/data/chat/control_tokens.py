@@ -76,6 +76,7 @@ class Control:
         nested = any(first & set(token[1:]) for token in self._ids)
         self._edges = None if nested or len(edges) > 4 else "".join(sorted(edges))
         self._counts: dict[str, int] = {}
+        self._closing: dict[str, bool] = {}
 
     def kinds(self, tokens: Tokens) -> np.ndarray:
         """For each token 0 for text, STRUCTURAL or SPECIAL."""
@@ -127,6 +128,15 @@ class Control:
                 self._counts.clear()
             self._counts[literal] = sum(1 for _ in self.any.finditer(literal))
         return self._counts[literal]
+
+    def closes(self, literal: str) -> bool:
+        """Whether a text of the template ends with a control token, blanks aside."""
+        if literal not in self._closing:
+            if len(self._closing) >= _REMEMBERED:
+                self._closing.clear()
+            tokens = [match.end() for match in self.any.finditer(literal)]
+            self._closing[literal] = bool(tokens) and not literal[tokens[-1] :].strip()
+        return self._closing[literal]
 
     def rename(self, text: str, pieces: Sequence[Piece], writers: Sequence[bool]) -> Renamed:
         """The text for the renamed backend: what the template wrote by its name, texts of the data as they are."""
