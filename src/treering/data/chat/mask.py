@@ -62,9 +62,8 @@ class Chat:
     def _check_thoughts(self, messages: Sequence[dict[str, Any]], where: str) -> None:
         """A template may drop the thoughts of earlier turns; this one knows no thoughts and would lose all of them."""
         for i, message in enumerate(messages):
-            if field := next(
-                (field for field in THOUGHTS if field in message and (message[field] or "").strip()), None
-            ):
+            thoughts = [field for field in THOUGHTS if field in message]
+            if field := next((field for field in thoughts if (message[field] or "").strip()), None):
                 raise bad(where, "template", "the chat template has no place for it", at=f"messages[{i}].{field}")
 
     def _render(self, conversation: Conversation, where: str) -> Rendered:
