@@ -75,7 +75,7 @@ def one_round(root: Path, tensors: dict[str, Tensor], number: int) -> dict[str, 
 
     from treering.core.sharded import local_rows, put_rows
     from treering.train.checkpoints import files as checkpoint
-    from treering.train.checkpoints.saver import Saver
+    from treering.train.checkpoints.manager import Saver
 
     ours, theirs, their_hf, beside = (root / name for name in ("ours", "dcp", "hf", "beside"))
     places = dict(zip(("save", "dcp save", "hf save", "asynchronous"), (ours, theirs, their_hf, beside)))

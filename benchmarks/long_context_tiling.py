@@ -23,7 +23,7 @@ from benchmarks.rows import Row, row
 from treering.anatomy import examine
 from treering.technique import Site
 from treering.techniques.tiling import TiledBlock, TiledMLP
-from treering.techniques.tiling.region import Region
+from treering.techniques.tiling.tile import TiledRegion
 
 PACKAGES = ("torch", "transformers")
 TOKENS, HIDDEN, INNER = 131072, 4096, 14336
@@ -121,7 +121,7 @@ def mlp_peak(tiles: int) -> tuple[float, float]:
     tokens, hidden, inner = 8192, 512, 1792
     with FakeTensorMode():
         mlp: Any = LlamaMLP(LlamaConfig(hidden_size=hidden, intermediate_size=inner))
-        region, plain = Region("mlp", [mlp], "tiledmlp"), mlp.forward
+        region, plain = TiledRegion("mlp", [mlp], "tiledmlp"), mlp.forward
         x, given = torch.empty(1, tokens, hidden, requires_grad=True), torch.empty(1, tokens, hidden)
         with Peak([x, given, *mlp.parameters()]) as peak:
             torch.autograd.backward(region(plain, x, size=tokens // tiles, dims=2), given)

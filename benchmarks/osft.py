@@ -35,9 +35,9 @@ def wired(quick: bool) -> dict[str, Any]:
     made = forms()
     del made["factors"]
     for wire in ("coefficients", "gather", "cached"):
-        made[f"factors, {wire}"] = tr.OSFT(protect="weights", form="factors", ratio=RATIO, wire=wire)
+        made[f"factors, {wire}"] = tr.OSFT(protect="weights", form="factors", ratio=RATIO, communication=wire)
     if not quick:
-        made["update, default, cached"] = tr.OSFT(wire="cached")
+        made["update, default, cached"] = tr.OSFT(communication="cached")
     return made
 
 

@@ -107,8 +107,8 @@ def of_a_step(
 ) -> Traffic:
     """One micro-batch, one step, of a model with `config` under `techniques`; phases `model`, `gradients`, `step`.
 
-    The second of two steps: what is kept from the first one (`wire: cached`) is there. A small model is counted faster
-    with memory than as shapes.
+    The second of two steps: what is kept from the first one (`communication: cached`) is there. A small model is
+    counted faster with memory than as shapes.
     """
     from transformers import AutoModelForCausalLM
 

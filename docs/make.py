@@ -1,4 +1,6 @@
-"""Writes docs/config.md from the dataclasses themselves: `python docs/make.py`. tests/test_docs.py holds it up to date.
+"""Write docs/config.md, and the table of techniques in docs/concepts.md, from the code: `python docs/make.py`.
+
+tests/test_docs.py compares them.
 
 What a setting means is taken from the comment behind its field or the list in its class's docstring. Only what neither
 says is said here, in NOTES; a note for a setting that is gone, or for one that explains itself by now, is an error.
@@ -8,15 +10,19 @@ import inspect
 import io
 import re
 import tokenize
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from treering.cli.parsing.plain import plain_values
-from treering.cli.parsing.shape import Key, arms, describe, keys, section, shorthand
+from treering.cli.parsing.resolved import plain_values
+from treering.cli.parsing.sections import Key, describe, keys, members, section, shorthand
 from treering.cli.schema import RunConfig
+from treering.technique import Stage
+from treering.techniques import TECHNIQUES
 
 PAGE = Path(__file__).with_name("config.md")
+CONCEPTS = Path(__file__).with_name("concepts.md")
+MARKS = ("<!-- techniques -->", "<!-- end -->")
 HEAD = """\
 # Configuration
 
@@ -65,14 +71,6 @@ NOTES = {
     "data.skip_bad": "skip and count samples that cannot be used, instead of ending with the first one",
     "data.skip_untrained": "skip and count samples without a token to train",
     "data.workers": "processes that tokenise",
-    "techniques.full": "train plain parameters: [full](#techniquesfull)",
-    "techniques.osft": "training that leaves alone what is known: [osft](#techniquesosft)",
-    "techniques.tiledmlp": "the MLP in tiles of tokens: [tiledmlp](#techniquestiledmlp)",
-    "techniques.tiledblock": "all of a block but attention in tiles: [tiledblock](#techniquestiledblock)",
-    "techniques.tiledloss": "head and loss in tiles, without logits: [tiledloss](#techniquestiledloss)",
-    "techniques.recompute": "keep less, compute twice: [recompute](#techniquesrecompute)",
-    "techniques.shard": "FSDP2: [shard](#techniquesshard)",
-    "techniques.compile": "torch.compile: [compile](#techniquescompile)",
     "techniques.full.train": "patterns of parameters that learn",
     "techniques.full.freeze": "patterns of parameters that do not, although `train` matches them",
     "techniques.lora.name": "of the adapter: needed when there are several, and to export it",
@@ -112,6 +110,14 @@ def page() -> str:
     return text
 
 
+def with_techniques(text: str) -> str:
+    """Return a page with the table of techniques between its marks."""
+    rows = {stage: [f"`{cls.__name__}`" for cls in TECHNIQUES.values() if cls.stage == stage] for stage in Stage}
+    lines = [f"| {stage.name} | {', '.join(names) or 'none in this version'} |" for stage, names in rows.items()]
+    table = "\n".join([MARKS[0], "| stage | techniques |", "|---|---|", *lines, MARKS[1]])
+    return re.sub(f"{MARKS[0]}.*{MARKS[1]}", table, text, flags=re.DOTALL)
+
+
 def _sections(cls: type, path: str, used: set[str]) -> list[str]:
     prose, listed = _docstring(cls)
     comments = {**_comments(cls), **listed}
@@ -133,6 +139,8 @@ def _row(key: Key, where: str, comment: str | None, used: set[str]) -> str:
             raise SystemExit(f"docs/make.py: {where} has no comment behind its field and no note; add one of them")
         used.add(where)
         comment = NOTES[where]
+    if key.formerly:
+        comment += f"; was called `{'`, `'.join(key.formerly)}`"
     inner = section(key.annotation)
     allowed = f"[section](#{_anchor(where)})" if inner else describe(key.annotation)
     if inner and (stands_for := shorthand(key.annotation)):
@@ -154,10 +162,10 @@ def _written(value: Any) -> str:
 
 def _dataclasses(annotation: Any) -> list[type]:
     found = []
-    for arm in arms(annotation):
-        if is_dataclass(arm) and isinstance(arm, type):
-            found.append(arm)
-        found += [a for a in get_args(arm) if is_dataclass(a) and isinstance(a, type)]
+    for member in members(annotation):
+        if is_dataclass(member) and isinstance(member, type):
+            found.append(member)
+        found += [a for a in get_args(member) if is_dataclass(a) and isinstance(a, type)]
     return found
 
 
@@ -181,8 +189,10 @@ def _docstring(cls: type) -> tuple[str, dict[str, str]]:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """Field → the comment behind it, in this class or one that it inherits the field from."""
-    found = {}
+    """Field → the comment behind it, in this class or one that it inherits the field from; or its metadata."""
+    found = {f.name: f.metadata["meaning"] for f in fields(cls) if "meaning" in f.metadata}
+    if found:  # a class that was made of a list has no source
+        return found
     for part in filter(is_dataclass, reversed(cls.__mro__)):
         lines = inspect.getsource(part).splitlines()
         for token in tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline):
@@ -201,3 +211,4 @@ def _cell(text: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    CONCEPTS.write_text(with_techniques(CONCEPTS.read_text(encoding="utf-8")), encoding="utf-8")

@@ -37,12 +37,12 @@ ADAPTING = {
     "lora (pissa)": tr.LoRA(targets=TARGETS, rank=4, dtype="float64", init="pissa"),
     "osft": osft("update"),
     "osft (inputs)": osft("update", protect="inputs", ratio=None),
-    "osft (anchored)": osft("update", anchor=True, wire="cached"),
+    "osft (anchored)": osft("update", keep_initial=True, communication="cached"),
     "osft (one_sided)": osft("one_sided"),
     "osft (core)": osft("core"),
     "osft (forward)": osft("forward"),
     "osft (factors)": osft("factors"),
-    "osft (gathered factors)": osft("factors", wire="cached"),
+    "osft (gathered factors)": osft("factors", communication="cached"),
 }
 HELPING = {
     "tiledmlp": tr.TiledMLP(tile=5),
@@ -92,7 +92,7 @@ def disturb(model):
 def computed(run, model):
     """Loss and gradients by the loss of `run`, and the logits."""
     batch = rows(1, lengths=(12,))[0] if run.plan.unpackable else packed((7, 5))
-    loss = run._loss(model, with_targets(batch))
+    loss = run._loss(model, with_targets(batch), run.plan.objective)
     loss.backward()
     found = {f"gradient of {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -119,7 +119,7 @@ def test_a_copy_computes_with_its_own_weights_and_the_original_with_its(case, ho
     assert all(p.grad is None for p in run.model.parameters())
 
     optimizer = torch.optim.SGD([p for p in other.parameters() if p.requires_grad], lr=0.1)
-    run._loss(other, with_targets(packed((7, 5)))).backward()
+    run._loss(other, with_targets(packed((7, 5))), run.plan.objective).backward()
     optimizer.step()
     assert_all_same(dict(state(run.model)), before)
     assert_all_same(computed(run, run.model), wanted)

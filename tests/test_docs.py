@@ -90,6 +90,9 @@ def test_the_page_of_settings_is_up_to_date():
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
     assert (ROOT / "docs" / "config.md").read_text(encoding="utf-8") == make.page(), "run: python docs/make.py"
+    concepts = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    assert all(mark in concepts for mark in make.MARKS)
+    assert make.with_techniques(concepts) == concepts, "run: python docs/make.py"
 
 
 def test_every_command_is_documented():

@@ -31,5 +31,5 @@ def test_a_run_of_two_ranks_is_gone_on_with(tmp_path, ranks, tolerance):
 
     on_ranks(ranks, trained, tmp_path, "cut")
 
-    assert "goes on after step 5" in (tmp_path / "cut" / "metrics.jsonl").read_text()
+    assert "resumes after step 5" in (tmp_path / "cut" / "metrics.jsonl").read_text()
     assert_all_same(tensors(tmp_path, "cut"), tensors(tmp_path, "whole"), tolerance)

@@ -5,11 +5,26 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import treering as tr
 from tests.ranks import on_ranks
-from treering.core.sharded import gather, local, local_rows, put, sharded_axes, sum_over_rows
+from tests.techniques.osft.forward_factors.test_communication import Counted
+from treering.core.sharded import (
+    TensorCache,
+    gather,
+    local,
+    local_rows,
+    meta_rows,
+    put,
+    row_groups,
+    sharded_axes,
+    start_gather,
+    sum_of_squares,
+    sum_over_groups,
+    sum_over_rows,
+)
+from treering.core.topology import parameter_mesh
 from treering.plan.step import norm_over_meshes
 
 
@@ -55,3 +70,84 @@ def other_dimension() -> str:
 def test_a_tensor_that_is_cut_along_another_dimension_is_refused_by_name():
     for message in on_ranks(2, other_dimension):
         assert "only tensors whose dimension 0 is sharded" in message
+
+
+def sums():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    over = (mesh.get_group("a"), mesh.get_group("b"))
+    a, b, c = torch.ones(2, 3), torch.tensor(2.0), torch.ones(4)
+    with Counted() as count:
+        sum_over_groups([(over, a), (over, b), ((), c)])
+    return float(a.sum()), float(b), float(c.sum()), count.calls
+
+
+def test_small_sums_are_sent_in_one_message():
+    assert on_ranks(4, sums) == [(24.0, 8.0, 4.0, 2)] * 4
+
+
+LAYOUTS = {
+    "two axes": (Shard(0), Shard(0)),
+    "replicas of shards": (Replicate(), Shard(0)),
+    "replicated": (Replicate(), Replicate()),
+}
+
+
+def gathered():
+    """Started for all before the first is waited for; for every number of rows that padding has to deal with."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    for name, placements in LAYOUTS.items():
+        complete = [torch.randn(rows, 3, generator=torch.Generator().manual_seed(rows)) for rows in range(1, 10)]
+        values = [distribute_tensor(value, mesh, placements) for value in complete]
+        for value, finish, wanted in zip(values, [start_gather(value) for value in values], complete):
+            assert torch.equal(finish(), wanted), f"{name}, {wanted.shape[0]} rows"
+            start, stop = local_rows(value)
+            assert torch.equal(local(value), wanted[start:stop])
+            assert len(row_groups(value)) == placements.count(Shard(0))
+    return []
+
+
+def test_rows_are_gathered_without_their_padding_over_any_axes():
+    on_ranks(4, gathered)
+
+
+def test_a_tensor_that_is_not_sharded_is_gathered_as_it_is():
+    value = torch.randn(3, 2)
+    assert start_gather(value)() is value and row_groups(value) == () and local_rows(value) == (0, 3)
+
+
+def sharded_like_fsdp(rows):
+    shapes = []
+    for sizes in ({"shard": 4}, {"replicate": 2, "shard": 2}, {"shard": 2, "sequence": 2}):
+        mesh = tr.mesh(**sizes)
+        module = nn.Linear(3, rows, bias=False)
+        fully_shard(module, mesh=parameter_mesh(mesh))
+        empty = meta_rows((rows, 3), torch.float32, mesh)
+        assert empty.placements == module.weight.placements and empty.shape == module.weight.shape
+        assert empty.device_mesh == module.weight.device_mesh and empty.is_meta
+        shapes.append((tuple(local(empty).shape), tuple(local(module.weight).shape)))
+    return shapes
+
+
+@pytest.mark.parametrize("rows", [3, 9])
+def test_a_tensor_without_values_has_the_rows_that_fsdp_gives_a_parameter(rows):
+    for shapes in on_ranks(4, sharded_like_fsdp, rows):
+        assert all(ours == fsdps for ours, fsdps in shapes)
+
+
+def test_squares_are_summed_in_float64_over_any_dtypes():
+    tensors = [torch.full((1000,), 0.1), torch.full((7,), 3.0, dtype=torch.float64), torch.ones(4).bfloat16()]
+    total = sum_of_squares([*tensors, torch.empty(0)])
+    assert total.dtype == torch.float64 and float(total) == pytest.approx(10 + 63 + 4, rel=1e-6)
+    assert float(sum_of_squares([torch.empty(0)])) == 0.0
+
+
+def test_a_cached_value_is_valid_until_a_source_is_written_to_or_replaced():
+    a, b = torch.zeros(3), torch.zeros(0)
+    cache = TensorCache()
+    assert not cache.valid(a, b)
+    cache.keep("value", a, b)
+    assert cache.value == "value" and cache.valid(a, b) and cache.valid(a.view(3), b.view(0))
+    assert not cache.valid(a) and not cache.valid(b, a)
+    assert not cache.valid(a.clone(), b) and not cache.valid(a, b.clone()), "an empty tensor has no address to compare"
+    a.add_(1)
+    assert not cache.valid(a, b)

@@ -185,7 +185,7 @@ def test_a_file_that_the_index_names_and_the_folder_lacks(folder):
 def test_a_file_that_was_cut_short(folder, keep):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    refused(folder, "model.safetensors", "not a whole safetensors file")
+    refused(folder, "model.safetensors", "not a complete safetensors file")
 
 
 def test_a_folder_with_pickles_alone_is_told_so(folder):

@@ -76,7 +76,7 @@ def _exact(context: Context, cases: dict[str, Case]) -> Iterator[Figure]:
 def error(context: Context, case: Case) -> tuple[float, str]:
     """Return the worst relative error, and the kernel that was chosen."""
     from treering.attention import Documents, attend
-    from treering.attention.choose import Features, choose
+    from treering.attention.kernels import Features, choose
     from treering.attention.reference import reference
 
     device, sizes = context.device.torch_device, context.sizes

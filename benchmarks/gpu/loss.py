@@ -38,7 +38,7 @@ class Side:
 
 
 def _sides(context: Context, vocabulary: int) -> dict[str, Side]:
-    from treering.techniques.tiling.losses import Head, Tiled
+    from treering.techniques.tiling.losses import OutputHead, TiledHead
 
     sizes, device = context.sizes, context.device.torch_device
     draw = torch.Generator(device).manual_seed(0)
@@ -49,7 +49,7 @@ def _sides(context: Context, vocabulary: int) -> dict[str, Side]:
     hidden.requires_grad_()
     targets = torch.randint(vocabulary, (sizes.loss_tokens,), generator=draw, device=device)
     leaves = [hidden, head.weight]
-    tiled = Tiled(Head(module=head))
+    tiled = TiledHead(OutputHead(module=head))
 
     def plain() -> Tensor:
         return F.cross_entropy(head(hidden).float(), targets, reduction="sum") / sizes.loss_tokens

@@ -19,7 +19,7 @@ TRAINED = 0.25
 
 
 def rows(context: Context) -> Iterator[Figure]:
-    from treering.techniques.osft.passes import project
+    from treering.techniques.osft.forward_factors.passes import project
 
     device = context.device.torch_device
     for name, (outputs, inputs) in context.sizes.matrices.items():

@@ -54,7 +54,7 @@ def decompositions(width: int, rounds: int) -> dict[str, Any]:
     """Seconds for the seven weights of a Llama-8B layer, scaled; and the worst angle to the subspace in float64."""
     from mini_trainer.osft_utils import create_svd_dict
 
-    from treering.techniques.osft.decompose import svd
+    from treering.techniques.osft.protection.decompose import svd
 
     long = width * 7 // 2
     sizes = [(width, width)] * 2 + [(width // 4, width)] * 2 + [(long, width)] * 2 + [(width, long)]

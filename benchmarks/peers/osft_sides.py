@@ -116,17 +116,17 @@ class Ours:
 
 
 def projecting(module: nn.Module) -> float:
-    from treering.techniques.osft import passes
-    from treering.techniques.osft.addend import Addend, held
-    from treering.techniques.osft.factors import FactoredLinear
+    from treering.techniques.osft.forward_factors import passes
+    from treering.techniques.osft.forward_factors.factored import FactoredLinear
+    from treering.techniques.osft.one_sided_core.protected_adapter import ProtectedAdapter, projected
 
     began = clock()
     if isinstance(module, FactoredLinear) and module.projected and module.high is not None:
         for _ in range(3):  # in the forward, in the backward once more, and of the gradient
             for X, Q in zip(module.low[::2], module.high[::2]):
                 passes.project(X.detach(), Q)
-    elif isinstance(module, Addend):
-        Z = held(module.ends, dict(module.named_parameters()))
+    elif isinstance(module, ProtectedAdapter):
+        Z = projected(module.shapes, dict(module.named_parameters()))
         torch.autograd.grad(Z, module.Z, torch.ones_like(Z))
     else:
         return 0.0
@@ -138,7 +138,7 @@ class Falling(Mapping[str, Mapping[str, Tensor]]):
 
     def __init__(self, model: Any, technique: Any):
         from treering.anatomy import examine
-        from treering.techniques.osft.targets import targets
+        from treering.techniques.osft.protection.targets import targets
 
         self.inputs = {target.weight: target.inputs for target in targets(technique, examine(model))}
 

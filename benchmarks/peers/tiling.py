@@ -19,8 +19,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from benchmarks.peers import environment
-from treering.techniques.tiling.losses import Head, Tiled
-from treering.techniques.tiling.region import Region
+from treering.techniques.tiling.losses import OutputHead, TiledHead
+from treering.techniques.tiling.tile import TiledRegion
 
 PACKAGES = (
     "deepspeed==0.18.2",
@@ -46,7 +46,7 @@ def mlps() -> dict[str, Callable[[], None]]:
     """A forward and a backward of one recomputed MLP."""
     mlp: Any = LlamaMLP(LlamaConfig(hidden_size=HIDDEN, intermediate_size=INNER))
     x, given = torch.randn(1, TOKENS, HIDDEN, requires_grad=True), torch.randn(1, TOKENS, HIDDEN)
-    region, plain = Region("mlp", [mlp], "tiledmlp"), mlp.forward
+    region, plain = TiledRegion("mlp", [mlp], "tiledmlp"), mlp.forward
 
     def step(forward: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         return lambda: torch.autograd.backward(checkpoint(forward, x, use_reentrant=False), given)
@@ -73,7 +73,7 @@ def losses() -> dict[str, Callable[[], None]]:
     """Head and cross-entropy of so many trained tokens, as the plain loss of a run has them, and in tiles."""
     head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
     hidden, targets = torch.randn(TRAINED, HIDDEN, requires_grad=True), torch.randint(VOCABULARY, (TRAINED,))
-    tiled = Tiled(Head(module=head))
+    tiled = TiledHead(OutputHead(module=head))
     plain = lambda: F.cross_entropy(head(hidden).float(), targets, reduction="sum")  # noqa: E731
     return {
         "plain": lambda: (plain() / TRAINED).backward(),

@@ -1,5 +1,9 @@
-"""Treering: post-training for large transformers. Importing it costs milliseconds; torch comes with the first name."""
+"""Treering: post-training for large transformers. Importing it costs milliseconds; torch comes with the first name.
 
+The techniques are those of `treering.techniques`.
+"""
+
+# ruff: noqa: F401
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -21,24 +25,9 @@ if TYPE_CHECKING:
     from treering.curvature import measure
     from treering.plan.compose import compose
     from treering.plan.run import Run
-    from treering.techniques.compile import Compile
-    from treering.techniques.full import Full
-    from treering.techniques.lora import LoRA
-    from treering.techniques.osft import OSFT
-    from treering.techniques.recompute import Recompute
-    from treering.techniques.shard import Shard
-    from treering.techniques.tiling import TiledBlock, TiledLoss, TiledMLP
+    from treering.techniques import *  # noqa: F403
 
 _WHERE = {
-    "Compile": "treering.techniques.compile",
-    "Full": "treering.techniques.full",
-    "LoRA": "treering.techniques.lora",
-    "OSFT": "treering.techniques.osft",
-    "Recompute": "treering.techniques.recompute",
-    "Shard": "treering.techniques.shard",
-    "TiledBlock": "treering.techniques.tiling",
-    "TiledLoss": "treering.techniques.tiling",
-    "TiledMLP": "treering.techniques.tiling",
     "measure": "treering.curvature",
     "mesh": "treering.core.topology",
     "Run": "treering.plan",
@@ -53,41 +42,23 @@ _WHERE = {
     "NumericsError": "treering.core.errors",
 }
 
-__all__ = [
-    "OSFT",
-    "CheckpointError",
-    "Compile",
-    "ConfigError",
-    "DataError",
-    "Full",
-    "Interrupted",
-    "LoRA",
-    "NumericsError",
-    "PlanError",
-    "RankLost",
-    "Recompute",
-    "Run",
-    "Shard",
-    "TiledBlock",
-    "TiledLoss",
-    "TiledMLP",
-    "TreeringError",
-    "compose",
-    "curvature",
-    "measure",
-    "mesh",
-]
+
+def _techniques() -> dict[str, Any]:
+    return {cls.__name__: cls for cls in import_module("treering.techniques").TECHNIQUES.values()}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "curvature":  # a room as it is: its `open` and `add` are no names to stand alone
+    if name == "__all__":
+        return sorted([*_WHERE, *_techniques(), "curvature"])
+    if name == "curvature":  # the package itself: its `open` and `add` are no names to stand alone
         return import_module("treering.curvature")
-    if name not in _WHERE:
+    if name in _WHERE:
+        value = getattr(import_module(_WHERE[name]), name)
+    elif name.startswith("_") or (value := _techniques().get(name)) is None:
         raise AttributeError(f"treering has no {name!r}")
-    value = getattr(import_module(_WHERE[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return sorted([*__getattr__("__all__"), "__version__"])

@@ -1,14 +1,16 @@
-"""The contract. A technique is a frozen dataclass with a stage and two or three functions; everything else is a value.
+"""The contract: a technique is a frozen dataclass with a stage and two or three functions; everything else is a value.
 
-    claims(anatomy, mesh)   what it will touch: pure, before any weight is read
-    apply(model, site)      structure only, in place, on the meta device; returns an `Applied`
-    resolve(anatomy, source, statistics)   optional: data-dependent choices become explicit settings
+    claims(anatomy, mesh)                  what it will change: pure, before any weight is read
+    apply(model, site)                     changes structure only, in place, on the meta device; returns an `Applied`
+    resolve(anatomy, source, statistics)   optional: choices that depend on data become explicit settings
+    lighter()                              optional, of the class: the `Variant`s that need less memory
 
-How plain weights get in and out is told by `Part`s: loading is `split`, exporting is `join`, resuming is neither.
+`Part`s describe how plain weights are loaded and exported: loading is `split`, exporting is `join`, and resuming calls
+neither.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from treering.anatomy import Anatomy
+    from treering.objectives import Objective
 
     Batch = dict[str, Any]
 
@@ -28,8 +31,9 @@ if TYPE_CHECKING:
 class Stage(IntEnum):
     """The total order in which techniques are applied, whatever order the user wrote them in.
 
-    Adapters must see what will be stored; forward rewrites must lie inside what is recomputed and compiled; and a
-    parameter added after `fully_shard` would train unsynchronised without any error, so sharding is last.
+    Adapters must see what will be stored. Forward rewrites must lie inside what is recomputed and compiled. A parameter
+    added after `fully_shard` would train unsynchronised without any error, so sharding is the last stage that may add
+    one. Observers come after it and add none.
     """
 
     QUANTIZE = 1
@@ -38,18 +42,25 @@ class Stage(IntEnum):
     RECOMPUTE = 4
     COMPILE = 5
     SHARD = 6
+    OBSERVE = 7
 
 
 ParameterAspect = Literal["storage", "addend", "gradient"]
 ModuleAspect = Literal["forward", "region", "attention", "compiled", "sharding", "loss"]
 Need = Literal["plain_weight", "no_fsdp_unit_inside"]
+Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """`fqn` names a plain parameter or a module. Same name, same aspect and either side exclusive: a conflict.
+    """One thing that a technique will change. Same name, same aspect and either side exclusive: a conflict.
 
-    `setting` is the key of the technique's config that decides this claim, for the message.
+    Attributes:
+        fqn: A plain parameter or a module.
+        aspect: What of it is changed.
+        exclusive: No other technique may claim the same aspect of the same name.
+        needs: What must hold for the claim to be possible, whoever claims what else.
+        setting: The key of the technique's config that decides this claim, for messages.
     """
 
     fqn: str
@@ -59,13 +70,35 @@ class Claim:
     setting: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """How a folder holds a quantized tensor.
+
+    Attributes:
+        format: The name of the number format, such as `float8_e4m3fn` or `mxfp4`.
+        codes: The tensor of codes, as it lies in the file.
+        scales: The tensors that turn codes into numbers, by what the format calls them.
+        block: The shape of the block of weights that shares one scale.
+    """
+
+    format: str
+    codes: "LazyTensor"
+    scales: "Mapping[str, LazyTensor]"
+    block: tuple[int, ...]
+
+
 class LazyTensor(Protocol):
-    """A plain weight that is not read until it is asked for."""
+    """A plain weight that is read when asked for.
+
+    `stored` is None where the folder holds the weight itself, and the codes and scales where it holds a quantized one.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> "torch.dtype": ...
+    @property
+    def stored(self) -> StoredTensor | None: ...
     def read(self) -> "Tensor": ...
     def rows(self, start: int, stop: int) -> "Tensor": ...
 
@@ -74,86 +107,253 @@ class LazyTensor(Protocol):
 class Part:
     """How one technique holds its share of one plain tensor.
 
-    split(weight, below, statistics) -> own tensors by live name. It may also return the plain name itself, to move
-        the base (PiSSA); only while the plain parameter still exists.
-    join(tensors, below) -> the plain weight as this link of the chain reproduces it.
-    `below` is what earlier links already reproduce: the plain weight while that parameter exists, else zeros.
+    `below` is what earlier parts of the same tensor reproduce: the plain weight while its parameter exists, else zeros.
+
+    Attributes:
+        names: Live names of the technique's own tensors.
+        split: (weight, below, statistics) → own tensors by live name. It may also return the plain name itself, to move
+            the base (PiSSA), only while the plain parameter still exists.
+        join: (tensors, below) → the plain weight as the parts up to this one reproduce it.
+        reads_weight: False: `split` needs shape and seed only (an adapter that starts at zero); nothing is cached.
+        moves_base: `split` also returns the plain parameter's new value.
+        keeps_base: False: the plain parameter no longer exists.
+        independent_rows: Row i of every own tensor depends on row i of the weight alone.
+        compute_dtype: Pins storage and arithmetic against mixed precision.
+        tolerance: The largest ‖join(split(W)) − W‖ / ‖W‖, checked at load; None: the start changes W.
+        cost: Of `split`, in any unit: work is assigned to ranks longest first.
+        joins: The names that `join` reads; None: all of them.
+        identity: What the result of `split` depends on besides weight and statistics; "": the technique and the seed.
+        measured: False: `split` does not read statistics.
+        saved: False: a checkpoint does not hold these tensors where a prepared result does. A resume takes them from
+            there, bit for bit, or makes them again by `split`, equal to rounding. So none of them may be trained or
+            changed after the start, and nothing that is saved may depend on the sign or the order of their directions:
+            a projector may be made again, a basis that trained coefficients refer to may not.
     """
 
     names: tuple[str, ...]
     split: "Callable[[LazyTensor, Callable[[], Tensor], Mapping[str, Tensor] | None], dict[str, Tensor]]"
     join: "Callable[[Mapping[str, Tensor], Tensor], Tensor]"
-    reads_weight: bool = True  # False: split needs shape and seed only (a zero-start adapter), nothing is cached
-    moves_base: bool = False  # True: split also returns the plain parameter's new value
-    keeps_base: bool = True  # False: the plain parameter is gone
-    independent_rows: bool = False  # True: row i of every own tensor depends on row i of the weight alone
-    compute_dtype: "torch.dtype | None" = None  # pins storage and arithmetic against mixed precision
-    tolerance: float | None = 1e-5  # of ‖join(split(W)) − W‖ / ‖W‖, checked at load; None: the start changes W
-    cost: float = 0.0  # of split, any unit: work is shared out longest first
-    joins: tuple[str, ...] | None = None  # the names that `join` reads; None: all of them
-    identity: str = ""  # what split's result depends on besides weight and statistics; "": the technique and the seed
-    measured: bool = True  # False: split does not look at statistics
+    reads_weight: bool = True
+    moves_base: bool = False
+    keeps_base: bool = True
+    independent_rows: bool = False
+    compute_dtype: "torch.dtype | None" = None
+    tolerance: float | None = 1e-5
+    cost: float = 0.0
+    joins: tuple[str, ...] | None = None
+    identity: str = ""
+    measured: bool = True
+    saved: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedMatrix:
+    """One tensor that learns, and where what its gradient is made of can be seen.
+
+    With a_TM the inputs and g_TN the gradients of the outputs of `module`, T tokens, the gradient of the tensor is
+
+        Σ_t outputs(g)_t inputs(a)_tᵀ        (its transpose where `transposed`)
+
+    Read both while the parameters of `module` are gathered: in its forward and its backward.
+
+    Attributes:
+        name: Live name of the tensor.
+        module: Live name of the module whose input is a and whose output's gradient is g. Of stacked experts it is the
+            module that holds the stack, and a and g are those of the tokens that were routed to `expert`.
+        expert: Which matrix of a stack; None where the tensor is one matrix.
+        inputs: From a to what the tensor multiplies; None: a itself.
+        outputs: From g to the gradient of what the tensor gives; None: g itself.
+        transposed: The tensor is stored inputs × outputs.
+    """
+
+    name: str
+    module: str
+    expert: int | None = None
+    inputs: "Callable[[Tensor], Tensor] | None" = None
+    outputs: "Callable[[Tensor], Tensor] | None" = None
+    transposed: bool = False
+
+
+Maps = Mapping[str, tuple[TrainedMatrix, ...]]  # by the plain name of the weight that the matrices change
+Without = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Where a technique is applied: everything it may know besides the model."""
+    """What a technique may know, besides the model, where it is applied.
+
+    Attributes:
+        anatomy: The plain model, described.
+        mesh: Of all ranks; None: one rank.
+        seed: For everything that is drawn.
+        parts: Plain name → the parts of the techniques applied before, in their order.
+        statistics: What was measured, by plain name; reading a weight's may take seconds.
+        maps: Plain name → the trained matrices of the techniques applied before.
+        without: Opens a context in which the model computes as if the techniques applied before were absent. Raises
+            PlanError where one of them trains the plain weights themselves.
+    """
 
     anatomy: "Anatomy"
     mesh: "DeviceMesh | None"
     seed: int = 0
-    parts: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)  # plain name -> chain so far
-    statistics: Mapping[str, Mapping[str, Any]] | None = None  # what was measured; reading a weight's may cost seconds
+    parts: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
+    statistics: Mapping[str, Mapping[str, Any]] | None = None
+    maps: Maps = field(default_factory=dict)
+    without: Without = nullcontext
 
 
 @dataclass(frozen=True, kw_only=True)
 class Derived:
-    """A tensor of a published file that is made of a technique's own."""
+    """A tensor of a published file that is computed from a technique's own tensors, whose live names are `names`."""
 
-    names: tuple[str, ...]  # own live names
+    names: tuple[str, ...]
     shape: tuple[int, ...]
     make: "Callable[[Mapping[str, Tensor]], Tensor]"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """How a technique's own tensors are published: the file's keys and the config that goes beside them."""
+    """How a technique's own tensors are published: the file's keys and the config that is written next to them.
+
+    Attributes:
+        name: What `export(adapter=…)` calls it.
+        keys: Live name → key in the file.
+        config: The content of `config_file`.
+        derived: Key in the file → how its tensor is computed.
+    """
 
     name: str
-    keys: Mapping[str, str]  # own live name -> key in the file
+    keys: Mapping[str, str]
     config: Mapping[str, Any]
-    derived: Mapping[str, Derived] = field(default_factory=dict)  # key in the file -> what it is made of
+    derived: Mapping[str, Derived] = field(default_factory=dict)
     file: str = "adapter_model.safetensors"
     config_file: str = "adapter_config.json"
 
     @property
     def own(self) -> set[str]:
+        """Live names of everything that the file is computed from."""
         return set(self.keys) | {name for derived in self.derived.values() for name in derived.names}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Applied:
-    """What an application leaves behind. Every field is optional."""
+class Workload:
+    """One optimizer step, as far as communication depends on it.
 
-    trainable: tuple[str, ...] = ()  # live parameter names that learn; nothing else does
-    parts: Mapping[str, Part] = field(default_factory=dict)  # plain parameter name -> how its share is held
-    batch: "Callable[[Batch], Batch] | None" = None  # a transform of each micro-batch
-    loss: "Callable[[nn.Module, Batch], Tensor] | None" = None  # sum over trained tokens; at most one technique
-    gradients: Callable[[], None] | None = None  # once per step, after the last backward, before the guard and clip
-    before_step: "Callable[[Sequence[Optimizer]], None] | None" = None  # after clipping: keep what `after_step` needs
-    after_step: Callable[[], None] | None = None  # retraction
-    state: "Callable[[], dict[str, Tensor]] | None" = None  # live tensors that a checkpoint keeps, restored in place
+    Attributes:
+        tokens: Of one micro-batch's row, before any technique cuts it.
+        micro_batches: Forward and backward passes in the step, on each rank.
+    """
+
+    tokens: int
+    micro_batches: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One kind of communication of a technique in one optimizer step, as this rank takes part in it.
+
+    Attributes:
+        kind: The collective.
+        axes: The axes of the mesh over which it runs.
+        ranks: The number of ranks that take part.
+        bytes: What this rank gives to all `calls` together: its own rows for all_gather, the whole tensor for
+            reduce_scatter and all_reduce, what is for other ranks for all_to_all.
+        calls: How often.
+        content: What is sent, in a word or two.
+    """
+
+    kind: Collective
+    axes: tuple[str, ...]
+    ranks: int
+    bytes: int
+    calls: int
+    content: str
+
+    @property
+    def sent(self) -> float:
+        """Bytes that this rank sends over its link if the collective runs as a ring."""
+        others = (self.ranks - 1) / self.ranks
+        factor = {"all_gather": self.ranks - 1, "reduce_scatter": others, "all_reduce": 2 * others, "all_to_all": 1}
+        return self.bytes * factor[self.kind]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way in which a technique makes a run need less memory, for `treering plan` to propose.
+
+    Attributes:
+        name: What it is, for people: "a tiled loss".
+        config: The lines of the configuration.
+        order: Variants with small numbers cost least and are proposed first.
+        of: From the technique as it is configured (None: it is not) to the one to try; None where it changes nothing
+            or another variant must come first.
+        replaces: Keys of techniques that it takes the place of.
+    """
+
+    name: str
+    config: str
+    order: int
+    of: Callable[[Any], "Technique | None"]
+    replaces: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """What the application of a technique returns. Every field is optional.
+
+    Attributes:
+        trainable: Live parameter names that learn; nothing else does.
+        parts: Plain parameter name → how its share is held.
+        batch: A transform of each micro-batch.
+        loss: The sum of an objective over trained tokens; of at most one technique.
+        objective: The one that the technique's settings ask for.
+        gradients: Called once per step, after the last backward, before the finite guard and clipping.
+        before_step: Called after clipping; keeps what `after_step` needs.
+        after_step: Called after the optimizers: retraction.
+        state: Live tensors that a checkpoint keeps, restored in place.
+        metrics: Numbers for the log.
+        adapter: How the technique's own tensors are published.
+        resting: Where parameters live between uses.
+        undo: Removes forward rewrites and observers. Parameters stay.
+        messages: The communication of one step, computed from shapes once every technique is applied.
+        tokens: Where `batch` cuts rows over ranks: from the tokens of a row to those that this rank computes. None:
+            all of them.
+        maps: Plain name → the tensors that learn instead of, or as, this weight.
+        without: Opens a context in which the model computes, without gradients, as if the technique were absent. None:
+            that is not possible (the plain weights themselves train), unless nothing of the technique learns.
+        notes: Lines for `explain()`.
+        warnings: What a person should know before training: in `explain()`, and when a run starts.
+    """
+
+    trainable: tuple[str, ...] = ()
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    batch: "Callable[[Batch], Batch] | None" = None
+    loss: "Callable[[nn.Module, Batch, Objective], Tensor] | None" = None
+    objective: "Objective | None" = None
+    gradients: Callable[[], None] | None = None
+    before_step: "Callable[[Sequence[Optimizer]], None] | None" = None
+    after_step: Callable[[], None] | None = None
+    state: "Callable[[], dict[str, Tensor]] | None" = None
     metrics: Callable[[], dict[str, float]] | None = None
     adapter: Adapter | None = None
-    resting: Literal["device", "cpu"] = "device"  # where parameters live between uses
-    undo: Callable[[], None] | None = None  # forward rewrites and observers only
-    notes: tuple[str, ...] = ()  # lines for explain()
-    warnings: tuple[str, ...] = ()  # what a person should know before training: in explain(), and when a run starts
+    resting: Literal["device", "cpu"] = "device"
+    undo: Callable[[], None] | None = None
+    messages: Callable[[Workload], Sequence[Message]] | None = None
+    tokens: Callable[[int], range] | None = None
+    maps: Maps = field(default_factory=dict)
+    without: Without | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @runtime_checkable
 class Technique(Protocol):
-    """What `compose` accepts. `resolve(anatomy, source, statistics) -> Technique` is optional."""
+    """What `compose` accepts.
+
+    Two more methods are optional. `resolve(anatomy, source, statistics) -> Technique` sees, in `source.tensors`, what
+    techniques of the stage QUANTIZE reproduce of a weight, as `read()`, and the weight itself as `original`.
+    `lighter() -> Sequence[Variant]`, a class or static method, names what makes a run need less memory.
+    """
 
     @property
     def stage(self) -> Stage: ...
@@ -166,12 +366,12 @@ _recompute: ContextVar[Recompute] = ContextVar("treering_recompute", default="fo
 
 
 def recompute_state() -> Recompute:
-    """Which pass a forward belongs to, so that an observer counts each token once."""
+    """Return which pass a forward belongs to, so that an observer counts each token once."""
     return _recompute.get()
 
 
 def recomputing(kind: Recompute) -> AbstractContextManager[None]:
-    """Mark the forwards inside as a second pass. Used by techniques that run a forward again in the backward."""
+    """Mark the forwards inside as a second pass. For techniques that run a forward again in the backward."""
 
     @contextmanager
     def scope():

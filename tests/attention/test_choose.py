@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from treering.attention.choose import Features, choose
+from treering.attention.kernels import Features, choose
 
 bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
 

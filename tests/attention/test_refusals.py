@@ -7,9 +7,8 @@ import transformers as hf
 from tests.attention.packs import LENGTHS, packed, tokens
 from tests.zoo import ARCHITECTURES, build
 from treering.attention import Documents, install, packable
-from treering.attention.masks import Deferred, deferred_mask
+from treering.attention.hook import DeferredMask, deferred_mask, rope_conflict
 from treering.attention.packable import _receivers
-from treering.attention.rope import rope_conflict
 from treering.core.errors import DataError, PlanError
 
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
@@ -24,7 +23,7 @@ UNPACKABLE = [
     (hf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2), "computes its attention itself"),
     (hf.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2), "is not causal"),
     (hf.DogeConfig(**TINY, **HEADS), "computes with its mask"),
-    (hf.NemotronConfig(**TINY, **HEADS), "does not hand its keyword arguments on"),
+    (hf.NemotronConfig(**TINY, **HEADS), "does not pass on its keyword arguments"),
 ]
 
 
@@ -79,7 +78,7 @@ def test_a_model_whose_block_keeps_keyword_arguments_is_refused():
     inner = model.model.layers[1]
     model.model.layers[1] = Deaf()
     model.model.layers[1].inner = inner
-    assert packable(model) == "Deaf (model.layers.1) does not hand its keyword arguments on"
+    assert packable(model) == "Deaf (model.layers.1) does not pass on its keyword arguments"
 
 
 def test_attention_dropout_in_training_is_refused_and_in_evaluation_is_not():
@@ -147,20 +146,20 @@ def test_masks_with_rules_of_their_own_are_recognised():
     given = {"config": config, "inputs_embeds": x, "attention_mask": None, "past_key_values": None}
     restarting = torch.tensor([[0, 1, 2, 0, 1, 2]])
     packed_mask = create_causal_mask(**given, position_ids=restarting)
-    assert isinstance(packed_mask, Deferred)
-    assert not packed_mask.own_rule
+    assert isinstance(packed_mask, DeferredMask)
+    assert not packed_mask.has_other_rule
     blocks = create_causal_mask(**given, block_sequence_ids=torch.tensor([[0, 0, -1, 1, 1, -1]]))
     overlaid = create_causal_mask(**given, or_mask_function=lambda b, h, q, k: k == 0)
     both_ways = create_bidirectional_mask(**{k: v for k, v in given.items() if k != "past_key_values"})
-    assert blocks.own_rule and overlaid.own_rule and both_ways.own_rule
+    assert blocks.has_other_rule and overlaid.has_other_rule and both_ways.has_other_rule
 
 
 def test_a_mask_is_only_put_off_where_documents_can_be():
     given = {"batch_size": 1, "q_length": 4, "kv_length": 4, "device": "cpu", "use_vmap": False}
-    assert isinstance(deferred_mask(**given), Deferred)
+    assert isinstance(deferred_mask(**given), DeferredMask)
     padded = deferred_mask(**given, attention_mask=torch.tensor([[False, True, True, True]]))
     assert padded.shape == (1, 1, 4, 4)
-    assert not isinstance(deferred_mask(**given | {"kv_length": 7, "q_offset": 3}), Deferred)
+    assert not isinstance(deferred_mask(**given | {"kv_length": 7, "q_offset": 3}), DeferredMask)
 
 
 def test_rotary_embeddings_that_look_at_the_longest_document_are_refused_only_where_they_would_mix():

@@ -15,7 +15,7 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 from treering.cli import entry
-from treering.cli.parsing.shape import paths
+from treering.cli.parsing.sections import paths
 from treering.cli.schema import RunConfig
 
 VALID = """\

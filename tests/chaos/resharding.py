@@ -14,7 +14,7 @@ from treering.core.sharded import gather
 from treering.train import Job, optimizers, train
 from treering.train.checkpoints import state
 from treering.train.checkpoints.files import read
-from treering.train.checkpoints.manager import Keeper
+from treering.train.checkpoints.manager import CheckpointManager
 from treering.train.config import Checkpoint, Optimizer
 from treering.train.prepare import open_data, open_tokenizer
 from treering.train.run import draft_of
@@ -49,7 +49,7 @@ def reloaded(root: Path, output: str, optimizer: str) -> None:
     _group()
     made = job(root, output, optimizer)
     plan = draft_of(made)
-    keeper = Keeper(made, plan, open_data(made, open_tokenizer(made), plan))
+    keeper = CheckpointManager(made, plan, open_data(made, open_tokenizer(made), plan))
     run = keeper.load(lambda text: None)
     steppers = optimizers.build(run, made.train.optimizer)
     assert keeper.restore(run, steppers) == CUT

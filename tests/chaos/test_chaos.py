@@ -1,15 +1,21 @@
 """The proof at a fixed seed, small enough for every change; `python -m tests.chaos` is the large one."""
 
 import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 
 from tests.chaos import kills, ranks, sections, toy
+from tests.chaos.__main__ import HEAD, put
 from tests.chaos.sections import QUICK
 from treering.core.errors import CheckpointError
 
 SEED = 0
+PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+PROVE = "tests.chaos --trials 300 --seed 0 --page docs/reliability.md"
+TITLES = re.findall(r'row = Row\(what="([^"]+)"\)', Path(sections.__file__).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +63,19 @@ def test_a_strange_configuration_is_refused_or_valid(root):
 
 def test_strange_data_is_refused_or_counted(root):
     holds(sections.strange_data(root, SEED, QUICK), QUICK.datasets)
+
+
+def test_the_page_has_a_whole_row_of_every_part(tmp_path):
+    text = PAGE.read_text(encoding="utf-8")
+    lines = text[text.index(HEAD) :].partition("\n\n")[0].splitlines()[2:]
+    rows = [line.strip("|").split(" | ") for line in lines]
+    assert [row[0].strip() for row in rows] == TITLES and all(len(row) == 5 for row in rows), "run: python -m " + PROVE
+    assert all(row[1] == row[2] for row in rows)
+    page = tmp_path / "page.md"
+    page.write_text(text, encoding="utf-8")
+    put([sections.Row(what="a part", cases=2, note="note")], page)
+    after = page.read_text(encoding="utf-8")
+    assert "|---|---|---|---|---|\n| a part | 2 | 2 | note | 0 |\n\nMeasured" in after and TITLES[0] not in after
 
 
 # The proof can fail: what it is made of sees a wrong bit, a torn save, an error, a kill.

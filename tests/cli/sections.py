@@ -1,4 +1,4 @@
-"""What tests of the door share: the smallest configuration, and a section with every shape a section may have."""
+"""What tests of parsing share: the smallest configuration, and a section with every shape a section may have."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -41,6 +41,17 @@ def test_an_invalid_one_ends_with_2_and_its_problems(small, capsys):
     assert "Traceback" not in said.err
 
 
+def test_a_former_name_is_valid_with_a_notice_on_rank_0(small, capsys, caplog, monkeypatch):
+    small.write_text(SMALL + "techniques: {osft: {soften: 0.1}}\n")
+    assert run("config", "show", small) == 0
+    shown = capsys.readouterr().out
+    assert "damping: 0.1" in shown and "soften" not in shown
+    assert [line.startswith(f"{small}:4: soften is now called damping") for line in caplog.messages] == [True]
+    monkeypatch.setenv("RANK", "1")
+    assert run("config", "check", small) == 0
+    assert len(caplog.messages) == 1
+
+
 def test_what_config_show_prints_is_a_configuration(small, capsys):
     assert run("config", "show", small, "--set", "output='a #\u202e\\n b'") == 0
     text = capsys.readouterr().out

@@ -6,22 +6,22 @@ import sys
 import pytest
 
 from tests.ranks import PATIENCE
-from treering.cli import checkup, doctor
+from treering.cli import doctor
 from treering.cli.machine import Finding
 from treering.cli.ranks_probe import two_ranks
 
 
 def test_missing_packages_are_bad(monkeypatch):
-    found = checkup.versions()
-    monkeypatch.setattr(checkup, "versions", lambda: found | {"xxhash": "not installed"})
-    finding = checkup.packages()
-    assert (finding.status, finding.found) == ("bad", "xxhash not installed")
+    found = doctor.versions()
+    monkeypatch.setattr(doctor, "versions", lambda: found | {"xxhash": "not installed"})
+    finding = doctor.packages()
+    assert (finding.status, finding.result) == ("bad", "xxhash not installed")
 
 
 @pytest.mark.parametrize(("free", "status"), [(2**20, "bad"), (5 * 2**30, "warn"), (100 * 2**30, "ok")])
 def test_disk_space_is_judged(monkeypatch, tmp_path, free, status):
-    monkeypatch.setattr(checkup, "free_space", lambda folder: free)
-    assert checkup.disk(tmp_path).status == status
+    monkeypatch.setattr(doctor, "free_space", lambda folder: free)
+    assert doctor.disk(tmp_path).status == status
 
 
 def test_disk_space_of_a_folder_that_is_yet_to_be_made(tmp_path):
@@ -31,39 +31,39 @@ def test_disk_space_of_a_folder_that_is_yet_to_be_made(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_bad(tmp_path):
-    assert checkup.writable(tmp_path / "new").status == "ok"
+    assert doctor.writable(tmp_path / "new").status == "ok"
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("x")
-    assert checkup.writable(tmp_path / "file").status == "bad"
+    assert doctor.writable(tmp_path / "file").status == "bad"
 
 
 def test_limits_are_judged(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda which: (256, 1024))
-    assert checkup.open_files().status == "warn"
-    assert "at most 1024" in checkup.open_files().remedy
-    assert checkup.file_size().status == "bad"
+    assert doctor.open_files().status == "warn"
+    assert "at most 1024" in doctor.open_files().remedy
+    assert doctor.file_size().status == "bad"
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
-    assert checkup.open_files().status == checkup.file_size().status == "ok"
+    assert doctor.open_files().status == doctor.file_size().status == "ok"
 
 
 def test_tokenizer_threads_and_clock(monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    assert checkup.tokenizer_threads().status == "warn"
+    assert doctor.tokenizer_threads().status == "warn"
     monkeypatch.delenv("TOKENIZERS_PARALLELISM")
-    assert checkup.tokenizer_threads().status == "ok"
-    monkeypatch.setattr(checkup.time, "time", lambda: 0.0)
-    assert checkup.clock().status == "warn"
+    assert doctor.tokenizer_threads().status == "ok"
+    monkeypatch.setattr(doctor.time, "time", lambda: 0.0)
+    assert doctor.clock().status == "warn"
 
 
 def test_every_finding_that_is_not_ok_has_a_remedy(tmp_path):
-    for finding in checkup.everything(tmp_path, ranks=False):
+    for finding in doctor.everything(tmp_path, ranks=False):
         assert finding.status == "ok" or finding.remedy, finding
 
 
 def test_one_bad_finding_makes_the_whole_bad(capsys):
-    good = Finding(name="a", status="ok", found="x")
-    warn = Finding(name="b", status="warn", found="[y]", remedy="do z")
-    bad = Finding(name="c", status="bad", found="\x1b[2J", remedy="fix")
+    good = Finding(name="a", status="ok", result="x")
+    warn = Finding(name="b", status="warn", result="[y]", remedy="do z")
+    bad = Finding(name="c", status="bad", result="\x1b[2J", remedy="fix")
     assert doctor.show([good, warn])
     assert not doctor.show([bad, good])
     text = capsys.readouterr().out
@@ -73,10 +73,10 @@ def test_one_bad_finding_makes_the_whole_bad(capsys):
 
 def test_two_ranks_that_do_not_answer_or_fail_are_bad():
     asleep = two_ranks(0.3, (sys.executable, "-c", "import time; time.sleep(100_000)"))
-    assert (asleep.status, "no answer in 0 s") == ("bad", asleep.found)
+    assert (asleep.status, "no answer in 0 s") == ("bad", asleep.result)
     failing = two_ranks(PATIENCE, (sys.executable, "-c", "raise SystemExit('no network')"))
     assert failing.status == "bad"
-    assert "no network" in failing.found
+    assert "no network" in failing.result
 
 
 def test_two_real_ranks_add_their_numbers():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treering.cli.folders import describe
+from treering.cli.inspect import describe
 from treering.core.errors import CheckpointError
 from treering.store.untrusted import read_header
 from treering.train.checkpoints.manifest import Manifest

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from treering.cli.folders import describe
+from treering.cli.inspect import describe
 from treering.core.errors import CheckpointError
 from treering.train.checkpoints import files as checkpoint
 
@@ -64,5 +64,5 @@ def test_a_manifest_that_was_touched_is_refused(saved):
 
 def test_what_has_no_digests_is_not_verified(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
         describe(tmp_path, verify=True)

@@ -1,6 +1,7 @@
 """A folder of statistics: read lazily, added up ring by ring, never half-written, and doubted when it is opened."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -133,9 +134,9 @@ def test_a_killed_writer_leaves_what_was_there(folder, monkeypatch, reached):
         raise Killed
 
     places = {
-        "first tensor": (disk.Writer, "add"),
-        "last tensor": (disk.Writer, "close"),
-        "before the JSON": (disk.os, "replace"),
+        "first tensor": (disk.TensorWriter, "add"),
+        "last tensor": (disk.TensorWriter, "close"),
+        "before the JSON": (os, "replace"),
     }
     with monkeypatch.context() as patch:
         patch.setattr(*places[reached], die)

@@ -117,8 +117,8 @@ def test_a_whole_text_is_not_missing_however_it_is_written():
     conversation = trace([{"role": "user", "content": ' say "no"\n'}], None)
     (text,) = (message["content"] for message in conversation.messages)
     for made in (text, text.strip(), to_json(text), text.upper(), text.replace('"', "'"), "a" + text[:3] + text[3:]):
-        assert not list(left_out(conversation.sources, pieces_of(made._parts)))
-    ((missed, ranges),) = left_out(conversation.sources, pieces_of((text[:4] + text.replace("no", "")[6:])._parts))
+        assert not list(left_out(conversation.sources, pieces_of([made])))
+    ((missed, ranges),) = left_out(conversation.sources, pieces_of([text[:4] + text.replace("no", "")[6:]]))
     assert missed.text == ' say "no"\n' and ranges[0][1] > ranges[0][0]
 
 

@@ -51,7 +51,7 @@ SHARDED: dict[str, tuple[Any, ...]] = {
     "full": (tr.Full(), tr.Shard()),
     "offloaded": (tr.Full(), tr.Shard(offload="cpu")),
     "osft": (tr.OSFT(), tr.Shard()),
-    "osft (cached)": (tr.OSFT(wire="cached"), tr.Shard()),
+    "osft (cached)": (tr.OSFT(communication="cached"), tr.Shard()),
     "all with lora": (LORA, *TILES, OFFLOAD, tr.Shard()),
 }
 
@@ -162,7 +162,7 @@ def offload_holds_two_inputs(device: torch.device) -> None:
 def protection_withstands_tf32_and_autocast(device: torch.device) -> None:
     """Products that project are exact, whatever precision the program allows for others."""
     model = build("llama")
-    technique = tr.OSFT(strength="hard", ratio=0.5, anchor=True)
+    technique = tr.OSFT(strength="hard", ratio=0.5, keep_initial=True)
     statistics = moments(model, technique)
     plan = draft(model, [technique], statistics=statistics)
     run = load(replace(plan, device=device), statistics=statistics)

@@ -19,9 +19,9 @@ from tests.toy_run import job as toy_job
 from tests.zoo import build, save
 from treering.plan import values as plan_values
 from treering.plan.export import export as write
-from treering.store import publish
+from treering.store import disk, publish
 from treering.store.model_folder import tensor_files
-from treering.store.tensor_writer import Writer
+from treering.store.tensor_writer import TensorWriter
 from treering.train.export import export, reopen
 from treering.train.run import train as train_job
 
@@ -138,14 +138,14 @@ def test_a_taken_name_and_a_full_place_are_refused_before_anything_is_written(tm
 
 
 def break_writing_at(monkeypatch, count):
-    original = Writer.add
+    original = TensorWriter.add
 
     def add(self, name, tensor):
         if len(self.digests) == count:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
         original(self, name, tensor)
 
-    monkeypatch.setattr(Writer, "add", add)
+    monkeypatch.setattr(TensorWriter, "add", add)
 
 
 def test_a_disk_that_fills_up_leaves_nothing_and_says_what_was_needed(tmp_path, monkeypatch):
@@ -186,9 +186,9 @@ def killed(folder, point):
     def die(*_, **__):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    add = Writer.add
+    add = TensorWriter.add
     if point == "writing":
-        Writer.add = lambda self, *a: die() if len(self.digests) == 6 else add(self, *a)
+        TensorWriter.add = lambda self, *a: die() if len(self.digests) == 6 else add(self, *a)
     else:
         publish.os.rename = die
     tr.compose(folder / "m", [tr.Full()]).export(folder / "out")
@@ -210,8 +210,8 @@ def test_a_killed_export_leaves_nothing_that_loads_and_the_next_one_sweeps_it_up
 
 
 def test_an_export_under_way_is_not_swept_up(tmp_path):
-    with publish.published(tmp_path / "out", 0) as (temporary, _):
-        publish._sweep(tmp_path / "out")
+    next_one = disk.writing_in(tmp_path, publish.leftovers(tmp_path / "out"))
+    with publish.published(tmp_path / "out", 0) as (temporary, _), next_one:
         assert temporary.is_dir()
     assert left(tmp_path) == ["out"]
 

@@ -31,7 +31,7 @@ def plan(capsys, *arguments: object) -> str:
 
 def test_it_says_what_a_step_of_the_configured_length_needs(file, capsys):
     said = plan(capsys, file)
-    assert "2,000 tokens need" in said and "by the formula" in said
+    assert "2,000 tokens need" in said and "at its peak, in" in said and said.count("GiB on each rank") == 1
     assert "fits" not in said  # nobody said how large the device is
     assert "300 tokens need" in plan(capsys, file, "--length", 300)
 

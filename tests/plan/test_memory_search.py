@@ -23,7 +23,7 @@ def switch(name: str, needs: str | None = None) -> Switch[Run]:
     def turn(run: Run) -> Run | None:
         return None if name in run.on or (needs and needs not in run.on) else replace(run, on=run.on | {name})
 
-    return Switch(name=name, says=f"{name}:", on=turn)
+    return Switch(name=name, config=f"{name}:", on=turn)
 
 
 SWITCHES = (switch("loss"), switch("recompute"), switch("tiles"), switch("offload", needs="recompute"))
@@ -85,3 +85,9 @@ def test_the_verdict_says_how_much_is_missing_or_left():
     assert "4.0 GiB on each rank of 8.0: fits, 4.0 GiB to spare" in render(peak(loss=3), 8 * GIB, 100)
     assert "100 tokens need 4.0 GiB on each rank of 2.0: does NOT fit" in render(peak(loss=3), 2 * GIB, 100)
     assert "|" not in render(peak(loss=3), None, 100)
+
+
+def test_the_peak_is_the_sum_of_what_it_is_made_of():
+    text = render(peak(loss=3, activations=1.5), None, 100)
+    assert "100 tokens need 5.5 GiB on each rank" in text
+    assert "at its peak, in forward: loss 3.0 GiB, activations 1.5 GiB, reserved 1.0 GiB" in text

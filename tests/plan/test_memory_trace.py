@@ -11,11 +11,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import treering as tr
+from tests.plan.memory_formula import formula
 from tests.plan.memory_toys import CPU, llama, llama_8b, moe, subject
 from treering.core.errors import PlanError
 from treering.memory import Subject, attention, forecast, pretend
-from treering.memory.forecast import Layout, _repeats, shorten
-from treering.memory.formula import formula
+from treering.memory.forecast import RepeatedBlocks, _repeats, shorten
 from treering.memory.timeline import LONG, traced_length
 from treering.memory.tracker import CATEGORIES, Tracker
 from treering.plan import draft
@@ -152,15 +152,15 @@ def test_a_deep_model_is_read_from_its_first_blocks(made):
 def test_blocks_that_differ_are_traced_with_all_of_them():
     train = tr.Full(train=("*layers.[0-3].*",))
     found = forecast(subject(llama(), [train]), 100)
-    assert found.layout == Layout(depth=6, prefix=0, period=6) and len(found.traces) == 1
+    assert found.layout == RepeatedBlocks(depth=6, prefix=0, period=6) and len(found.traces) == 1
     named = forecast(subject(llama(), [tr.Full(train=("*layers.5.*",))]), 100)
     assert len(named.traces) == 1
 
 
 def test_how_blocks_repeat_is_found():
-    assert _repeats(list("a" * 9)) == Layout(depth=9, prefix=0, period=1)
-    assert _repeats(list("x" + "a" * 9)) == Layout(depth=10, prefix=1, period=1)
-    assert _repeats(list("ab" * 8)) == Layout(depth=16, prefix=0, period=2)
+    assert _repeats(list("a" * 9)) == RepeatedBlocks(depth=9, prefix=0, period=1)
+    assert _repeats(list("x" + "a" * 9)) == RepeatedBlocks(depth=10, prefix=1, period=1)
+    assert _repeats(list("ab" * 8)) == RepeatedBlocks(depth=16, prefix=0, period=2)
     assert _repeats(list("abc")).depths() == (3,)
     assert _repeats(list("x" + "ab" * 8 + "a")).depths() == (8, 12)
 
@@ -215,7 +215,7 @@ class Curious:
         return []
 
     def apply(self, model, site):
-        def loss(model, batch):
+        def loss(model, batch, objective):
             logits = model(input_ids=batch["input_ids"], use_cache=False).logits
             return logits.sum() if int(batch["labels"].sum()) > 3 else logits.mean()
 
@@ -226,3 +226,37 @@ def test_what_depends_on_values_cannot_be_planned_and_says_so():
     made: Subject = subject(SHORT, [tr.Full(), Curious()])
     with pytest.raises(PlanError, match="depends on values"):
         forecast(made, 100)
+
+
+class Counted:
+    """An exchange that needs memory of its own, and counts its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def before(self, query, key, value, sinks):
+        self.calls += 1
+        return query * query, key, value, sinks  # keeps another tensor for the backward
+
+    def after(self, out):
+        return out * out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchanging:
+    exchange: Counted
+
+    stage: ClassVar[Stage] = Stage.FORWARD
+
+    def claims(self, anatomy, mesh):
+        return []
+
+    def apply(self, model, site):
+        return Applied(batch=lambda batch: {**batch, "documents": batch["documents"].exchanged(self.exchange)})
+
+
+def test_the_exchange_of_documents_is_traced_as_well():
+    exchange = Counted()
+    with_it = forecast(subject(SHORT, [tr.Full(), Exchanging(exchange=exchange)]), 1000).at(1000).device
+    assert exchange.calls == SHORT.num_hidden_layers
+    assert with_it > forecast(subject(SHORT, [tr.Full()]), 1000).at(1000).device

@@ -17,7 +17,7 @@ from tests.same import assert_all_same
 from tests.toy import weights
 from tests.zoo import build, save
 from treering.core.sharded import gather
-from treering.store.tensor_writer import Writer
+from treering.store.tensor_writer import TensorWriter
 from treering.technique import Applied, Claim, Part, Stage
 
 TARGETS = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj", "model.layers.1.mlp.up_proj")
@@ -228,9 +228,9 @@ def test_a_note_is_part_of_what_is_explained(log, cache):
 
 def test_a_result_is_on_the_disk_before_it_has_its_name(log, cache, monkeypatch):
     seen = []
-    fsync, replace = os.fsync, os.replace
+    fsync, link = os.fsync, os.link
     monkeypatch.setattr(os, "fsync", lambda handle: (seen.append("fsync"), fsync(handle))[1])
-    monkeypatch.setattr(os, "replace", lambda *names: (seen.append("name"), replace(*names))[1])
+    monkeypatch.setattr(os, "link", lambda *names: (seen.append("name"), link(*names))[1])
     held(log, cache)
     assert seen == ["fsync", "name", "fsync"] * 3
 
@@ -239,7 +239,7 @@ def test_a_full_disk_is_a_message(log, cache, monkeypatch):
     def full(self, folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Writer, "open", full)
+    monkeypatch.setattr(TensorWriter, "open", full)
     with pytest.raises(tr.CheckpointError, match="cannot be written: No space left on device; make room"):
         held(log, cache)
     assert not list(cache.iterdir())

@@ -1,4 +1,4 @@
-"""What is asked of the techniques of a run together: every axis of the mesh must be somebody's."""
+"""What is asked of the techniques of a run together: a technique must serve every axis of the mesh."""
 
 from dataclasses import dataclass
 
@@ -40,7 +40,7 @@ def test_a_mesh_whose_every_axis_is_served_is_accepted():
         ({"replicate": 2}, [SPLIT], "no technique sums their gradients"),
         ({"sequence": 2}, [SUM], "no technique splits the sequence"),
         ({"sequence": 2}, [SPLIT], "no technique sums them: add shard"),
-        ({"expert": 2}, [SUM, SPLIT], "no technique deals out experts"),
+        ({"expert": 2}, [SUM, SPLIT], "no technique shards experts"),
     ],
 )
 def test_an_axis_that_no_technique_serves_is_refused(axes, claims, message):

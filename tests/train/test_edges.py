@@ -18,7 +18,7 @@ from treering.technique import Applied, Stage
 from treering.train import train
 from treering.train.callbacks import Callback, JsonLines
 from treering.train.checkpoints import files as checkpoint
-from treering.train.checkpoints.manager import Keeper
+from treering.train.checkpoints.manager import Progress
 from treering.train.config import Checkpoint, Evaluate, Optimizer
 from treering.train.export import export, reopen
 
@@ -172,11 +172,11 @@ def test_a_best_loss_on_other_documents_is_no_measure(tmp_path):
     assert train(again)["best held-out loss"] is None
 
 
-def test_a_held_out_loss_that_is_no_number_is_never_the_best(tmp_path):
-    keeper = Keeper(job(tmp_path), None, None)
+def test_a_held_out_loss_that_is_no_number_is_never_the_best():
+    progress = Progress()
     for step, loss in enumerate([float("nan"), 2.0, float("nan"), 3.0], 1):
-        keeper.judge(step, loss)
-    assert keeper.counts["best"] == 2.0 and keeper.counts["without_improvement"] == 2
+        progress.record_loss(step, loss)
+    assert (progress.best, progress.best_step, progress.without_improvement) == (2.0, 2, 2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,7 +118,7 @@ def test_a_save_that_does_not_fit_leaves_the_one_before_and_says_where_and_how_m
     assert "File too large" in message and "checkpoints/step-" in message and "MiB to" in message and "free" in message
     assert ("step-12" in message) == (on_error == "warn")  # the last one must succeed
     notes = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert notes.count("training goes on without it") == (2 if on_error == "warn" else 0)
+    assert notes.count("training continues without it") == (2 if on_error == "warn" else 0)
     train(job(tmp_path))
     assert "step-12" in saved(tmp_path)
 

@@ -17,7 +17,7 @@ from treering.train.callbacks import Callback
 from treering.train.checkpoints.files import read
 from treering.train.config import Checkpoint, Evaluate, Optimizer
 from treering.train.export import reopen
-from treering.train.schedule import rate
+from treering.train.optimizers import rate
 
 
 def losses(root, output="run"):
@@ -105,9 +105,9 @@ def interrupted(root, output, stop):
         cut = replace(one(), train=replace(one().train, steps=stop))
         with pytest.MonkeyPatch.context() as patch:
             # The schedule of a run that was to be longer: what a killed process leaves behind.
-            import treering.train.run as loop
+            from treering.train import optimizers
 
-            patch.setattr(loop, "rate", lambda schedule, step, steps: rate(schedule, step, 12))
+            patch.setattr(optimizers, "rate", lambda schedule, step, steps: rate(schedule, step, 12))
             train(cut)
     train(one())
 
@@ -206,7 +206,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(tmp_path):
     target.write_bytes(content)
     train(job(tmp_path))
     told = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert "passed over" in told and "goes on after step 10" in told
+    assert "passed over" in told and "resumes after step 10" in told
 
 
 def test_evaluation_best_checkpoint_and_early_stop(tmp_path):
@@ -254,7 +254,7 @@ def test_muon_over_sharded_matrices_is_refused(tmp_path):
     from tests.ranks import RankFailed
 
     job(tmp_path)  # makes the toy folder, which the ranks share
-    with pytest.raises(RankFailed, match="muon orthogonalises whole matrices"):
+    with pytest.raises(RankFailed, match="muon orthogonalises complete matrices"):
         on_ranks(2, muon_on_ranks, tmp_path)
 
 

@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 
 from treering.train.config import Schedule
-from treering.train.schedule import rate
+from treering.train.optimizers import rate
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])

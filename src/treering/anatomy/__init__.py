@@ -1,9 +1,10 @@
-"""Where a transformers causal language model keeps things; every parameter has exactly one role.
+"""Where a transformers causal language model keeps its parts; every parameter has exactly one role.
 
     anatomy = examine(model)                    once, from the plain model; the meta device is enough
-    select(anatomy, ["q_proj", "*.mlp.*"])      the linears that patterns name
+    select(anatomy, ["q_proj", "*.mlp.*"])      the linear layers that patterns name
+    matrices.matrices(anatomy)                  their weights and those of stacked experts, oriented
 
-What comes out is pure data without a reference to the model. Importing this package does not import torch.
+An anatomy is pure data without a reference to the model. Importing this package does not import torch.
 """
 
 from collections.abc import Mapping
@@ -33,9 +34,17 @@ __all__ = [
 
 
 def examine(model: "PreTrainedModel", overrides: Mapping[str, str] | None = None) -> Anatomy:
-    """Take the anatomy of `model`; `overrides` (pattern -> role) settles what the generic rules cannot tell.
+    """Return the anatomy of `model`.
+
+    Args:
+        model: a transformers causal language model without techniques; on the meta device too.
+        overrides: pattern -> role, for parameters whose role the generic rules do not find.
 
     A parameter without a role, an unreadable attention, an encoder-decoder or a multimodal model is a PlanError.
+
+    Example:
+        anatomy = examine(AutoModelForCausalLM.from_pretrained(folder))
+        [linear.fqn for linear in anatomy.linears]
     """
     from treering.anatomy.survey import survey
 

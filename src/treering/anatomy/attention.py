@@ -1,4 +1,4 @@
-"""Reading a softmax attention off its module: heads, widths, window, softcap, sinks."""
+"""The facts of a softmax attention, read from its module: heads, widths, window, softcap, sinks."""
 
 import inspect
 import re
@@ -26,7 +26,7 @@ _HEAD_DIM = (
 )
 _SOFTCAP = ("attn_logit_softcapping", "attn_logit_softcap")
 _FUSED = re.compile(r"^(qkv_proj|query_key_value|c_attn|Wqkv|in_proj_qkv)$")
-# Models with words of their own: model type -> (list of layer kinds, the word for sliding, window), names of settings.
+# Models with other settings: model type -> names of (the list of layer kinds, the kind that slides, the window).
 _OWN_WORDS = {"gpt_neo": ("attention_layers", "local", "window_size")}
 # Classes in which tokens meet otherwise than by softmax attention over all allowed positions.
 _SEQUENCE = re.compile(
@@ -35,14 +35,14 @@ _SEQUENCE = re.compile(
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether this module itself computes softmax attention: judged by what its code does, not by its name alone."""
+    """Return whether this module itself computes softmax attention, by what its code does and not by its name alone."""
     if not re.search(r"atten|attn", type(module).__name__, re.I):
         return False
     return calls(type(module).forward, _INTERFACE) or _has_softmax(type(module))
 
 
 def sequence_modules(block: nn.Module) -> list[str]:
-    """The modules below `block`, by their names there, in which tokens meet without softmax attention."""
+    """Return the modules inside `block`, by their names there, in which tokens meet without softmax attention."""
     return [
         name
         for name, module in block.named_modules()
@@ -52,20 +52,20 @@ def sequence_modules(block: nn.Module) -> list[str]:
 
 
 def calls(function: Any, name: str) -> bool:
-    """Whether the code of `function` mentions the global or attribute `name`."""
+    """Return whether the code of `function` mentions the global or attribute `name`."""
     return any(name in code.co_names for code in _codes(function))
 
 
 def names_in(function: Any) -> set[str]:
-    """The globals and attributes that the code of `function` mentions, and short strings (`getattr(config, "x")`)."""
-    found: set[str] = set()
+    """Return the globals and attributes that the code mentions, and short strings (`getattr(config, "x")`)."""
+    names: set[str] = set()
     for code in _codes(function):
-        found |= set(code.co_names) | {c for c in code.co_consts if isinstance(c, str) and len(c) < 48}
-    return found
+        names |= set(code.co_names) | {c for c in code.co_consts if isinstance(c, str) and len(c) < 48}
+    return names
 
 
 def read_attention(model: nn.Module, fqn: str, block: int) -> Attention:
-    """The facts of one softmax attention. What cannot be read, or contradicts the projections, is a PlanError."""
+    """Return the facts of one softmax attention. What is unreadable, or contradicts the projections, is a PlanError."""
     module: Any = model.get_submodule(fqn)
     config: Any = getattr(module, "config", None) or model.config
     latent = getattr(module, "kv_lora_rank", None) is not None
@@ -102,7 +102,7 @@ def is_sink(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _kv_heads(module: Any, config: Any, heads: int, head_dim: int) -> int:
-    """By the module's repeat factor, else as it says, else as its projections show, else as the config says."""
+    """Return what the module's repeat factor gives, else its attribute, else its projections, else the config."""
     if groups := _number(module, ("num_key_value_groups",)):
         return heads // groups
     shown = _projections(module).get("k_proj", 0) // head_dim
@@ -110,17 +110,17 @@ def _kv_heads(module: Any, config: Any, heads: int, head_dim: int) -> int:
 
 
 def _check_shapes(model: nn.Module, fqn: str, heads: int, kv: int, dim: int, value_dim: int) -> None:
-    """A wrong number of heads would not fail later, it would compute something else: compare with the projections."""
+    """Compare with the projections: a wrong number of heads would not fail later, but compute something else."""
     both = kv * dim + kv * value_dim
     for name, outputs in _projections(model.get_submodule(fqn)).items():
         wanted = {"k_proj": kv * dim, "v_proj": kv * value_dim}.get(name, heads * dim + both)
         if outputs != wanted:
-            found = f"{heads} heads, {kv} key-value heads, widths {dim} and {value_dim} make {wanted} rows"
-            raise _unreadable(model, fqn, f"its shape: {found} of {name}, which has {outputs}")
+            expected = f"{heads} heads, {kv} key-value heads, widths {dim} and {value_dim} make {wanted} rows"
+            raise _unreadable(model, fqn, f"its shape: {expected} of {name}, which has {outputs}")
 
 
 def _projections(module: nn.Module) -> dict[str, int]:
-    """Rows of the projections whose row count tells the number of heads."""
+    """Return the rows of the projections whose row count depends on the number of heads."""
     return {
         name: linear.nf if isinstance(linear, Conv1D) else linear.out_features
         for name, linear in module.named_children()
@@ -137,7 +137,7 @@ def _kind(config: Any, block: int) -> str:
 
 
 def _window(model: Any, module: Any, config: Any, kind: str) -> int | None:
-    """Masks are made by the model from `layer_types` where a config has them, else from one window for all layers."""
+    """Return the window: the model makes masks from `layer_types` where a config has them, else from one window."""
     if config.model_type in _OWN_WORDS:
         return getattr(config, _OWN_WORDS[config.model_type][2]) if kind == "sliding_attention" else None
     own, common = getattr(module, "sliding_window", None), getattr(config, "sliding_window", None)
@@ -174,6 +174,6 @@ def _float(value: Any) -> float | None:
 def _unreadable(model: Any, fqn: str, what: str) -> PlanError:
     kind, last = type(model.get_submodule(fqn)).__name__, fqn.rpartition(".")[2]
     return PlanError(
-        f"{model.config.model_type}: the attention {fqn} ({kind}) does not tell {what}. "
+        f"{model.config.model_type}: the attention {fqn} ({kind}) is not readable: it does not show {what}. "
         f'To treat it as an unknown way of mixing tokens, write  model: {{roles: {{"*.{last}": mixer}}}}'
     )

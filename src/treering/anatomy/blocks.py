@@ -34,7 +34,7 @@ def lay_out(model: nn.Module, forced: Mapping[str, Role]) -> tuple[Layout, ...]:
 
 
 def is_norm(fqn: str, module: nn.Module) -> bool:
-    """Called a norm, by its class or its own name, and either holding nothing but small weights or holding nothing."""
+    """Return whether a module is called a norm, by its class or its name, and has at most small parameters."""
     if isinstance(module, nn.Linear | nn.Embedding | nn.ModuleList) or next(module.children(), None) is not None:
         return False
     named = "norm" in type(module).__name__.lower() or "norm" in fqn.rpartition(".")[2].lower()
@@ -42,17 +42,17 @@ def is_norm(fqn: str, module: nn.Module) -> bool:
 
 
 def _stack(model: Any) -> tuple[str, nn.ModuleList]:
-    """The outermost module list with attention in it; of several, or without any attention, the longest."""
-    found: list[tuple[str, nn.ModuleList]] = []
+    """Return the outermost module list with attention in it; of several, or without any attention, the longest."""
+    lists: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and not any(name.startswith(f"{o}.") for o, _ in found):
-            found.append((name, module))
-    if not found:
+        if isinstance(module, nn.ModuleList) and len(module) and not any(name.startswith(f"{o}.") for o, _ in lists):
+            lists.append((name, module))
+    if not lists:
         raise PlanError(
             f"{model.config.model_type}: no list of blocks was found in {type(model).__name__} (an nn.ModuleList whose "
             "items contain attention); such a model cannot be used"
         )
-    return max(found, key=lambda item: (any(map(is_attention, item[1].modules())), len(item[1])))
+    return max(lists, key=lambda item: (any(map(is_attention, item[1].modules())), len(item[1])))
 
 
 def _layout(model: Any, fqn: str, index: int, forced: Mapping[str, Role]) -> Layout:
@@ -83,32 +83,32 @@ def _layout(model: Any, fqn: str, index: int, forced: Mapping[str, Role]) -> Lay
 
 
 def _attentions(model: Any, fqn: str, forced: Mapping[str, Role]) -> list[str]:
-    """The softmax attention of a block, less what the user calls something else."""
-    found = [
+    """Return the softmax attention of a block, without what the user gave another role."""
+    attentions = [
         name
         for name, module in model.get_submodule(fqn).named_modules(prefix=fqn)
         if is_attention(module) and not any(f"{name}.{p}" in forced for p, _ in module.named_parameters())
     ]
-    across = [name for name in found if _ACROSS.search(name.removeprefix(fqn))]
+    across = [name for name in attentions if _ACROSS.search(name.removeprefix(fqn))]
     if across:
         raise PlanError(
             f"{model.config.model_type}: {across[0]} attends to something besides the tokens so far (an encoder, an "
             "image); encoder-decoder and multimodal models cannot be used, only causal language models"
         )
-    if len(found) > 1:
-        last = found[-1].removeprefix(f"{fqn}.")
+    if len(attentions) > 1:
+        last = attentions[-1].removeprefix(f"{fqn}.")
         raise PlanError(
-            f"{model.config.model_type}: the block {fqn} has {len(found)} attentions ({', '.join(found)}); "
+            f"{model.config.model_type}: the block {fqn} has {len(attentions)} attentions ({', '.join(attentions)}); "
             "only one is understood. "
             f'To treat one as an unknown way of mixing tokens, write  model: {{roles: {{"*.{last}": mixer}}}}'
         )
-    for attention in found:
+    for attention in attentions:
         refuse_not_causal(model, attention)
-    return found
+    return attentions
 
 
 def _topmost(model: nn.Module, block: str, fqn: str) -> str:
-    """The outermost module around an attention that is called attention too: the output projection may be beside it."""
+    """Return the outermost module called attention around an attention: it may hold the output projection."""
     top = above = fqn
     while (above := above.rpartition(".")[0]) != block:
         if _ATTENTION_CLASS.search(type(model.get_submodule(above)).__name__):
@@ -117,7 +117,7 @@ def _topmost(model: nn.Module, block: str, fqn: str) -> str:
 
 
 def _child(block: str, fqn: str, attentions: tuple[str, ...]) -> str:
-    """The block's direct child around `fqn`, unless attention lies in it as well."""
+    """Return the block's direct child around `fqn`, unless it contains attention as well."""
     child = f"{block}.{fqn.removeprefix(block + '.').partition('.')[0]}"
     return fqn if any(within(a, (child,)) for a in attentions) else child
 

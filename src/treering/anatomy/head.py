@@ -9,7 +9,7 @@ from treering.anatomy.attention import names_in
 from treering.anatomy.parts import Head
 from treering.core.errors import PlanError
 
-# Generic rules cannot tell whether a setting multiplies or divides; this is all that we know per name ...
+# Generic rules do not show whether a setting multiplies or divides; this is what is known per name ...
 _MULTIPLIES = ("logit_scale", "lm_head_multiplier")
 _DIVIDES = ("logits_scaling", "logits_mup_width_multiplier")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -21,7 +21,7 @@ _HARMLESS = {"soft_cap"}  # a function, beside the setting that it is given
 
 
 def read_head(model: Any, shared: dict[int, str], parameters: dict[int, str]) -> Head:
-    """`shared`: id of an embedding parameter -> its name; `parameters`: id of any parameter -> its name."""
+    """Return the facts of the head. `shared`: id of the embedding's parameter -> its name; `parameters`: of any."""
     module = model.get_output_embeddings()
     if not isinstance(module, nn.Linear):
         raise PlanError(

@@ -10,11 +10,11 @@ from treering.anatomy.parts import Anatomy, Linear, Parameter
 from treering.core.errors import PlanError
 
 _LEAVES = ("weight", "bias")
-_Found = TypeVar("_Found", Linear, Parameter)
+_Named = TypeVar("_Named", Linear, Parameter)
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether `pattern` names `name`, a module or a parameter.
+    """Return whether `pattern` names `name`, a module or a parameter.
 
     >>> matches("model.layers.0.self_attn.q_proj.weight", "q_proj")
     True
@@ -27,23 +27,24 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def select(anatomy: Anatomy, patterns: str | Iterable[str]) -> tuple[Linear, ...]:
-    """The linears that at least one pattern names, in the model's order. A pattern that names none is an error."""
+    """Return the linear layers that at least one pattern names, in the model's order. A pattern that names none is an
+    error."""
     return _select(anatomy, anatomy.linears, patterns, lambda linear: (linear.fqn, linear.weight), "linear layer")
 
 
 def select_parameters(anatomy: Anatomy, patterns: str | Iterable[str]) -> tuple[Parameter, ...]:
-    """The parameters that at least one pattern names, by their own name or by that of the module that holds them."""
-    found = tuple(anatomy.parameters.values())
-    return _select(anatomy, found, patterns, lambda parameter: (parameter.name, parameter.module), "parameter")
+    """Return the parameters that at least one pattern names, by their own name or by their module's."""
+    every = tuple(anatomy.parameters.values())
+    return _select(anatomy, every, patterns, lambda parameter: (parameter.name, parameter.module), "parameter")
 
 
 def _select(
     anatomy: Anatomy,
-    things: Sequence[_Found],
+    things: Sequence[_Named],
     patterns: str | Iterable[str],
-    names: Callable[[_Found], tuple[str, ...]],
+    names: Callable[[_Named], tuple[str, ...]],
     what: str,
-) -> tuple[_Found, ...]:
+) -> tuple[_Named, ...]:
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in patterns:
         if not any(matches(name, pattern) for thing in things for name in names(thing)):
@@ -63,6 +64,6 @@ def _nothing(anatomy: Anatomy, pattern: str, names: Sequence[str], what: str) ->
 
 
 def _last(name: str) -> str:
-    """The last component that tells something: that of the module, for a weight or a bias."""
+    """Return the last component that distinguishes: for a weight or a bias, the module's."""
     head, _, leaf = name.rpartition(".")
     return head.rpartition(".")[2] if leaf in _LEAVES and head else leaf

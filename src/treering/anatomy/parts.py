@@ -1,4 +1,4 @@
-"""The vocabulary: what an anatomy is made of. Plain values; names are those of `model.named_parameters()`."""
+"""The values that an anatomy consists of. Names are those of `model.named_parameters()`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Attention:
     `interface`: it calls transformers' attention interface, so a registered function can stand in for it.
     `kind` is the config's word for the layer ("full_attention", "sliding_attention", "chunked_attention", ...).
     `kv_heads` and the dims are those of the tensors that attention is computed on (latent attention: after expansion).
-    The scale of q·k is not here: some modules scale queries first, and only the call to the interface tells.
+    The scale of q·k is not here: some modules scale queries first, and only the call to the interface shows it.
     """
 
     fqn: str
@@ -91,10 +91,10 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """logits = softcap · tanh(z / softcap), z = scale · (h Wᵀ + b), h: what the module that holds the blocks gives out.
+    """logits = softcap · tanh(z / softcap), z = scale · (h Wᵀ + b), h: the output of the module that holds the blocks.
 
-    `unknown` names what the model's forward does to its logits that we do not understand: where it is not empty,
-    the formula above must not be relied upon.
+    `unknown` names what else the model's forward does to its logits: where it is not empty, the formula above does not
+    hold.
     """
 
     fqn: str
@@ -122,5 +122,5 @@ class Anatomy:
     head: Head | None
 
     def with_role(self, *roles: Role) -> tuple[Parameter, ...]:
-        """The parameters that have one of `roles`, in the model's order."""
+        """Return the parameters that have one of `roles`, in the model's order."""
         return tuple(p for p in self.parameters.values() if p.role in roles)

@@ -1,4 +1,4 @@
-"""What is refused, in words that name it and say what to write instead."""
+"""Errors for models that cannot be used: what was found, and what to write instead."""
 
 import difflib
 import re
@@ -15,8 +15,8 @@ from treering.core.errors import PlanError
 _SENSES = re.compile(r"vision|image|audio|speech|video|vq", re.I)
 
 
-def refuse_strangers(model: Any) -> None:
-    """Only causal language models over text tokens have an anatomy here."""
+def refuse_other_models(model: Any) -> None:
+    """Raise a PlanError unless `model` is a causal language model over text tokens."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_output_embeddings"):
         raise PlanError(f"{type(model).__name__} is not a transformers model; give an AutoModelForCausalLM")
@@ -26,14 +26,15 @@ def refuse_strangers(model: Any) -> None:
     senses = [name for name in getattr(config, "sub_configs", {}) if _SENSES.search(name)]
     senses += [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Conv3d)][:1]
     if senses or model.main_input_name != "input_ids":
-        found = ", ".join(senses) or f"main input {model.main_input_name}"
+        other = ", ".join(senses) or f"main input {model.main_input_name}"
         raise PlanError(
-            f"{asked} is not a text-only model: it has {found}. "
+            f"{asked} is not a text-only model: it has {other}. "
             "Save its language model as a folder of its own and give that one"
         )
 
 
 def refuse_not_causal(model: Any, fqn: str) -> None:
+    """Raise a PlanError where the attention `fqn` also sees later tokens."""
     if getattr(model.get_submodule(fqn), "is_causal", True) is False:
         raise PlanError(
             f"{model.config.model_type}: the attention {fqn} is not causal (is_causal is False); only causal "
@@ -42,13 +43,14 @@ def refuse_not_causal(model: Any, fqn: str) -> None:
 
 
 def forced_roles(model: nn.Module, overrides: Mapping[str, str]) -> dict[str, Role]:
-    """Parameter name -> role, from patterns that name parameters or any module above them; the last match wins."""
+    """Return the role by parameter name, from patterns that name parameters or any module around them; the last match
+    counts."""
     forced: dict[str, Role] = {}
     for pattern, role in overrides.items():
         if role not in ROLES:
             near = difflib.get_close_matches(role, ROLES, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise PlanError(f"model.roles: {pattern!r} is given the role {role!r};{hint} roles are {', '.join(ROLES)}")
+            raise PlanError(f"model.roles: {pattern!r} has the role {role!r};{hint} roles are {', '.join(ROLES)}")
         hit = [n for n, _ in model.named_parameters() if any(matches(above, pattern) for above in _prefixes(n))]
         if not hit:
             some = next((name for name, _ in model.named_parameters()), "")
@@ -60,7 +62,7 @@ def forced_roles(model: nn.Module, overrides: Mapping[str, str]) -> dict[str, Ro
 
 
 def unassigned(model: Any, names: list[str]) -> PlanError:
-    """The error for parameters without a role."""
+    """Return the error for parameters without a role."""
     ends = list(dict.fromkeys(re.sub(r"^.*\.\d+\.", "*.", name) for name in names))
     listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     lines = ", ".join(f'"{end}": other' for end in ends[:3]) + (", ..." if len(ends) > 3 else "")

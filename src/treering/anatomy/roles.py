@@ -1,4 +1,4 @@
-"""The generic rules that give a parameter its role, in order of how sure they are."""
+"""The generic rules for the role of a parameter, the most certain ones first."""
 
 import re
 from typing import Any
@@ -15,12 +15,12 @@ _POSITION = re.compile(r"(^|[._])(w?pe|pos)([._]|$)|position", re.I)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A plain affine map and nothing else; a subclass of nn.Linear that computes differently is not one."""
+    """Return whether a module is an affine map and nothing else; a subclass of Linear with another forward is not."""
     return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
 
 
 def embedding_modules(model: Any) -> tuple[str, ...]:
-    """Every embedding: that of the tokens first, then the others in order."""
+    """Return every embedding: that of the tokens first, then the others in order."""
     module = model.get_input_embeddings()
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
     below = [name for name in names if model.get_submodule(name) in list(getattr(module, "modules", list)())]
@@ -35,7 +35,7 @@ def embedding_modules(model: Any) -> tuple[str, ...]:
 def role_of(
     name: str, parameter: nn.Parameter, holder: nn.Module, layout: Layout | None, routers: tuple[str, ...]
 ) -> Role | None:
-    """The role by the generic rules; None where none applies."""
+    """Return the role by the generic rules; None where none applies."""
     module, _, leaf = name.rpartition(".")
     if isinstance(holder, nn.Embedding):
         return "position" if _POSITION.search(module) else "embedding"

@@ -1,4 +1,4 @@
-"""From a model to its anatomy: what is there, in which block, and one role for every parameter."""
+"""From a model to its anatomy: its parts, their blocks, and one role for every parameter."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -12,15 +12,15 @@ from treering.anatomy.blocks import Layout, is_norm, lay_out, within
 from treering.anatomy.experts import is_experts, read_experts
 from treering.anatomy.head import read_head
 from treering.anatomy.parts import Anatomy, Experts, Head, Linear, Parameter, Role
-from treering.anatomy.refuse import forced_roles, refuse_strangers, unassigned
+from treering.anatomy.refuse import forced_roles, refuse_other_models, unassigned
 from treering.anatomy.roles import embedding_modules, is_linear, role_of
 
 _EMBEDDING_NORM = re.compile(r"emb|per_layer", re.I)
 
 
 def survey(model: Any, overrides: Mapping[str, str]) -> Anatomy:
-    """See `treering.anatomy.examine`."""
-    refuse_strangers(model)
+    """Return the anatomy of `model`; see `treering.anatomy.examine`."""
+    refuse_other_models(model)
     forced = forced_roles(model, overrides)
     names = {id(p): name for name, p in model.named_parameters()}
     embeddings = embedding_modules(model)
@@ -50,21 +50,21 @@ def survey(model: Any, overrides: Mapping[str, str]) -> Anatomy:
 
 
 def _experts(model: nn.Module, layouts: tuple[Layout, ...], forced: Mapping[str, Role]) -> tuple[Experts, ...]:
-    found = []
+    every = []
     for layout in layouts:
         fqn, index = layout.block.fqn, layout.block.index
         for below, module in model.get_submodule(fqn).named_modules(prefix=fqn):
             inside = within(below, (*layout.attention_roots, *layout.mixer_roots))
             own = [f"{below}.{name}" for name, _ in module.named_parameters(recurse=False)]
             if is_experts(below, module) and not inside and not any(name in forced for name in own):
-                found.append(read_experts(model, below, fqn, index))
-    return tuple(found)
+                every.append(read_experts(model, below, fqn, index))
+    return tuple(every)
 
 
 def _parameters(
     model: Any, layouts: tuple[Layout, ...], experts: tuple[Experts, ...], head: Head, forced: Mapping[str, Role]
 ) -> dict[str, Parameter]:
-    found, lost = {}, []
+    assigned, unknown = {}, []
     experts_at = {e.fqn: e for e in experts}
     routers = tuple(e.router for e in experts if e.router is not None)
     for name, p in model.named_parameters():
@@ -79,13 +79,13 @@ def _parameters(
         else:
             role = role_of(name, p, model.get_submodule(holder), layout, routers)
         if role is None:
-            lost.append(name)
+            unknown.append(name)
             continue
         block = layout.block.index if layout else None
-        found[name] = Parameter(name=name, role=role, shape=tuple(p.shape), module=holder, block=block)
-    if lost:
-        raise unassigned(model, lost)
-    return found
+        assigned[name] = Parameter(name=name, role=role, shape=tuple(p.shape), module=holder, block=block)
+    if unknown:
+        raise unassigned(model, unknown)
+    return assigned
 
 
 def _linears(
@@ -119,6 +119,6 @@ def _block(name: str, layouts: tuple[Layout, ...]) -> Layout | None:
 
 
 def _final_norm(outside: list[str]) -> str | None:
-    """Of the norms outside the blocks, the one that does not belong to the embeddings; None if that is not one."""
+    """Return, of the norms outside the blocks, the one that does not belong to the embeddings; else None."""
     final = outside if len(outside) == 1 else [name for name in outside if not _EMBEDDING_NORM.search(name)]
     return final[0] if len(final) == 1 else None

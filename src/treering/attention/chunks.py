@@ -40,7 +40,7 @@ def chunked(
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """H × T × E, in the dtype of the query; computed in at least float32."""
+    """Return H × T × E, in the dtype of the query; computed in at least float32."""
     return _Chunked.apply(query_HTD, key_KTD, value_KTE, sinks_H, _Rule(documents.lengths, scaling, window, softcap))
 
 
@@ -95,7 +95,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def _spans(rule: _Rule) -> Iterator[tuple[slice, slice]]:
-    """Chunks of queries, each with the stretch of keys it can see."""
+    """Yield chunks of queries, each with the range of keys that it can see."""
     start = 0
     for length in rule.lengths:
         stop = start + length
@@ -107,7 +107,7 @@ def _spans(rule: _Rule) -> Iterator[tuple[slice, slice]]:
 
 
 def _scores(q: Tensor, key: Tensor, queries: slice, keys: slice, rule: _Rule) -> Tensor:
-    """K × (G·C) × N, hidden ones −∞."""
+    """Return K × (G·C) × N scores, hidden ones −∞."""
     scores = (q @ key.transpose(1, 2)).mul_(rule.scaling)
     if rule.softcap is not None:
         scores = scores.div_(rule.softcap).tanh_().mul_(rule.softcap)

@@ -1,14 +1,32 @@
 """Where one document ends and the next begins, in one row of packed tokens."""
 
 from collections.abc import Iterable
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError, dataclass, replace
 from itertools import accumulate
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from treering.core.errors import DataError
+
+
+class Exchange(Protocol):
+    """What is sent between ranks around the attention of a layer, such as heads in Ulysses; both ways differentiable.
+
+    One exchange serves every layer and every forward, a recompute in the backward included, so it keeps nothing from
+    `before` to `after`. B rows (1), H query heads, K key heads, T tokens, D width of query and key, E width of value.
+    """
+
+    def before(
+        self, query_BHTD: Tensor, key_BKTD: Tensor, value_BKTE: Tensor, sinks_H: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return what the attention computes with, for example fewer heads of more tokens, and their sinks."""
+        ...
+
+    def after(self, out_BHTE: Tensor) -> Tensor:
+        """Return the result for the heads and tokens that `before` was given."""
+        ...
 
 
 # Frozen by `__setattr__`: torch.compile 2.11 guards the fields of a frozen dataclass that reaches a graph, and would
@@ -17,13 +35,22 @@ from treering.core.errors import DataError
 class Documents:
     """The lengths of the documents of one packed row, in order, on the host and on the device.
 
-    It travels as the keyword `documents` of the model's forward, so that a recompute in the backward sees it too.
+    It is passed as the keyword `documents` of the model's forward, so that a recompute in the backward sees it too.
     Compared by identity: two batches never share one.
+
+    Attributes:
+        lengths: Tokens of each document.
+        cu_seqlens: int32 [D + 1]: 0, then where each document ends.
+        longest: The largest of `lengths`.
+        exchange: Called around every attention, or None.
+        inside: The documents between `before` and `after` of the exchange; None: these.
     """
 
     lengths: tuple[int, ...]
-    cu_seqlens: Tensor  # int32 [D + 1]: 0, then where each document ends
+    cu_seqlens: Tensor
     longest: int
+    exchange: Exchange | None = None
+    inside: "Documents | None" = None
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in vars(self):
@@ -32,7 +59,7 @@ class Documents:
 
     @classmethod
     def of(cls, lengths: Iterable[int], device: torch.device | str = "cpu") -> Self:
-        """Documents of these lengths. The host knows them, so nothing ever waits for the device to tell."""
+        """Return documents of these lengths. The host knows them, so nothing ever waits for the device."""
         lengths = tuple(int(length) for length in lengths)
         if not lengths or min(lengths) < 1:
             raise DataError(f"document lengths are {_shown(lengths)}; give at least one, each at least 1")
@@ -43,10 +70,17 @@ class Documents:
     def tokens(self) -> int:
         return sum(self.lengths)
 
+    def exchanged(self, exchange: Exchange, inside: "Documents | None" = None) -> "Documents":
+        """Return the same documents with an exchange, and `inside` it perhaps others."""
+        return replace(self, exchange=exchange, inside=inside)
+
     def to(self, device: torch.device | str) -> "Documents":
-        """The same documents with `cu_seqlens` on `device`."""
+        """Return the same documents with `cu_seqlens` on `device`."""
         moved = self.cu_seqlens.to(device, non_blocking=True)
-        return self if moved is self.cu_seqlens else Documents.of(self.lengths, device)
+        inside = None if self.inside is None else self.inside.to(device)
+        if moved is self.cu_seqlens and inside is self.inside:
+            return self
+        return replace(self, cu_seqlens=moved, inside=inside)
 
     def check(self, tokens: int) -> None:
         """Refuse a row of another length: its tail would attend to nothing, or to another document."""

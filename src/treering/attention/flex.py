@@ -1,4 +1,4 @@
-"""CUDA: softcap by flex_attention, with a block mask made from the documents' borders, never from an S × S mask.
+"""CUDA: softcap by flex_attention, with a block mask computed from the documents' borders, never from an S × S mask.
 
 Shapes: H query heads, K key heads, T tokens, D and E widths.
 """
@@ -29,7 +29,7 @@ def flex(
     softcap: float,
     window: int | None = None,
 ) -> Tensor:
-    """H × T × E. All layers of one step share the block mask of their window."""
+    """Return H × T × E. All layers of one step share the block mask of their window."""
 
     def cap(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
@@ -50,7 +50,7 @@ def _compiled() -> Callable[..., Tensor]:
 
 
 def block_mask(documents: Documents, window: int | None) -> BlockMask:
-    """Blocks of keys from the first that the block's first query sees up to the block itself; the rule inside them."""
+    """Return, per block of queries, the blocks of keys from the first that is seen to itself, and the rule inside."""
     ends = documents.cu_seqlens.long()
     tokens = documents.tokens
     device = ends.device

@@ -1,21 +1,22 @@
-"""The function that transformers' attention layers call: packed where `documents` are given, else what sdpa does.
+"""The function that transformers' attention layers call: packed where `documents` are given, else what sdpa computes.
 
 Shapes: B rows, H query heads, K key heads, T tokens, S keys (more than T with a cache), D and E widths.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from treering.attention.documents import Documents
 from treering.attention.kernels import attend
-from treering.attention.masks import Deferred
-from treering.attention.rope import rope_conflict
 from treering.core.errors import PlanError
 
-# what some layers hand to their attention that changes the result, and that no kernel here knows
+# arguments of some layers' attention that change the result, and that no kernel here knows
 _FOREIGN = ("position_bias", "indices", "block_indices", "cache")
 
 
@@ -26,7 +27,7 @@ def attention(
     query_BHTD: Tensor,
     key_BKSD: Tensor,
     value_BKSE: Tensor,
-    attention_mask: "Deferred | Tensor | None",
+    attention_mask: "DeferredMask | Tensor | None",
     dropout: float = 0.0,
     scaling: float | None = None,
     documents: Documents | None = None,
@@ -35,25 +36,32 @@ def attention(
     """Registered with transformers' AttentionInterface. Returns B × T × H × E."""
     if documents is None:
         return _unpacked(module, query_BHTD, key_BKSD, value_BKSE, attention_mask, dropout, scaling, kwargs)
-    _refuse(module, query_BHTD, key_BKSD, attention_mask, dropout, documents, kwargs)
-    out = attend(
+    inside = documents.inside or documents
+    _refuse(module, query_BHTD, key_BKSD, attention_mask, dropout, inside, kwargs)
+    documents.check(query_BHTD.shape[2])
+    exchange, sinks_H = documents.exchange, kwargs.get("s_aux")
+    if exchange is not None:
+        query_BHTD, key_BKSD, value_BKSE, sinks_H = exchange.before(query_BHTD, key_BKSD, value_BKSE, sinks_H)
+    out_BHTE = attend(
         query_BHTD,
         key_BKSD,
         value_BKSE,
-        documents,
+        inside,
         scaling=scaling,
         window=kwargs.get("sliding_window"),
         softcap=kwargs.get("softcap"),
-        sinks_H=kwargs.get("s_aux"),
+        sinks_H=sinks_H,
     )
-    return out.transpose(1, 2).contiguous(), None
+    if exchange is not None:
+        out_BHTE = exchange.after(out_BHTE)
+    return out_BHTE.transpose(1, 2).contiguous(), None
 
 
 def _refuse(
-    module: nn.Module, query: Tensor, key: Tensor, mask: "Deferred | Tensor | None", dropout: float,
+    module: nn.Module, query: Tensor, key: Tensor, mask: "DeferredMask | Tensor | None", dropout: float,
     documents: Documents, kwargs: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Everything under which the packed result would not be that of each document alone."""
+    """Raise PlanError or DataError where the packed result would not be that of each document alone."""
     name = type(module).__name__
     if query.shape[0] != 1:
         raise PlanError(f"{name} got documents and {query.shape[0]} rows; packed tokens are one row, [1, T]")
@@ -72,29 +80,29 @@ def _refuse(
             raise PlanError(f"{name} uses {foreign}=, which packed attention does not know; switch packing off")
     if isinstance(mask, Tensor):
         raise PlanError(f"{name} got documents and an attention_mask; packed rows have no padding: leave the mask out")
-    if isinstance(mask, Deferred):
+    if isinstance(mask, DeferredMask):
         _refuse_mask(name, mask, documents, kwargs.get("sliding_window"))
     conflict = rope_conflict(getattr(module, "config", None), documents.lengths)
     if conflict:
         raise PlanError(conflict)
 
 
-def _refuse_mask(name: str, mask: Deferred, documents: Documents, window: int | None) -> None:
-    """The mask is the truth about what a layer may see; the keyword is how it tells us. They have to agree."""
-    if mask.own_rule:
+def _refuse_mask(name: str, mask: "DeferredMask", documents: Documents, window: int | None) -> None:
+    """Refuse a mask whose window differs from the layer's keyword, which is what kernels get."""
+    if mask.has_other_rule:
         raise PlanError(f"{name} has a mask rule of its own besides causality; switch packing off")
     if mask.window != window and min(mask.window or documents.longest, window or documents.longest) < documents.longest:
         raise PlanError(
-            f"{name} masks a local size of {mask.window} but tells its attention a sliding window of {window}; "
-            "it is no sliding window we know: switch packing off"
+            f"{name} masks a local size of {mask.window} but gives its attention a sliding window of {window}; "
+            "it is not a known sliding window: switch packing off"
         )
 
 
 def _unpacked(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: "Deferred | Tensor | None", dropout: float,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: "DeferredMask | Tensor | None", dropout: float,
     scaling: float | None, kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:  # fmt: skip
-    mask = mask.built if isinstance(mask, Deferred) else mask
+    mask = mask.built if isinstance(mask, DeferredMask) else mask
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if softcap is None and sinks is None:
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
@@ -115,7 +123,7 @@ def _masked(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float,
     softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Softcap and sinks under a given mask, all scores at once, softmax in at least float32. B × T × H × E."""
+    """Return B × T × H × E: softcap and sinks under a given mask, all scores at once, softmax in at least float32."""
     rows, heads, tokens, _ = query.shape
     work = torch.promote_types(query.dtype, torch.float32)
     grouped = query.reshape(rows, key.shape[1], -1, query.shape[-1])
@@ -131,3 +139,76 @@ def _masked(
     p = nn.functional.dropout(scores.softmax(-1)[..., : key.shape[2]].to(value.dtype), dropout)
     out = p.view(rows, key.shape[1], -1, key.shape[2]) @ value
     return out.view(rows, heads, tokens, -1).transpose(1, 2).contiguous()
+
+
+def rope_conflict(config: Any, lengths: Sequence[int]) -> str | None:
+    """Return why these documents cannot share a row, or None. With frequencies that depend on the longest position of a
+    batch, documents would change one another.
+
+    longrope  changes its frequencies for all tokens as soon as one position is past the original length
+    dynamic   stretches them with the longest position, for all tokens
+    """
+    if len(lengths) == 1:
+        return None
+    for rope in _ropes(config):
+        kind = rope.get("rope_type", "default")
+        if kind not in ("longrope", "dynamic"):
+            continue
+        limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        beyond = sum(length > limit for length in lengths)
+        if beyond and (kind == "dynamic" or beyond < len(lengths)):
+            return (
+                f"{beyond} of {len(lengths)} packed documents are longer than {limit} tokens, and this model's {kind} "
+                "rotary embedding would then change the others too; pack documents of at most that length, or switch "
+                "packing off"
+            )
+    return None
+
+
+def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield one mapping, or one per kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" in parameters:
+        yield parameters
+    else:
+        yield from (rope for rope in parameters.values() if isinstance(rope, Mapping))
+
+
+class DeferredMask:
+    """The request for a square causal mask over complete rows, which is not built before an attention needs it.
+
+    transformers makes the mask at the top of the model, where it does not know documents, and would guess them from the
+    position ids and build S × S booleans. The request keeps no state between forward and recompute, and holds the
+    window that the mask would have had.
+    """
+
+    def __init__(self, request: dict[str, Any]):
+        self._request = request
+
+    @property
+    def window(self) -> int | None:
+        return self._request.get("local_size")
+
+    @property
+    def has_other_rule(self) -> bool:
+        """Whether the model is not causal, or adds a rule to its mask (an image's tokens see each other)."""
+        overlaid = self._request["mask_function"].__qualname__.startswith("or_masks.")
+        return overlaid or self._request.get("use_vmap", False) or "allow_is_bidirectional_skip" in self._request
+
+    @cached_property
+    def built(self) -> Tensor | None:
+        """The mask that sdpa would have been given; None where `is_causal` is enough."""
+        return sdpa_mask(**self._request)
+
+    def contiguous(self) -> Tensor | None:
+        """`generate` with a static cache makes masks ahead of the model, and calls this on them: it is built there."""
+        return None if self.built is None else self.built.contiguous()
+
+
+def deferred_mask(**request: Any) -> "DeferredMask | Tensor | None":
+    """Registered with transformers' AttentionMaskInterface. With padding or a cache there are no documents."""
+    offsets = (request.get("q_offset", 0), request.get("kv_offset", 0))
+    fresh = all(isinstance(offset, int) and offset == 0 for offset in offsets)  # a static cache counts on the device
+    if request.get("attention_mask") is None and fresh and request["q_length"] == request["kv_length"]:
+        return DeferredMask(request)
+    return sdpa_mask(**request)

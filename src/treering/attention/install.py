@@ -1,4 +1,4 @@
-"""Give one model our attention, and take it away again."""
+"""Install packed attention on one model, and undo it."""
 
 import copy
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def install(model: nn.Module, anatomy: "Anatomy | None" = None) -> Callable[[], 
     reason = packable(model, anatomy)
     if reason:
         raise PlanError(f"packing was asked for, but {reason}; switch packing off (data: packing: off)")
-    held = [
+    configurations = [
         (module, attribute, value)
         for module in model.modules()
         for attribute, value in vars(module).items()
@@ -35,13 +35,13 @@ def install(model: nn.Module, anatomy: "Anatomy | None" = None) -> Callable[[], 
     ]
     registered = vars(model)[REGISTERED] = Registered()
     seen: dict[int, object] = {}  # one memo for all: configurations inside configurations stay the same object
-    for module, attribute, value in held:
-        own = copy.deepcopy(value, seen)
-        own._attn_implementation = NAME
-        setattr(module, attribute, own)
+    for module, attribute, value in configurations:
+        copied = copy.deepcopy(value, seen)
+        copied._attn_implementation = NAME
+        setattr(module, attribute, copied)
 
     def undo() -> None:
-        for module, attribute, value in held:
+        for module, attribute, value in configurations:
             setattr(module, attribute, value)
         if vars(model).get(REGISTERED) is registered:
             del vars(model)[REGISTERED]
@@ -50,14 +50,13 @@ def install(model: nn.Module, anatomy: "Anatomy | None" = None) -> Callable[[], 
 
 
 class Registered:
-    """That transformers knows our attention by its name. Kept on the model, so that whoever reads a pickle of it,
-    perhaps in another process, has it registered too."""
+    """Registers the attention with transformers under its name. It is an attribute of the model, so that reading a
+    pickle of the model, perhaps in another process, registers it too."""
 
     def __init__(self) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
 
-        from treering.attention.hook import attention
-        from treering.attention.masks import deferred_mask
+        from treering.attention.hook import attention, deferred_mask
 
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, deferred_mask)

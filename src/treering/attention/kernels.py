@@ -1,17 +1,66 @@
-"""One function for packed attention; `choose` picks the kernel.
+"""One function for packed attention, and `choose`, which selects its kernel.
 
 Shapes: B rows, H query heads, K key heads, T tokens, D width of query and key, E width of value.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from treering.attention.choose import Features, choose
 from treering.attention.chunks import chunked
 from treering.attention.documents import Documents
+
+Kernel = Literal["sdpa", "chunks", "varlen", "flex"]
+# device type -> kernel, of devices that torch does not know
+_registered: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {}
+
+
+def register_kernel(device: str, kernel: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]) -> None:
+    """Let `attend` call `kernel` for every attention on devices of this type.
+
+    Args:
+        device: A device type, as `torch.device.type` has it.
+        kernel: (query H × T × D, key K × T × D, value K × T × E, sinks H or None) -> H × T × E.
+    """
+    _registered[device] = kernel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What one attention layer asks for. `window` is False when no document is longer than it."""
+
+    dtype: torch.dtype
+    width: int  # the wider of the head widths of query and value
+    window: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    flash: bool = True  # the card can run FlashAttention 2 (compute capability 8.0 or newer)
+
+
+def choose(device: str, features: Features) -> Kernel:
+    """Return the fastest kernel that is exact for `features` on a device of this type.
+
+    sdpa    one call of torch's scaled_dot_product_attention per document
+    chunks  plain torch, in chunks of queries: every feature, on every device
+    varlen  torch.nn.attention.varlen: FlashAttention over all documents at once, CUDA, half precision
+    flex    torch.nn.attention.flex_attention, compiled: softcap on CUDA; it has no backward on the CPU
+    """
+    plain = not (features.window or features.softcap or features.sinks)
+    if device != "cuda":
+        return "sdpa" if plain else "chunks"
+    half = features.dtype in (torch.float16, torch.bfloat16)
+    if half and features.flash and features.width <= 256 and not features.softcap:
+        return "varlen"
+    if features.softcap and not features.sinks and (half or features.dtype == torch.float32):
+        # Triton's dot needs a head at least 16 wide; above 256 the tiles no longer fit
+        if 16 <= features.width <= 256:
+            return "flex"
+    return "sdpa" if plain else "chunks"
 
 
 def attend(
@@ -25,7 +74,7 @@ def attend(
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention inside each document, B × H × T × E. With several rows, each is cut into these documents.
+    """Return causal attention inside each document, B × H × T × E. With several rows, each is cut into these documents.
 
     `window`: a token sees itself and the `window − 1` before it. `sinks_H`: one logit per head that takes part in the
     softmax and has no value. `scaling` defaults to 1/√D.
@@ -37,6 +86,9 @@ def attend(
     if rows > 1:
         documents = Documents.of(documents.lengths * rows, query_BHTD.device)
     query, key, value = (_one_row(x) for x in (query_BHTD, key_BKTD, value_BKTE))
+    if query.device.type in _registered:
+        out = _registered[query.device.type](query, key, value, sinks_H)
+        return out.view(heads, rows, tokens, -1).transpose(0, 1)
     features = Features(
         dtype=query.dtype,
         width=max(width, value.shape[-1]),
@@ -67,7 +119,7 @@ def _one_row(x_BHTD: Tensor) -> Tensor:
 
 
 def _per_document(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float) -> Tensor:
-    """Heads × T × E. Split, not sliced: the gradient of many slices would each be a tensor of all tokens."""
+    """Return heads × T × E. Split, not sliced: the gradient of many slices would each be a tensor of all tokens."""
     width = value.shape[-1]
     query, key, value = _same_width(query, key, value, multiple=1)
     gqa = len(query) != len(key)
@@ -92,7 +144,8 @@ def _varlen(
 
 
 def _same_width(query: Tensor, key: Tensor, value: Tensor, *, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeros up to a common width: exact, and what flash kernels ask for. The math kernel would build T × T scores."""
+    """Return all three with zeros up to a common width, which is exact: flash kernels need it, and the math kernel
+    would compute T × T scores."""
     width = -(-max(query.shape[-1], value.shape[-1]) // multiple) * multiple
 
     def wide(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Can the documents of one row be kept apart in this model? Asked before any weight is read; the answer is a reason."""
+"""Whether the documents of one row can be kept apart in a model, decided before any weight is read."""
 
 import ast
 import inspect
@@ -18,7 +18,7 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def packable(model: nn.Module, anatomy: "Anatomy | None" = None) -> str | None:
-    """Why packing would mix documents or miss them in this model, by name; None if every document stays alone."""
+    """Return why packing would mix documents or miss them in this model, by name; None if it does neither."""
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "_supports_attention_backend"):
@@ -41,15 +41,15 @@ def packable(model: nn.Module, anatomy: "Anatomy | None" = None) -> str | None:
         others = [i for i, block in enumerate(anatomy.blocks) if block.mixer != "attention"]
         if others:
             return f"block {others[0]} of {name} mixes tokens by something other than attention"
-    return _lost_on_the_way(model)
+    return _keywords_lost(model)
 
 
 def _crosses(config: "PretrainedConfig") -> bool:
     return bool(getattr(config, "add_cross_attention", False) or getattr(config, "cross_attention_layers", None))
 
 
-def _lost_on_the_way(model: nn.Module) -> str | None:
-    """`documents` reaches the attention only if every forward down to it hands on its keyword arguments."""
+def _keywords_lost(model: nn.Module) -> str | None:
+    """Return which module keeps `documents` from the attention: every forward above it has to pass on its keywords."""
     attentions = [fqn for fqn, module in model.named_modules() if "attention_interface" in _receivers(_kind(module))]
     if not attentions:
         return f"{type(model).__name__} has no layer that calls transformers' attention interface"
@@ -60,7 +60,7 @@ def _lost_on_the_way(model: nn.Module) -> str | None:
             return f"{fqn} of {type(model).__name__} computes with its mask, and packing makes none"
         for above, module in _path(model, fqn):
             if not isinstance(module, nn.ModuleList | nn.ModuleDict) and not _receivers(_kind(module)):
-                return f"{type(module).__name__} ({above or 'the model'}) does not hand its keyword arguments on"
+                return f"{type(module).__name__} ({above or 'the model'}) does not pass on its keyword arguments"
     return None
 
 
@@ -78,7 +78,7 @@ def _kind(module: nn.Module) -> Any:
 
 @cache
 def _receivers(kind: type[nn.Module]) -> frozenset[str]:
-    """What a class's forward hands its `**kwargs` to: names as written, `self.model` or `attention_interface`."""
+    """Return what a class's forward passes its `**kwargs` to, as written: `self.model` or `attention_interface`."""
     function = _parsed(inspect.unwrap(kind.forward))
     if not isinstance(function, ast.FunctionDef) or function.args.kwarg is None:
         return frozenset()
@@ -94,7 +94,7 @@ def _receivers(kind: type[nn.Module]) -> frozenset[str]:
 
 @cache
 def _looks_into_mask(kind: type[nn.Module]) -> bool:
-    """Whether a layer reads elements or properties of its mask, instead of only handing it on."""
+    """Whether a layer reads elements or properties of its mask, instead of only passing it on."""
     return any(
         isinstance(node, ast.Attribute | ast.Subscript)
         and isinstance(node.value, ast.Name)
@@ -104,7 +104,7 @@ def _looks_into_mask(kind: type[nn.Module]) -> bool:
 
 
 def _parsed(thing: Callable[..., object]) -> ast.AST:
-    """The syntax of a class or function; an empty module where its source cannot be had."""
+    """The syntax of a class or function; an empty module where its source is not available."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
     except (OSError, TypeError, SyntaxError):

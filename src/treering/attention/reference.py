@@ -1,4 +1,4 @@
-"""The plain truth: each document alone, all its scores at once, a softmax with one more column for the sink.
+"""The reference: each document alone, all its scores at once, a softmax with one more column for the sink.
 
 Shapes: B batch, H query heads, K key heads, T tokens, D width of query and key, E width of value.
 """
@@ -22,15 +22,15 @@ def reference(
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """B × H × T × E. Differentiable by autograd; quadratic memory; any dtype."""
+    """Return B × H × T × E. Differentiable by autograd; quadratic memory; any dtype."""
     scaling = 1 / math.sqrt(query_BHTD.shape[-1]) if scaling is None else scaling
     repeat = query_BHTD.shape[1] // key_BKTD.shape[1]
     key_BHTD = key_BKTD.repeat_interleave(repeat, dim=1)
     value_BHTE = value_BKTE.repeat_interleave(repeat, dim=1)
     outputs, start = [], 0
     for length in documents.lengths:
-        own = slice(start, start + length)
-        scores = query_BHTD[:, :, own] @ key_BHTD[:, :, own].transpose(-1, -2) * scaling
+        tokens = slice(start, start + length)
+        scores = query_BHTD[:, :, tokens] @ key_BHTD[:, :, tokens].transpose(-1, -2) * scaling
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         age = torch.arange(length, device=scores.device)[:, None] - torch.arange(length, device=scores.device)
@@ -39,6 +39,6 @@ def reference(
         if sinks_H is not None:
             sink = sinks_H.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
             scores = torch.cat([scores, sink], dim=-1)
-        outputs.append(scores.softmax(-1)[..., :length] @ value_BHTE[:, :, own])
+        outputs.append(scores.softmax(-1)[..., :length] @ value_BHTE[:, :, tokens])
         start += length
     return torch.cat(outputs, dim=2)

@@ -13,8 +13,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 from treering.attention.documents import Documents
 
-# torch 2.11 shares key heads among query heads without being asked; later versions refuse to unless they are asked.
-_ASKED_TO_SHARE = "enable_gqa" in inspect.signature(varlen_attn).parameters
+# torch 2.11 shares key heads among query heads by itself; later versions need a keyword for it.
+_HAS_GQA_KEYWORD = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def varlen(
@@ -27,7 +27,7 @@ def varlen(
     window: int | None = None,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """T × H × D. A window of w tokens is the query itself and the w − 1 before it."""
+    """Return T × H × D. A window of w tokens is the query itself and the w − 1 before it."""
     sides = (-1 if window is None else window - 1, 0)
     if sinks_H is not None:
         return _WithSinks.apply(query_THD, key_TKD, value_TKD, sinks_H, documents, scaling, sides)
@@ -40,15 +40,15 @@ def varlen(
 
 
 def _shared_heads(query_THD: Tensor, key_TKD: Tensor) -> dict[str, Any]:
-    """Return the keyword by which torch is told that several query heads share a key head, if it knows the keyword."""
-    return {"enable_gqa": query_THD.shape[1] != key_TKD.shape[1]} if _ASKED_TO_SHARE else {}
+    """Return the keyword for several query heads that have one key head, if this torch knows it."""
+    return {"enable_gqa": query_THD.shape[1] != key_TKD.shape[1]} if _HAS_GQA_KEYWORD else {}
 
 
 class _WithSinks(torch.autograd.Function):
     """With the sink s of a head and the kernel's log-sum-exp ℓ over the keys: L = log(exp ℓ + exp s), o = õ exp(ℓ − L).
 
-    The flash backward knows the softmax only by the log-sum-exp it is handed, and takes δ = do · o from the o it is
-    handed. Handing it L and the final o makes it the backward of the softmax with the sink. The kernel's own autograd
+    The flash backward knows the softmax only by the log-sum-exp that it is given, and takes δ = do · o from the o that
+    it is given. With L and the final o it is the backward of the softmax with the sink. The kernel's own autograd
     would not do: it ignores the gradient of ℓ.
     """
 
@@ -82,7 +82,7 @@ class _WithSinks(torch.autograd.Function):
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float, sides: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp H × T and random state. The public varlen_attn has no backward to be called by itself."""
+    """Return output, log-sum-exp H × T and random state. The public varlen_attn has no backward that can be called."""
     ends, longest = documents.cu_seqlens, documents.longest
     return torch.ops.torch_attn._varlen_attn(
         query, key, value, ends, ends, longest, longest, sides == (-1, 0), scaling, list(sides),

@@ -12,7 +12,7 @@ app = typer.Typer(help="Check a configuration, show it, print its schema.", no_a
 
 @app.command("check")
 def check(file: ConfigFile, settings: Settings = None) -> None:
-    """Say whether FILE is a valid configuration, and if not, everything that is wrong with it."""
+    """Check whether FILE is a valid configuration, and report everything that is wrong with it."""
     from treering.cli.console import say
 
     load(file, settings)

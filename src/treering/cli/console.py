@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def console(*, stderr: bool = False) -> "Console":
-    """A console whose strings are not markup: a `[red]` in somebody's data stays as it is."""
+    """Return a console whose strings are not markup: a `[red]` in somebody's data stays as it is."""
     from rich.console import Console
 
     # Rich guesses 80 columns for pipes; a log line must not be broken there.
@@ -21,7 +21,7 @@ def console(*, stderr: bool = False) -> "Console":
 
 
 def safe(text: str, style: str = "") -> "Text":
-    """`text` without markup and control characters."""
+    """Return `text` without markup and control characters."""
     from rich.text import Text
 
     return Text(plain_lines(text), style=style)
@@ -33,7 +33,7 @@ def say(text: str, style: str = "") -> None:
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> "Table":
-    """An empty table in the house's look; `right` names the columns of numbers."""
+    """Return an empty table in the style of all commands; `right` names the columns of numbers."""
     from rich import box
     from rich.table import Table
 

@@ -60,21 +60,23 @@ def check(file: ConfigFile, settings: Settings = None, which: Which = "train") -
     from treering.data.inspect import check as examine
 
     examples, _ = _built(config, which)
-    found = examine(examples)
-    _summary(found.report, f"{found.documents:,} documents, {found.tokens:,} tokens, {found.trained_share:.1%} trained")
-    shares = ", ".join(f"{share:.0%} ≤ {length:,}" for share, length in found.quantiles)
-    say(f"lengths: {found.shortest:,} to {found.longest:,}; {shares}")
+    result = examine(examples)
+    _summary(
+        result.report, f"{result.documents:,} documents, {result.tokens:,} tokens, {result.trained_share:.1%} trained"
+    )
+    shares = ", ".join(f"{share:.0%} ≤ {length:,}" for share, length in result.quantiles)
+    say(f"lengths: {result.shortest:,} to {result.longest:,}; {shares}")
     listing = table("tokens", "documents", "", right=("tokens", "documents"))
-    most = max(bar.count for bar in found.histogram)
-    for bar in found.histogram:
+    most = max(bar.count for bar in result.histogram)
+    for bar in result.histogram:
         listing.add_row(f"{bar.low:,}–{bar.high:,}", f"{bar.count:,}", "█" * round(40 * bar.count / most))
     console().print(listing)
-    if found.untrained_documents:
-        say(f"! {number(found.untrained_documents, 'document')} without a trained token", "yellow")
-    if found.duplicate_count:
-        repeat = "repeats another" if found.duplicate_count == 1 else "repeat others"
-        say(f"! {number(found.duplicate_count, 'document')} {repeat} exactly", "yellow")
-        for first, again in found.duplicates:
+    if result.untrained_documents:
+        say(f"! {number(result.untrained_documents, 'document')} without a trained token", "yellow")
+    if result.duplicate_count:
+        repeat = "repeats another" if result.duplicate_count == 1 else "repeat others"
+        say(f"! {number(result.duplicate_count, 'document')} {repeat} exactly", "yellow")
+        for first, again in result.duplicates:
             console().print(safe(f"    {again} repeats {first}"), soft_wrap=True)
 
 
@@ -98,7 +100,7 @@ def _tokenizer(path: str) -> "PreTrainedTokenizerBase":
 
 @contextmanager
 def _counting() -> "Iterator[Callable[[int], None]]":
-    """A count of records on the terminal while they are tokenised."""
+    """Show a count of records on the terminal while they are tokenised."""
     from treering.cli.console import console
 
     out = console(stderr=True)
@@ -120,7 +122,7 @@ def _print_document(document: "ShownDocument") -> None:
 
 
 def _coloured(document: "ShownDocument", *, marks: bool) -> "Text":
-    """The tokens one after the other; `marks` puts brackets around what is trained, where colour cannot be seen."""
+    """Return the tokens in a row; `marks` puts brackets around what is trained, where colour cannot be seen."""
     from rich.text import Text
 
     from treering.data.inspect import printable

@@ -1,4 +1,4 @@
-"""`treering demo`: the whole way, from text that ships with Python to an exported model."""
+"""`treering demo`: every step from text that ships with Python to an exported model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,4 +16,6 @@ def command(
 
     from treering.cli.progress import Live
 
-    import_module("treering.demo").run(folder, console=Live())  # by name: the demo stands above the command line
+    import_module("treering.demo").run(
+        folder, console=Live()
+    )  # by name: the package demo may import cli, and cli not demo

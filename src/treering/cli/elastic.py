@@ -1,20 +1,22 @@
 """`--nproc N`: this process becomes torch's elastic agent and starts N copies of the same command on this machine."""
 
+import json
 import logging
 import os
 import signal
 import sys
 import tempfile
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from treering.cli import outcome
 from treering.cli.text import plain_lines
 from treering.core.errors import CheckpointError, TreeringError
 
 SAVING = 3600  # seconds that ranks have for their checkpoint after a signal; a second signal ends them at once
 SAVING_2_11 = 30  # the same where torch cannot be asked for more: version 2.11
+OUTCOME = "TORCHELASTIC_ERROR_FILE"  # names the file for how a rank ended; set for each rank by the agent
 TAIL = 4000  # characters of a failed rank's log that are shown
 
 
@@ -36,7 +38,7 @@ def saving_time() -> int:
 def start(nproc: int, arguments: list[str], logs: Path) -> None:
     """Run `treering ARGUMENTS` on `nproc` ranks of this machine and wait for all of them.
 
-    Rank 0 keeps the terminal, and with it the live line; what the others say goes to files under `logs`.
+    Rank 0 keeps the terminal, and with it the live line; the output of the others goes to files under `logs`.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -68,12 +70,26 @@ def start(nproc: int, arguments: list[str], logs: Path) -> None:
     except ChildFailedError as error:
         _failed(error, logs)
     except SignalException as stopped:
-        # The ranks got the signal too, and have ended by now: rank 0 has told how, unless it died of it.
-        if (code := outcome.left(logs)) is not None:
+        # The ranks got the signal too, and have ended by now: rank 0 has written how, unless the signal ended it.
+        if (code := read_outcome(logs)) is not None:
             raise RanksFailed(f"stopped by {stopped.sigval.name}; rank 0's message is above", code) from None
         if stopped.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
         raise RanksFailed(f"stopped by {stopped.sigval.name}", 128 + stopped.sigval) from None
+
+
+def write_outcome(message: str, code: int) -> None:
+    """Write how this rank ends for the agent, which otherwise knows only the order in which it saw ranks end."""
+    if OUTCOME in os.environ:
+        outcome = {"message": message, "timestamp": str(int(time.time())), "exit_code": code}
+        Path(os.environ[OUTCOME]).write_text(json.dumps(outcome), encoding="utf-8")
+
+
+def read_outcome(logs: Path) -> int | None:
+    """Return the exit code that rank 0 has written, if it has."""
+    for file in logs.rglob("0/error.json"):
+        return int(json.loads(file.read_text(encoding="utf-8"))["exit_code"])
+    return None
 
 
 def _share_cores(nproc: int) -> None:
@@ -87,7 +103,7 @@ def _failed(error: Any, logs: Path) -> NoReturn:
     rank, failure = error.get_first_failure()
     own = error.failures.get(0)
     if own is not None and own.exitcode == failure.exitcode:
-        rank, failure = 0, own  # the same reason on all ranks, and rank 0 has told it already
+        rank, failure = 0, own  # the same reason on all ranks, and rank 0 has reported it already
     code = failure.exitcode
     if code < 0:
         name = signal.Signals(-code).name

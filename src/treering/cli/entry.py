@@ -1,4 +1,4 @@
-"""How a command ends: an exit code, one message for a mistake we can explain, a file for one that we cannot."""
+"""How a command ends: an exit code, a message for an error that is explained, a file for one that is not."""
 
 import os
 import sys
@@ -7,10 +7,10 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from treering.cli import outcome
+from treering.cli.elastic import write_outcome
 from treering.core.errors import TreeringError
 
-CRASHED = 70  # EX_SOFTWARE; 1 to 8 are ours, 2 is also a wrong argument
+CRASHED = 70  # EX_SOFTWARE; 1 to 8 are of TreeringError, 2 is also a wrong argument
 INTERRUPTED = 130
 
 
@@ -29,7 +29,7 @@ def main() -> NoReturn:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command; its exit code."""
+    """Run the command of `arguments` and return its exit code."""
     debug = "--debug" in arguments
     try:
         from treering.cli.app import app
@@ -38,10 +38,10 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except TreeringError as error:
-        outcome.leave(_explain(error, debug), error.exit_code)
+        write_outcome(_explain(error, debug), error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
-        _say("interrupted")
+        _write("interrupted")
         return INTERRUPTED
     except Exception as error:
         _report(error, debug)
@@ -53,10 +53,10 @@ def _explain(error: TreeringError, debug: bool) -> str:
     from treering.cli.text import plain_lines, scrubbed
 
     if debug:
-        _say(plain_lines(scrubbed(traceback.format_exc())))
-    told = scrubbed(str(error))
-    _say(plain_lines(told))
-    return told
+        _write(plain_lines(scrubbed(traceback.format_exc())))
+    message = scrubbed(str(error))
+    _write(plain_lines(message))
+    return message
 
 
 def _report(error: Exception, debug: bool) -> None:
@@ -64,20 +64,20 @@ def _report(error: Exception, debug: bool) -> None:
 
     text = scrubbed("".join(traceback.format_exception(error)))
     if debug:
-        _say(plain_lines(text))
+        _write(plain_lines(text))
     with tempfile.NamedTemporaryFile(
         "w", prefix="treering-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
     ) as file:
         file.write(plain_lines(text))
     name = type(error).__name__
-    _say(
+    _write(
         f"{name}: {short(scrubbed(str(error)), 300)}\n"
-        f"This is a bug in treering, or in something below it. The traceback is in {file.name}\n"
+        f"This is a bug in treering, or in a library that it uses. The traceback is in {file.name}\n"
         "Please report it with that file and the output of `treering env`; --debug shows it here."
     )
 
 
-def _say(text: str) -> None:
+def _write(text: str) -> None:
     rank = os.environ.get("RANK", "")
     mark = f"[rank {rank}] " if rank.isdigit() and rank != "0" else ""
     print(mark + text, file=sys.stderr, flush=True)  # noqa: T201 — the console may be what failed

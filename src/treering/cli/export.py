@@ -1,4 +1,4 @@
-"""`treering export`: a run's newest checkpoint as a folder that transformers, or peft, loads."""
+"""`treering export`: the newest checkpoint of a run as a folder that transformers, or peft, loads."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Who am I: the rank of this process, as torchrun or srun say it in the environment."""
+"""The rank of this process, as torchrun or srun give it in the environment."""
 
 import re
 from collections.abc import Mapping, MutableMapping
@@ -21,7 +21,7 @@ class Ranks:
 
 
 def ranks_from(environ: Mapping[str, str]) -> Ranks | None:
-    """The place that a launcher gave this process; None without a launcher."""
+    """Return the rank that a launcher gave this process; None without a launcher."""
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _checked(
             Ranks(
@@ -57,7 +57,7 @@ def _from_srun(environ: Mapping[str, str]) -> Ranks:
         world=_number(environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"),
         local_rank=local,
         address=environ.get("MASTER_ADDR") or first_host(nodes),
-        # Every task must come to the same port without talking, and two jobs on one node to different ones.
+        # Every task must choose the same port without a message, and two jobs on one node different ones.
         port=_number(environ, "MASTER_PORT")
         if "MASTER_PORT" in environ
         else 15_000 + _number(environ, "SLURM_JOB_ID") % 20_000,
@@ -66,7 +66,7 @@ def _from_srun(environ: Mapping[str, str]) -> Ranks:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of SLURM's compressed list: `node[01-04,7],login` → `node01`."""
+    """Return the first host of SLURM's compressed list: `node[01-04,7],login` → `node01`."""
     first = re.match(r"(?:[^,\[\]]|\[[^\]]*\])+", nodes.strip())
     host = re.sub(r"\[([^\]]*)\]", lambda m: re.split("[-,]", m.group(1))[0], first.group()) if first else ""
     if not re.fullmatch(r"[A-Za-z0-9._-]+", host):
@@ -75,14 +75,14 @@ def first_host(nodes: str) -> str:
 
 
 def forgotten_srun(environ: Mapping[str, str]) -> int | None:
-    """How many tasks a SLURM job asked for that nobody has started: its script calls us without srun."""
+    """Return how many tasks a SLURM job asked for that nobody has started, because its script does not use srun."""
     tasks = environ.get("SLURM_NTASKS", "1")
     lonely = "SLURM_JOB_ID" in environ and "SLURM_STEP_ID" not in environ and "SLURM_STEPID" not in environ
     return int(tasks) if lonely and tasks.isdecimal() and int(tasks) > 1 else None
 
 
 def export(ranks: Ranks, environ: MutableMapping[str, str]) -> None:
-    """Say it the way torch.distributed reads it."""
+    """Set the variables that torch.distributed reads."""
     environ["RANK"], environ["WORLD_SIZE"] = str(ranks.rank), str(ranks.world)
     environ["LOCAL_RANK"] = str(ranks.local_rank)
     environ["MASTER_ADDR"], environ["MASTER_PORT"] = ranks.address, str(ranks.port)
@@ -90,7 +90,7 @@ def export(ranks: Ranks, environ: MutableMapping[str, str]) -> None:
 
 def _checked(ranks: Ranks) -> Ranks:
     if not 0 <= ranks.rank < ranks.world:
-        raise ConfigError(f"the launcher says rank {ranks.rank} of {ranks.world}; ranks go from 0 to {ranks.world - 1}")
+        raise ConfigError(f"the launcher gave rank {ranks.rank} of {ranks.world}; ranks go from 0 to {ranks.world - 1}")
     return ranks
 
 

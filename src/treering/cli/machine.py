@@ -49,19 +49,19 @@ ENVIRONMENT = (
 
 
 def versions() -> dict[str, str]:
-    """Package → installed version, or `not installed`."""
-    found = {}
+    """Return package → installed version, or `not installed`."""
+    result = {}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            result[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            result[name] = "not installed"
+    return result
 
 
 def system() -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
-    prefix = sys.prefix.replace(str(Path.home()), "~")  # the user's name is nobody's business
+    prefix = sys.prefix.replace(str(Path.home()), "~")  # without the name of the user
     facts = {
         "python": f"{platform.python_version()} ({platform.python_implementation()}, {prefix})",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -75,7 +75,7 @@ def system() -> dict[str, str]:
 
 
 def memory(field: str) -> int | None:
-    """Bytes of a line of /proc/meminfo; None where there is none."""
+    """Return the bytes in a line of /proc/meminfo; None on a system without it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -85,7 +85,7 @@ def memory(field: str) -> int | None:
 
 
 def accelerators() -> dict[str, str]:
-    """What torch was built for and sees. Imports torch."""
+    """Return what torch was built for and the devices that it sees. Imports torch."""
     import torch
 
     facts = {"torch build": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"}
@@ -100,12 +100,12 @@ def accelerators() -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """The settings of ENVIRONMENT that are set."""
+    """Return the variables of ENVIRONMENT that are set."""
     return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
 
 
 def free_space(folder: Path) -> int:
-    """Free bytes where `folder` is, or would be made."""
+    """Return the free bytes where `folder` is, or would be made."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
@@ -113,9 +113,9 @@ def free_space(folder: Path) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """`remedy` is for what is not ok."""
+    """The result of one check; `remedy` is for a result that is not ok."""
 
     name: str
     status: Literal["ok", "warn", "bad"]
-    found: str
+    result: str
     remedy: str = ""

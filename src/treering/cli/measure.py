@@ -80,7 +80,7 @@ def _few(found: int, asked: int, trained: bool) -> None:
 def _warn(made: "Statistics") -> None:
     from treering.cli.console import say
     from treering.core.collectives import is_first
-    from treering.techniques.osft.coverage import warnings_on
+    from treering.techniques.osft.protection.coverage import warnings_on
 
     if is_first():
         for text in warnings_on(made):

@@ -1,5 +1,7 @@
 """Arguments that several commands share."""
 
+import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,8 +18,13 @@ Settings = Annotated[
 
 
 def load(file: Path, settings: list[str] | None) -> "RunConfig":
-    """The checked configuration of `file`."""
+    """Return the checked configuration of `file`, with each `path=value` of `settings`."""
     from treering.cli.parsing import read_file, validate
     from treering.cli.schema import RunConfig
 
-    return validate(RunConfig, read_file(file), settings or ())
+    return validate(RunConfig, read_file(file), settings or (), _notice)
+
+
+def _notice(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # every rank reads the file, and one line is enough
+        logging.getLogger("treering").warning(line)

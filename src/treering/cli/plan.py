@@ -1,8 +1,9 @@
-"""`treering plan`: what a configuration would do, and whether it fits, from shapes alone, for any number of ranks."""
+"""`treering plan`: what a configuration would do and whether it fits into memory, computed from shapes."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from treering.cli.schema import RunConfig
     from treering.memory import Forecast, Subject
     from treering.memory.search import Switch
-    from treering.plan import Plan, Run
+    from treering.plan import Run
+    from treering.technique import Variant
 
 NAME = "plan"
 UNITS = {"GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6}
@@ -37,15 +39,14 @@ def command(
     ] = None,
 ) -> None:
     """Show what would happen: order, memory, messages. Reads no weights, trains nothing."""
-    room = None if gpu is None else _bytes(gpu)
+    limit = None if gpu is None else _bytes(gpu)
     config = load(file, settings)
     from treering.cli.console import say
 
-    text, predict = _explained(config, ranks)
-    say(text)
     tokens = length or config.data.max_length
+    say(explanation(config, ranks, tokens))
     try:
-        say("\n" + _memory(_State(config=config, ranks=ranks), tokens, room, predict))
+        say("\n" + _memory(_State(config=config, ranks=ranks), tokens, limit))
     except PlanError as error:
         if error.settings:
             raise
@@ -54,28 +55,25 @@ def command(
 
 @dataclass(frozen=True, kw_only=True)
 class _State:
-    """What the search for something that fits changes."""
+    """The configuration and the number of ranks: what the search for a run that fits changes."""
 
     config: "RunConfig"
     ranks: int
 
     def but(self, **techniques: Any) -> "_State":
+        """Return the run with other settings of techniques."""
         changed = replace(self.config.techniques, **techniques)
         return replace(self, config=replace(self.config, techniques=changed))
 
 
-def explanation(config: "RunConfig", ranks: int) -> str:
-    """`explain()` of `config` as rank 0 of `ranks` would see it."""
-    return _explained(config, ranks)[0]
-
-
-def _explained(config: "RunConfig", ranks: int) -> "tuple[str, Callable[[int], float] | None]":
-    """What `explain()` says, and the formula for the peak, where there is one."""
+def explanation(config: "RunConfig", ranks: int, tokens: int) -> str:
+    """Return `explain()` of `config` as rank 0 of `ranks` sees it, for micro-batches of `tokens`."""
     from treering.cli.train import job_of
-    from treering.core.topology import mesh
+    from treering.core.topology import axis_size, mesh
     from treering.memory import pretend
     from treering.plan import draft
     from treering.plan.explain import explain
+    from treering.technique import Workload
     from treering.train.measurements import find
 
     with pretend.ranks(ranks):
@@ -90,44 +88,25 @@ def _explained(config: "RunConfig", ranks: int) -> "tuple[str, Callable[[int], f
             roles=config.model.roles,
             weights=False,
         )
-        return explain(plan), _formula(config, plan)
+        once = tokens * axis_size(plan.mesh, "replicate", "shard")
+        batches = max(1, -(-(config.train.tokens_per_step or 0) // once))
+        return explain(plan, work=Workload(tokens=tokens, micro_batches=batches))
 
 
-def _formula(config: "RunConfig", plan: "Plan") -> "Callable[[int], float] | None":
-    from treering.memory.formula import formula
-
-    techniques = config.techniques
-    shard, recompute = techniques.shard, techniques.recompute
-    compute = "stored" if shard is None else shard.compute
-    stored = next(iter(plan.model.parameters())).element_size()
-    made = formula(
-        plan,
-        width=stored if compute == "stored" else {"bfloat16": 2, "float32": 4}[compute],
-        recompute=recompute is not None,
-        offload=recompute is not None and recompute.offload == "cpu",
-        tiles="block" if techniques.tiledblock else "mlp" if techniques.tiledmlp else "none",
-        tiled_loss=techniques.tiledloss is not None,
-        host=shard is not None and shard.offload == "cpu",
-    )
-    return None if made is None else made.peak
-
-
-def _memory(state: _State, length: int, room: int | None, predict: "Callable[[int], float] | None") -> str:
+def _memory(state: _State, length: int, limit: int | None) -> str:
     from treering.memory.picture import render
     from treering.memory.timeline import LONG
 
-    found = _forecast(state, length)
-    peak = found.at(length)
+    predicted = _forecast(state, length)
+    peak = predicted.at(length)
     more = []
-    if predict is not None:
-        more.append(f"by the formula {(predict(length) + peak.reserved) / 2**30:.1f} GiB")
-    if room is not None:
-        long = found if length >= LONG // 2 else _forecast(state, LONG)
-        longest = long.longest(room)
+    if limit is not None:
+        long = predicted if length >= LONG // 2 else _forecast(state, LONG)
+        longest = long.longest(limit)
         more.append(f"longest that fits: {longest:,} tokens" if longest else "no length fits")
-        if peak.device > room:
-            more += _proposed(state, length, room)
-    return render(peak, room, length, more)
+        if peak.device > limit:
+            more += _proposed(state, length, limit)
+    return render(peak, limit, length, more)
 
 
 def _forecast(state: _State, length: int) -> "Forecast":
@@ -168,12 +147,12 @@ def _subject(config: "RunConfig", ranks: int, length: int) -> "Subject":
     )
 
 
-def _proposed(state: _State, length: int, room: int) -> list[str]:
-    """Lines that say what to add."""
+def _proposed(state: _State, length: int, limit: int) -> list[str]:
+    """Return the lines of the smallest change with which the run fits."""
     from treering.memory.search import smallest
 
     def fits(tried: _State) -> bool:
-        return _forecast(tried, length).at(length).device <= room
+        return _forecast(tried, length).at(length).device <= limit
 
     switches = _usable(state, length)
     ranks = state.ranks
@@ -183,17 +162,17 @@ def _proposed(state: _State, length: int, room: int) -> list[str]:
             return [f"would fit: {ranks} ranks"]
         chosen = smallest(tried, switches, fits)
         if chosen is not None:
-            said = [f"{ranks} ranks"] if ranks > state.ranks else []
-            names = ", ".join([*said, *(switch.name for switch in chosen)])
-            return [f"would fit with {names}:", *(f"    {switch.says}" for switch in chosen)]
+            more = [f"{ranks} ranks"] if ranks > state.ranks else []
+            names = ", ".join([*more, *(switch.name for switch in chosen)])
+            return [f"would fit with {names}:", *(f"    {switch.config}" for switch in chosen)]
         if state.config.techniques.shard is None:
             break
         ranks *= 2
-    return ["nothing that is known makes it fit; shorten the sequence, or shard over more ranks"]
+    return ["no proposal of a technique makes it fit; shorten the sequence, or shard over more ranks"]
 
 
 def _usable(state: _State, length: int) -> "list[Switch[_State]]":
-    """Without those that this model, or something else in the configuration, does not go with."""
+    """Return the switches that this model and the rest of the configuration accept."""
     usable: list[Switch[_State]] = []
     for switch in _switches():
         changed = switch.on(state)
@@ -207,43 +186,24 @@ def _usable(state: _State, length: int) -> "list[Switch[_State]]":
     return usable
 
 
-def _switches() -> "tuple[Switch[_State], ...]":
-    """In the order of what they cost, least first."""
+def _switches() -> "list[Switch[_State]]":
+    """Return what the techniques propose, ordered by what it costs, least first."""
     from treering.memory.search import Switch
-    from treering.techniques.recompute import Recompute
-    from treering.techniques.shard import Shard
-    from treering.techniques.tiling import TiledBlock, TiledLoss
+    from treering.techniques import TECHNIQUES
 
-    def loss(state: _State) -> _State | None:
-        t = state.config.techniques
-        return None if t.tiledloss else state.but(tiledloss=TiledLoss())
+    proposed = [(key, one) for key, cls in TECHNIQUES.items() if hasattr(cls, "lighter") for one in cls.lighter()]
+    proposed.sort(key=lambda pair: pair[1].order)
+    return [Switch(name=one.name, config=one.config, on=partial(_with, key, one)) for key, one in proposed]
 
-    def recompute(state: _State) -> _State | None:
-        return None if state.config.techniques.recompute else state.but(recompute=Recompute())
 
-    def tiles(state: _State) -> _State | None:
-        t = state.config.techniques
-        return None if t.tiledblock else state.but(tiledblock=TiledBlock(), tiledmlp=None)
-
-    def away(state: _State) -> _State | None:
-        now = state.config.techniques.recompute
-        return None if now is None or now.offload == "cpu" else state.but(recompute=replace(now, offload="cpu"))
-
-    def states(state: _State) -> _State | None:
-        now = state.config.techniques.shard or Shard()
-        return None if now.offload == "cpu" else state.but(shard=replace(now, offload="cpu"))
-
-    return (
-        Switch(name="a tiled loss", says="tiledloss:", on=loss),
-        Switch(name="recompute", says="recompute:", on=recompute),
-        Switch(name="tiled blocks", says="tiledblock:  # in the place of tiledmlp", on=tiles),
-        Switch(name="activations in host memory", says="recompute: {offload: cpu}", on=away),
-        Switch(name="parameters and optimizer in host memory", says="shard: {offload: cpu}", on=states),
-    )
+def _with(key: str, variant: "Variant", state: _State) -> _State | None:
+    """Return the run with `variant` of the technique `key`, or None where it is on already or makes no sense yet."""
+    technique = variant.of(getattr(state.config.techniques, key))
+    return None if technique is None else state.but(**{key: technique, **dict.fromkeys(variant.replaces)})
 
 
 def _bytes(text: str) -> int:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)\s*", text, re.IGNORECASE)
-    if found is None or float(found[1]) == 0:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
         raise ConfigError(f"--gpu is {text!r}; write the memory of one device, such as 80GiB", field="--gpu")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    return int(float(match[1]) * UNITS[match[2].upper()])

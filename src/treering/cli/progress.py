@@ -1,4 +1,4 @@
-"""What a run shows while it goes: one live line on a terminal, plain lines anywhere else, nothing but on rank 0."""
+"""The output of a run while it trains: one live line on a terminal, plain lines anywhere else, on rank 0 only."""
 
 import os
 import time
@@ -47,7 +47,7 @@ class Live:
             return
         now, step = time.monotonic(), int(metrics.get("step", 0))
         if self._first is None:
-            # The first step compiles and fills caches; from the second on the pace is true.
+            # The first step compiles and fills caches, so the remaining time is estimated from the second on.
             self._first = (step, now)
         if self._line is None:
             self._console.print(safe(self._text(metrics, now)), soft_wrap=True)
@@ -56,12 +56,12 @@ class Live:
             self._line.update(safe(self._text(metrics, now)), refresh=True)
 
     def note(self, text: str) -> None:
-        """A line that stays: an evaluation, a checkpoint, a skipped step."""
+        """Print a line that stays: an evaluation, a checkpoint, a skipped step."""
         if self._rank == 0:
             self._console.print(safe(text), soft_wrap=True)
 
     def table(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """A table with the keys of the first row as columns; numbers are aligned to the right."""
+        """Print a table with the keys of the first row as columns; numbers are aligned to the right."""
         if self._rank != 0 or not rows:
             return
         names = list(rows[0])
@@ -100,7 +100,7 @@ class Live:
 
 
 def duration(seconds: float) -> str:
-    """`4 s`, `3:07 min`, `12:05 h`."""
+    """Return `4 s`, `3:07 min` or `12:05 h`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -14,7 +14,7 @@ TIMEOUT = 60.0  # seconds; importing torch on a cold disk is most of it
 
 
 def two_ranks(timeout: float = TIMEOUT, command: tuple[str, ...] = (sys.executable, "-m", __name__)) -> Finding:
-    """Whether two processes of this machine can form a group and sum."""
+    """Return whether two processes of this machine can form a group and sum, as a finding."""
     start = time.monotonic()
     launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {k: v for k, v in os.environ.items() if k not in launched} | {"OMP_NUM_THREADS": "1"}
@@ -35,9 +35,9 @@ def two_ranks(timeout: float = TIMEOUT, command: tuple[str, ...] = (sys.executab
         problem = ""
         try:
             for rank, process in enumerate(processes):
-                said, _ = process.communicate(timeout=max(0.1, start + timeout - time.monotonic()))
-                if process.returncode != 0 or not said.rstrip().endswith("sum 3"):
-                    last = said.strip().splitlines()[-1:] or ["nothing"]
+                output, _ = process.communicate(timeout=max(0.1, start + timeout - time.monotonic()))
+                if process.returncode != 0 or not output.rstrip().endswith("sum 3"):
+                    last = output.strip().splitlines()[-1:] or ["nothing"]
                     problem = problem or f"rank {rank} ended with {process.returncode}: {short(last[0], 160)}"
         except subprocess.TimeoutExpired:
             problem = f"no answer in {timeout:.0f} s"
@@ -47,8 +47,8 @@ def two_ranks(timeout: float = TIMEOUT, command: tuple[str, ...] = (sys.executab
                 process.communicate()
     if problem:
         remedy = "look for a firewall on the loopback device; GLOO_SOCKET_IFNAME=lo may help"
-        return Finding(name="two ranks", status="bad", found=problem, remedy=remedy)
-    return Finding(name="two ranks", status="ok", found=f"summed over gloo in {time.monotonic() - start:.1f} s")
+        return Finding(name="two ranks", status="bad", result=problem, remedy=remedy)
+    return Finding(name="two ranks", status="ok", result=f"summed over gloo in {time.monotonic() - start:.1f} s")
 
 
 def _one(rank: int, store: str) -> None:
@@ -64,7 +64,7 @@ def _one(rank: int, store: str) -> None:
     dist.all_reduce(value)
     sys.stdout.write(f"sum {value.item()}\n")
     sys.stdout.flush()
-    dist.barrier()  # the first to leave must not take the store with it
+    dist.barrier()  # the first to end must not remove the store
     os._exit(0)
 
 

@@ -16,16 +16,16 @@ SUFFIXES = (".yaml", ".sbatch")
 
 
 def recipes() -> "dict[str, Traversable]":
-    """File name → packaged recipe."""
+    """Return file name → packaged recipe."""
     from importlib.resources import files
 
-    found = (f for f in files("treering").joinpath("recipes").iterdir() if f.name.endswith(SUFFIXES))
-    return {f.name: f for f in sorted(found, key=lambda f: f.name)}
+    packaged = (f for f in files("treering").joinpath("recipes").iterdir() if f.name.endswith(SUFFIXES))
+    return {f.name: f for f in sorted(packaged, key=lambda f: f.name)}
 
 
 @app.command("ls")
 def ls() -> None:
-    """Each recipe with what it does."""
+    """List the recipes with what they do."""
     from treering.cli.console import console, table
 
     listing = table("recipe", "what it does")

@@ -1,8 +1,8 @@
-"""What a checkpoint of a run says of itself, and whether its files are still what was written."""
+"""The description of a checkpoint, and whether its files are still what was written."""
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ KINDS = {"optimizer": "optimizer state", "state": "technique state"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whole:
-    """A tensor of which each rank's file holds rows."""
+class SavedTensor:
+    """A full tensor, of which each rank's file holds rows."""
 
     name: str
     dtype: str
@@ -27,28 +27,30 @@ class Whole:
         return math.prod(self.shape)
 
 
-def describe_saved(folder: Path) -> tuple[dict[str, str], list[Whole]]:
-    """Facts and tensors. A manifest that is not whole is an error."""
+def describe_saved(folder: Path) -> tuple[dict[str, str], list[SavedTensor]]:
+    """Return facts and tensors of a checkpoint. A damaged manifest is an error."""
     from treering.train.checkpoints import manifest
 
-    said = manifest.load(folder)
+    description = manifest.load(folder)
     tensors = [
-        Whole(name=n, dtype=e.dtype, shape=e.shape, bytes=math.prod(e.shape) * manifest.DTYPES[e.dtype])
-        for n, e in said.tensors.items()
+        SavedTensor(name=n, dtype=e.dtype, shape=e.shape, bytes=math.prod(e.shape) * manifest.WIDTHS[e.dtype])
+        for n, e in description.tensors.items()
     ]
-    facts = {"step": str(said.step), "ranks": str(said.world)}
-    found = said.facts.get("identity")
-    identity = found if isinstance(found, dict) else {}
+    facts = {"step": str(description.step), "ranks": str(description.world)}
+    facts_of_run = description.facts.get("identity")
+    identity = facts_of_run if isinstance(facts_of_run, dict) else {}
     for name in SHOWN:
         if identity.get(name) is not None:
-            facts[name] = short(_told(masked(name, identity[name])), 200)
+            facts[name] = short(_joined(masked(name, identity[name])), 200)
     facts |= {f"size of {kind}": size(n) for kind, n in _kinds(tensors).most_common()}
-    facts["files"] = f"{len(said.files)}, {size(sum(file.bytes for file in said.files.values()))}"
+    if description.prepared:
+        facts["prepared results"] = _prepared(folder, description.prepared)
+    facts["files"] = f"{len(description.files)}, {size(sum(file.bytes for file in description.files.values()))}"
     return facts, tensors
 
 
 def damage(folder: Path, verify: bool) -> Iterator[str]:
-    """What is wrong with the files: missing, of another size, or (`verify`: everything is read) of other content."""
+    """Yield what is wrong with the files: missing, of another size, or, with `verify`, of other content."""
     from treering.store import disk
     from treering.train.checkpoints import manifest
 
@@ -65,7 +67,20 @@ def damage(folder: Path, verify: bool) -> Iterator[str]:
             yield f"{plain(str(path))} cannot be read: {error.strerror}"
 
 
-def _kinds(tensors: list[Whole]) -> Counter[str]:
+def _prepared(folder: Path, digests: Mapping[str, str]) -> str:
+    """Of the run folder that the checkpoint lies in; by their headers, which are read alone."""
+    from treering.plan.prepared import Prepared
+
+    results = folder.absolute().parent.parent / "prepared"
+    if not results.is_dir():
+        return f"{len(digests)}, not in {plain(str(results))}: a resume makes them again, equal to rounding"
+    store = Prepared(results)
+    absent = sum(store.find(digest) is None for digest in digests.values())
+    missing = f", {absent} missing: a resume makes them again, equal to rounding" if absent else ""
+    return f"{len(digests)} in {plain(str(results))}{missing}"
+
+
+def _kinds(tensors: list[SavedTensor]) -> Counter[str]:
     kinds: Counter[str] = Counter()
     for tensor in tensors:
         first, slash, _ = tensor.name.partition("/")
@@ -73,5 +88,5 @@ def _kinds(tensors: list[Whole]) -> Counter[str]:
     return kinds
 
 
-def _told(value: Any) -> str:
+def _joined(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,50 +1,62 @@
-"""The whole configuration of a run: the sections of the YAML file, and the literal table technique name → class."""
+"""The whole configuration of a run: the sections of the YAML file.
 
-from dataclasses import dataclass, field
+Those of techniques are made of the list in `treering.techniques`.
+"""
+
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import TYPE_CHECKING, Any
 
 from treering.core.errors import ConfigError
 from treering.data.config import Data
 from treering.technique import Technique
-from treering.techniques.compile import Compile
-from treering.techniques.full import Full
-from treering.techniques.lora import LoRA
-from treering.techniques.osft import OSFT
-from treering.techniques.recompute import Recompute
-from treering.techniques.shard import Shard
-from treering.techniques.tiling import TiledBlock, TiledLoss, TiledMLP
+from treering.techniques import TECHNIQUES
 from treering.train.config import Model, Statistics, Train
 
 
-@dataclass(frozen=True, kw_only=True)
-class Techniques:
+class _Sections:
     """What is done to the model. A name with nothing behind it (`shard:`) means that technique with its defaults."""
 
-    full: Full | None = None
-    lora: LoRA | tuple[LoRA, ...] | None = None  # a list: several adapters, each with a name
-    osft: OSFT | None = None
-    tiledmlp: TiledMLP | None = None
-    tiledblock: TiledBlock | None = None
-    tiledloss: TiledLoss | None = None
-    recompute: Recompute | None = None
-    shard: Shard | None = None
-    compile: Compile | None = None
-
     def __post_init__(self) -> None:
-        if isinstance(self.lora, tuple):
-            names = [adapter.name for adapter in self.lora]
+        for key, value in vars(self).items():
+            if not isinstance(value, tuple):
+                continue
+            names = [one.name for one in value]
             if not names:
-                raise ConfigError("lora is an empty list; leave it out, or name an adapter", field="lora")
+                raise ConfigError(f"{key} is an empty list; leave it out, or name an adapter", field=key)
             for i, name in enumerate(names):
                 if name in names[:i]:
                     message = f"two adapters are named {name!r}; give each a name of its own"
-                    raise ConfigError(message, field=f"lora[{i}].name")
+                    raise ConfigError(message, field=f"{key}[{i}].name")
 
     def chosen(self) -> tuple[Technique, ...]:
-        """The techniques that are on, each adapter on its own. `compose` puts them in order."""
-        adapters = self.lora if isinstance(self.lora, tuple) else (self.lora,)
-        tiled = (self.tiledmlp, self.tiledblock, self.tiledloss)
-        rest = (self.osft, *tiled, self.recompute, self.shard, self.compile)
-        return tuple(t for t in (self.full, *adapters, *rest) if t is not None)
+        """Return the techniques that are on, each adapter on its own. `compose` puts them in order."""
+        values = (value if isinstance(value, tuple) else (value,) for value in vars(self).values())
+        return tuple(one for several in values for one in several if one is not None)
+
+
+def _section(key: str, cls: Any) -> tuple[str, Any, Any]:
+    """One key, None where the technique is off. A technique with a `name` may be there several times, as a list."""
+    several = any(f.name == "name" for f in fields(cls))
+    meaning = (cls.__doc__ or "").partition("\n")[0] + (" A list: several, each with a name." if several else "")
+    annotation = cls | tuple[cls, ...] | None if several else cls | None
+    return key, annotation, field(default=None, metadata={"meaning": meaning})
+
+
+if TYPE_CHECKING:
+
+    @dataclass(frozen=True, kw_only=True)
+    class Techniques(_Sections):
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    Techniques = make_dataclass(
+        "Techniques",
+        [_section(key, cls) for key, cls in TECHNIQUES.items()],
+        bases=(_Sections,),
+        namespace={"__doc__": _Sections.__doc__, "__module__": __name__},
+        frozen=True,
+        kw_only=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

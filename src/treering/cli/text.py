@@ -25,23 +25,23 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def plain(text: str) -> str:
-    """One line of `text` in which every control character is spelled out."""
+    """Return one line of `text` in which every control character is spelled out."""
     return _UNSAFE.sub(_escape, text)
 
 
 def plain_lines(text: str) -> str:
-    """`plain`, with line breaks kept."""
+    """Return `plain(text)` with line breaks kept."""
     return _LINE_UNSAFE.sub(_escape, text)
 
 
 def short(text: str, width: int = 80) -> str:
-    """`plain`, cut to `width` characters."""
+    """Return `plain(text)`, cut to `width` characters."""
     text = plain(text[: width + 1])
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def masked(key: str, value: Any) -> Any:
-    """`value`, unless its key or its look says that it is a secret."""
+    """Return `value`, or a mask if its key or its form is that of a secret."""
     if not isinstance(value, str):
         return value
     if _SECRET_KEY.search(key):
@@ -50,7 +50,7 @@ def masked(key: str, value: Any) -> Any:
 
 
 def scrubbed(text: str) -> str:
-    """A message or traceback without secrets: what looks like one, and the values of variables named like one."""
+    """Return a message or traceback without secrets: text of their form, and values of variables named like them."""
     values = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8]
     for value in sorted(values, key=len, reverse=True):
         text = text.replace(value, MASK)
@@ -58,7 +58,7 @@ def scrubbed(text: str) -> str:
 
 
 def shown(value: Any, *, key: str = "") -> str:
-    """How a value from a config is quoted in a message."""
+    """Return a value from a configuration as a message quotes it."""
     if isinstance(value, dict):
         keys = ", ".join(short(str(k), 20) for k in list(value)[:4])
         return f"a mapping with {keys}{', …' if len(value) > 4 else ''}" if value else "an empty mapping"
@@ -70,12 +70,12 @@ def shown(value: Any, *, key: str = "") -> str:
 
 
 def count(n: int, singular: str, plural: str = "") -> str:
-    """`1 problem`, `2 problems`."""
+    """Return `1 problem` or `2 problems`."""
     return f"{n:,} {singular if n == 1 else plural or singular + 's'}"
 
 
 def size(n: float) -> str:
-    """Bytes for people, in powers of 1024."""
+    """Return a number of bytes in words, in powers of 1024."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(n) < 1024 or unit == "TiB":
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"

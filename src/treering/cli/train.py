@@ -1,4 +1,4 @@
-"""`treering train`: run a configuration, on the ranks that a launcher gave or on ones of our own."""
+"""`treering train`: run a configuration, on the ranks of a launcher or on ranks that it starts itself."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from treering.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from treering.cli.schema import RunConfig
-    from treering.train.job import Job
+    from treering.train.config import Job
 
 NAME = "train"
 
@@ -27,10 +27,10 @@ def command(
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Break the time of a step down.")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Go on from a checkpoint although the data, seed or batch changed.")
+        bool, typer.Option("--force", help="Resume from a checkpoint although the data, seed or batch changed.")
     ] = False,
 ) -> None:
-    """Train a model as FILE says. The same file runs alone, with --nproc, under torchrun and under srun."""
+    """Train a model as FILE describes. The same file runs alone, with --nproc, under torchrun and under srun."""
     if force:
         settings = [*(settings or ()), "train.checkpoint.force=true"]
     config = load(file, settings)
@@ -52,9 +52,9 @@ def command(
 
 
 def job_of(config: "RunConfig") -> "Job":
-    """The run that `config` describes."""
+    """Return the run that `config` describes."""
     from treering.cli.parsing import to_yaml
-    from treering.train.job import Job
+    from treering.train.config import Job
 
     return Job(
         model=config.model,
@@ -70,7 +70,7 @@ def job_of(config: "RunConfig") -> "Job":
 
 
 def _unforced(config: "RunConfig") -> "RunConfig":
-    """What is kept beside the run: to force is for one start, and not for those that follow."""
+    """Return what is saved with the run: `force` holds for one start, and not for those that follow."""
     settings = replace(config.train, checkpoint=replace(config.train.checkpoint, force=False))
     return replace(config, train=settings)
 

@@ -1,4 +1,4 @@
-"""Ranks acting as one: what fails on one of them fails on all, with that rank's reason and without waiting."""
+"""Values and errors of all ranks: what fails on one rank fails on all, with that rank's reason and without waiting."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +10,12 @@ from treering.core.errors import CheckpointError
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and speaks: rank 0, or the only one."""
+    """Return whether this process is the one that writes files and messages: rank 0, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def from_first(value: str, group: Any = None) -> str:
-    """Rank 0's `value`, on every rank."""
+    """Return rank 0's `value`, on every rank."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -23,19 +23,24 @@ def from_first(value: str, group: Any = None) -> str:
     return box[0]
 
 
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
+    """Return the values of all ranks, by rank. A collective over `group`, which contains this rank; default: all."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def together(work: Callable[[], Any], doing: str, otherwise: str = "", group: Any = None) -> list[Any]:
-    """Do `work` on every rank and return all results; one rank's error of the file system is everybody's."""
+    """Call `work` on every rank and return all results; a file system error of one rank is raised on all."""
     try:
         result, problem = work(), ""
     except OSError as error:
         result, problem = None, f"{error.strerror or error} ({error.filename or doing})"
-    except SafetensorError as error:  # a full disk, as safetensors tells it
+    except SafetensorError as error:  # safetensors reports a full disk by this
         result, problem = None, str(error)
-    if not dist.is_initialized():
-        outcomes = [(result, problem)]
-    else:
-        outcomes = [(None, "")] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (result, problem), group=group)
+    outcomes = gather_objects((result, problem), group)
     for rank, (_, text) in enumerate(outcomes):
         if text:
             raise CheckpointError(f"{doing} failed on rank {rank}: {text}{otherwise}")

@@ -1,14 +1,17 @@
-"""One family of errors: what was asked, what was found, what to write instead. Each has the exit code of a command."""
+"""One family of errors: what was asked, what is there, what to write instead. Each has the exit code of a command."""
 
 
 class TreeringError(Exception):
-    """A mistake we can explain. The command line prints it without a traceback and exits with `exit_code`."""
+    """An error that its message explains. The command line prints it without a traceback and exits with `exit_code`."""
 
     exit_code = 1
 
 
-class ConfigError(TreeringError):
-    """A setting is outside what is allowed. `field` is its dotted path below the object that raised it."""
+class ConfigError(TreeringError, ValueError):
+    """A setting is outside what is allowed. `field` is its dotted path inside the object that raised it.
+
+    Also a ValueError, so that pydantic reports one from a `__post_init__` as an error at a place.
+    """
 
     exit_code = 2
 
@@ -49,12 +52,12 @@ class NumericsError(TreeringError):
 
 
 class Interrupted(TreeringError):
-    """A signal asked the run to stop. What was done is in a checkpoint, and the same command goes on from there."""
+    """A signal asked the run to stop. All finished steps are in a checkpoint, from which the same command resumes."""
 
     exit_code = 7
 
 
 class RankLost(TreeringError):
-    """Another rank is gone, does not answer, or does something else than this one."""
+    """Another rank has ended, does not answer, or does something else than this one."""
 
     exit_code = 8

@@ -1,9 +1,11 @@
 """Another forward for one instance, and back. Nothing else of a module changes: no name, no hook, no class."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -46,9 +48,27 @@ class AddedForward(ModuleForward):
     def __init__(self, module: nn.Module, addend: nn.Module):
         super().__init__(module)
         self.addend = addend
+        self.off = 0  # contexts of `switched_off` that are open
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.call_former(x) + self.addend(x)
+        return self.call_former(x) if self.off else self.call_former(x) + self.addend(x)
+
+
+@contextmanager
+def switched_off(added: Sequence[AddedForward]) -> Iterator[None]:
+    """Compute without the addends of `added`, and without gradients.
+
+    A forward with gradients would be wrong with recompute: its blocks run again in a backward after this context, when
+    the addends are on again.
+    """
+    for forward in added:
+        forward.off += 1
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for forward in added:
+            forward.off -= 1
 
 
 def install(forward: ModuleForward) -> Callable[[], None]:

@@ -1,4 +1,12 @@
-"""Where a live parameter's values are: whole, or as rows of dimension 0 on each rank."""
+"""Which rows of a tensor this rank holds, and how to gather or sum over the ranks that hold the other rows.
+
+A parameter or buffer is either a plain tensor, complete on every rank, or a DTensor whose dimension 0 is sharded.
+FSDP2 shards as `torch.chunk` does: every rank gets ⌈rows / ranks⌉ rows, the last ranks fewer or none.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -8,19 +16,28 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from treering.core.errors import PlanError
+from treering.core.topology import parameter_mesh
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Groups = tuple[Any, ...]  # process groups, the outermost axis of the mesh first
 
 
 def local(value: Tensor) -> Tensor:
-    """What this rank holds."""
+    """Return the part of `value` that this rank holds."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def sharded_axes(value: Tensor) -> tuple[int, ...]:
-    """The mesh axes over which dimension 0 is cut, in the order in which it is cut; none where it is whole.
+# --- which rows
 
-    Where experts or tensors are cut over an inner axis before FSDP cuts over an outer one, the outer placement is a
-    `_StridedShard`. It is no `Shard`, so code that looks for those would pass over it without an error: rows of such a
-    tensor are contiguous, but the outer axis cuts last.
+
+def sharded_axes(value: Tensor) -> tuple[int, ...]:
+    """Return the mesh axes over which dimension 0 is sharded, in the order in which they divide it; () for none.
+
+    Where experts or tensors are sharded over an inner axis before FSDP shards over an outer one, the outer placement is
+    a `_StridedShard`. It is not a `Shard`, so code that looks for `Shard` would skip it without an error: the rows of
+    such a tensor are contiguous, but the outer axis divides last.
     """
     if not isinstance(value, DTensor):
         return ()
@@ -39,51 +56,193 @@ def sharded_axes(value: Tensor) -> tuple[int, ...]:
     return (*first, *last)
 
 
-@torch.no_grad()
-def sum_over_rows(value: Tensor, like: Tensor) -> Tensor:
-    """In place: the sum over the ranks that hold other rows of `like`. Replicas have it already. A collective."""
-    for axis in sharded_axes(like):
-        dist.all_reduce(value, group=like.device_mesh.get_group(axis))  # type: ignore[attr-defined]
-    return value
+@dataclass(frozen=True)
+class _Cut:
+    """How one mesh axis divides the rows that the axes before it left to this rank."""
+
+    rows: int  # that are divided
+    each: int  # rows for one rank of the axis; the last ones have fewer or none
+    start: int  # this rank's first one
+    group: Any
+
+
+def _cuts(value: Tensor) -> list[_Cut]:
+    if not isinstance(value, DTensor):
+        return []
+    cuts, rows, mesh = [], value.shape[0] if value.ndim else 1, value.device_mesh
+    for axis in sharded_axes(value):
+        if mesh.size(axis) == 1:
+            continue
+        each = -(-rows // mesh.size(axis))
+        start = min(each * mesh.get_local_rank(axis), rows)
+        cuts.append(_Cut(rows, each, start, mesh.get_group(axis)))
+        rows = min(each, rows - start)
+    return cuts
 
 
 def local_rows(value: Tensor) -> tuple[int, int]:
-    """The rows of the whole tensor that this rank holds: dealt as torch.chunk does, the last ones short or empty."""
-    rows = value.shape[0] if value.ndim else 1
-    if not isinstance(value, DTensor):
-        return 0, rows
-    start, stop = 0, rows
-    for axis in sharded_axes(value):
-        each = -(-(stop - start) // value.device_mesh.size(axis))
-        begin = min(start + value.device_mesh.get_local_rank(axis) * each, stop)
-        start, stop = begin, min(begin + each, stop)
+    """Return (start, stop) of the rows of the complete tensor that this rank holds."""
+    start, stop = 0, value.shape[0] if value.ndim else 1
+    for cut in _cuts(value):
+        start, stop = start + cut.start, start + min(cut.start + cut.each, cut.rows)
     return start, stop
 
 
-def settle(model: nn.Module) -> None:
-    """Let go of gathered parameters. After a forward without a backward (evaluation, generation) FSDP may still show
-    whole ones, in memory that the next collective frees, where everybody looks for the shards."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+def row_groups(value: Tensor) -> Groups:
+    """Return the process groups over which dimension 0 of `value` is sharded; () where this rank holds all rows."""
+    return tuple(cut.group for cut in _cuts(value))
+
+
+def meta_rows(shape: tuple[int, ...], dtype: torch.dtype, mesh: "DeviceMesh | None") -> Tensor:
+    """Return a tensor on the meta device, sharded over `mesh` as `fully_shard` shards a parameter of that shape."""
+    if mesh is None:
+        return torch.empty(shape, dtype=dtype, device="meta")
+    over = parameter_mesh(mesh)
+    each = -(-shape[0] // over.size(over.ndim - 1))
+    start = min(each * over.get_local_rank(over.ndim - 1), shape[0])
+    rows = torch.empty((min(each, shape[0] - start), *shape[1:]), dtype=dtype, device="meta")
+    placements = [*[Replicate()] * (over.ndim - 1), ShardPlacement(0)]
+    strides = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(rows, over, placements, run_check=False, shape=torch.Size(shape), stride=strides)
+
+
+# --- writing and gathering rows
 
 
 @torch.no_grad()
 def put(target: Tensor, whole: Tensor) -> None:
-    """Copy this rank's rows of `whole` into `target`, casting to its dtype."""
+    """Copy this rank's rows of the complete tensor `whole` into `target`, cast to its dtype."""
     start, stop = local_rows(target)
     put_rows(target, whole[start:stop] if target.ndim else whole)
 
 
 @torch.no_grad()
 def put_rows(target: Tensor, rows: Tensor) -> None:
-    held = local(target)
-    assert held.shape == rows.shape, f"{tuple(rows.shape)} into {tuple(held.shape)}"
-    held.copy_(rows)
+    """Copy `rows`, which are this rank's, into `target`, cast to its dtype."""
+    destination = local(target)
+    assert destination.shape == rows.shape, f"{tuple(rows.shape)} into {tuple(destination.shape)}"
+    destination.copy_(rows)
 
 
 @torch.no_grad()
 def gather(value: Tensor) -> Tensor:
-    """The whole tensor, on every rank. A collective when it is sharded."""
+    """Return the complete tensor, on every rank. A collective where `value` is sharded."""
     value = value.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def start_gather(value: Tensor) -> Callable[[], Tensor]:
+    """Start to gather the rows of all ranks; the returned function waits for them and returns the complete tensor.
+
+    A collective, which runs while this rank computes something else. A tensor that is not sharded is returned as it is.
+    """
+    rows, cuts = local(value), _cuts(value)
+    if not cuts:
+        return lambda: rows
+    padded, pending = _start_level(rows, cuts[-1])
+
+    def finish() -> Tensor:
+        pending.wait()
+        complete = padded[: cuts[-1].rows]
+        for cut in reversed(cuts[:-1]):
+            wider, work = _start_level(complete, cut)
+            work.wait()
+            complete = wider[: cut.rows]
+        return complete
+
+    return finish
+
+
+def _start_level(rows: Tensor, cut: _Cut) -> tuple[Tensor, Any]:
+    """Gather equally many rows of each rank. The padding follows all rows, because the last ranks have fewer."""
+    padded = rows
+    if rows.shape[0] != cut.each:
+        padded = rows.new_zeros(cut.each, *rows.shape[1:])
+        padded[: rows.shape[0]] = rows
+    gathered = rows.new_empty(cut.each * dist.get_world_size(cut.group), *rows.shape[1:])
+    # Before torch 2.13 it has another name, which warns since then.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gathered, all_gather(gathered, padded.contiguous(), group=cut.group, async_op=True)
+
+
+def settle(model: nn.Module) -> None:
+    """Free gathered parameters. After a forward without a backward (evaluation, generation) FSDP may still show
+    complete ones, in memory that the next collective frees, where everybody looks for the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+# --- sums over rows
+
+
+@torch.no_grad()
+def sum_over_rows(value: Tensor, like: Tensor) -> Tensor:
+    """Sum `value` in place over the ranks that hold other rows of `like`; replicas are not added. A collective."""
+    for group in row_groups(like):
+        dist.all_reduce(value, group=group)
+    return value
+
+
+def sum_over_groups(parts: Sequence[tuple[Groups, Tensor]]) -> None:
+    """Sum small tensors in place, each over its own process groups: one message for all that share groups and dtype."""
+    batches: dict[tuple[Groups, torch.dtype], list[Tensor]] = {}
+    for groups, value in parts:
+        batches.setdefault((groups, value.dtype), []).append(value)
+    for (groups, _), values in batches.items():
+        if groups:
+            flat = torch.cat([value.reshape(-1) for value in values])
+            for group in groups:
+                dist.all_reduce(flat, group=group)
+            for value, summed in zip(values, flat.split([v.numel() for v in values])):
+                value.copy_(summed.view_as(value))
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the squares of all elements that this rank holds, in float64.
+
+    Over 10⁹ elements a float32 sum would lose the digits that a test compares. Each norm is taken in float32, without
+    another copy of its tensor.
+    """
+    filled = [x for x in map(local, tensors) if x.numel()] or [torch.zeros(1, device=local(tensors[0]).device)]
+    double = [x for x in filled if x.dtype == torch.float64]
+    single = [x for x in filled if x.dtype != torch.float64]
+    norms = list(torch._foreach_norm(double)) if double else []
+    norms += torch._foreach_norm(single, 2, torch.float32) if single else []
+    return torch.stack([n.double() for n in norms]).square().sum()
+
+
+# --- values computed from tensors
+
+
+class TensorCache:
+    """A value computed from tensors, valid as long as these are neither replaced nor written to.
+
+    Not a buffer: it is in no state_dict. All ranks write to a parameter or none does, so all agree on what is valid.
+
+    Example:
+        cache = TensorCache()
+        if not cache.valid(weight):
+            cache.keep(expensive(weight), weight)
+        use(cache.value)
+    """
+
+    def __init__(self) -> None:
+        self.value: Any = None
+        self._sources: list[tuple[Tensor, tuple[Any, ...]]] | None = None
+
+    def valid(self, *sources: Tensor) -> bool:
+        """Return whether the value was computed from these tensors as they are now."""
+        if self._sources is None or len(self._sources) != len(sources):
+            return False
+        return all(state == _state(rows) for (_, state), rows in zip(self._sources, map(local, sources)))
+
+    def keep(self, value: Any, *sources: Tensor) -> None:
+        """Store `value`, which was computed from `sources`. They are referenced, so that their memory is not reused."""
+        self.value, self._sources = value, [(rows, _state(rows)) for rows in map(local, sources)]
+
+
+def _state(rows: Tensor) -> tuple[Any, ...]:
+    """Where the values lie, and the number of writes so far. FSDP shows a parameter as a new object each time, but its
+    storage stays; and a rank without a row has a storage too, though no address."""
+    return rows.untyped_storage()._cdata, rows.storage_offset(), rows.shape, rows._version

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("replicate", "shard", "sequence", "expert")
+FLAT = "parameters"  # the name of shard × sequence where both are one dimension
 STARTUP = timedelta(minutes=30)  # how long a rank waits for another one that loads or compiles; training then lowers it
 
 
@@ -98,7 +99,14 @@ def parameter_mesh(mesh: "DeviceMesh") -> "DeviceMesh":
     sharded = ("shard", "sequence") if axis_size(mesh, "sequence") > 1 else ("shard",)
     if len(sharded) == 1:
         return mesh["replicate", "shard"] if axis_size(mesh, "replicate") > 1 else mesh["shard"]
-    flat = mesh[sharded]._flatten("parameters")
+    flat = mesh[sharded]._flatten(FLAT)
     if axis_size(mesh, "replicate") > 1:
-        return mesh["replicate", "parameters"]
+        return mesh["replicate", FLAT]
     return flat
+
+
+def axes_of(mesh: "DeviceMesh", axis: int) -> tuple[str, ...]:
+    """Return the names, as in AXES, of what dimension `axis` of a mesh of `parameter_mesh` runs over."""
+    assert mesh.mesh_dim_names is not None
+    name = mesh.mesh_dim_names[axis]
+    return ("shard", "sequence") if name == FLAT else (name,)

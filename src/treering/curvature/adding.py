@@ -1,7 +1,7 @@
-"""Rings added up: a sum in which each counts as much as any other, however many tokens it was measured on.
+"""Measurements added up: a sum in which each counts as much as any other, however many tokens it was measured on.
 
-A ring enters as its mean second moment. Weighted by tokens, a long first pretraining sample would drown the task that
-was learned last; with weight 1 each, the protected set grows by what each task used.
+A measurement (`Ring`) enters as its mean second moment. Weighted by tokens, a long first pretraining sample would hide
+the task that was learned last; with weight 1 each, the protected set grows by what each task used.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,18 @@ from treering.curvature.statistics import Counts, Statistics
 
 
 def add(given: Sequence[Statistics | str | Path], to: str | Path) -> Statistics:
-    """A = Σ over all rings of their means, tokens added, in the folder `to`; read and written tensor by tensor."""
+    """Add up statistics of one model: A = Σ over all measurements of their means.
+
+    Args:
+        given: statistics, or folders of them.
+        to: a folder to write; tensors are read and written one at a time.
+
+    Returns:
+        The statistics in that folder; their tokens are added as well.
+
+    Example:
+        both = add(["old", "new"], to="both")
+    """
     if not given:
         raise CheckpointError("there is nothing to add: give at least one folder of statistics")
     each = [one if isinstance(one, Statistics) else open_folder(one) for one in given]
@@ -35,6 +46,7 @@ def add(given: Sequence[Statistics | str | Path], to: str | Path) -> Statistics:
 def added(
     weight: str, each: Iterable[Statistics], to: Tensor | None = None, tokens: Counts = 0
 ) -> tuple[Tensor, Counts]:
+    """Return the sum of A of one weight over `each`, and of the tokens, on top of `to` and `tokens`."""
     total, count = to, tokens
     for one in each:
         value = one[weight]["inputs"]
@@ -45,6 +57,7 @@ def added(
 
 
 def plus(a: Counts, b: Counts) -> Counts:
+    """Return the sum of two counts, or of two counts for each expert."""
     if isinstance(a, tuple) and isinstance(b, tuple):
         return tuple(x + y for x, y in zip(a, b, strict=True))
     assert isinstance(a, int) and isinstance(b, int)
@@ -52,13 +65,13 @@ def plus(a: Counts, b: Counts) -> Counts:
 
 
 def joint(*keys: Mapping[str, str]) -> dict[str, str]:
-    """Weight -> the weight whose tensor is its too: weights that share one in each of the mappings."""
+    """Return, by weight, the weight whose tensor it shares: those that share one in each of the mappings."""
     groups: dict[tuple[str, ...], str] = {}
     return {weight: groups.setdefault(tuple(one[weight] for one in keys), weight) for weight in keys[0]}
 
 
 def refuse_other(first: Statistics, other: Statistics) -> None:
-    """Only rings of one tree can be added."""
+    """Raise a CheckpointError where two statistics are not of one model."""
     if first.model_type != other.model_type:
         raise CheckpointError(
             f"{first.where} was measured on {first.model_type} and {other.where} on {other.model_type}; only "

@@ -1,11 +1,10 @@
-"""Statistics in a folder: safetensors files, and statistics.json, which says what is in them and is written last.
+"""Statistics in a folder: safetensors files, and statistics.json, which describes them and is written last.
 
 Files of data have names that are never used again, and the JSON that names them takes the place of the one before in
-one move: whoever is killed while writing leaves what was there before, whole.
+one move: a writer that is killed leaves what was there before, complete.
 """
 
 import json
-import os
 import re
 import shutil
 import uuid
@@ -16,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from treering.core.collectives import is_first, together
 from treering.core.errors import CheckpointError, TreeringError
 from treering.curvature.statistics import Counts, Entry, Ring, Statistics
-from treering.store.tensor_writer import LIMIT, Writer, content_of, sync
+from treering.store import disk
+from treering.store.tensor_writer import LIMIT, TensorWriter, content_digest
 from treering.store.untrusted import basename, in_folder, read_header, read_json
 
 FORMAT = 1
@@ -32,20 +31,21 @@ _OWN = re.compile(r"statistics(\.json(\.tmp)?|-[0-9a-f]{8}(-\d{5}-of-\d{5})?\.sa
 
 
 def open_folder(folder: str | Path) -> Statistics:
-    """Statistics as they were written; tensors are read, and compared with their digests, when asked for."""
+    """Return the statistics of a folder; a tensor is read, and compared with its digest, when it is asked for."""
     folder = Path(folder)
     path = in_folder(folder, NAME) if folder.is_dir() else None
     if path is None:
         raise CheckpointError(f"{folder} holds no {NAME}; make one: treering measure MODEL --data FILE --to {folder}")
-    told = read_json(path)
-    if told.get("format") != FORMAT:
+    description = read_json(path)
+    if description.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} has the format {str(told.get('format'))[:40]!r}, and this version reads {FORMAT}; measure again"
+            f"{path} has the format {str(description.get('format'))[:40]!r}, and this version reads {FORMAT}; "
+            "measure again"
         )
     try:
-        rings = tuple(Ring(**_checked(ring, Ring)) for ring in told["rings"])
-        entries = {str(weight): Entry(**_entry(told, entry)) for weight, entry in told["weights"].items()}
-        model_type = str(told["model_type"])
+        rings = tuple(Ring(**_checked(ring, Ring)) for ring in description["rings"])
+        entries = {str(weight): Entry(**_entry(description, entry)) for weight, entry in description["weights"].items()}
+        model_type = str(description["model_type"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); measure again") from None
     _check_files(folder, path, entries)
@@ -59,7 +59,7 @@ def open_folder(folder: str | Path) -> Statistics:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Nothing is written where anything but statistics is."""
+    """Raise CheckpointError if the folder holds anything but statistics."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give statistics a folder of their own")
     strange = [entry.name for entry in folder.iterdir() if not _OWN.fullmatch(entry.name)] if folder.exists() else []
@@ -68,27 +68,27 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def copy_folder(folder: Path, to: Path) -> None:
-    """The same statistics in a new folder, file by file, the JSON last."""
-    found = open_folder(folder)
+    """Copy statistics to a new folder, file by file, the JSON last."""
+    statistics = open_folder(folder)
     to.mkdir()
-    for name in [*sorted({entry.file for entry in found.entries.values()}), NAME]:
+    for name in [*sorted({entry.file for entry in statistics.entries.values()}), NAME]:
         shutil.copyfile(folder / name, to / name)
-        sync(to / name)
-    sync(to)
+        disk.sync(to / name)
+    disk.sync(to)
     open_folder(to)
 
 
 class Pages:
-    """What `writing` yields. Every rank calls everything; the first writes."""
+    """What `writing` yields. Every rank calls every method; rank 0 writes."""
 
     def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], limit: int):
         self.folder, self.token = folder, uuid.uuid4().hex[:8]
         meta = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-        self.writer = Writer(meta, file=f"statistics-{self.token}.safetensors", limit=limit)
+        self.writer = TensorWriter(meta, file=f"statistics-{self.token}.safetensors", limit=limit)
         self.counts: dict[str, Counts] = {}
 
     def add(self, key: str, make: Callable[[], tuple[Tensor, Counts]]) -> None:
-        """Each announced tensor once, in any order; made on the rank that writes it."""
+        """Write an announced tensor, each once and in any order. `make` is called on the rank that writes."""
 
         def work() -> None:
             tensor, self.counts[key] = make()
@@ -97,9 +97,9 @@ class Pages:
         self.first(work)
 
     def first(self, work: Callable[[], None]) -> None:
-        """Rank 0 does it; what is wrong with it ends all ranks."""
+        """Do `work` on rank 0; its error is raised on every rank."""
 
-        def told() -> str:
+        def problem_of_first() -> str:
             try:
                 if is_first():
                     work()
@@ -107,15 +107,17 @@ class Pages:
             except TreeringError as error:
                 return str(error)
 
-        if problem := together(told, f"writing {self.folder}")[0]:
+        if problem := together(problem_of_first, f"writing {self.folder}")[0]:
             raise CheckpointError(problem)
 
     def open(self) -> None:
+        """Make the folder and the files of data."""
         refuse_foreign(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.writer.open(self.folder)
 
     def publish(self, model_type: str, owners: Mapping[str, str], rings: Sequence[Ring]) -> None:
+        """Write the JSON, after which the folder is the new one, and remove the files before it."""
         self.writer.close()
         self.writer.check()
         tensors = {
@@ -127,24 +129,18 @@ class Pages:
             }
             for key, place in self.writer.places.items()
         }
-        told = {
+        description = {
             "format": FORMAT,
             "model_type": model_type,
             "rings": [asdict(ring) for ring in rings],
             "weights": dict(owners),
             "tensors": tensors,
         }
-        temporary = self.folder / f"{NAME}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(told, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / NAME)
-        sync(self.folder)
+        disk.replace(self.folder / NAME, json.dumps(description, indent=1).encode())
         self.sweep(lambda name: self.token not in name)
 
     def sweep(self, old: Callable[[str], bool]) -> None:
-        """Remove data that no JSON names."""
+        """Remove files of data that are not named in the JSON, if `old` of their name."""
         for path in list(self.folder.iterdir()):
             if path.name != NAME and _OWN.fullmatch(path.name) and old(path.name):
                 path.unlink(missing_ok=True)
@@ -174,23 +170,23 @@ def writing(
 
 
 def _checked(value: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    found = {name: value[name] for name in kind.__dataclass_fields__}  # type: ignore[attr-defined]
-    for name, content in found.items():
+    fields = {name: value[name] for name in kind.__dataclass_fields__}  # type: ignore[attr-defined]
+    for name, content in fields.items():
         if not (_is_count(content) if name == "tokens" else isinstance(content, str)):
             raise ValueError(f"{name} is {str(content)[:40]!r}")
-    return found
+    return fields
 
 
-def _entry(told: Mapping[str, Any], key: Any) -> dict[str, Any]:
-    tensor = told["tensors"][str(key)]
+def _entry(description: Mapping[str, Any], key: Any) -> dict[str, Any]:
+    tensor = description["tensors"][str(key)]
     tokens, shape = tensor["tokens"], tuple(tensor["shape"])
     counts = tokens if isinstance(tokens, list) else [tokens]
     square = len(shape) in (2, 3) and all(_is_count(n) for n in shape) and shape[-1] == shape[-2]
     fits = len(counts) == shape[0] if isinstance(tokens, list) else len(shape) == 2
     if not (square and fits and all(map(_is_count, counts)) and isinstance(tensor["digest"], str)):
         raise ValueError(f"the entry of {str(key)[:80]!r}")
-    held: Counts = tuple(tokens) if isinstance(tokens, list) else tokens
-    return {"key": str(key), "tokens": held, "shape": shape, "digest": tensor["digest"], "file": tensor["file"]}
+    checked: Counts = tuple(tokens) if isinstance(tokens, list) else tokens
+    return {"key": str(key), "tokens": checked, "shape": shape, "digest": tensor["digest"], "file": tensor["file"]}
 
 
 def _is_count(value: Any) -> bool:
@@ -198,7 +194,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_files(folder: Path, path: Path, entries: Mapping[str, Entry]) -> None:
-    """Every tensor is where the JSON says, before anybody waits hours for one that is not."""
+    """Check that every tensor is where the JSON says, before a run of hours needs it."""
     headers: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for weight, entry in entries.items():
         if entry.file not in headers:
@@ -217,7 +213,7 @@ def _read(folder: Path, entry: Entry) -> Tensor:
             tensor = file.get_tensor(entry.key)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read any more: {error}") from None
-    if xxhash.xxh3_128_hexdigest(content_of(tensor)) != entry.digest:
+    if content_digest(tensor) != entry.digest:
         raise CheckpointError(
             f"{path}: {entry.key} has other values than were written; the file is damaged, measure again"
         )

@@ -1,4 +1,4 @@
-"""A whole measurement: every batch through the model, as often as memory asks, and each tensor written and dropped."""
+"""A complete measurement: every batch through the model, as often as memory requires, one tensor written at a time."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from treering.anatomy import examine
+from treering.core.collectives import gather_objects
 from treering.core.errors import DataError, PlanError
+from treering.core.sharded import settle
+from treering.core.topology import AXES, axis_size
 from treering.curvature.adding import added, joint, refuse_other
 from treering.curvature.disk import open_folder, writing
 from treering.curvature.observe import Observer, observe
@@ -54,11 +57,12 @@ def measure(
     room: int | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Statistics:
-    """Second moments of the inputs of all linears and experts in the blocks of `model`, over the tokens of `batches`.
+    """Return second moments of the inputs of all linears and experts in blocks of `model`, over tokens of `batches`.
 
     model     a live transformers model, sharded or not, or a composed run
     batches   `input_ids` [B, S], and what tells padding from tokens if B > 1: `real` or `attention_mask`, both [B, S],
-              or `documents` of a packed row. With several ranks each has its own, and all have equally many
+              or `documents` of a packed row. With several ranks each has its own, and all have equally many;
+              ranks along a mesh's `sequence` and `expert` are given the same
     anatomy   of the plain model, where techniques have changed it already; a run knows it
     mesh      from treering.mesh(…); default: the run's, else all ranks have batches of their own
     tokens    `trained`: only those from which a trained token is predicted
@@ -68,23 +72,22 @@ def measure(
     room      bytes of sums at a time: where all do not fit, the batches go through the model several times.
               Default: 8 GiB, or half of what the device has free
     """
-    found = _Subject.of(model, anatomy, mesh)
-    given = list(batches)
-    if not given:
+    subject = _Subject.of(model, anatomy, mesh)
+    every = list(batches)
+    if not every:
         raise DataError("there is no batch to measure; every rank needs at least one")
-    asked = [(batch, real_tokens(batch, tokens)) for batch in given]
-    _refuse_nothing(found, asked, tokens)
-    with _evaluating(found.model):
-        owners, passes = _passes(found, asked, room or _room(found.device))
-        return _measured(found, asked, owners, passes, ring or Ring(name="", tokens=0), onto, to, progress)
+    asked = [(batch, real_tokens(batch, tokens)) for batch in every]
+    _refuse_nothing(subject, asked, tokens)
+    with _evaluating(subject.model):
+        owners, passes = _passes(subject, asked, room or _room(subject.device))
+        return _measured(subject, asked, owners, passes, ring or Ring(name="", tokens=0), onto, to, progress)
 
 
 def _refuse_nothing(
-    found: "_Subject", asked: Sequence[tuple[Batch, Tensor | None]], tokens: Literal["real", "trained"]
+    subject: "_Subject", asked: Sequence[tuple[Batch, Tensor | None]], tokens: Literal["real", "trained"]
 ) -> None:
     """On all ranks together: one may have nothing but padding, as company for the others."""
-    count = sum(batch["input_ids"].numel() if real is None else int((real != 0).sum()) for batch, real in asked)
-    if int(summed(torch.tensor(count, device=found.device), found.groups)) == 0:
+    if int(summed(torch.tensor(_count(asked), device=subject.device), subject.groups)) == 0:
         what = "predicts a trained token (are all labels -100?)" if tokens == "trained" else "is not padding"
         raise DataError(
             f"no token of the batches {what}, so there is nothing to measure; look at their attention_mask, `real` or "
@@ -92,12 +95,19 @@ def _refuse_nothing(
         )
 
 
+def _count(asked: Sequence[tuple[Batch, Tensor | None]]) -> int:
+    """Return the number of tokens of this rank's batches that are to be counted."""
+    return sum(batch["input_ids"].numel() if real is None else int((real != 0).sum()) for batch, real in asked)
+
+
 class _Subject:
     """The model that is measured, and how to get a batch into it."""
 
     def __init__(self, model: nn.Module, anatomy: "Anatomy", mesh: "DeviceMesh | None", run: Composed | None):
         self.model, self.anatomy, self.run = model, anatomy, run
-        self.groups = _groups(mesh)
+        self.mesh = mesh
+        self.groups = _groups(mesh, ("replicate", "shard"))
+        self.shared = axis_size(mesh, "sequence", "expert")  # ranks that are given the same batches
         self.device = run.plan.device if run is not None else next(model.parameters()).device
         self.short = {"use_cache": False}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -109,9 +119,33 @@ class _Subject:
             return cls(model, anatomy or examine(model), mesh, None)  # type: ignore[arg-type]
         return cls(model.model, anatomy or model.plan.anatomy, mesh or model.plan.mesh, model)
 
+    def agree(self, given: int, seen: int) -> None:
+        """Let sums run over all ranks among which different tokens lie. A collective where ranks share batches.
+
+        Args:
+            given: Tokens of this rank's batches that are to be counted.
+            seen: Tokens that this rank's model has counted: fewer where a technique cuts rows.
+        """
+        if self.shared == 1:
+            return
+        every = _groups(self.mesh, AXES)
+        total = int(summed(torch.tensor(given, device=self.device), self.groups))
+        counted = int(summed(torch.tensor(seen, device=self.device), every))
+        if counted == total:
+            self.groups = every
+        elif counted != total * self.shared:
+            raise PlanError(
+                f"the batches have {total} tokens to be measured, and the {self.shared} ranks that share each batch "
+                f"have seen {counted} together; a technique that cuts rows must leave each token (and its place in "
+                "`real`) on one of these ranks, one that does not must leave it on all of them"
+            )
+
     def forward(self, seen: Observer, batch: Batch, real: Tensor | None) -> None:
         if self.run is not None:
-            batch = self.run.ready([batch])[0]
+            if real is None and self.shared > 1:  # a technique that cuts rows may pad them, too
+                real = torch.ones(batch["input_ids"].shape, dtype=torch.bool)
+            [batch] = self.run.ready([batch if real is None else {**batch, "real": real}])
+            real = batch.get("real")
         inputs = {n: batch[n] for n in _INPUTS if batch.get(n) is not None}
         inputs = {n: v.to(self.device) if hasattr(v, "to") else v for n, v in inputs.items()}
         with seen.counting(real):
@@ -139,14 +173,14 @@ def real_tokens(batch: Batch, tokens: Literal["real", "trained"]) -> Tensor | No
     return predicts if real is None else predicts & (real.cpu() != 0)
 
 
-def _passes(found: _Subject, asked: Sequence[tuple[Batch, Tensor | None]], room: int) -> tuple[Any, list[set[str]]]:
+def _passes(subject: _Subject, asked: Sequence[tuple[Batch, Tensor | None]], room: int) -> tuple[Any, list[set[str]]]:
     """The weights of each pass through the batches. Who shares with whom has to be known to cut them well."""
-    shapes = sizes(found.anatomy)
+    shapes = sizes(subject.anatomy)
     if sum(map(_bytes, shapes.values())) <= room:
         return None, [set(shapes)]
     batch = asked[0][0]
-    with observe(found.model, found.anatomy) as seen:
-        found.forward(seen, batch, torch.zeros(batch["input_ids"].shape, dtype=torch.bool))
+    with observe(subject.model, subject.anatomy) as seen:
+        subject.forward(seen, batch, torch.zeros(batch["input_ids"].shape, dtype=torch.bool))
     owners = seen.order()
     passes: list[set[str]] = []
     held = room
@@ -177,7 +211,7 @@ def _bytes(shape: tuple[int, ...]) -> int:
 
 
 def _measured(
-    found: _Subject,
+    subject: _Subject,
     asked: Sequence[tuple[Batch, Tensor | None]],
     owners: dict[str, str] | None,
     passes: Sequence[set[str]],
@@ -187,25 +221,26 @@ def _measured(
     progress: Callable[[int, int], None],
 ) -> Statistics:
     for one in onto:
-        one.check(found.anatomy)
-    watched = _watched(found, asked, passes, progress)
+        one.check(subject.anatomy)
+    watched = _watched(subject, asked, passes, progress)
     first = next(watched)
+    subject.agree(_count(asked), first.tokens)
     owners = owners or first.order()
-    rings = [*(r for one in onto for r in one.rings), replace(ring, tokens=first.counted(found.groups))]
+    rings = [*(r for one in onto for r in one.rings), replace(ring, tokens=first.counted(subject.groups))]
     for one in onto:
         if set(one.entries) != set(owners):
-            refuse_other(one, _described(found, owners))
+            refuse_other(one, _described(subject, owners))
     keys = joint(owners, *({w: e.key for w, e in one.entries.items()} for one in onto))
-    means = (mean for seen in chain([first], watched) for mean in seen.means(found.groups))
+    means = (mean for seen in chain([first], watched) for mean in seen.means(subject.groups))
     if to is None:
         tensors: dict[str, Tensor] = {}
         counts: dict[str, Counts] = {}
         for owner, mean, count in means:
             for key in _keys_of(owner, owners, keys):
                 tensors[key], counts[key] = added(key, onto, mean.clone() if onto else mean, count)
-        return in_memory(found.anatomy.model_type, tensors, keys, counts, tuple(rings))
-    shapes = {key: sizes(found.anatomy)[key] for key in dict.fromkeys(keys.values())}
-    with writing(Path(to), shapes, found.anatomy.model_type, keys, rings) as pages:
+        return in_memory(subject.anatomy.model_type, tensors, keys, counts, tuple(rings))
+    shapes = {key: sizes(subject.anatomy)[key] for key in dict.fromkeys(keys.values())}
+    with writing(Path(to), shapes, subject.anatomy.model_type, keys, rings) as pages:
         for owner, mean, count in means:
             for key in _keys_of(owner, owners, keys):
                 pages.add(key, partial(added, key, onto, mean.clone() if onto else mean, count))
@@ -213,16 +248,16 @@ def _measured(
 
 
 def _watched(
-    found: _Subject,
+    subject: _Subject,
     asked: Sequence[tuple[Batch, Tensor | None]],
     passes: Sequence[set[str]],
     progress: Callable[[int, int], None],
 ) -> Iterator[Observer]:
     """After each pass, with its sums complete."""
     for number, weights in enumerate(passes):
-        with observe(found.model, found.anatomy, weights=weights) as seen:
+        with observe(subject.model, subject.anatomy, weights=weights) as seen:
             for i, (batch, real) in enumerate(asked):
-                found.forward(seen, batch, real)
+                subject.forward(seen, batch, real)
                 progress(number * len(asked) + i + 1, len(passes) * len(asked))
         _agree(seen.order())
         yield seen
@@ -230,10 +265,7 @@ def _watched(
 
 def _agree(owners: dict[str, str]) -> None:
     """Sums of different things, or in another order, would be added up, or wait for each other for ever."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, owners)
+    everyone = gather_objects(owners)
     for rank, other in enumerate(everyone):
         if list(other.items()) != list(everyone[0].items()):
             raise PlanError(
@@ -247,19 +279,23 @@ def _keys_of(owner: str, owners: Mapping[str, str], keys: Mapping[str, str]) -> 
     return [key for key in dict.fromkeys(keys.values()) if owners[key] == owner]
 
 
-def _described(found: _Subject, owners: Mapping[str, str]) -> Statistics:
+def _described(subject: _Subject, owners: Mapping[str, str]) -> Statistics:
     """What would be measured, for a message."""
-    shapes = sizes(found.anatomy)
+    shapes = sizes(subject.anatomy)
     entries = {w: Entry(key=w, tokens=0, shape=shapes[w], digest="") for w in owners}
     return Statistics(
-        model_type=found.anatomy.model_type, entries=entries, rings=(), read=lambda entry: Tensor(), where="this model"
+        model_type=subject.anatomy.model_type,
+        entries=entries,
+        rings=(),
+        read=lambda entry: Tensor(),
+        where="this model",
     )
 
 
-def _groups(mesh: "DeviceMesh | None") -> "list[ProcessGroup]":
-    """Over which ranks documents are dealt."""
-    if mesh is not None and {"replicate", "shard"} <= set(mesh.mesh_dim_names or ()):
-        return [mesh[axis].get_group() for axis in ("replicate", "shard") if mesh[axis].size() > 1]
+def _groups(mesh: "DeviceMesh | None", axes: Sequence[str]) -> "list[ProcessGroup]":
+    """Return the groups of `axes`; without a mesh that has them, one of all ranks."""
+    if mesh is not None and set(axes) <= set(mesh.mesh_dim_names or ()):
+        return [mesh[axis].get_group() for axis in axes if mesh[axis].size() > 1]
     if dist.is_initialized() and dist.get_world_size() > 1:
         assert dist.group.WORLD is not None
         return [dist.group.WORLD]
@@ -277,13 +313,4 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-        _reshard(model)
-
-
-def _reshard(model: nn.Module) -> None:
-    """FSDP frees gathered parameters in a backward, and there is none."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+        settle(model)  # FSDP frees gathered parameters in a backward, and there is none

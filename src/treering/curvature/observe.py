@@ -1,9 +1,9 @@
-"""Watching the linears of a live model: sums of a aᵀ over the tokens of every forward.
+"""Observing the linear layers and experts of a live model: sums of a aᵀ over the tokens of every forward.
 
 T tokens, M inputs. Products and sums are at least float32: a bfloat16 product would round away what small directions
-hold. Each batch is added by one gemm into the float32 sum: the error grows like the root of the number of batches
+contain. Each batch is added by one gemm into the float32 sum: the error grows like the root of the number of batches
 times 6e-8, far below the 1e-2 by which any 30,000 tokens miss the mean of their kind, and a float64 sum would double
-the memory, which is what a measurement takes most of. Of a float64 model everything is float64.
+the memory, most of which a measurement needs for its sums. Of a float64 model everything is float64.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,25 +12,37 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from treering.anatomy.matrices import of_experts
+from treering.core.errors import PlanError
 from treering.curvature.observer import Observer
+from treering.experts.stacked_forward import ExpertProduct, watch_products
 
 if TYPE_CHECKING:
-    from treering.anatomy import Anatomy
+    from treering.anatomy import Anatomy, Experts
 
 
 @contextmanager
 def observe(
     model: nn.Module, anatomy: "Anatomy", *, weights: Iterable[str] | None = None, share: bool = True
 ) -> Iterator[Observer]:
-    """Watch `model` while the body runs; nothing of it stays on the model afterwards.
+    """Observe `model` while the body runs; nothing of it stays on the model afterwards.
 
-    weights   plain names of those to watch; default: all linears in blocks, and all stacked experts
-    share     find linears that see the same inputs (q, k and v), and measure them once
+    Args:
+        model: a live transformers model.
+        anatomy: of the plain model.
+        weights: plain names of the weights to observe; default: all linear layers in blocks, and all stacked experts.
+        share: find linear layers that see the same inputs (q, k and v), and measure them once.
+
+    Returns:
+        The observer, whose `statistics()` are the means of what was seen.
+
+    Example:
+        with observe(model, examine(model)) as seen:
+            model(input_ids=ids)
+        A = seen.statistics()["model.layers.0.mlp.up_proj.weight"]["inputs"]
     """
-    from treering.curvature.experts import watch_experts
-
     observer = Observer(anatomy, weights, share)
     chosen = set(observer.weights)
     undo: list[Callable[[], None]] = []
@@ -40,11 +52,11 @@ def observe(
         undo.append(model.register_forward_hook(observer.end, always_call=True).remove)
         for linear in anatomy.linears:
             if linear.block is not None and linear.weight in chosen:
-                hook = _Hook(observer, linear.weight)
+                hook = _LinearHook(observer, linear.weight)
                 undo.append(model.get_submodule(linear.fqn).register_forward_pre_hook(hook, with_kwargs=True).remove)
         for experts in anatomy.experts:
             if chosen & set(experts.stacked):
-                undo.append(watch_experts(observer, model, experts))
+                undo.append(_observe_experts(observer, model, experts))
         yield observer
     finally:
         for one in reversed(undo):
@@ -52,7 +64,7 @@ def observe(
 
 
 def _eager(model: nn.Module, undo: list[Callable[[], None]]) -> None:
-    """What was compiled before does not know of the hooks, and would run without a word about them."""
+    """Run compiled modules eagerly: what was compiled before has no hooks, and would skip them without a message."""
     if any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in model.modules()):
         stance = torch.compiler.set_stance("force_eager")
         stance.__enter__()
@@ -60,11 +72,52 @@ def _eager(model: nn.Module, undo: list[Callable[[], None]]) -> None:
 
 
 @dataclass(frozen=True)
-class _Hook:
-    """Of one linear; an object, so that copying the module meets the observer (see `Observer.__reduce__`)."""
+class _LinearHook:
+    """Of one linear layer; an object, so that copying the module meets the observer (see `Observer.__reduce__`)."""
 
     observer: Observer
     weight: str
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.observer.take(self.weight, args[0] if args else next(iter(kwargs.values())))
+
+
+def _observe_experts(observer: Observer, model: nn.Module, experts: "Experts") -> Callable[[], None]:
+    module: Any = model.get_submodule(experts.fqn)
+    stacks = of_experts(observer.anatomy, experts)
+    for stack in stacks:
+        if stack.leaf not in module._parameters:
+            raise PlanError(
+                f"{stack.weight} is no longer a plain parameter, so its experts' inputs cannot be measured; "
+                "measure the exported model instead: treering measure DIR --data FILE --to DIR/statistics"
+            )
+    return watch_products(module, stacks, _ExpertInputs(observer, experts.fqn))
+
+
+@dataclass(frozen=True)
+class _ExpertInputs:
+    """Adds the inputs of each expert's product to the sums of the observer."""
+
+    observer: Observer
+    fqn: str
+
+    def take(self, product: ExpertProduct) -> None:
+        weight = product.matrix.weight
+        if weight in self.observer.weights and self.observer.owns(weight, product.x):
+            self.observer.add(weight, self._real(product).detach(), product.matrix.expert)
+
+    def _real(self, product: ExpertProduct) -> Tensor:
+        """Return the rows that count."""
+        real, tokens = self.observer.real, product.tokens
+        if real is None:
+            return product.x
+        known = tokens is not None and len(tokens) == len(product.x)
+        known = known and product.hidden.shape[:-1].numel() == len(real)
+        self.observer.refuse_unless(known, product.matrix.weight)
+        return product.x[real[tokens]]
+
+    def unknown(self, weight: str) -> PlanError:
+        return PlanError(
+            f"{self.observer.anatomy.model_type}: {self.fqn} computes with {weight} in a way that is not understood, "
+            "so its experts' inputs cannot be measured; leave it out: observe(…, weights=[…])"
+        )

@@ -1,4 +1,4 @@
-"""Sums of a aᵀ over the tokens of every forward, one for each weight that is watched."""
+"""Sums of a aᵀ over the tokens of every forward, one for each weight that is observed."""
 
 import inspect
 from collections import deque
@@ -23,26 +23,28 @@ _RECENT = 8  # inputs of this forward that are remembered: those that two linear
 
 
 class Observer:
-    """What `observe` yields. Every forward of the model counts, a second pass for the backward does not."""
+    """What `observe` yields. Every forward of the model counts; one that is recomputed for the backward does not."""
 
     def __init__(self, anatomy: "Anatomy", weights: Iterable[str] | None = None, share: bool = True):
         self.anatomy, self.share = anatomy, share
         self.sizes = sizes(anatomy)
         chosen = set(self.sizes if weights is None else weights)
-        if strange := chosen - set(self.sizes):
-            raise PlanError(f"{sorted(strange)[0]} is no weight of a linear or of experts in a block of the model")
+        if unknown := chosen - set(self.sizes):
+            raise PlanError(
+                f"{sorted(unknown)[0]} is not a weight of a linear layer or of experts in a block of the model"
+            )
         self.weights = tuple(w for w in self.sizes if w in chosen)
-        self.owner: dict[str, str] = {}  # weight -> the one whose sum is its sum too
+        self.owner: dict[str, str] = {}  # weight -> the one whose sum is also its sum
         self.sums: dict[str, Sum] = {}
-        self.kinds: dict[str, tuple[torch.dtype, torch.device]] = {}  # of the sums, also of those without a token yet
+        self.kinds: dict[str, tuple[torch.dtype, torch.device]] = {}  # of the sums, and of those without a token so far
         self.tokens = 0  # real ones so far, of this rank
         self.real: Tensor | None = None  # of the running forward: [T] bool; None: all of them
         self._index: Tensor | None = None
-        self._told: tuple[Tensor | None] | None = None
+        self._counting: tuple[Tensor | None] | None = None
         self._recent: deque[tuple[Tensor, int | None, str]] = deque(maxlen=_RECENT)
 
     def __reduce__(self) -> Any:
-        """A copy of the model would go on counting, or count into this observer."""
+        """Refuse to be copied: a copy of the model would count too, into a copy of this observer or into this one."""
         raise PlanError(
             "the model is being observed, and a copy would keep the observer's hooks; leave the `with observe` block "
             "before you copy or pickle it"
@@ -50,18 +52,18 @@ class Observer:
 
     @contextmanager
     def counting(self, real: Tensor | None) -> Iterator[None]:
-        """Of the forwards inside, only the tokens where `real` ([B, S], bool) is true count; None: all of them.
+        """Count, in the forwards inside, only the tokens where `real` ([B, S], bool) is true; None: all of them.
 
-        Without it they are those of the model's attention_mask, and all if there is none.
+        Without it, those of the model's attention_mask count, and all if there is none.
         """
-        before, self._told = self._told, (real,)
+        before, self._counting = self._counting, (real,)
         try:
             yield
         finally:
-            self._told = before
+            self._counting = before
 
     def statistics(self, ring: Ring | None = None, groups: "Sequence[ProcessGroup]" = ()) -> Statistics:
-        """Means of what was seen so far, on the host; over the ranks of each of `groups`, which then all call it."""
+        """Return the means of what was seen so far, on the host; over the ranks of `groups`, which all call it."""
         if not self.counted(groups) and not self.sums:
             raise DataError(
                 "no token was seen, so there is nothing to keep: run the model inside the `with observe` block, on "
@@ -75,40 +77,42 @@ class Observer:
         return in_memory(self.anatomy.model_type, tensors, self.order(), counts, (ring,))
 
     def counted(self, groups: "Sequence[ProcessGroup]" = ()) -> int:
+        """Return the number of tokens so far; with `groups` a collective."""
         device = next(iter(self.kinds.values()))[1] if self.kinds else None
         return int(summed(torch.tensor(self.tokens, device=device), groups))
 
     def order(self) -> dict[str, str]:
-        """`owner`, in the model's order."""
+        """Return `owner`, in the model's order."""
         return {weight: self.owner[weight] for weight in self.weights if weight in self.owner}
 
     def means(self, groups: "Sequence[ProcessGroup]" = (), keep: bool = False) -> Iterator[tuple[str, Tensor, Counts]]:
-        """(weight, A, tokens) of each sum, one at a time; with `groups` a collective. What is not kept is used up."""
+        """Yield (weight, A, tokens) of each sum, one at a time; with `groups` a collective. Without `keep` the sums are
+        used up."""
         for owner in dict.fromkeys(self.order().values()):
-            held = self.sums.get(owner) if keep else self.sums.pop(owner, None)
-            if held is None:
-                held = Sum.empty(self.sizes[owner], *self.kinds[owner])
-            yield owner, *(held.copy() if keep else held).mean(owner, groups)
+            total = self.sums.get(owner) if keep else self.sums.pop(owner, None)
+            if total is None:
+                total = Sum.empty(self.sizes[owner], *self.kinds[owner])
+            yield owner, *(total.copy() if keep else total).mean(owner, groups)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """At the door of the model: which tokens of this forward count."""
+        """Find out, before the model's forward, which of its tokens count."""
         self._recent.clear()
         if recompute_state() != "forward":
             return
-        given = dict(zip(inspect.signature(model.forward).parameters, args)) | dict(kwargs)
-        tokens = next((given[n] for n in ("input_ids", "inputs_embeds") if given.get(n) is not None), None)
-        mask = given.get("attention_mask") if self._told is None else self._told[0]
+        arguments = dict(zip(inspect.signature(model.forward).parameters, args)) | dict(kwargs)
+        tokens = next((arguments[n] for n in ("input_ids", "inputs_embeds") if arguments.get(n) is not None), None)
+        mask = arguments.get("attention_mask") if self._counting is None else self._counting[0]
         self.real = _mask(mask, tokens)
         self._index = None if self.real is None else self.real.nonzero().squeeze(1)
         if tokens is not None:
-            whole = tokens.shape[0] * tokens.shape[1]
-            self.tokens += whole if self._index is None else self._index.numel()
+            every = tokens.shape[0] * tokens.shape[1]
+            self.tokens += every if self._index is None else self._index.numel()
 
     def end(self, *_: Any) -> None:
         self._recent.clear()
 
     def take(self, weight: str, x: Tensor) -> None:
-        """The inputs of a linear."""
+        """Add the inputs of a linear layer."""
         if not isinstance(x, Tensor):
             raise PlanError(
                 f"a technique computes the inputs of {weight} later, tile by tile; measure the model that was "
@@ -123,27 +127,29 @@ class Observer:
         self.add(weight, rows)
 
     def refuse_unless(self, known: bool, weight: str) -> None:
+        """Raise a PlanError where it is not known which tokens are padding."""
         if not known:
             raise PlanError(
-                f"which of the tokens that reach {weight} are padding cannot be told; measure packed rows, or rows of "
+                f"which of the tokens that reach {weight} are padding is not known; measure packed rows, or rows of "
                 "one document without padding"
             )
 
     def add(self, weight: str, rows: Tensor, expert: int | None = None) -> None:
+        """Add inputs, T × M, to the sum of `weight`; of a stack, to that of one expert."""
         if rows.shape[0]:
             if weight not in self.sums:
                 self.sums[weight] = Sum.empty(self.sizes[weight], *self.kinds[weight])
             self.sums[weight].add(rows, expert)
 
     def owns(self, weight: str, x: Tensor) -> bool:
-        """Whether the inputs are to be added to this weight's own sum: no other has just seen the same ones.
+        """Return whether these inputs belong to this weight's own sum: no other weight has just seen the same ones.
 
-        The same memory, alive since then and not written to since then, holds the same values.
+        They are the same where they are the same memory, referenced since then and not written to since then.
         """
         version = None if x.is_inference() else x._version
-        found = next((o for t, v, o in self._recent if v == version and _same(t, x)), weight) if self.share else weight
-        known = self.owner.setdefault(weight, found)
-        if known != weight and found != known:
+        now = next((o for t, v, o in self._recent if v == version and _same(t, x)), weight) if self.share else weight
+        known = self.owner.setdefault(weight, now)
+        if known != weight and now != known:
             raise PlanError(
                 f"{weight} and {known} had the same inputs in one forward and others in another; measure them apart: "
                 "observe(…, share=False)"
@@ -156,7 +162,7 @@ class Observer:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     if a is b:
-        return not a.is_inference()  # of an inference tensor nobody counts the writes
+        return not a.is_inference()  # torch does not count the writes to an inference tensor
     facts = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in (a, b) if t.numel()]
     return len(facts) == 2 and facts[0] == facts[1] and not a.is_inference()
 
@@ -165,9 +171,9 @@ def _mask(mask: Any, tokens: Tensor | None) -> Tensor | None:
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise PlanError("which tokens are real cannot be told from this attention_mask; use counting(mask), [B, S]")
+        raise PlanError("which tokens are real is not known from this attention_mask; use counting(mask), [B, S]")
     if tokens is not None:
-        mask = mask[:, -tokens.shape[1] :]  # the mask of a cached generation tells of earlier tokens too
+        mask = mask[:, -tokens.shape[1] :]  # the mask of a cached generation has earlier tokens too
         if mask.shape != tokens.shape[:2]:
             raise PlanError(f"a mask of shape {tuple(mask.shape)} for tokens of shape {tuple(tokens.shape[:2])}")
         mask = mask.to(tokens.device)

@@ -1,4 +1,4 @@
-"""The plain truth: the same moments from the definition, in float64, slowly. Every fast path is tested against it."""
+"""The same moments from the definition, in float64, slowly. Every fast path is tested against it."""
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 def moments(
     model: nn.Module, anatomy: "Anatomy", documents: Iterable[Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """weight -> (1/T) Σ_t a_t a_tᵀ and T, over the tokens of `documents`, each [T] and alone in its forward.
+    """Return (1/T) Σ_t a_t a_tᵀ and T by weight, over the tokens of `documents`, each [T] and alone in its forward.
 
-    Stacked experts are not here: what reaches them is the architecture's own (see the tests).
+    Without stacked experts: which tokens reach them depends on the architecture (see the tests).
     """
     total: dict[str, Tensor] = {}
     count: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""What was measured, as a value: the second moment of each weight's inputs, by the weight's plain name.
+"""Statistics, the value that a measurement returns: the second moment of each weight's inputs, by its plain name.
 
 N outputs, M inputs, E experts. `inputs` is A: M × M, or E × M × M for stacked experts, float32.
 """
@@ -12,6 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from treering.anatomy.matrices import matrices
 from treering.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ Counts = int | tuple[int, ...]  # of tokens; of stacked experts one for each
 
 @dataclass(frozen=True, kw_only=True)
 class Ring:
-    """One measurement: what was looked at, how many tokens of it, and when, as the caller says it."""
+    """One measurement: its text, how many tokens of it, and when, as the caller names them."""
 
     name: str
     tokens: int
@@ -32,7 +33,7 @@ class Ring:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Where the moment of a weight is. Weights that see the same inputs have the same `key`."""
+    """Where the moment of a weight is stored. Weights that see the same inputs have the same `key`."""
 
     key: str
     tokens: Counts
@@ -58,12 +59,12 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
     ):
         self.model_type, self.entries, self.rings, self.where = model_type, dict(entries), rings, where
         self._read = read
-        self._last: tuple[str, Tensor] | None = None  # q, k and v are asked for one after the other
+        self._last: tuple[str, Tensor] | None = None  # q, k and v are read one after the other
 
     def __getitem__(self, weight: str) -> Mapping[str, Tensor]:
         entry = self.entries[weight]
         if self._last is None or self._last[0] != entry.key:
-            self._last = None  # not two at once
+            self._last = None  # two at a time would need twice the memory
             self._last = entry.key, self._read(entry)
         return {"inputs": self._last[1], "tokens": torch.tensor(entry.tokens)}
 
@@ -74,13 +75,13 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
         return len(self.entries)
 
     def __contains__(self, weight: object) -> bool:
-        return weight in self.entries  # a Mapping would read the tensor to find out
+        return weight in self.entries  # the default of Mapping would read the tensor
 
     @property
     def digest(self) -> str:
         """Identifies the values and what was counted; not the names and dates of rings."""
-        told = [[weight, e.digest, e.tokens] for weight, e in sorted(self.entries.items())]
-        return xxhash.xxh3_128_hexdigest(json.dumps([self.model_type, told]).encode())
+        values = [[weight, e.digest, e.tokens] for weight, e in sorted(self.entries.items())]
+        return xxhash.xxh3_128_hexdigest(json.dumps([self.model_type, values]).encode())
 
     @property
     def tensors(self) -> dict[str, Entry]:
@@ -92,7 +93,7 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
         return 4 * sum(torch.Size(entry.shape).numel() for entry in self.tensors.values())
 
     def check(self, anatomy: "Anatomy") -> None:
-        """Refuse statistics of another model: protected directions would be of spaces that are not this one's."""
+        """Raise a CheckpointError where these are statistics of another model: its directions mean nothing here."""
         wanted = sizes(anatomy)
         for weight, entry in self.entries.items():
             if wanted.get(weight) != entry.shape:
@@ -103,28 +104,21 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
                 )
 
     def described(self) -> list[dict[str, object]]:
+        """Return the measurements as plain data, for reports and manifests."""
         return [asdict(ring) for ring in self.rings]
 
 
 def sizes(anatomy: "Anatomy") -> dict[str, tuple[int, ...]]:
-    """Weight -> shape of its A, for every linear in the blocks and all stacked experts, in the model's order."""
-    found: dict[str, tuple[int, ...]] = {}
-    for linear in anatomy.linears:
-        if linear.block is not None:
-            found[linear.weight] = (linear.inputs, linear.inputs)
-    for experts in anatomy.experts:
-        for name in experts.stacked:
-            number, first, second = anatomy.parameters[name].shape
-            inputs = first if experts.transposed else second
-            found[name] = (number, inputs, inputs)
-    return dict(sorted(found.items(), key=lambda item: (anatomy.parameters[item[0]].block, 0)))
+    """Return the shape of A by weight, for every linear layer in the blocks and all stacked experts, block by block."""
+    inside = [matrix for matrix in matrices(anatomy) if matrix.block is not None]
+    return {m.weight: m.input_moment for m in sorted(inside, key=lambda m: (m.block, 0))}
 
 
 def in_memory(
     model_type: str, tensors: Mapping[str, Tensor], owners: Mapping[str, str], tokens: Mapping[str, Counts],
     rings: tuple[Ring, ...],
 ) -> Statistics:  # fmt: skip
-    """`owners`: weight -> the weight under whose name its tensor is."""
+    """Return statistics of tensors in memory. `owners`: weight -> the weight under whose name its tensor is."""
     from treering.store.tensor_writer import content_of
 
     digests = {key: xxhash.xxh3_128_hexdigest(content_of(tensor)) for key, tensor in tensors.items()}

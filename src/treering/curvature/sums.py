@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sum:
-    """`total` M × M or E × M × M, `tokens` a count or E of them."""
+    """A running sum: `total` M × M or E × M × M, `tokens` a count or E of them."""
 
     total: Tensor
     tokens: Tensor
@@ -32,7 +32,7 @@ class Sum:
 
     @torch.no_grad()
     def add(self, rows: Tensor, expert: int | None = None) -> None:
-        """Inputs of one matrix, T × M; of the expert's, if there are several."""
+        """Add the inputs of one matrix, T × M; of a stack, those of one expert."""
         total = self.total if expert is None else self.total[expert]
         wide = rows.to(total.dtype)
         total.addmm_(wide.mT, wide)  # in place: autocast leaves it alone
@@ -40,12 +40,14 @@ class Sum:
 
     @torch.no_grad()
     def mean(self, name: str, groups: "Sequence[ProcessGroup]") -> tuple[Tensor, Counts]:
-        """A in float32 on the host, and the tokens it is the mean of; the sum is used up. An expert without tokens
-        has A = 0."""
+        """Return A in float32 on the host, and the tokens that it is the mean of; the sum is used up.
+
+        An expert without tokens has A = 0. A collective over `groups`.
+        """
         total = summed(self.total, groups).cpu()
         tokens = summed(self.tokens.to(self.total.device), groups).cpu()
         total /= tokens.clamp_min(1)[..., None, None]
-        mean = ((total + total.mT) / 2).float().contiguous()  # a gemm need not round both halves alike
+        mean = ((total + total.mT) / 2).float().contiguous()  # a gemm may round the two halves differently
         if not bool(torch.isfinite(mean).all()):
             raise NumericsError(
                 f"the inputs of {name} are not finite, or too large to be squared; does the model work in this dtype?"
@@ -54,7 +56,7 @@ class Sum:
 
 
 def summed(value: Tensor, groups: "Sequence[ProcessGroup]") -> Tensor:
-    """In place, over the ranks of each group in turn."""
+    """Sum `value` in place over the ranks of each group in turn."""
     for group in groups:
         dist.all_reduce(value, group=group)
     return value

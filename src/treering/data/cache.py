@@ -1,44 +1,48 @@
 """Tokenised documents on disk: one safetensors file and one JSON manifest in a folder, published by a rename.
 
 Written as a stream (memory does not grow with the data) and read through memory maps. A folder whose bytes do not
-have the digest in its manifest is no cache: it is removed and made again.
+have the digest in its manifest is not a cache: it is removed and made again.
 """
 
 import json
-import os
+import re
 import shutil
-import struct
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from treering.core.errors import DataError
+from treering.core.errors import CheckpointError, DataError
 from treering.data.encode import Encoded
+from treering.store import disk
+from treering.store.layout import header_of
+from treering.store.untrusted import read_header
 
 _TOKENS, _MANIFEST = "tokens.safetensors", "manifest.json"
 _DTYPES = {"ids": ("U32", "<u4"), "mask": ("BOOL", "|b1")}
 _DTYPES |= dict.fromkeys(("offsets", "rows", "trained"), ("I64", "<i8"))
 _DTYPES |= dict.fromkeys(("files", "pieces"), ("I32", "<i4"))
-_HEADER_LIMIT = 1 << 16
-_CHUNK = 1 << 22
+_LEFTOVER = re.compile(r".+\.(tmp|old)-[0-9a-f]{32}")
 _TOGETHER = 512  # documents written at once
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
-class Writer:
-    """Appends documents to raw files beside the final place, then joins them and renames the folder."""
+class CacheWriter:
+    """Appends documents to raw files in a temporary folder, then joins them and renames the folder."""
 
     def __init__(self, folder: Path):
         self._final = folder
         self._folder = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex}")
+        self._lock = ExitStack()
         try:
-            self._folder.mkdir(parents=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.enter_context(disk.writing_in(folder.parent, _LEFTOVER))
+            self._folder.mkdir()
         except OSError as error:
             raise DataError(f"data.cache: {folder.parent} cannot be written: {error.strerror}") from error
         self._streams: dict[str, BinaryIO] = {name: (self._folder / name).open("wb") for name in _DTYPES}
@@ -47,6 +51,7 @@ class Writer:
         self._put("offsets", np.zeros(1, dtype="<i8"))
 
     def add(self, documents: Sequence[Encoded]) -> None:
+        """Append documents."""
         self._waiting.extend(documents)
         if len(self._waiting) >= _TOGETHER:
             self._flush()
@@ -69,66 +74,56 @@ class Writer:
         self._streams[name].write(np.ascontiguousarray(values, dtype=_DTYPES[name][1]).tobytes())
 
     def publish(self, manifest: Mapping[str, Any]) -> None:
+        """Join the arrays, and give the folder its name unless another process has published the same meanwhile."""
         self._flush()
         for stream in self._streams.values():
             stream.close()
         path = self._folder / _TOKENS
-        self._join(path)
-        stated = {**manifest, "digest": _digest(path), "bytes": path.stat().st_size}
-        with (self._folder / _MANIFEST).open("w", encoding="utf-8") as out:
-            json.dump(stated, out)
-            out.flush()
-            os.fsync(out.fileno())
+        disk.write(path, self._pieces())
+        for name in _DTYPES:
+            (self._folder / name).unlink()
+        stated = {**manifest, "digest": disk.digest(path), "bytes": path.stat().st_size}
+        disk.write(self._folder / _MANIFEST, [json.dumps(stated).encode()])
         try:
-            self._folder.rename(self._final)
+            disk.publish(self._folder, self._final)
         except OSError:
             # Another process was faster. What it published is the same, because the name is the key.
             if not (self._final / _MANIFEST).is_file():
                 raise
             self.discard()
+        self._lock.close()
 
     def discard(self) -> None:
+        """Remove what was written."""
         for stream in self._streams.values():
             stream.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()
 
-    def _join(self, path: Path) -> None:
-        header: dict[str, Any] = {}
-        at = 0
-        for name, (kind, dtype) in _DTYPES.items():
-            size = (self._folder / name).stat().st_size
-            header[name] = {
-                "dtype": kind,
-                "shape": [size // np.dtype(dtype).itemsize],
-                "data_offsets": [at, at + size],
-            }
-            at += size
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # the format wants tensors aligned
-        with path.open("wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
-            for name in _DTYPES:
-                with (self._folder / name).open("rb") as part:
-                    shutil.copyfileobj(part, out, _CHUNK)
-                (self._folder / name).unlink()
-            out.flush()
-            os.fsync(out.fileno())
+    def _pieces(self) -> Iterator[bytes | memoryview]:
+        sizes = {name: (self._folder / name).stat().st_size for name in _DTYPES}
+        yield header_of(
+            (name, kind, (sizes[name] // np.dtype(dtype).itemsize,), sizes[name])
+            for name, (kind, dtype) in _DTYPES.items()
+        )[0]
+        for name in _DTYPES:
+            yield from disk.pieces_of(self._folder / name)
 
 
 def read(folder: Path) -> tuple[Arrays, dict[str, Any]] | None:
-    """Arrays (memory maps) and manifest, or None if there is no intact cache in `folder`."""
+    """Return arrays (memory maps) and manifest, or None if there is no intact cache in `folder`."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
         path = folder / _TOKENS
-        if manifest["bytes"] != path.stat().st_size or manifest["digest"] != _digest(path):
+        if manifest["bytes"] != path.stat().st_size or manifest["digest"] != disk.digest(path):
             return None
         return _map(path), manifest
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, CheckpointError):
         return None
 
 
 def remove(folder: Path) -> None:
-    """Out of the way first: a reader never sees half of it."""
+    """Remove a cache. It is renamed first: a reader never sees half of it."""
     if folder.exists():
         away = folder.with_name(f"{folder.name}.old-{uuid.uuid4().hex}")
         folder.rename(away)
@@ -136,26 +131,14 @@ def remove(folder: Path) -> None:
 
 
 def _map(path: Path) -> Arrays:
-    with path.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        if length > _HEADER_LIMIT:
-            raise ValueError("header too long")
-        header = json.loads(stream.read(length))
+    """Return the arrays of a file. ValueError if they are not those of a cache."""
+    headers = {header.name: header for header in read_header(path)}
+    if {name: header.dtype for name, header in headers.items()} != {n: kind for n, (kind, _) in _DTYPES.items()}:
+        raise ValueError(f"{path} holds other arrays than a cache of tokens")
+    begin = path.stat().st_size - sum(header.bytes for header in headers.values())
     arrays = {}
-    for name, (kind, dtype) in _DTYPES.items():
-        entry = header[name]
-        begin, end = entry["data_offsets"]
-        count = (end - begin) // np.dtype(dtype).itemsize
-        if entry["dtype"] != kind:
-            raise ValueError(f"{name} has the wrong type")
+    for name, (_, dtype) in _DTYPES.items():
+        header = headers[name]
         empty = np.zeros(0, dtype=dtype)
-        arrays[name] = np.memmap(path, dtype, "r", 8 + length + begin, (count,)) if count else empty
+        arrays[name] = np.memmap(path, dtype, "r", begin + header.start, header.shape) if header.elements else empty
     return arrays
-
-
-def _digest(path: Path) -> str:
-    state = xxhash.xxh3_128()
-    with path.open("rb") as stream:
-        while part := stream.read(_CHUNK):
-            state.update(part)
-    return state.hexdigest()

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import xxhash
@@ -99,8 +99,7 @@ def _start(backend: Any) -> tuple[int, ...]:
     return ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Encoded:
+class Encoded(NamedTuple):
     """Tokens of one document. `mask[0]` is never set: nothing predicts the first token."""
 
     file: int
@@ -115,8 +114,7 @@ class Encoded:
     without_tools: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
+class Text(NamedTuple):
     """A text of a sample. `pieces` are the parts of it that come from the data; a chat's text holds more."""
 
     sample: int
@@ -274,11 +272,12 @@ class Encoder:
             )
         ids, mask = ids[:limit], mask[:limit]
         mask[:1] = False
-        if not mask.any():
+        if not np.count_nonzero(mask):
             after = f" after truncation to {limit} tokens" if too_long else ""
             raise bad(sample.where, "untrained", f"no token is trained{after}; skip_untrained leaves such samples out")
         document = Encoded(
-            **_place(sample),
+            file=sample.file,
+            row=sample.row,
             piece=0,
             ids=ids,
             mask=mask,
@@ -299,7 +298,8 @@ class Encoder:
             part[:1] = False
             if part.any():
                 piece = Encoded(
-                    **_place(sample),
+                    file=sample.file,
+                    row=sample.row,
                     piece=number,
                     ids=ids[at : at + limit],
                     mask=part,
@@ -317,7 +317,3 @@ def _one_text(sample: int, text: str, separator: str) -> Text:
     piece = Piece(len(separator), len(whole), Source(TOOLS, ("text",), text, True), 0, len(text), False)
     pieces = [piece] if text else []
     return Text(sample=sample, text=whole, pieces=pieces, writers=[False] * len(pieces), cut=len(separator))
-
-
-def _place(sample: Sample) -> dict[str, Any]:
-    return {"file": sample.file, "row": sample.row}

@@ -141,7 +141,7 @@ def _write(
     count = dict.fromkeys(names, 0)
     skipped: dict[str, int] = {}
     named: dict[str, list[str]] = {}
-    writer = cache.Writer(folder)
+    writer = cache.CacheWriter(folder)
     try:
         for result in encoded(sources.read(files, job.config, which), job, job.config.workers):
             count["read"] += 1
@@ -150,11 +150,12 @@ def _write(
                 continue
             count["dropped"] += not result
             count["kept"] += len(result)
-            count["truncated"] += any(document.truncated for document in result)
-            count["endless"] += any(document.endless for document in result)
-            count["unprompted"] += any(document.unprompted for document in result)
-            count["thoughts"] += sum(document.thoughts for document in result)
-            count["without_tools"] += any(document.without_tools for document in result)
+            for document in result[:1]:  # the pieces of a cut text are alike
+                count["truncated"] += document.truncated
+                count["endless"] += document.endless
+                count["unprompted"] += document.unprompted
+                count["thoughts"] += document.thoughts
+                count["without_tools"] += document.without_tools
             writer.add(result)
             if progress is not None and count["read"] % 256 == 0:
                 progress(count["read"])

@@ -1,9 +1,8 @@
 """From a record as the file states it to a checked sample; every violation names its field."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from treering.core.errors import DataError
 from treering.data.chat.messages import check_messages
@@ -19,8 +18,7 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+class Sample(NamedTuple):
     """`chat` fills messages and tools; `completion` fills prompt and text; `text` fills text."""
 
     kind: Literal["chat", "completion", "text"]

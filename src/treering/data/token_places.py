@@ -6,10 +6,9 @@ that its tokens do not spell (a normalizer changed it, a token swallowed spaces)
 are all texts of other tokenizers.
 """
 
+from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,45 +31,47 @@ class Tokens(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Spelled:
-    """Tokens that spell `text`; token i ends before byte `ends[i]`."""
+class Spelled(NamedTuple):
+    """Tokens that spell `text`; token i ends before byte `ends[i]`. Bytes are counted from `base` on."""
 
     text: str
     ids: NDArray[np.uint32]
     ends: NDArray[np.int64]
+    base: int
 
     def ranges(self, spans: Sequence[Span], limits: Sequence[Span]) -> list[Span]:
-        starts, stops = self._bytes(spans)
-        lows, highs = (starts, stops) if limits is spans else self._bytes(limits)
-        right = self.ends.searchsorted([*starts, *highs], "right").tolist()
-        left = self.ends.searchsorted([*stops, *lows], "left").tolist()
         count = len(spans)
-        found = []
+        starts, stops, lows, highs = ([pair[i] for pair in pairs] for pairs in (spans, limits) for i in (0, 1))
+        places = self._bytes([*starts, *highs, *stops, *lows])
+        right = self.ends.searchsorted(places[: 2 * count], "right").tolist()
+        left = self.ends.searchsorted(places[2 * count :], "left").tolist()
+        ranges = []
         for i in range(count):
             # Token k begins where token k - 1 ends. Overlapping: ends behind the start and begins before the stop.
             first = max(right[i], left[count + i] + 1 if lows[i] else 0)
             stop = min(left[i] + 1 if stops[i] > starts[i] else 0, right[count + i])  # nothing overlaps an empty span
-            found.append((first, max(first, stop)))
-        return found
+            ranges.append((first, max(first, stop)))
+        return ranges
 
     def places(self, tokens: NDArray[np.int64], characters: Sequence[int]) -> tuple[NDArray, NDArray, NDArray]:
         ends = self.ends[tokens]
-        begins = np.where(tokens > 0, self.ends[tokens - 1], 0)
-        at = characters if self.text.isascii() else _bytes_before(self.text, list(characters))
-        return begins, ends, np.asarray(at, dtype=np.int64)
+        begins = np.where(tokens > 0, self.ends[tokens - 1], self.base)
+        return begins, ends, self._bytes(characters)
 
-    def _bytes(self, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
-        starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
-        if self.text.isascii():
-            return starts, stops
-        return _bytes_before(self.text, starts), _bytes_before(self.text, stops)
+    def _bytes(self, characters: Sequence[int]) -> NDArray[np.int64]:
+        """Where these characters begin, counted as `ends` are."""
+        places = characters if self.text.isascii() else _bytes_before(self.text, characters)
+        return np.array(places, dtype=np.int64) + self.base
 
 
-def _bytes_before(text: str, ascending: list[int]) -> list[int]:
-    borders = [0, *ascending]
-    sizes = [len(text[begin:end].encode()) for begin, end in pairwise(borders)]
-    return np.cumsum(sizes, dtype=np.int64).tolist()
+def _bytes_before(text: str, characters: Sequence[int]) -> list[int]:
+    sizes = {}
+    at = size = 0
+    for character in sorted(set(characters)):
+        size += len(text[at:character].encode())
+        sizes[character] = size
+        at = character
+    return [sizes[character] for character in characters]
 
 
 class Offsets:
@@ -137,17 +138,25 @@ class Placer:
         """What `encode` gave for `texts`, with places."""
         if self._spelling is None:
             return [Offsets(encoding) for encoding in encodings]
-        found: list[Tokens | None] = [self._spelled(text, e.ids) for text, e in zip(texts, encodings, strict=True)]
-        rest = [text for text, tokens in zip(texts, found, strict=True) if tokens is None]
+        spelling = self._spelling.__getitem__
+        together = array("I")  # of all texts: a call of numpy costs more than what it does for one of them
+        proved: list[bool] = []
+        borders = [0]
+        for text, encoding in zip(texts, encodings, strict=True):
+            ids = encoding.ids
+            proved.append(b"".join(map(spelling, ids)) == text.encode())
+            together.fromlist(ids)
+            borders.append(len(together))
+        values = np.array(together, dtype=np.uint32)
+        ends = self._sizes.take(values).cumsum()
+        bases = np.concatenate((np.zeros(1, dtype=np.int64), ends)).take(borders).tolist()
+        rest = [text for text, spelled in zip(texts, proved, strict=True) if not spelled]
         again = iter(self._backend.encode_batch(rest, add_special_tokens=False))
-        return [Offsets(next(again)) if tokens is None else tokens for tokens in found]
-
-    def _spelled(self, text: str, ids: list[int]) -> Spelled | None:
-        assert self._spelling is not None
-        if b"".join(map(self._spelling.__getitem__, ids)) != text.encode():
-            return None
-        values = np.array(ids, dtype=np.uint32)
-        return Spelled(text, values, self._sizes.take(values).cumsum())
+        placed: list[Tokens] = []
+        for i, text in enumerate(texts):
+            own = slice(borders[i], borders[i + 1])
+            placed.append(Spelled(text, values[own], ends[own], bases[i]) if proved[i] else Offsets(next(again)))
+        return placed
 
 
 def _spelling(state: Mapping[str, Any]) -> list[bytes] | None:

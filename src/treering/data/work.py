@@ -20,7 +20,7 @@ from treering.data.formats import Sample, parse
 from treering.data.sources.records import Record, SampleError
 
 _CHARACTERS = 4 << 20  # of one batch, and how many records:
-_HERE, _APART = 2048, 512  # large ones keep the tokenizer's threads busy, small ones all processes
+_HERE, _APART = 512, 512  # enough to keep the tokenizer's threads, or all processes, busy
 ASKING = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}  # as in train/signals.py
 Result = list[Encoded] | SampleError
 

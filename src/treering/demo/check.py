@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from treering.demo.acts import Stage, load_plain
+from treering.train.config import Job
 from treering.train.export import reopen
-from treering.train.job import Job
 
 
 def check(stage: Stage, job: Job) -> None:

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from treering.attention import NAME as OURS
+from treering.attention.kernels import register_kernel
+from treering.memory import pretend
+
 NAME = "treering_shapes"
 
 
@@ -39,6 +43,12 @@ class _Fused(torch.autograd.Function):
         return d_query, d_key, d_value, None if sinks is None else torch.empty_like(sinks)
 
 
+def kernel(query_HTD: Tensor, key_KTD: Tensor, value_KTE: Tensor, sinks_H: Tensor | None) -> Tensor:
+    """Registered as the kernel of `treering.attention.attend` on the stand-in device. H × T × E."""
+    flat = (x.transpose(0, 1) for x in (query_HTD, key_KTD, value_KTE))
+    return _Fused.apply(*flat, sinks_H).transpose(0, 1).contiguous()
+
+
 def attention(
     module: nn.Module,
     query_BHTD: Tensor,
@@ -48,24 +58,29 @@ def attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """In the place of `treering.attention.hook.attention`, and with its copies of the output. B × T × H × E."""
+    """Stands in for transformers' own attention, where a model cannot have ours. Returns B × T × H × E."""
     rows, heads, tokens, _ = query_BHTD.shape
-    flat = (x.transpose(1, 2).flatten(0, 1) for x in (query_BHTD, key_BKTD, value_BKTE))
-    out_HTE = _Fused.apply(*flat, s_aux).transpose(0, 1).contiguous()
+    query, key, value = (x.transpose(0, 1).flatten(1, 2) for x in (query_BHTD, key_BKTD, value_BKTE))
+    out_HTE = kernel(query, key, value, s_aux)
     return out_HTE.view(heads, rows, tokens, -1).transpose(0, 1).transpose(1, 2).contiguous(), None
 
 
 def no_mask(**request: Any) -> None:
-    """Nothing of tokens × tokens is ever made."""
+    """Nothing of tokens × tokens is ever computed."""
 
 
 def install(model: nn.Module) -> None:
-    """`model` is thrown away after its trace: its configurations, its own since the draft, are just changed."""
+    """Let every attention of `model` need the memory of one fused kernel.
+
+    A model that has treering's attention keeps it, with what is called around the kernel; `kernel` is registered for
+    the stand-in device. Another model's configurations are changed: it is thrown away after its trace.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
+    register_kernel(pretend.NAME, kernel)
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, no_mask)
     for module in model.modules():
         for value in vars(module).values():
-            if isinstance(value, PretrainedConfig):
+            if isinstance(value, PretrainedConfig) and value._attn_implementation != OURS:
                 value._attn_implementation = NAME

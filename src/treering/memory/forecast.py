@@ -1,4 +1,4 @@
-"""What a run of any depth, length and number of ranks needs, from traces of a few blocks.
+"""The memory that a run of any depth, length and number of ranks needs, from traces of a few blocks.
 
 Blocks repeat: from `prefix` on, each is like the one `period` before it. Two depths, two periods apart, are traced, and
 every category at every corresponding moment is continued linearly: what is kept grows by the same with every block. The
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 LONGEST_PERIOD = 8
-RESERVED, MESSAGES = 2**30, 2**30  # what no trace sees: the driver's context and libraries; NCCL's channels
+RESERVED, MESSAGES = 2**30, 2**30  # not traced: the driver's context and libraries; NCCL's channels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A run, as far as its memory depends on it. `mesh` is called inside a process group of all ranks."""
+    """The settings of a run on which its memory depends. `mesh` is called inside a process group of all ranks."""
 
     config: "PretrainedConfig"
     dtype: torch.dtype
@@ -48,7 +48,7 @@ class Subject:
     world: int = 1
     clip: float | None = 1.0
     micro_batches: int = 1
-    whole: bool = False  # blocks differ in what is done to them: trace all of them
+    whole: bool = False  # trace all blocks, because a technique treats them differently
     seed: int = 0
     dropout: Dropout = "refuse"
     roles: Mapping[str, str] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """Bytes of one rank."""
+    """Bytes of one rank at the worst moment of each phase, by category."""
 
     phases: dict[Phase, dict[Category, float]]
     host: float
@@ -68,8 +68,8 @@ class Peak:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """`prefix` blocks, and then others that repeat every `period`."""
+class RepeatedBlocks:
+    """The blocks of a model: `prefix` ones, and then others that repeat every `period`."""
 
     depth: int
     prefix: int
@@ -82,7 +82,7 @@ class Layout:
         return (small, large) if large < self.depth else (self.depth,)
 
     def moments(self, depth: int) -> list[int]:
-        """Segments of a trace of `depth` blocks that correspond to those of another depth, in the order of time."""
+        """Return the segments of a trace of `depth` blocks that correspond to those of another depth, in time order."""
         first = list(range(self.prefix + 2 * self.period))
         last = list(range(depth - 2 * self.period, depth))
         forward = [1 + i for i in (*first, *last)]
@@ -92,7 +92,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    layout: Layout
+    layout: RepeatedBlocks
     traces: tuple[Timeline, ...]
     reserved: float
     parameters: int  # of the whole model, a count
@@ -112,24 +112,24 @@ class Forecast:
         named = {p: dict(zip(CATEGORIES, map(float, worst[p]))) for p in PHASES}
         return Peak(phases=named, host=host, reserved=self.reserved)
 
-    def longest(self, room: float, step: int = 256) -> int:
-        """The most tokens of one document that fit into `room` bytes, in steps of `step`; 0 if not even one step."""
+    def longest(self, limit: float, step: int = 256) -> int:
+        """Return the most tokens of one document that fit into `limit` bytes, in steps of `step`; 0 if not one does."""
         low, high = 0, 1
-        while self.at(high * step).device <= room:
+        while self.at(high * step).device <= limit:
             low, high = high, high * 2
             if high * step > 1 << 30:
                 return low * step
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.at(middle * step).device <= room else (low, middle)
+            low, high = (middle, high) if self.at(middle * step).device <= limit else (low, middle)
         return low * step
 
 
 def forecast(subject: Subject, length: int, *, device: torch.device | None = None) -> Forecast:
-    """Trace `subject`. `length`: the step is traced at about that many tokens, up to a limit; any can be asked for."""
+    """Return the forecast of `subject`, for any length. The step is traced at about `length` tokens, up to a limit."""
     with pretend.ranks(subject.world):
         whole = _draft(subject, None, FakeTensorMode(allow_non_fake_inputs=True), device)
-        layout = Layout(depth=len(whole.anatomy.blocks), prefix=0, period=1)
+        layout = RepeatedBlocks(depth=len(whole.anatomy.blocks), prefix=0, period=1)
         kinds = [_kind(whole, i) for i in range(layout.depth)]
         layout = _repeats(kinds)
         depths = (layout.depth,) if subject.whole else layout.depths()
@@ -143,7 +143,7 @@ def forecast(subject: Subject, length: int, *, device: torch.device | None = Non
 
 
 class _Different(Exception):
-    """A shallower model is not the beginning of the deep one."""
+    """The blocks of a shallower model are not the first ones of the full model."""
 
 
 def _trace(subject: Subject, depth: int, kinds: list[Any], length: int, device: torch.device | None) -> Timeline:
@@ -152,7 +152,7 @@ def _trace(subject: Subject, depth: int, kinds: list[Any], length: int, device: 
     try:
         plan = _draft(subject, depth if shallow else None, fake, device)
     except PlanError as error:
-        if shallow:  # a setting names a block that is not there
+        if shallow:  # a setting names a block that the shallower model does not have
             raise _Different from error
         raise
     if shallow and [_kind(plan, i) for i in range(depth)] != kinds[:depth]:
@@ -177,7 +177,7 @@ def _draft(subject: Subject, depth: int | None, fake: FakeTensorMode, device: to
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=subject.dtype)
     keep_wide(model, subject.dtype)
-    with pretend.Made(fake):
+    with pretend.FakeDevice(fake):
         return draft(
             model,
             [t for t in subject.techniques if t.stage != Stage.COMPILE],  # what a compiler fuses only saves memory
@@ -190,7 +190,7 @@ def _draft(subject: Subject, depth: int | None, fake: FakeTensorMode, device: to
 
 
 def shorten(config: "PretrainedConfig", depth: int) -> None:
-    """The same model with its first `depth` blocks; what is listed per block is shortened with them."""
+    """Shorten `config` in place to the first `depth` blocks, and every list with an entry per block with them."""
     text = config.get_text_config()
     before = text.num_hidden_layers
     for name, value in list(vars(text).items()):
@@ -200,13 +200,13 @@ def shorten(config: "PretrainedConfig", depth: int) -> None:
 
 
 def _kind(plan: Plan, index: int) -> Any:
-    """What the memory of a block depends on."""
+    """Return what the memory of a block depends on."""
     block: nn.Module = plan.model.get_submodule(plan.anatomy.blocks[index].fqn)
     parameters = [(n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in block.named_parameters()]
     return parameters, [(n, type(m).__name__) for n, m in block.named_modules()]
 
 
-def _repeats(kinds: list[Any]) -> Layout:
+def _repeats(kinds: list[Any]) -> RepeatedBlocks:
     depth = len(kinds)
     for period in range(1, LONGEST_PERIOD + 1):
         prefix = depth
@@ -214,5 +214,5 @@ def _repeats(kinds: list[Any]) -> Layout:
             prefix -= 1
         prefix -= period
         if prefix + 6 * period <= depth:
-            return Layout(depth=depth, prefix=max(prefix, 0), period=period)
-    return Layout(depth=depth, prefix=0, period=depth)
+            return RepeatedBlocks(depth=depth, prefix=max(prefix, 0), period=period)
+    return RepeatedBlocks(depth=depth, prefix=0, period=depth)

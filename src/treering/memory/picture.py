@@ -1,4 +1,4 @@
-"""A forecast as a table and bars, in plain text."""
+"""A forecast of memory as a table and bars, in plain text."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from treering.plan.explain import size
 
 WIDTH = 64  # of a bar
 GIB = 2**30
-# Letters and not colours: a bar must be readable in a log file.
+# Letters instead of colours, so that a bar is readable in a log file.
 LETTERS: dict[Category, str] = {
     "parameters": "P",
     "technique": "T",
@@ -24,16 +24,16 @@ MEANS: dict[Category, str] = {
     "parameters": "this rank's share, as stored",
     "technique": "what techniques keep of their own",
     "optimizer": "its state",
-    "gradients": "summed ones, and those on their way",
+    "gradients": "summed ones, and those being summed",
     "gathered": "parameters of other ranks, while they are used",
     "activations": "kept from the forward for the backward",
     "loss": "head, logits and their gradients",
-    "workspace": "made and gone within a block",
+    "workspace": "allocated and freed within a block",
 }
 
 
 def table(peak: Peak) -> list[str]:
-    """GiB of each category at the worst moment of each phase."""
+    """Return the lines of a table: GiB of each category at the worst moment of each phase."""
     lines = [f"{'GiB':<14}" + "".join(f"{phase:>10}" for phase in PHASES)]
     for category in CATEGORIES:
         row = [peak.phases[phase][category] / GIB for phase in PHASES]
@@ -44,16 +44,16 @@ def table(peak: Peak) -> list[str]:
     return [*lines, f"{'together':<14}{sums}"]
 
 
-def bars(peak: Peak, room: float | None) -> list[str]:
-    """A bar for each phase, `|` where the device ends."""
+def bars(peak: Peak, limit: float | None) -> list[str]:
+    """Return a bar for each phase, with `|` where the memory of the device ends."""
     worst = max(sum(held.values()) for held in peak.phases.values()) + peak.reserved
-    scale = WIDTH / max(worst, room or 0.0)
-    edge = None if room is None else round(room * scale)
+    scale = WIDTH / max(worst, limit or 0.0)
+    edge = None if limit is None else round(limit * scale)
     return [f"{phase:<9}{_bar(peak, phase, scale, edge)}" for phase in PHASES]
 
 
 def _bar(peak: Peak, phase: str, scale: float, edge: int | None) -> str:
-    """Rounded where a category ends, so that errors of rounding do not add up."""
+    """Each category ends at a rounded place, so that errors of rounding do not add up."""
     drawn, total = "", 0.0
     parts = [("·", peak.reserved), *((LETTERS[c], peak.phases[phase][c]) for c in CATEGORIES)]  # type: ignore[index]
     for letter, held in parts:
@@ -64,18 +64,27 @@ def _bar(peak: Peak, phase: str, scale: float, edge: int | None) -> str:
     return drawn.ljust(edge)[:edge] + "|" + drawn[edge:]
 
 
-def verdict(peak: Peak, room: float | None, length: int) -> str:
+def verdict(peak: Peak, limit: float | None, length: int) -> str:
     need = f"{length:,} tokens need {peak.device / GIB:.1f} GiB on each rank"
-    if room is None:
+    if limit is None:
         return need
-    left = room - peak.device
-    return f"{need} of {room / GIB:.1f}: " + (f"fits, {size(int(left))} to spare" if left >= 0 else "does NOT fit")
+    left = limit - peak.device
+    return f"{need} of {limit / GIB:.1f}: " + (f"fits, {size(int(left))} to spare" if left >= 0 else "does NOT fit")
 
 
-def render(peak: Peak, room: float | None, length: int, more: Sequence[str] = ()) -> str:
-    lines = ["memory", f"  {verdict(peak, room, length)}", ""]
+def content(peak: Peak) -> str:
+    """Return what the peak is made of, the largest first."""
+    phase = max(PHASES, key=lambda phase: sum(peak.phases[phase].values()))
+    held = [*peak.phases[phase].items(), ("reserved", peak.reserved)]
+    parts = sorted((item for item in held if item[1] >= 0.005 * GIB), key=lambda item: -item[1])
+    listed = ", ".join(f"{name} {size(int(value))}" for name, value in parts)
+    return f"at its peak, in {phase}: {listed or 'less than 0.01 GiB of anything'}"
+
+
+def render(peak: Peak, limit: float | None, length: int, more: Sequence[str] = ()) -> str:
+    lines = ["memory", f"  {verdict(peak, limit, length)}", f"  {content(peak)}", ""]
     lines += [f"  {line}" for line in table(peak)] + [""]
-    lines += [f"  {line}" for line in bars(peak, room)]
+    lines += [f"  {line}" for line in bars(peak, limit)]
     lines += [f"  · {size(int(peak.reserved))} for the driver's context, libraries and message buffers, not traced", ""]
     if peak.host >= GIB / 100:
         lines.append(f"  host memory of each rank: {size(int(peak.host))}")

@@ -1,8 +1,8 @@
-"""An accelerator that is not there, and ranks that are not there: shapes need neither.
+"""A stand-in for an accelerator and a process group of ranks that do not exist: shapes need neither.
 
 Fake tensors can be on any device, but the backward of tensors on `cuda` asks the driver, which a machine without one
-does not have; and on `cpu` nobody could tell what is on the device from what rests in host memory. torch has a place
-for a backend of somebody else's (PrivateUse1): a stand-in takes it, with streams that do nothing.
+does not have; and on `cpu` tensors of the device could not be distinguished from those in host memory. torch has
+a place for one external backend (PrivateUse1): the stand-in takes it, with streams that do nothing.
 """
 
 import os
@@ -34,7 +34,7 @@ class _Stream:
 
 
 class _Event(torch.Event):
-    """Never recorded, so that whoever waits for it does not wait. torch's own streams take nothing but its events."""
+    """Never recorded, so that waiting for it returns at once. torch's own streams accept only events of torch."""
 
     def __new__(cls, *args: Any, **settings: Any) -> "_Event":
         return super().__new__(cls, device=torch.device(NAME, 0))
@@ -47,7 +47,7 @@ class _Event(torch.Event):
 
 
 class _Module:
-    """What `torch.get_device_module` gives for the stand-in: one device, one stream, no random numbers."""
+    """What `torch.get_device_module` returns for the stand-in: one device, one stream, no random numbers."""
 
     Stream, Event = _Stream, _Event
 
@@ -95,7 +95,7 @@ class _Module:
 
 @cache
 def accelerator() -> torch.device:
-    """The stand-in, which this process knows from now on."""
+    """Return the stand-in, after registering it with torch once per process."""
     from torch.utils import backend_registration as registration
 
     taken = torch._C._get_privateuse1_backend_name()
@@ -111,7 +111,7 @@ def accelerator() -> torch.device:
 
 
 def _refuse_late() -> None:
-    """Autograd counts devices when it is first used, and never again."""
+    """Raise PlanError where autograd has been used before: it counts devices at its first use only."""
     with FakeTensorMode():
         one = torch.ones((), device=torch.device(NAME, 0), requires_grad=True)
         try:
@@ -125,7 +125,7 @@ def _refuse_late() -> None:
 
 @cache
 def _kernels() -> torch.library.Library:
-    """Kept, or torch would forget them."""
+    """Register kernels for the stand-in. The library must stay alive, or torch removes them."""
     library = torch.library.Library("aten", "IMPL")
     for name in KERNELS:
         library.impl(name, _never, "PrivateUse1")
@@ -138,7 +138,7 @@ def _never(*args: Any) -> None:
 
 @cache
 def _messages() -> None:
-    """torch's own fake backend, for the stand-in as well."""
+    """Register torch's own fake process group for the stand-in as well."""
     import torch.distributed as dist
     from torch.testing._internal.distributed import fake_pg
 
@@ -147,7 +147,7 @@ def _messages() -> None:
 
 @contextmanager
 def ranks(world: int) -> Iterator[None]:
-    """A process group of `world` ranks whose messages go nowhere; this is rank 0."""
+    """Open a process group of `world` ranks that sends nothing; this process is rank 0."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -162,8 +162,8 @@ def ranks(world: int) -> Iterator[None]:
         os.environ.update(launched)
 
 
-class Made(TorchDispatchMode):
-    """While a model is drafted: what is made on the stand-in is a fake tensor, everything else is as it always is."""
+class FakeDevice(TorchDispatchMode):
+    """While a model is drafted, every tensor that is created on the stand-in is a fake tensor."""
 
     def __init__(self, fake: FakeTensorMode):
         super().__init__()

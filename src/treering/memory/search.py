@@ -1,4 +1,4 @@
-"""The smallest set of switches with which a run fits."""
+"""A search for the smallest set of changes with which a run fits into memory."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ State = TypeVar("State")
 
 @dataclass(frozen=True, kw_only=True)
 class Switch(Generic[State]):
-    """`on` gives the run with it, or None where it is on already or makes no sense without another."""
+    """One change. `on` returns the run with it, or None where it is on already or needs another one first."""
 
     name: str
-    says: str  # the lines of the config
+    config: str  # its lines
     on: Callable[[State], State | None]
 
 
 def smallest(
     start: State, switches: Sequence[Switch[State]], fits: Callable[[State], bool]
 ) -> tuple[Switch[State], ...] | None:
-    """The fewest of `switches` that make it fit, earlier ones rather than later ones; None if not even all do.
+    """Return the fewest of `switches` that make it fit, earlier ones before later ones; None if all together do not.
 
-    Each is taken to save memory: what does not fit with all but one of them needs that one.
+    Each is assumed to save memory: what does not fit with all but one of them needs that one.
     """
     known: dict[tuple[str, ...], bool] = {}
 
@@ -49,7 +49,7 @@ def smallest(
 
 
 def _with(start: State, switches: Sequence[Switch[State]]) -> tuple[State, list[Switch[State]]]:
-    """The run with those that change anything, and these."""
+    """Return the run with those of `switches` that change anything, and these."""
     state, used = start, list[Switch[State]]()
     for switch in switches:
         changed = switch.on(state)
@@ -59,5 +59,5 @@ def _with(start: State, switches: Sequence[Switch[State]]) -> tuple[State, list[
 
 
 def _without(start: State, switches: Sequence[Switch[State]], one: Switch[State]) -> list[Switch[State]]:
-    """The others, less those that make no sense without it."""
+    """Return the other switches, without those that need `one` first."""
     return _with(start, [switch for switch in switches if switch is not one])[1]

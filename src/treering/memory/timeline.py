@@ -1,9 +1,9 @@
-"""From the events of a step to what is held at the worst moment of each of its parts, by category, for any length.
+"""What is held at the worst moment of each part of a step, by category, for any length, from the events of one step.
 
 A storage either grows with the number of tokens or does not, and which it is can be read from its size: a step is
 traced with a prime number of tokens S, of which (S − 1) / 2 is prime as well, since a loss sees S − 1 tokens. Numbers
 of elements that such numbers divide are of tokens; widths, ranks, tiles are products of small numbers. So one trace
-tells every moment of a step of any length.
+gives every moment of a step of any length.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import numpy as np
 from treering.memory.tracker import CATEGORIES, Category
 
 if TYPE_CHECKING:
-    from treering.memory.tracker import Record, Tracker
+    from treering.memory.tracker import StorageRecord, Tracker
 
 Phase = Literal["forward", "loss", "backward", "step"]
 PHASES: tuple[Phase, ...] = ("forward", "loss", "backward", "step")
@@ -64,7 +64,7 @@ def phase_of(segment: int, blocks: int) -> Phase:
 
 
 def traced_length(wanted: int) -> int:
-    """The largest number of tokens up to `wanted` (and `LONG`) by which tokens can be told from widths."""
+    """Return the largest number of tokens up to `wanted` (and `LONG`) that distinguishes tokens from widths."""
     length = min(wanted, LONG)
     while length > 11 and not (_prime(length) and _prime((length - 1) // 2)):
         length -= 1
@@ -76,8 +76,8 @@ def _prime(n: int) -> bool:
 
 
 def read(tracker: "Tracker", blocks: int, length: int) -> Timeline:
-    """What `tracker` has written down, of a step of `length` tokens. A length that is not one of `traced_length` gives
-    a timeline of that length only."""
+    """Return what `tracker` has recorded of a step of `length` tokens. A length that `traced_length` does not return
+    gives a timeline of that length only."""
     events = tracker.events
     each = np.zeros((len(events), len(CATEGORIES), 3))
     host = np.zeros((len(events), 3))
@@ -99,8 +99,8 @@ def read(tracker: "Tracker", blocks: int, length: int) -> Timeline:
     )
 
 
-def _power(record: "Record", length: int) -> tuple[int, float]:
-    """The power of the length that a storage grows with, and that power of this length."""
+def _power(record: "StorageRecord", length: int) -> tuple[int, float]:
+    """Return the power of the length that a storage grows with, and that power of this length."""
     if length != traced_length(length) or record.category in ("parameters", "technique", "optimizer", "gradients"):
         return 0, 1.0
     if record.host:  # pieces of one size, more of them for more tokens
@@ -112,8 +112,8 @@ def _power(record: "Record", length: int) -> tuple[int, float]:
     return 0, 1.0
 
 
-def _category(record: "Record", blocks: int) -> Category:
-    """Kept from the forward for the backward: activations. Made and gone on the way: workspace."""
+def _category(record: "StorageRecord", blocks: int) -> Category:
+    """Return `activations` for what is kept from the forward for the backward, `workspace` for what is freed before."""
     if record.category is not None:
         return record.category
     if record.born == blocks + 1:
@@ -124,7 +124,7 @@ def _category(record: "Record", blocks: int) -> Category:
 
 
 def together(peaks: np.ndarray, phases: Sequence[Phase]) -> dict[Phase, np.ndarray]:
-    """The worst of the segments of each phase."""
+    """Return the worst of the segments of each phase."""
     worst: dict[Phase, np.ndarray] = {}
     for phase, held in zip(phases, peaks):
         if phase not in worst or held.sum() > worst[phase].sum():

@@ -31,8 +31,8 @@ def trace(
     clip: float | None = 1.0,
     micro_batches: int = 1,
 ) -> Timeline:
-    """The memory of one optimizer step of `plan`, drafted without weights and on meta, each micro-batch one document of
-    `length` tokens that are all trained."""
+    """Return the memory of one optimizer step of `plan`, which was drafted without weights and is on meta. Each
+    micro-batch is one document of `length` tokens that are all trained."""
     plan = replace(plan, device=device)
     if device.type != "cpu":
         attention.install(plan.model)
@@ -46,7 +46,7 @@ def trace(
 def watch(
     run: Run, batches: Sequence[dict[str, Any]], *, optimizers: Optimizers, tracker: Tracker, clip: float | None
 ) -> Timeline:
-    """One step of `run` as training makes it, under `tracker`, whose mode is in force. Real tensors do as well."""
+    """Return the timeline of one step of `run` under `tracker`, whose mode is active; tensors may be fake or real."""
     _mark_model(run, tracker)
     made = list(optimizers(run))
     _prime(run, made, tracker)
@@ -73,7 +73,7 @@ def _step(
 
 
 def batch(length: int, device: torch.device, *, packed: bool) -> dict[str, Any]:
-    """A micro-batch of one document."""
+    """Return a micro-batch of one document."""
     ids = torch.zeros(1, length, dtype=torch.long, device=device)
     made: dict[str, Any] = {"input_ids": ids, "labels": ids.clone(), "samples": [], "count": length - 1}
     if packed:
@@ -84,7 +84,7 @@ def batch(length: int, device: torch.device, *, packed: bool) -> dict[str, Any]:
 
 
 def _materialise(plan: Plan, device: torch.device) -> None:
-    """Fake memory for every parameter where it rests, and for every buffer. Tied parameters stay one."""
+    """Give every parameter fake memory where it rests, and every buffer. Tied parameters stay one."""
     cpu = torch.device("cpu")
     resting = cpu if any(a.resting == "cpu" for a in plan.applied) else device
     made: dict[Tensor, nn.Parameter] = {}
@@ -103,7 +103,7 @@ def _materialise(plan: Plan, device: torch.device) -> None:
 
 
 def _mark_model(run: Run, tracker: Tracker) -> None:
-    """What a technique keeps of a plain tensor, or besides, is its own."""
+    """Mark parameters and buffers; those that belong to no plain tensor are of a technique."""
     plain = run.plan.plain
     for name, parameter in run.model.named_parameters():
         tracker.mark([parameter], "parameters" if name in plain else "technique")
@@ -113,7 +113,7 @@ def _mark_model(run: Run, tracker: Tracker) -> None:
 
 
 def _prime(run: Run, made: Sequence[Optimizer], tracker: Tracker) -> None:
-    """The optimizer's state is there from the second step on: a step without a forward makes it."""
+    """Allocate the optimizer's state by a step without a forward: it exists from the second step on."""
     named = run.trainable()
     before = [p.detach().clone() for _, p in named] if not _is_fake(named) else None
     for _, parameter in named:
@@ -147,7 +147,7 @@ def _segments(run: Run, tracker: Tracker) -> Iterator[None]:
     """Segments of a step of L blocks: 0 before the blocks, 1 … L their forwards, L + 1 head and loss, forward and
     backward, then the blocks' backwards from the last, what is before them, and the step.
 
-    A gradient that is asked for tells where the backward is: hooks on tensors keep nothing alive.
+    Hooks on gradients report where the backward is; they keep no tensor alive.
     """
     blocks = [run.model.get_submodule(block.fqn) for block in run.plan.anatomy.blocks]
     total = len(blocks)

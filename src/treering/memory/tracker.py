@@ -1,8 +1,8 @@
-"""Every storage, from the operator that made it until nobody holds it any more, written down in the order of events.
+"""A log of every storage, from the operator that allocates it until its last reference is gone, in the order of events.
 
-It follows real tensors and fake ones alike: a dispatch mode sees each operator, and a weak reference tells when a
-storage is gone. FSDP frees and refills gathered parameters by resizing their storage, which no operator tells: those
-made empty are looked at again before each operator.
+It works for real and for fake tensors: a dispatch mode sees each operator, and a weak reference reports when a storage
+is freed. FSDP frees and refills gathered parameters by resizing their storage, which is no operator: storages that were
+allocated empty are compared again before each operator.
 """
 
 import weakref
@@ -33,8 +33,8 @@ _EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, 
 
 
 @dataclass(slots=True)
-class Record:
-    """One storage. `category` where somebody told; else it follows from when it was made and when it went."""
+class StorageRecord:
+    """One storage. Where `category` is None, it follows from when the storage was allocated and freed."""
 
     host: bool
     elements: int
@@ -45,17 +45,19 @@ class Record:
 
 
 class Tracker(TorchDispatchMode):
-    """`events`: (bytes, record, segment), in order. `segment` is set from outside as the step goes on."""
+    """Records `events`, (bytes, record, segment), in order. Whoever runs the step sets `segment`."""
 
     def __init__(self, device: torch.device):
         super().__init__()
         self.device = device
-        self.events: list[tuple[int, Record, int]] = []
+        self.events: list[tuple[int, StorageRecord, int]] = []
         self.segment = 0
         self.begins = 0  # the first event of the step that is watched
-        self._live: dict[int, tuple[Record, weakref.ref[Any]]] = {}
-        self._open: dict[int, Record] = {}  # made empty: their size may change
-        self._closed: dict[int, Record] = {}  # resized to nothing: refilled just before something is copied there
+        self._live: dict[int, tuple[StorageRecord, weakref.ref[Any]]] = {}
+        self._open: dict[int, StorageRecord] = {}  # made empty: their size may change
+        self._closed: dict[
+            int, StorageRecord
+        ] = {}  # resized to nothing: refilled just before something is copied there
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._look_again(self._open)
@@ -71,21 +73,21 @@ class Tracker(TorchDispatchMode):
                 if isinstance(one, Tensor):
                     self._see(one, func)
         if func.namespace == "fsdp":
-            self._tell_messages(func, args, kwargs or {})
+            self._mark_messages(func, args, kwargs or {})
         return made
 
     def start(self) -> None:
-        """What is there now is what a step begins with."""
+        """Take the storages that exist now as those with which the step begins."""
         self.begins = len(self.events)
 
     def mark(self, tensors: Iterable[Tensor | None], category: Category) -> None:
-        """Say what the storages of `tensors` are, seen before or not."""
+        """Set the category of the storages of `tensors`, seen before or not."""
         for tensor in tensors:
             if tensor is not None:
                 self._see(tensor, None)
                 self.record(tensor).category = category
 
-    def record(self, tensor: Tensor) -> Record:
+    def record(self, tensor: Tensor) -> StorageRecord:
         return self._live[_plain(tensor).untyped_storage()._cdata][0]
 
     def _see(self, tensor: Tensor, func: Any) -> None:
@@ -95,7 +97,9 @@ class Tracker(TorchDispatchMode):
             return
         held = storage.nbytes()
         size, elements = _rounded(held), held // tensor.element_size()
-        record = Record(host=tensor.device.type != self.device.type, elements=elements, size=size, born=self.segment)
+        record = StorageRecord(
+            host=tensor.device.type != self.device.type, elements=elements, size=size, born=self.segment
+        )
 
         def gone(_: Any) -> None:
             del self._live[key]
@@ -109,10 +113,10 @@ class Tracker(TorchDispatchMode):
         if func in _EMPTY and not record.host:
             self._open[key] = record
 
-    def _change(self, record: Record, by: int) -> None:
+    def _change(self, record: StorageRecord, by: int) -> None:
         self.events.append((by, record, self.segment))
 
-    def _look_again(self, among: dict[int, Record]) -> None:
+    def _look_again(self, among: dict[int, StorageRecord]) -> None:
         for key, record in list(among.items()):
             found = self._live.get(key)
             storage = found[1]() if found is not None else None
@@ -125,8 +129,8 @@ class Tracker(TorchDispatchMode):
                 del among[key]
                 (self._open if size else self._closed)[key] = record
 
-    def _tell_messages(self, func: Any, args: Any, kwargs: Any) -> None:
-        """FSDP's own operators name what goes into a message and what comes out of one."""
+    def _mark_messages(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Set the categories of what goes into a message and comes out of one: operators of FSDP name both."""
         reduced = "chunk_cat" in func.name()
         for tensor in tree_leaves((args if reduced else args[1:], kwargs)):
             if isinstance(tensor, Tensor) and tensor.device.type == self.device.type:
@@ -134,8 +138,8 @@ class Tracker(TorchDispatchMode):
 
 
 def assumed(func: Any, args: Any, kwargs: Any) -> Any:
-    """What has no value while shapes are all there is, and is asked for by the plan itself: each token is trained, and
-    the norm of the gradient is finite. A technique that asks for more cannot be planned."""
+    """Return the values that a step reads and fake tensors do not have: each token is trained, and the norm of the
+    gradient is finite. None for any other operator: a technique that reads other values cannot be planned."""
     if func not in _ASSUMED or not isinstance(args[0], FakeTensor):
         return None
     first = args[0]
@@ -149,7 +153,7 @@ def assumed(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _grouped(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
-    """Products of groups of rows: torch's own rule of shapes knows bfloat16 only, its kernels do not."""
+    """Return the shape of products of groups of rows: torch's rule of shapes knows bfloat16 only, its kernels more."""
     if a.ndim == 2 and b.ndim == 2:
         assert ends is not None
         return a.new_empty(ends.shape[0], a.shape[0], b.shape[1])

@@ -1,6 +1,6 @@
 """From a loader's micro-batches to optimizer steps: counted over all ranks, padded to the same number, transformed."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,19 +9,20 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from treering.attention import Documents
-from treering.core.errors import DataError
-from treering.core.topology import axis_size
-from treering.plan.loss import IGNORED, trained_tokens
+from treering.core.errors import DataError, PlanError
+from treering.core.topology import AXES, axis_size
+from treering.objectives import IGNORED
+from treering.plan.loss import trained_tokens
 
 Batch = dict[str, Any]
 
 
 def steps(loader: Iterable[Batch | list[Batch]], accumulate: int, mesh: DeviceMesh | None) -> Iterator[list[Batch]]:
-    """Lists of micro-batches, each the work of one optimizer step, on every rank equally many and counted alike.
+    """Yield lists of micro-batches, one per optimizer step, as many on every rank, with the count of all ranks.
 
     A loader may yield micro-batches (then `accumulate` of them make a step, the last step takes what is left) or
-    lists of them. Batches that know their `count` already are passed on without communication. A rank whose loader
-    has less than others' takes part with micro-batches that train nothing.
+    lists of them. Batches that have a `count` already are passed on without communication. A rank whose loader
+    has fewer than others' takes part with micro-batches that train nothing.
     """
     alone = axis_size(mesh, "replicate", "shard") == 1
     gathered = _gathered(loader, accumulate)
@@ -70,7 +71,7 @@ def _trained(step: list[Batch]) -> int:
 
 
 def _refuse_across(batch: Batch) -> None:
-    """The first token of a packed document is not predicted by it: its label would train across the border."""
+    """Raise DataError for a label at the first token of a packed document: the document before would predict it."""
     documents = batch.get("documents")
     if documents is None:
         return
@@ -85,7 +86,7 @@ def _refuse_across(batch: Batch) -> None:
 
 
 def _agree(count: int, most: int, mesh: DeviceMesh) -> tuple[int, int]:
-    """The number of trained tokens over all ranks, and of micro-batches on the rank that has most."""
+    """Return the number of trained tokens over all ranks, and of micro-batches on the rank that has most."""
     total = torch.tensor([count], device=mesh.device_type)
     longest = torch.tensor([most], device=mesh.device_type)
     for axis in ("replicate", "shard"):
@@ -94,8 +95,45 @@ def _agree(count: int, most: int, mesh: DeviceMesh) -> tuple[int, int]:
     return int(total), int(longest)
 
 
+def copies(before: Sequence[Batch], after: Sequence[Batch], mesh: DeviceMesh) -> int:
+    """Return how many ranks hold each trained token of a step, or 0 if the step trains none. A collective.
+
+    Ranks along `sequence` and `expert` are given the same batches. A technique that cuts rows leaves each token on one
+    of them (1); if none does, every token is on all of them (the size of these axes).
+
+    Args:
+        before: This rank's micro-batches of the step with their `targets`, as its loader gave them.
+        after: The same micro-batches after all transforms.
+    """
+    shared = axis_size(mesh, "sequence", "expert")
+    given, left = (sum(int((batch["targets"] != IGNORED).sum()) for batch in step) for step in (before, after))
+    extremes = torch.tensor([given, -given], device=mesh.device_type)
+    for axis in ("sequence", "expert"):
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=mesh[axis].get_group())
+    differs = int(extremes.sum())
+    sums = torch.tensor([given, left, differs], device=mesh.device_type)
+    for axis in AXES:
+        dist.all_reduce(sums, group=mesh[axis].get_group())
+    given, left, differs = sums.tolist()
+    if differs:
+        raise DataError(
+            "ranks along the mesh's `sequence` (and `expert`) axis were given batches with different numbers of "
+            "trained tokens; they compute one row together and need the same batches: choose documents by "
+            "treering.core.topology.data_rank(mesh), not by the rank"
+        )
+    given //= shared
+    ways = left // given if given else 0
+    if given and (ways == 0 or ways * given != left or shared % ways):
+        raise PlanError(
+            f"a step has {given} trained tokens, and after the techniques have transformed its batches there are "
+            f"{left} of them on the ranks together. A technique that cuts rows must leave each token on one rank of "
+            "the `sequence` axis, one that does not must leave it on all of them"
+        )
+    return ways
+
+
 def silent() -> Batch:
-    """Two tokens and nothing to learn: it keeps a rank in step with the others' gathers and reductions."""
+    """Return a micro-batch of two tokens that trains nothing, for a rank that others wait for in gathers and sums."""
     ids = torch.zeros(1, 2, dtype=torch.long)
     return {"input_ids": ids, "labels": torch.full_like(ids, IGNORED), "samples": []}
 

@@ -1,4 +1,4 @@
-"""Do the techniques fit together? Decided on claims alone: no weight, no process."""
+"""Whether techniques fit together, decided on their claims: without weights and without processes."""
 
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
@@ -24,12 +24,12 @@ MEANING = {
 
 
 def name_of(technique: Technique) -> str:
-    """As the user writes it in a config."""
+    """Return the key of a technique, as the user writes it in a configuration."""
     return type(technique).__name__.lower()
 
 
 def check(claimed: Sequence[tuple[Technique, Sequence[Claim]]]) -> None:
-    """Raise PlanError at the first pair of techniques that cannot share, naming all they clash on."""
+    """Raise PlanError for the first pair of techniques whose claims conflict, naming what they conflict on."""
     for i, (first, its) in enumerate(claimed):
         for second, others in claimed[i + 1 :]:
             _check_pair(first, its, second, others)
@@ -37,10 +37,10 @@ def check(claimed: Sequence[tuple[Technique, Sequence[Claim]]]) -> None:
 
 
 def _check_pair(first: Technique, its: Sequence[Claim], second: Technique, others: Sequence[Claim]) -> None:
-    held = {(c.fqn, c.aspect): c for c in its}
+    by_name = {(c.fqn, c.aspect): c for c in its}
     clashes = []
     for other in others:
-        mine = held.get((other.fqn, other.aspect))
+        mine = by_name.get((other.fqn, other.aspect))
         if mine is not None and (mine.exclusive or other.exclusive):
             clashes.append((mine, other))
     if not clashes:
@@ -80,8 +80,9 @@ def _check_needs(claimed: Sequence[tuple[Technique, Sequence[Claim]]]) -> None:
 def check_units(
     claimed: Sequence[tuple[Technique, Sequence[Claim]]], model: "nn.Module", attentions: Collection[str]
 ) -> None:
-    """Units that sharding made for parameters with a dtype of their own are known only when all is in place. Of an
-    attention not all is run in tiles: its technique looks at the first forward."""
+    """Refuse FSDP units inside what is run several times. Units for parameters with a dtype of their own are known only
+    once every technique is applied. Attentions are left out: only part of them is tiled, and their technique checks the
+    first forward."""
     from torch.distributed.fsdp import FSDPModule
 
     for technique, claims in claimed:
@@ -105,8 +106,7 @@ def check_whole(
     *,
     frozen: bool = False,
 ) -> None:
-    """What concerns the list as a whole: something must learn unless the run is frozen, and every axis of the mesh must
-    be somebody's."""
+    """Refuse techniques of which none trains (unless the run is frozen), and an axis of the mesh that none serves."""
     from treering.core.topology import axis_size
 
     aspects = {claim.aspect for claims in claimed for claim in claims}
@@ -131,7 +131,7 @@ def check_whole(
     if axis_size(mesh, "sequence") > 1 and "attention" not in aspects:
         raise PlanError(f"the mesh has sequence={axis_size(mesh, 'sequence')}, and no technique splits the sequence")
     if axis_size(mesh, "expert") > 1:
-        raise PlanError(f"the mesh has expert={axis_size(mesh, 'expert')}, and no technique deals out experts")
+        raise PlanError(f"the mesh has expert={axis_size(mesh, 'expert')}, and no technique shards experts")
 
 
 def _some(clashes: Sequence[tuple[Claim, Claim]]) -> str:

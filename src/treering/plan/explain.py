@@ -1,17 +1,17 @@
-"""What will happen, in words and numbers, from shapes alone."""
+"""A report of what a plan will do, computed from shapes."""
 
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from treering.core.sharded import local_rows
 from treering.core.topology import AXES, axis_size
 from treering.plan.conflicts import name_of
 from treering.plan.plan import Plan
+from treering.technique import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,35 +23,37 @@ class Figures:
     held: int
     gradients: int
     optimizer: int
-    gathered: int  # received by all-gathers in one micro-batch's forward and backward
-    reduced: int  # sent into reduce-scatters in one micro-batch's backward
 
 
 def figures(plan: Plan) -> Figures:
-    counts = dict.fromkeys(("parameters", "trained", "held", "gradients", "optimizer", "gathered", "reduced"), 0)
+    """Return the bytes that `plan` holds on this rank, from shapes."""
+    counts = dict.fromkeys(("parameters", "trained", "held", "gradients", "optimizer"), 0)
     # Buffers count as well: bases that a technique keeps can be as large as weights.
     for parameter in (*plan.model.parameters(), *plan.model.buffers()):
-        whole = parameter.numel()
+        total = parameter.numel()
         start, stop = local_rows(parameter)
-        mine = whole // max(parameter.shape[0], 1) * (stop - start) if parameter.ndim else whole
+        local = total // max(parameter.shape[0], 1) * (stop - start) if parameter.ndim else total
         size = parameter.element_size()
-        counts["held"] += mine * size
+        counts["held"] += local * size
         if not isinstance(parameter, Parameter):
             continue
-        counts["parameters"] += whole
-        sharded = isinstance(parameter, DTensor) and mine < whole
-        if sharded:
-            counts["gathered"] += 2 * (whole - mine) * size
+        counts["parameters"] += total
         if parameter.requires_grad:
-            counts["trained"] += whole
-            counts["gradients"] += mine * size
-            counts["optimizer"] += 2 * mine * size
-            if sharded:
-                counts["reduced"] += whole * size
+            counts["trained"] += total
+            counts["gradients"] += local * size
+            counts["optimizer"] += 2 * local * size
     return Figures(**counts)
 
 
-def explain(plan: Plan, lost: Mapping[str, float] | None = None, notes: tuple[str, ...] = ()) -> str:
+def explain(
+    plan: Plan,
+    lost: Mapping[str, float] | None = None,
+    notes: tuple[str, ...] = (),
+    *,
+    work: Workload | None = None,
+) -> str:
+    """Return what will happen: the order of techniques, memory before activations, and communication in a step of
+    `work` (default: one micro-batch of 4,096 tokens)."""
     n = figures(plan)
     axes = ", ".join(f"{axis}={axis_size(plan.mesh, axis)}" for axis in AXES if axis_size(plan.mesh, axis) > 1)
     lines = [
@@ -71,24 +73,40 @@ def explain(plan: Plan, lost: Mapping[str, float] | None = None, notes: tuple[st
         f"  parameters {size(n.held)}, gradients {size(n.gradients)}, AdamW state {size(n.optimizer)}, "
         f"together {size(n.held + n.gradients + n.optimizer)}",
     ]
-    if n.gathered or n.reduced:
-        lines.append(f"  per micro-batch: at most {size(n.gathered)} gathered, {size(n.reduced)} reduced")
+    lines += _communication(plan, work or Workload(tokens=4096))
     if lost:
         worst = max(lost, key=lambda name: lost[name])
-        lines.append(f"  {len(lost)} weights are held in parts; the worst is reproduced to {lost[worst]:.1e} ({worst})")
+        lines.append(
+            f"  {len(lost)} weights are stored in parts; largest reconstruction error {lost[worst]:.1e} ({worst})"
+        )
     if text := unused(plan):
         lines.append(f"  {text}")
     warnings = [warning for applied in plan.applied for warning in applied.warnings]
     return "\n".join([*lines, *(f"  {note}" for note in (*warnings, *notes))])
 
 
+def _communication(plan: Plan, work: Workload) -> list[str]:
+    """A line for each kind of message; none where nothing is sent."""
+    messages = plan.messages(work)
+    if not messages:
+        return []
+    batches = "1 micro-batch" if work.micro_batches == 1 else f"{work.micro_batches} micro-batches"
+    lines = ["", f"sent by each rank in a step of {batches} of {work.tokens:,} tokens, in a ring"]
+    for name, message in messages:
+        lines.append(
+            f"  {name:<10}{message.kind:<15}{size(round(message.sent)):>10} of {message.content} in {message.calls:,} "
+            f"calls over {' × '.join(message.axes)}"
+        )
+    return lines
+
+
 def unused(plan: Plan, most: int = 6) -> str:
-    """Which tensors of the source nothing uses, in one line; empty if there are none."""
+    """Return in one line which tensors of the source nothing uses; empty if there are none."""
     names = plan.source.unused if plan.source is not None else ()
     if not names:
         return ""
     groups = Counter(re.sub(r"\d+", "*", name) for name in names)
-    for parts in (4, 3, 2, 1):  # the longest beginnings that there are few enough of
+    for parts in (4, 3, 2, 1):  # the longest common beginnings that are few enough to list
         if len(groups) <= most:
             break
         groups = Counter(_beginning(name, parts) for name in names)
@@ -106,7 +124,7 @@ def _beginning(name: str, parts: int) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes for a person: 512 B, 3.2 KiB, 15.0 GiB."""
+    """Return a number of bytes as text: 512 B, 3.2 KiB, 15.0 GiB."""
     value = float(count)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":

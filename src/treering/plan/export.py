@@ -22,7 +22,7 @@ from treering.plan.plan import Plan
 from treering.plan.values import Values, announced, groups, joined, live_values, take_part
 from treering.store.model_folder import tensor_files
 from treering.store.publish import on_first, published, refuse_full, refuse_taken
-from treering.store.tensor_writer import LIMIT, Writer
+from treering.store.tensor_writer import LIMIT, TensorWriter
 from treering.technique import Adapter
 from treering.weights.plain_tensors import to_file_layout
 
@@ -52,7 +52,7 @@ def export(
     statistics: Path | None = None,
     limit: int = LIMIT,
 ) -> Path:
-    """Every rank calls it; rank 0 writes.
+    """Write the model, or the adapter named `adapter`, as a folder. Every rank calls it. Returns the folder.
 
     values   of a run that is not in memory; else those of the live model
     beside   name -> file that comes with a dense model, instead of the base model's of that name
@@ -62,11 +62,11 @@ def export(
     on_first(lambda: refuse_taken(folder), f"looking at {folder}")
     values = values or live_values(plan)
     if adapter is None:
-        writer = Writer(layout(plan), limit=limit)
+        writer = TensorWriter(layout(plan), limit=limit)
         coming = _dense(plan, values)
     else:
         chosen = exportable(plan, adapter)
-        writer = Writer(contents(plan, chosen), file=chosen.file, limit=None)
+        writer = TensorWriter(contents(plan, chosen), file=chosen.file, limit=None)
         coming = tensors_of(chosen, values)
     measured = None if statistics is None else open_statistics(statistics)
     need = writer.bytes + (measured.bytes if measured else 0)
@@ -75,7 +75,7 @@ def export(
         do(lambda: writer.open(temporary))
         for tensors in coming:
             do(lambda tensors=tensors: _write(plan, writer, tensors, adapter is None))  # type: ignore[misc]
-            tensors.clear()  # the loop would hold it while the next group is made
+            tensors.clear()  # the loop would keep it while the next group is computed
         do(writer.close)
         do(writer.check)
         if measured is not None:
@@ -88,7 +88,7 @@ def export(
 
 
 def layout(plan: Plan) -> dict[str, Tensor]:
-    """What the files of the dense model will hold, on the meta device."""
+    """Return the tensors of the dense model's files, on the meta device."""
     return {name: tensor for group in groups(plan) for name, tensor in announced(plan, group).items()}
 
 
@@ -103,13 +103,13 @@ def _dense(plan: Plan, values: Values) -> Iterator[dict[str, Tensor]]:
             yield {}
 
 
-def _write(plan: Plan, writer: Writer, tensors: dict[str, Tensor], translate: bool) -> None:
+def _write(plan: Plan, writer: TensorWriter, tensors: dict[str, Tensor], translate: bool) -> None:
     for name, value in (to_file_layout(plan.model, tensors) if translate else tensors).items():
         writer.add(name, value)
 
 
-def _describe(plan: Plan, writer: Writer, folder: Path, beside: Mapping[str, Path]) -> None:
-    """Everything but weights. The configuration is the last: without it no one loads the folder."""
+def _describe(plan: Plan, writer: TensorWriter, folder: Path, beside: Mapping[str, Path]) -> None:
+    """Write everything but weights. The configuration is the last: without it nobody loads the folder."""
     if set(tensor_files(folder)) != set(writer.tensors):
         raise CheckpointError(f"{folder} and its index do not name the same tensors")
     for name in BESIDE:
@@ -125,22 +125,22 @@ def _describe(plan: Plan, writer: Writer, folder: Path, beside: Mapping[str, Pat
 
 
 def _config(plan: Plan) -> "PretrainedConfig":
-    """As transformers writes it beside weights: with the dtype they have and the class that they are of."""
+    """Return the configuration as transformers saves it: with the dtype and the class of the weights."""
     config = copy.deepcopy(plan.model.config)
     config.dtype = next(dtype for _, dtype in plan.plain.values())
     config.architectures = [type(plan.model).__name__.removeprefix("FSDP")]
     return config
 
 
-def _reopen_config(wrote: "PretrainedConfig", folder: Path) -> None:
-    """A family that transformers does not know is read by its own class."""
+def _reopen_config(written: "PretrainedConfig", folder: Path) -> None:
+    """Check that the configuration is read as it was written. An unknown family has its own class."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    if wrote.model_type in CONFIG_MAPPING:
+    if written.model_type in CONFIG_MAPPING:
         read = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     else:
-        read = type(wrote).from_pretrained(folder)
-    if type(read) is not type(wrote) or read.architectures != wrote.architectures or read.dtype != wrote.dtype:
+        read = type(written).from_pretrained(folder)
+    if type(read) is not type(written) or read.architectures != written.architectures or read.dtype != written.dtype:
         raise CheckpointError(f"{folder}/config.json is read as another configuration than was written")
 
 

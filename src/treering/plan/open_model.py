@@ -1,4 +1,4 @@
-"""From what the user named to a model on the meta device and a lazy source of its plain tensors."""
+"""A folder, a hub name or a live model becomes a model on the meta device and a lazy source of its plain tensors."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +20,7 @@ NEEDED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")  # n
 
 
 def locate(path: str) -> Path:
-    """The folder itself, or a copy of what the hub has under that name."""
+    """Return the folder itself, or a local copy of what the hub has under that name."""
     folder = Path(path)
     if folder.is_dir():
         return folder
@@ -32,15 +32,15 @@ def locate(path: str) -> Path:
 
     try:
         return Path(snapshot_download(path, allow_patterns=list(NEEDED)))
-    except Exception as error:  # the hub client has many; none of them is more than "could not be had"
+    except Exception as error:  # the hub client raises many kinds; all mean that there is no model
         raise CheckpointError(
-            f"{path} is neither a folder here nor to be had from the hub ({first_line(error)}); check the name, the "
+            f"{path} is neither a folder here nor available from the hub ({first_line(error)}); check the name, the "
             "network and, for a gated model, your access token"
         ) from None
 
 
 def on_meta(folder: Path, dtype: str) -> "PreTrainedModel":
-    """The model that the folder's config describes, without memory."""
+    """Return the model that the folder's config describes, without memory."""
     config = read_config(folder)
     chosen = _dtype(config, dtype)
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -48,12 +48,12 @@ def on_meta(folder: Path, dtype: str) -> "PreTrainedModel":
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=chosen)
-    except Exception as error:  # what a model's constructor makes of numbers that do not fit together
+    except Exception as error:  # raised by a model's constructor for numbers that do not fit together
         raise CheckpointError(
-            f"{folder}/config.json describes no model that can be made: {first_line(error)}"
+            f"{folder}/config.json describes no model that can be built: {first_line(error)}"
         ) from None
     keep_wide(model, chosen)
-    if (folder / "generation_config.json").is_file():  # where a chat model's ends of turn are told
+    if (folder / "generation_config.json").is_file():  # it names the tokens that end a turn
         try:
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         except Exception as error:
@@ -91,7 +91,7 @@ def read_config(folder: Path) -> "PretrainedConfig":
     except Exception as error:  # its validators raise kinds of their own
         raise CheckpointError(f"{folder}/config.json cannot be used: {first_line(error)}") from None
     if config.dtype is not None and not isinstance(config.dtype, torch.dtype):
-        raise CheckpointError(f"{folder}/config.json: dtype is {str(config.dtype)[:80]!r}, which is none")
+        raise CheckpointError(f"{folder}/config.json: dtype is {str(config.dtype)[:80]!r}, which is not a dtype")
     if getattr(config, "quantization_config", None):
         raise PlanError(f"{folder} holds quantized weights; this version trains dense ones: take the dense model")
     if getattr(config, "output_router_logits", False):
@@ -103,7 +103,7 @@ def read_config(folder: Path) -> "PretrainedConfig":
 
 
 def initialised(folder: Path, dtype: str, seed: int) -> "PreTrainedModel":
-    """Random weights from the folder's config, the same on every rank."""
+    """Return a model with random weights from the folder's config, the same on every rank."""
     from transformers import AutoModelForCausalLM
 
     config = read_config(folder)
@@ -120,21 +120,22 @@ def source_of(model: "PreTrainedModel", folder: Path | None) -> Source:
 
 
 def quiet_dropout(model: nn.Module, mode: Dropout) -> None:
-    """Dropout draws from each rank's own generator: gradients then depend on how the batch was dealt."""
+    """Refuse dropout, or set it to 0: it draws from each rank's own generator, so that gradients depend on how a batch
+    is distributed over ranks."""
     if mode == "per_rank":
         return
-    found = []
+    active = []
     for name, module in model.named_modules():
         for attribute, value in list(vars(module).items()):
             named = any(word in attribute for word in ("dropout", "jitter", "layerdrop"))
             noisy = named or (isinstance(module, nn.Dropout) and attribute == "p")
             if noisy and isinstance(value, float) and value > 0:
-                found.append(f"{name}.{attribute} = {value}")
+                active.append(f"{name}.{attribute} = {value}")
                 if mode == "off":
                     setattr(module, attribute, 0.0)
-    if found and mode == "refuse":
+    if active and mode == "refuse":
         raise PlanError(
-            f"the model has dropout ({found[0]}, and {len(found) - 1} more), which makes results depend on the number "
-            "of ranks. Choose model.dropout: off (set it to 0) or per_rank (keep it)",
+            f"the model has dropout ({active[0]}, and {len(active) - 1} more), which makes results depend on the "
+            "number of ranks. Choose model.dropout: off (set it to 0) or per_rank (keep it)",
             settings=("model.dropout",),
         )

@@ -1,4 +1,4 @@
-"""An export tried out before the first step: a run of days must not find out at its end that it cannot be written."""
+"""A trial of the export before the first step, so that a run of days does not fail at its end."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,12 +19,12 @@ from treering.weights.plain_tensors import places, to_file_layout
 
 
 def rehearse(plan: Plan, folder: Path) -> None:
-    """Join and translate one block of the live model, compare with the source's files, and look for room at `folder`.
+    """Join and translate one block of the live model, compare with the source's files, and check the space at `folder`.
 
-    Every rank calls it, once the weights are there. `folder` need not be new: only the place is looked at.
+    Every rank calls it, once the weights are loaded. `folder` may exist already.
     """
     whole = layout(plan)
-    on_first(lambda: refuse_full(folder, _least(plan, whole)), f"looking at {folder}")
+    on_first(lambda: refuse_full(folder, _least(plan, whole)), f"checking the space at {folder}")
     values = live_values(plan)
     for group in groups(plan, _one_block(plan)):
         tensors = {name: joined(plan, name, values).cpu() for name in group}
@@ -40,7 +40,7 @@ def _one_block(plan: Plan) -> list[str]:
 
 
 def _least(plan: Plan, whole: Mapping[str, Tensor]) -> int:
-    """Bytes of the smallest export that says it all: of the adapters, where each can stand alone, else the model's."""
+    """Return the bytes of the smallest complete export: of the adapters if each can stand alone, else of the model."""
     need = 0
     for applied in plan.applied:
         if applied.parts and applied.adapter is None:
@@ -59,21 +59,23 @@ def _check(plan: Plan, group: tuple[str, ...], tensors: dict[str, Tensor]) -> No
         if not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{name} would be exported with values that are not finite")
     wanted = {key: (tuple(t.shape), t.dtype) for key, t in announced(plan, group).items()}
-    made = {key: (tuple(t.shape), t.dtype) for key, t in to_file_layout(plan.model, tensors).items()}
-    if made != wanted:
-        wrong = sorted(key for key in made.keys() | wanted.keys() if made.get(key) != wanted.get(key))[0]
-        raise CheckpointError(f"{wrong} would be exported as {made.get(wrong)}; the folder needs {wanted.get(wrong)}")
+    exported = {key: (tuple(t.shape), t.dtype) for key, t in to_file_layout(plan.model, tensors).items()}
+    if exported != wanted:
+        wrong = sorted(key for key in exported.keys() | wanted.keys() if exported.get(key) != wanted.get(key))[0]
+        raise CheckpointError(
+            f"{wrong} would be exported as {exported.get(wrong)}; the folder needs {wanted.get(wrong)}"
+        )
 
 
 def _compare(plan: Plan, whole: Mapping[str, Tensor], source: Path) -> None:
-    """Names may be younger and dtypes others than the source's; but what is read must become the same tensors again."""
+    """Refuse an export that would not be read as the same tensors. Names and dtypes may differ from the source's."""
     files = tensor_files(source)
     for name in sorted(set(whole) & set(files)):
         with safe_open(files[name], "pt") as opened:
-            found = tuple(opened.get_slice(name).get_shape())
-        if found != tuple(whole[name].shape):
+            shape = tuple(opened.get_slice(name).get_shape())
+        if shape != tuple(whole[name].shape):
             raise CheckpointError(
-                f"{name} would be exported with shape {tuple(whole[name].shape)}; {source} has {found}"
+                f"{name} would be exported with shape {tuple(whole[name].shape)}; {source} has {shape}"
             )
     names = dict(plan.plain)
     before, _ = places(plan.model, files, names)
@@ -86,5 +88,5 @@ def _compare(plan: Plan, whole: Mapping[str, Tensor], source: Path) -> None:
 
 
 def _has(plan: Plan, target: str, items: Sequence[tuple[str, str | None]]) -> bool:
-    """Whether the model has it of its own: a tied copy in the file is not exported again."""
+    """Return whether the model has `target` as a tensor of its own: a tied copy in the file is not exported again."""
     return target in plan.plain or items[0][1] is not None

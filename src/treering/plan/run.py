@@ -2,23 +2,28 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from treering.core.errors import PlanError
 from treering.core.sharded import settle
+from treering.core.topology import axis_size
 from treering.plan import batches, step
 from treering.plan.batches import Batch
 from treering.plan.explain import explain
 from treering.plan.export import export
-from treering.plan.loss import cross_entropy, with_targets
+from treering.plan.loss import plain_loss, with_targets
 from treering.plan.plan import Plan
+from treering.plan.prepared import Prepared
 from treering.plan.step import StepReport
 from treering.plan.values import plain
+from treering.technique import Workload
 
 
 class Run:
@@ -30,8 +35,16 @@ class Run:
         run.step(optimizer, clip=1.0)
     """
 
-    def __init__(self, plan: Plan, lost: Mapping[str, float], max_skips: int = 5, notes: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        plan: Plan,
+        lost: Mapping[str, float],
+        max_skips: int = 5,
+        notes: tuple[str, ...] = (),
+        prepared: Prepared | None = None,
+    ):
         self.plan = plan
+        self.prepared = prepared  # where the results of splitting lie
         self.notes = notes  # what a person should know about how the weights were loaded
         self.model: Any = plan.model
         self.lost = lost  # plain name -> ‖join(split(W)) − W‖/‖W‖ at load
@@ -39,29 +52,31 @@ class Run:
         self.number = 0  # steps taken, skipped ones included
         self.skipped_in_a_row = 0
         self._samples: list[str] = []
+        self._copies = 0  # on how many ranks each trained token lies; 0: not known yet
         self._attached = False
         losses = [a.loss for a in plan.applied if a.loss is not None]
-        self._loss: Callable[[nn.Module, Batch], Tensor] = losses[0] if losses else cross_entropy
+        self._loss = losses[0] if losses else plain_loss
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """For copy and pickle: the hooks of techniques act on this run's model, and would in a copy, too."""
+        """Refuse copy and pickle: the hooks of techniques act on this run's model, and would in a copy, too."""
         raise PlanError(
             "a run cannot be copied or pickled: what its techniques do around a step belongs to its model. Copy the "
             "model (copy.deepcopy(run.model)) to compute with it, or compose() a fresh model for another run"
         )
 
-    def explain(self) -> str:
-        """The order of techniques, what each touches, and the memory and messages that follow."""
-        return explain(self.plan, self.lost, self.notes)
+    def explain(self, work: Workload | None = None) -> str:
+        """Return the order of techniques, what each changes, and the memory and messages that follow, of a step of
+        `work` (default: one micro-batch of 4,096 tokens)."""
+        return explain(self.plan, self.lost, self.notes, work=work)
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """What learns, by live name. Nothing else has a gradient."""
+        """Return what learns, by live name. Nothing else has a gradient."""
         settle(self.model)
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def optimizer(self, kind: type[Optimizer] = torch.optim.AdamW, **settings: Any) -> Optimizer:
-        """`kind` over the trainable parameters. Nothing decays unless `weight_decay` says so, whatever the default of
-        `kind` is; then it acts on matrices, and vectors (norms, biases) are spared.
+        """Return `kind` over the trainable parameters. Nothing decays unless `weight_decay` is given, whatever the
+        default of `kind` is; then it acts on matrices, and not on vectors (norms, biases).
 
         Where parameters rest on the CPU, AdamW is the fused one unless you say otherwise: it is several times faster.
         """
@@ -82,35 +97,73 @@ class Run:
         return kind([g for g in groups if g["params"]], **settings)
 
     def steps(self, loader: Iterable[Batch | list[Batch]], *, accumulate: int = 1) -> Iterator[list[Batch]]:
-        """The micro-batches of one optimizer step at a time: counted over all ranks, transformed, on the device."""
+        """Yield the micro-batches of one optimizer step at a time: counted over ranks, transformed, on the device."""
         if accumulate < 1:
             raise PlanError(f"accumulate is {accumulate}; a step takes at least 1 micro-batch")
         for micro_batches in batches.steps(loader, accumulate, self.plan.mesh):
             yield self.ready(micro_batches)
 
     def ready(self, micro_batches: Sequence[Batch]) -> list[Batch]:
-        """Counted micro-batches of one step, transformed by the techniques and on the device."""
+        """Return counted micro-batches of one step, transformed by the techniques and on the device.
+
+        A collective at the first step where a mesh has `sequence` or `expert`: see `batches.copies`.
+        """
         self._samples = [sample for batch in micro_batches for sample in batch.get("samples", ())]
-        return [self._ready(batch) for batch in micro_batches]
+        shifted = [with_targets(batch) for batch in micro_batches]
+        ready = [self._ready(batch) for batch in shifted]
+        mesh = self.plan.mesh
+        if mesh is None or axis_size(mesh, "sequence", "expert") == 1 or not all("targets" in b for b in ready):
+            return ready
+        self._copies = self._copies or batches.copies(shifted, ready, mesh)
+        factor = self._copies or 1
+        return [{**batch, "count": batch["count"] * factor} if "count" in batch else batch for batch in ready]
 
     def _ready(self, batch: Batch) -> Batch:
         if batch.get("documents") is not None and self.plan.unpackable:
             raise PlanError(f"a packed batch, but {self.plan.unpackable}; turn packing off (data.packing: off)")
-        batch = with_targets(batch)
+        length = batch["input_ids"].shape[1]
         for applied in self.plan.applied:
             if applied.batch is not None:
                 batch = applied.batch(batch)
+        self._check_share(batch, length)
         return batches.to_device(batch, self.plan.device)
 
+    def _check_share(self, batch: Batch, length: int) -> None:
+        """What techniques cut a row to must be what they said, or losses and tokens would be counted wrongly."""
+        share, left = len(self.plan.tokens(length)), batch["input_ids"].shape[1]
+        if left != share:
+            raise AssertionError(f"a row of {length} tokens was cut to {left}, and this rank's share is {share}")
+
     def loss(self, batch: Batch) -> Tensor:
-        """This micro-batch's share of the step's loss: its sum over trained tokens / their number in the whole step."""
+        """Return this micro-batch's share of the step's loss: its sum over trained tokens / their global number.
+
+        The number counts each token once for every rank that holds it, so that on every mesh the loss of the step is
+        the plain sum of all shares (`total`), and its gradient the plain sum of theirs.
+
+        Args:
+            batch: From `steps` or `ready`. A loop that counts by itself may pass `labels` and `count`.
+        """
         batch = with_targets(batch)  # of a loop that counts by itself
         if "count" not in batch or "targets" not in batch:
             raise PlanError(
                 "the batch does not know what its tokens predict and how many tokens its step trains; take batches "
                 "from run.steps(loader), or pass them through run.ready"
             )
-        return self._loss(self.model, batch) / batch["count"]
+        return self._loss(self.model, batch, self.plan.objective) / batch["count"]
+
+    def total(self, shares: Tensor) -> Tensor:
+        """Return the loss of a step over all ranks: the sum of their `shares`. A collective if there are several.
+
+        Args:
+            shares: The sum of what `loss` returned for this rank's micro-batches.
+
+        Example:
+            reported = float(run.total(sum(loss.detach() for loss in losses)))
+        """
+        total = shares.detach().clone()
+        if self.plan.mesh is not None and self.plan.mesh.size() > 1:
+            dist.all_reduce(total)
+        return total
 
     def step(self, optimizer: Optimizer | Sequence[Optimizer], *, clip: float | None = None) -> StepReport:
         """Project, guard, clip, step, retract, and clear the gradients.
@@ -131,10 +184,10 @@ class Run:
         return report
 
     def attach(self, optimizer: Optimizer) -> Callable[[], None]:
-        """For a loop that calls `optimizer.step()` itself: projection before it and retraction after it, by hooks.
+        """Project before and retract after each `optimizer.step()` that a loop of your own calls, by hooks.
 
-        Clipping and any guard stay the loop's own; a clip that runs before this sees the gradient before projection.
-        Returns what takes the hooks off again.
+        Clipping and any guard are the loop's; a clip that runs before this sees the gradient before projection.
+        Returns a function that removes the hooks.
         """
         self._check_same(self.trainable(), [optimizer])
         self._refuse_attached()
@@ -172,7 +225,7 @@ class Run:
             raise PlanError("the hooks of run.attach() are on an optimizer: each step would be projected twice. Detach")
 
     def _check_same(self, named: Sequence[tuple[str, nn.Parameter]], optimizers: Sequence[Optimizer]) -> None:
-        """A parameter that no optimizer steps would silently never learn; one that two step would learn twice."""
+        """Refuse optimizers that leave a trainable parameter out, which would never learn, or step one twice."""
         stepped = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         wanted = {id(p): name for name, p in named}
         if len(stepped) == len(wanted) and set(stepped) == set(wanted):
@@ -186,15 +239,16 @@ class Run:
         )
 
     def metrics(self) -> dict[str, float]:
+        """Return what the techniques report of the present parameters, by name."""
         settle(self.model)
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for applied in self.plan.applied:
             if applied.metrics is not None:
-                found |= applied.metrics()
-        return found
+                metrics |= applied.metrics()
+        return metrics
 
     def undo(self) -> None:
-        """Take forward rewrites and observers off again: the model computes with its plain modules, as they are now.
+        """Remove forward rewrites and observers: the model computes with its plain modules, as they are now.
 
         Parameters stay where techniques put them, and so does sharding.
         """
@@ -204,10 +258,22 @@ class Run:
         for restore in self.plan.restore:
             restore()
 
+    def without(self) -> AbstractContextManager[None]:
+        """Open a context in which the model computes, without gradients, as it did before anything was trained.
+
+        For a teacher or a reference model without a second copy. Contexts can be nested. PlanError where a technique
+        trains the model's own weights (`full`, `osft` in most forms, a PiSSA start).
+
+        Example:
+            with run.without():
+                reference = run.model(input_ids=ids).logits
+        """
+        return self.plan.without()
+
     def plain(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """The plain weights as the techniques hold them now, one at a time; a collective when sharded."""
+        """Yield the plain weights as the techniques reproduce them now, one at a time; a collective when sharded."""
         return plain(self.plan, names)
 
     def export(self, folder: str | Path, *, adapter: str | None = None) -> Path:
-        """A dense Hugging Face folder, or the folder of one named adapter. Every rank calls it; rank 0 writes."""
+        """Write a dense Hugging Face folder, or that of one named adapter. Every rank calls it; rank 0 writes."""
         return export(self.plan, Path(folder), adapter)

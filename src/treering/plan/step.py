@@ -13,14 +13,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from treering.core.collectives import gather_objects
 from treering.core.errors import NumericsError
-from treering.core.sharded import local, sharded_axes
+from treering.core.sharded import local, sharded_axes, sum_of_squares
 from treering.technique import Applied
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What a step did. `norm` is taken before clipping; a skipped step left parameters and optimizer as they were."""
+    """The result of a step. `norm` is that before clipping; a skipped step changes neither parameters nor optimizer."""
 
     norm: float
     skipped: bool
@@ -32,6 +33,7 @@ def take(
     applied: Sequence[Applied],
     clip: float | None,
 ) -> StepReport:
+    """Take one step with the gradients that are there, and return what it did."""
     for one in applied:
         if one.gradients is not None:
             one.gradients()
@@ -41,9 +43,9 @@ def take(
     finite = norm == norm and norm not in (float("inf"), float("-inf"))
     if finite:
         if clip is not None and norm > clip:
-            held = [g for g in map(local, gradients) if g.numel()]
-            if held:  # a rank may have no row of anything that is trained
-                torch._foreach_mul_(held, clip / norm)
+            shards = [g for g in map(local, gradients) if g.numel()]
+            if shards:  # a rank may have no row of any trained parameter
+                torch._foreach_mul_(shards, clip / norm)
         for one in applied:
             if one.before_step is not None:
                 one.before_step(optimizers)
@@ -56,7 +58,7 @@ def take(
 
 
 def norm_over_meshes(gradients: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together. Those on different meshes are summed over their own ranks and combined."""
+    """Return the 2-norm of all gradients. Those on different meshes are summed over their own ranks and combined."""
     groups: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
     for gradient in gradients:
         mesh: DeviceMesh | None = None
@@ -67,7 +69,7 @@ def norm_over_meshes(gradients: Iterable[Tensor]) -> Tensor:
         groups.setdefault((mesh, axes), []).append(local(gradient))
     total: Tensor | None = None
     for (mesh, axes), held in groups.items():
-        square = _square(held)
+        square = sum_of_squares(held)
         if mesh is not None:
             square = square.to(mesh.device_type)
             for axis in axes:
@@ -76,37 +78,23 @@ def norm_over_meshes(gradients: Iterable[Tensor]) -> Tensor:
     return torch.zeros(()) if total is None else total.sqrt()
 
 
-def _square(held: Sequence[Tensor]) -> Tensor:
-    """Sum of squares in float64: over 10⁹ elements a float32 sum would lose the digits that a test compares. Each norm
-    is taken in float32 without a copy of its tensor in it."""
-    filled = [g for g in held if g.numel()] or [torch.zeros(1)]
-    double = [g for g in filled if g.dtype == torch.float64]
-    single = [g for g in filled if g.dtype != torch.float64]
-    norms = list(torch._foreach_norm(double)) if double else []
-    norms += torch._foreach_norm(single, 2, torch.float32) if single else []
-    return torch.stack([n.double() for n in norms]).square().sum()
-
-
 def blame(named: Iterable[tuple[str, Tensor]], limit: int = 8) -> list[str]:
-    """Parameters whose gradient, as far as this rank holds it, is not finite."""
+    """Return the names of parameters whose gradient is not finite on this rank."""
     bad = [n for n, p in named if p.grad is not None and not bool(torch.isfinite(local(p.grad)).all())]
     return bad[:limit] + ([f"and {len(bad) - limit} more"] if len(bad) > limit else [])
 
 
 def everyone(own: Sequence[str]) -> list[str]:
     """What all ranks say, once each. Called when all of them are about to stop: what is to blame may be on any."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return list(own)
-    found: list[Sequence[str]] = [()] * dist.get_world_size()
-    dist.all_gather_object(found, list(own))
-    return list(dict.fromkeys(one for part in found for one in part))
+    return list(dict.fromkeys(one for part in gather_objects(list(own)) for one in part))
 
 
 def too_many(skips: int, step: int, samples: Sequence[str], names: Sequence[str]) -> NumericsError:
+    """Return the error for `skips` skipped steps in a row. A collective."""
     samples, names = everyone(samples), everyone(names)
     seen = ", ".join(samples[:8]) + (" …" if len(samples) > 8 else "")
     return NumericsError(
         f"{skips} steps in a row had a gradient that is not finite; stopped at step {step}. "
-        f"Samples of the last one: {seen or 'not told by the loader'}. Parameters: {', '.join(names)}. "
+        f"Samples of the last one: {seen or 'not named by the loader'}. Parameters: {', '.join(names)}. "
         "Look at these samples, lower the learning rate, or compute in a wider dtype"
     )

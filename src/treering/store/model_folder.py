@@ -12,12 +12,12 @@ LOOKS, LOOK = 64, 64 << 10  # a fingerprint looks at so many places of a file, s
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file. Names from the index are plain basenames of regular files, or the folder is refused."""
+    """Return tensor name -> file. Names in the index must be plain names of regular files in the folder."""
     return {name: path for name, (path, _) in tensor_headers(folder).items()}
 
 
 def tensor_headers(folder: Path) -> dict[str, tuple[Path, Header]]:
-    """Tensor name -> file, and what the file's header says of it."""
+    """Return tensor name -> file, and the tensor's entry in the header of that file."""
     index = folder / INDEX
     if in_folder(folder, INDEX):
         names = read_json(index).get("weight_map")
@@ -28,17 +28,17 @@ def tensor_headers(folder: Path) -> dict[str, tuple[Path, Header]]:
         listed = ["model.safetensors"]
     else:
         raise CheckpointError(f"{folder} holds no model.safetensors{_pickles(folder)}")
-    found: dict[str, tuple[Path, Header]] = {}
+    headers: dict[str, tuple[Path, Header]] = {}
     for name in listed:
         path = in_folder(folder, name)
         if path is None:
             raise CheckpointError(f"{folder} lacks {name}, which its index names")
         for tensor in read_header(path):
-            if tensor.name in found:
-                other = found[tensor.name][0].name
+            if tensor.name in headers:
+                other = headers[tensor.name][0].name
                 raise CheckpointError(f"{tensor.name} is in {other} and in {name}; which is meant?")
-            found[tensor.name] = path, tensor
-    return found
+            headers[tensor.name] = path, tensor
+    return headers
 
 
 def _pickles(folder: Path) -> str:
@@ -47,10 +47,10 @@ def _pickles(folder: Path) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """Identifies the weights of a folder: names and sizes of their files, the headers, and samples of the content.
+    """Return what identifies the weights of a folder: a digest of names, sizes, headers and samples of the content.
 
-    Not every byte: a model of a hundred billion parameters would take minutes. Training moves every value a little, so
-    that other weights of the same shapes show in any sample.
+    Not of every byte: a model of a hundred billion parameters would take minutes. Training changes every value a
+    little, so that any sample tells other weights of the same shapes apart.
     """
     words = xxhash.xxh3_128()
     for path in sorted(set(tensor_files(folder).values())):

@@ -1,1 +1,20 @@
-"""One folder each; none imports another."""
+"""Every technique, by the key that it has in a configuration: a line below makes one part of Treering.
+
+`treering.NAME`, the section `techniques` of the configuration, what `treering plan` proposes, the pages of the docs and
+the tests read this list; its order is the one in which they show it. `treering.technique` says what a technique is.
+"""
+
+# ruff: noqa: I001
+from treering.techniques.full import Full as Full
+from treering.techniques.lora import LoRA as LoRA
+from treering.techniques.osft import OSFT as OSFT
+from treering.techniques.tiling import TiledMLP as TiledMLP
+from treering.techniques.tiling import TiledBlock as TiledBlock
+from treering.techniques.tiling import TiledLoss as TiledLoss
+from treering.techniques.recompute import Recompute as Recompute
+from treering.techniques.shard import Shard as Shard
+from treering.techniques.compile import Compile as Compile
+
+TECHNIQUES: dict[str, type] = {
+    name.lower(): value for name, value in tuple(globals().items()) if hasattr(value, "stage")
+}

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from treering.train.job import Job
+from treering.train.config import Job
 
 if TYPE_CHECKING:
     from treering.train.run import train

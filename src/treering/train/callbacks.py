@@ -1,4 +1,4 @@
-"""What a run tells while it goes. The console, metrics.jsonl and any tracker are callbacks; none can change the run."""
+"""What a run reports. The console, metrics.jsonl and any tracker are callbacks; none can change the run."""
 
 import json
 import math
@@ -12,13 +12,13 @@ Metrics = Mapping[str, float]
 
 
 class Callback:
-    """Override what interests you. Called on rank 0 only, with numbers that are the same on all ranks.
+    """The events of a run; override those that interest you. They are called on rank 0, with numbers of all ranks.
 
-    An exception in one ends the run: a tracker that may fail without harm catches its own.
+    An exception in one ends the run: a tracker that may fail without harm must catch its own exceptions.
     """
 
     def started(self, total_steps: int, facts: Mapping[str, Any]) -> None:
-        """Before the first step of this process; `facts` holds sizes, the seed and the step it goes on after."""
+        """Before the first step of this process; `facts` holds sizes, the seed and the step that it resumes after."""
 
     def stepped(self, metrics: Metrics) -> None:
         """After a logged step."""
@@ -47,6 +47,8 @@ class Screen(Protocol):
 
 
 class Console(Callback):
+    """Shows a run on a screen."""
+
     def __init__(self, screen: Screen):
         self.screen = screen
 
@@ -74,10 +76,10 @@ class Console(Callback):
 
 
 class JsonLines(Callback):
-    """metrics.jsonl: a line per logged step or evaluation. Appended to, so a resumed run goes on in the same file.
+    """metrics.jsonl: a line per logged step or evaluation. A resumed run appends to the same file.
 
-    A killed run may have told of steps after its last checkpoint, and they are then taken again: what stands above a
-    `start` line about steps later than its "after step" is void. A number that is not finite is written as null.
+    A killed run may have reported steps after its last checkpoint, which are then taken again: lines above a `start`
+    line about steps later than its "after step" do not count. A number that is not finite is written as null.
     """
 
     def __init__(self, path: Path):

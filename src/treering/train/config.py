@@ -1,10 +1,12 @@
-"""What a user may say about training: plain frozen dataclasses, no torch, checked as they are made."""
+"""The settings of training, and the job: plain frozen dataclasses, no torch, checked as they are made."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from treering.core.errors import ConfigError
+from treering.data.config import Data
+from treering.technique import Technique
 
 
 def _positive(value: float | int | None, name: str) -> None:
@@ -23,7 +25,7 @@ class Optimizer:
 
     name: Literal["adamw", "sgd", "muon"] = "adamw"
     lr: float = 1e-5
-    betas: tuple[float, float] | None = None  # of AdamW, also beside muon; default 0.9 and 0.95
+    betas: tuple[float, float] | None = None  # of AdamW, also for what muon leaves to it; default 0.9 and 0.95
     eps: float | None = None  # of AdamW; default 1e-8
     momentum: float | None = None  # of sgd (default 0) and muon (default 0.95)
     weight_decay: float = 0.0
@@ -76,15 +78,16 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """When to save, how many to keep, and whether to go on from the newest one."""
+    """When to save, how many checkpoints to keep, and whether to resume from the newest one."""
 
     every: int | None = None  # steps; the end is always saved
     keep: int = 2  # the newest so many, and the best evaluated one if it was saved
     best: bool = False  # also save whenever an evaluation is the best so far
-    asynchronous: bool = False  # write while training goes on, from a copy in host memory
-    force: bool = False  # go on although the data, seed or batch changed; `--force` sets it for one start
+    asynchronous: bool = False  # write while training continues, from a copy in host memory
+    force: bool = False  # resume although the data, seed or batch changed; `--force` sets it for one start
     resume: Literal["auto", "never"] = "auto"
-    on_error: Literal["stop", "warn"] = "stop"  # `warn`: a save on the way may fail, training goes on; the last may not
+    on_error: Literal["stop", "warn"] = "stop"  # `warn`: a save may fail and training continues, but for the last save
+    self_contained: bool = False  # also save what lies in `prepared/`: larger, and needs no folder next to it
 
     def __post_init__(self) -> None:
         _positive(self.every, "every")
@@ -120,7 +123,7 @@ class Model:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     dropout: Literal["refuse", "off", "per_rank"] = "refuse"
     initialise: bool = False  # random weights from the folder's config.json: pretraining from nothing
-    roles: Mapping[str, str] = field(default_factory=dict)  # pattern -> role, for what the anatomy cannot tell
+    roles: Mapping[str, str] = field(default_factory=dict)  # pattern -> role, where the anatomy knows none
 
     def __post_init__(self) -> None:
         if not self.path.strip():
@@ -129,7 +132,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """What the model is used for and is to keep, as `treering measure` found it; a run adds what it taught."""
+    """What the model is used for and is to keep, as `treering measure` has it; a run adds what it taught."""
 
     path: str | None = None  # a folder of `treering measure`; null: `statistics` in the model's folder, if it is there
     tokens: int = 32768  # of the training data, measured at the end and added, if there are statistics; 0: none are
@@ -139,3 +142,22 @@ class Statistics:
             raise ConfigError("path is empty; name a folder of `treering measure`, or write null", field="path")
         if self.tokens < 0:
             raise ConfigError(f"tokens is {self.tokens}; it is at least 0", field="tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training run as a value: what the command line makes of a file, and what a program can write itself.
+
+    Example:
+        Job(model=Model(path="MODEL"), data=Data(train="chat.jsonl"), techniques=(tr.Full(),), output="runs/first")
+    """
+
+    model: Model
+    data: Data
+    techniques: tuple[Technique, ...]
+    output: str
+    train: Train = field(default_factory=Train)
+    statistics: Statistics = field(default_factory=Statistics)
+    mesh: Mapping[str, int] = field(default_factory=dict)  # keywords of treering.mesh
+    seed: int = 0
+    written: str = ""  # the resolved configuration as text, kept in the output folder

@@ -1,42 +1,71 @@
-"""Loss on held-out documents, and a few generations to read."""
+"""Evaluation between two steps: the loss on held-out documents, and generated samples to read."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from treering.data.chat.template import Template
 from treering.data.loader import Loader
 from treering.plan import Run
+from treering.train.training import Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def evaluate(training: Training, step: int) -> None:
+    """Evaluate the model as it is after `step`.
+
+    An evaluation that a signal interrupts is recorded as due and done when the run is resumed, see `evaluate_if_due`.
+    """
+    asked, settings = training.watchdog.stop_asked, training.job.train.evaluate
+    if training.data.eval is not None:
+        with training.stopwatch("evaluation"):
+            held_out = held_out_loss(training.run, training.data.eval, asked)
+            training.checkpoints.progress.owed = step if held_out is None else None
+            if held_out is None:
+                return
+            training.checkpoints.progress.record_loss(step, held_out)
+            training.reporter.evaluated(step, held_out)
+    if settings.prompts:
+        with training.stopwatch("samples"):
+            texts = samples(
+                training.run,
+                training.tokenizer,
+                settings.prompts,
+                settings.new_tokens,
+                training.data.template,
+                asked,
+            )
+            training.reporter.sampled(settings.prompts, texts)
+
+
+def evaluate_if_due(training: Training, start: int) -> None:
+    """Do the evaluation that was interrupted before step `start` was saved."""
+    if start and training.checkpoints.progress.owed == start:
+        evaluate(training, start)
+
+
 @torch.no_grad()
 def held_out_loss(run: Run, loader: Loader, stop_asked: Callable[[], bool] = lambda: False) -> float | None:
-    """Mean over all trained tokens of the evaluation data, whatever the number of ranks and the cut into steps.
+    """Return the mean loss over all trained tokens of the evaluation data, on every mesh and for every size of step.
 
-    None if the run was asked to stop on the way.
+    Returns None if the run was asked to stop before the end.
     """
     run.model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=run.plan.device)
+    summed, tokens = torch.zeros((), dtype=torch.float64, device=run.plan.device), 0
     try:
         for batches in loader.once():
             if stop_asked():
                 return None
             count = batches[0]["count"]
             for batch in run.ready(batches):
-                total[0] += run.loss(batch).double() * count
-            total[1] += count
+                summed += run.loss(batch).double() * count
+            tokens += count
     finally:
         run.model.train()
-    if dist.is_initialized():
-        dist.all_reduce(total[:1], group=None)
-        # Ranks along `sequence` and `expert` saw the same documents.
-        total[0] /= dist.get_world_size() / run.plan.data_ranks
-    return float(total[0] / total[1])
+    return float(run.total(summed)) / tokens
 
 
 @torch.no_grad()
@@ -48,30 +77,30 @@ def samples(
     template: str | None,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> list[str]:
-    """Greedy continuations. Every rank generates the same: a sharded model needs all of them in each forward."""
+    """Return greedy continuations. Every rank generates the same ones: a sharded model needs all ranks in a forward."""
     run.model.eval()
-    found: list[str] = []
+    texts: list[str] = []
     try:
         for prompt in prompts:
             if stop_asked():
                 break
             ids = encode(tokenizer, prompt, template).to(run.plan.device)
-            made = run.model.generate(
+            generated = run.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, use_cache=True
             )
-            found.append(str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)))
+            texts.append(str(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)))
     finally:
         run.model.train()
-    return found
+    return texts
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, template: str | None) -> torch.Tensor:
-    """As a user's turn in the chat template that the run trains with, as plain text where it trains on that."""
+    """Return the tokens of a user's turn in the run's chat template, or of plain text where the run has none."""
     if template is not None:
         named = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         turns = [{"role": "user", "content": prompt}]
         rendered = Template(source=template, variables=named).render(turns, None, "train.evaluate.prompts", prompt=True)
-        made: Any = tokenizer(rendered.text, add_special_tokens=False, return_tensors="pt")
+        encoded: Any = tokenizer(rendered.text, add_special_tokens=False, return_tensors="pt")
     else:
-        made = tokenizer(prompt, return_tensors="pt")
-    return made["input_ids"].long()  # of an empty prompt transformers makes floats
+        encoded = tokenizer(prompt, return_tensors="pt")
+    return encoded["input_ids"].long()  # transformers gives floats for an empty prompt

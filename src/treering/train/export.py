@@ -1,41 +1,62 @@
-"""A run's checkpoint as a folder that transformers, or peft, loads."""
+"""Export a checkpoint of a run as a folder that transformers, or peft, loads."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from treering import plan as room
 from treering.core.errors import CheckpointError
-from treering.plan import Plan, Run
+from treering.plan import Plan, Run, load
 from treering.plan.export import export as write
+from treering.plan.refill import completed
 from treering.plan.values import saved_values
 from treering.store.publish import on_first, refuse_taken
-from treering.technique import Stage
+from treering.technique import LazyTensor, Stage
 from treering.train.checkpoints import files as checkpoint
-from treering.train.checkpoints.manager import Keeper, check_same
-from treering.train.job import Job
-from treering.train.measurements import carried
+from treering.train.checkpoints.manager import CheckpointManager, changed_sources, check_same
+from treering.train.config import Job
+from treering.train.measurements import carried, find
 
 
 def export(job: Job, folder: Path, *, adapter: str | None = None, step: int | None = None) -> Path:
-    """Write out the newest checkpoint of `job` (or that of `step`), tensor by tensor: the model is never in memory."""
-    on_first(lambda: refuse_taken(folder), f"looking at {folder}")  # said before gigabytes are verified
+    """Write the newest checkpoint of `job`, or that of `step`, as a Hugging Face folder, or one `adapter` of it.
+
+    Tensor by tensor: the model is never in memory. Returns the folder.
+    """
+    on_first(lambda: refuse_taken(folder), f"looking at {folder}")  # before gigabytes are verified
     plan, saved = reread(job, step=step)
     template = job.data.template  # the one it was trained with, not the base model's
-    beside = {"chat_template.jinja": Path(template).expanduser()} if template is not None else {}
+    files = {"chat_template.jinja": Path(template).expanduser()} if template is not None else {}
     statistics = carried(job, saved.step) if adapter is None else None
-    values = saved_values(plan, saved.tensors)
-    return write(plan, folder, adapter, values=values, beside=beside, statistics=statistics)
+    values = saved_values(plan, _completed(job, plan, saved, exported_only=True))
+    return write(plan, folder, adapter, values=values, beside=files, statistics=statistics)
 
 
 def reopen(job: Job, *, step: int | None = None) -> Run:
-    """The run as it was at its newest checkpoint (or that of `step`), live in this process."""
+    """Return the run as it was at its newest checkpoint, or that of `step`, live in this process."""
     plan, saved = reread(job, step=step)
-    return room.load(plan, resume=saved.tensors)
+    return load(plan, resume=_completed(job, plan, saved))
+
+
+def _completed(
+    job: Job, plan: Plan, saved: checkpoint.Saved, *, exported_only: bool = False
+) -> Mapping[str, LazyTensor]:
+    statistics = find(job)
+    return completed(
+        plan,
+        saved.tensors,
+        saved.prepared,
+        Path(job.output) / "prepared",
+        checkpoint=str(saved.folder),
+        statistics=statistics,
+        changed=changed_sources(saved, CheckpointManager(job, plan, None, statistics).identity()),
+        exported_only=exported_only,
+        note=logging.getLogger("treering").warning,
+    )
 
 
 def reread(job: Job, *, step: int | None = None) -> tuple[Plan, checkpoint.Saved]:
-    """The job's model composed again, without values, and the verified checkpoint that has them."""
+    """Return the job's model composed again, without values, and the verified checkpoint that has them."""
     from treering.train.run import draft_of
 
     root = Path(job.output) / "checkpoints"
@@ -46,13 +67,15 @@ def reread(job: Job, *, step: int | None = None) -> tuple[Plan, checkpoint.Saved
     else:
         saved = checkpoint.newest(root, logging.getLogger("treering").warning)
     if saved is None:
-        raise CheckpointError(f"{root} holds no whole checkpoint; train first: treering train {job.output}/config.yaml")
-    # What only makes training faster or smaller has no part in the weights, and may not fit this machine.
+        raise CheckpointError(
+            f"{root} holds no complete checkpoint; train first: treering train {job.output}/config.yaml"
+        )
+    # Techniques that only make training faster or smaller do not change the weights, and may not run on this machine.
     lasting = tuple(t for t in job.techniques if t.stage in (Stage.QUANTIZE, Stage.ADAPT))
     job = replace(job, techniques=lasting, mesh={})
     plan = draft_of(job)
-    identity = Keeper(job, plan, None).identity()
+    identity = CheckpointManager(job, plan, None, find(job)).identity()
     check_same(
-        saved, {name: identity[name] for name in ("techniques", "dtype", "weights")}
-    )  # its tensors would not fit, be cast, or stand beside a base that they were not trained on
+        saved, {name: identity[name] for name in ("techniques", "dtype", "weights")}, plan.techniques
+    )  # with others, its tensors would not fit, be cast, or be added to weights that they were not trained on
     return plan, saved

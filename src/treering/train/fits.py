@@ -1,4 +1,4 @@
-"""Does the data fit the model? Asked before any weight is read: an index error in the middle of a run says nothing."""
+"""Checks that the data fits the model, before any weight is read: an index error during a run would not explain it."""
 
 from typing import TYPE_CHECKING
 
@@ -7,8 +7,8 @@ import numpy as np
 from treering.core.errors import PlanError
 from treering.data.examples import Examples
 from treering.plan import Plan
+from treering.train.config import Job
 from treering.train.evaluate import encode
-from treering.train.job import Job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def check(job: Job, plan: Plan, tokenizer: "PreTrainedTokenizerBase", data: "RunData") -> list[str]:
-    """Raise PlanError for what cannot work; returns what a person should know all the same."""
+    """Raise PlanError for what cannot work. Returns notes on what works and a person should know."""
     prompts = _prompts(job, tokenizer, data)
     _check_vocabulary(job, plan, tokenizer, data, prompts)
     positions = getattr(plan.model.config.get_text_config(), "max_position_embeddings", None)
@@ -34,12 +34,12 @@ def check(job: Job, plan: Plan, tokenizer: "PreTrainedTokenizerBase", data: "Run
 
 
 def _prompts(job: Job, tokenizer: "PreTrainedTokenizerBase", data: "RunData") -> list[list[int]]:
-    found = [encode(tokenizer, prompt, data.template)[0].tolist() for prompt in job.train.evaluate.prompts]
-    for i, ids in enumerate(found):
+    tokens = [encode(tokenizer, prompt, data.template)[0].tolist() for prompt in job.train.evaluate.prompts]
+    for i, ids in enumerate(tokens):
         if not ids:
             name = f"train.evaluate.prompts[{i}]"
-            raise PlanError(f"{name} has no token to go on from; write some text, or leave it out", settings=(name,))
-    return found
+            raise PlanError(f"{name} has no token to continue; write some text, or leave it out", settings=(name,))
+    return tokens
 
 
 def _check_vocabulary(
@@ -49,9 +49,9 @@ def _check_vocabulary(
     size = max(len(tokenizer), *(i + 1 for i in tokenizer.added_tokens_decoder), 0)
     if size <= rows:
         return
-    # Tokens that no document has do no harm: many tokenizers have spare ones.
-    found = [(i, ids) for i, ids in enumerate(prompts) if max(ids) >= rows]
-    where, token = (f"train.evaluate.prompts[{found[0][0]}]", max(found[0][1])) if found else ("", 0)
+    # A token that no document has is no error: many tokenizers have spare ones.
+    beyond = [(i, ids) for i, ids in enumerate(prompts) if max(ids) >= rows]
+    where, token = (f"train.evaluate.prompts[{beyond[0][0]}]", max(beyond[0][1])) if beyond else ("", 0)
     for examples in (data.examples, data.held_out):
         where, token = _beyond(examples, rows) or (where, token)
     if where:
@@ -72,16 +72,16 @@ def _beyond(examples: Examples | None, rows: int) -> tuple[str, int] | None:
 
 
 def _too_long(job: Job, data: "RunData", prompts: list[list[int]], positions: int) -> list[tuple[str, str, str]]:
-    """(what, what to write instead, the setting) of documents and prompts that need more positions than there are."""
-    found = []
+    """Return (problem, what to write instead, the setting) of documents and prompts that need too many positions."""
+    problems = []
     for examples in (data.examples, data.held_out):
         if examples is not None and (longest := int(examples.lengths.max())) > positions:
             name = examples.sample_id(int(np.argmax(examples.lengths)))
             remedy = f"set data.max_length to at most {positions}"
-            found.append((f"{name} has {longest} tokens", remedy, "data.max_length"))
+            problems.append((f"{name} has {longest} tokens", remedy, "data.max_length"))
     for i, ids in enumerate(prompts):
         name, new = f"train.evaluate.prompts[{i}]", job.train.evaluate.new_tokens
         if len(ids) + new > positions:
             what = f"{name} has {len(ids)} tokens and {new} follow it"
-            found.append((what, "shorten it, or lower train.evaluate.new_tokens", name))
-    return found
+            problems.append((what, "shorten it, or lower train.evaluate.new_tokens", name))
+    return problems

@@ -1,5 +1,4 @@
-"""Text that a model writes itself, sampled at temperature 1: it stands for what the model knows, where its old data
-is not at hand."""
+"""Text that a model generates itself, sampled at temperature 1: what it knows, where its old data is not available."""
 
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from treering.core.collectives import gather_objects
 from treering.core.errors import DataError
 from treering.core.seeds import generator
 from treering.core.topology import data_rank
@@ -31,8 +31,10 @@ def generated(
     at_once: int = 8,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Document]:
-    """At least `tokens` tokens of documents of at most `length`, on every rank the same. Each has a random stream of
-    its own, by its number, so that the ranks that share the work do not decide what is written."""
+    """Return at least `tokens` tokens of documents of at most `length`, the same on every rank.
+
+    Each document has a random stream by its number, so that the text does not depend on the number of ranks.
+    """
     start, ends = marks(run, tokenizer)
     rank, ranks = data_rank(run.plan.mesh)
     at_once = min(at_once, max(1, -(-tokens // (length * ranks))))
@@ -42,7 +44,8 @@ def generated(
     try:
         while done < tokens:
             rows = [number + rank * at_once + i for i in range(at_once)]
-            documents |= _everyone(dict(zip(rows, _written(run, rows, start, ends, length, seed))))
+            written = dict(zip(rows, _written(run, rows, start, ends, length, seed)))
+            documents |= {row: ids for part in gather_objects(written) for row, ids in part.items()}
             number += at_once * ranks
             done = sum(map(len, documents.values()))
             progress(min(done, tokens), tokens)
@@ -55,7 +58,7 @@ def generated(
 
 
 def marks(run: Run, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, set[int]]:
-    """The token that a document begins with, and those that end it."""
+    """Return the token that a document begins with, and those that end it."""
     settings = [getattr(run.model, "generation_config", None), run.model.config, tokenizer]
     begins: list[Any] = [getattr(one, "bos_token_id", None) for one in (tokenizer, run.model.config)]
     ends: set[int] = set()
@@ -77,17 +80,19 @@ def _written(run: Run, rows: list[int], start: int, ends: Collection[int], lengt
     open_rows = set(range(len(rows)))
     ids = torch.full((len(rows), 1), start, device=device)
     cache: Any = None
-    whole = ids
+    all_ids = ids
     for step in range(length - 1):
         if step % _LOOK == 0 and not _any(bool(open_rows), device):
             break
-        fed = whole if cache is None else ids  # some models have a cache of another kind: they read all of it again
-        out = run.model(input_ids=fed, past_key_values=cache, use_cache=True)
+        inputs = (
+            all_ids if cache is None else ids
+        )  # some models have a cache of another kind: they read all of it again
+        out = run.model(input_ids=inputs, past_key_values=cache, use_cache=True)
         cache = getattr(out, "past_key_values", None)
         sums = out.logits[:, -1].double().softmax(-1).cumsum(-1)
         draws = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in streams]).to(device)
         ids = torch.searchsorted(sums, draws * sums[:, -1:]).clamp_max(sums.shape[1] - 1)
-        whole = torch.cat([whole, ids], 1) if cache is None else whole
+        all_ids = torch.cat([all_ids, ids], 1) if cache is None else all_ids
         for i, token in enumerate(ids[:, 0].tolist()):
             if i in open_rows:
                 texts[i].append(token)
@@ -103,11 +108,3 @@ def _any(here: bool, device: torch.device) -> bool:
     flag = torch.tensor([here], dtype=torch.uint8, device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)
-
-
-def _everyone(own: dict[int, list[int]]) -> dict[int, list[int]]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return own
-    all_of_them: list[dict[int, list[int]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(all_of_them, own)
-    return {row: ids for part in all_of_them for row, ids in part.items()}

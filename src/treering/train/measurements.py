@@ -1,7 +1,6 @@
-"""Statistics of a run: those it begins with, and the ring that it adds at its end: tasks follow each other."""
+"""Statistics of a run: those it begins with, and the ring that it adds at its end, for the task after it."""
 
 import logging
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,36 +11,64 @@ from treering.curvature import Ring, Statistics, measure
 from treering.curvature import open as open_statistics
 from treering.plan import Run
 from treering.plan.open_model import locate
+from treering.plan.prepared import Prepared
 from treering.technique import Stage
 from treering.train import calibration
-from treering.train.job import Job
-from treering.train.prepare import RunData
-from treering.train.ranks.watchdog import Watchdog
-from treering.train.stopwatch import Stopwatch
+from treering.train.checkpoints import files as checkpoint
+from treering.train.checkpoints import manifest
+from treering.train.config import Job
+from treering.train.training import Training
 
 FOLDER = "statistics"
 
 
 def find(job: Job) -> Statistics | None:
-    """What is to be kept: the folder that the job names, else the one inside the model's folder, else nothing."""
+    """Return the statistics that the job names, else those inside the model's folder, else None."""
     if job.statistics.path is not None:
         return open_statistics(Path(job.statistics.path).expanduser())
     if job.model.initialise:
-        return None  # whatever lies there is of other weights
-    beside = locate(job.model.path) / FOLDER
-    return open_statistics(beside) if beside.is_dir() else None
+        return None  # those in the folder are of other weights
+    folder = locate(job.model.path) / FOLDER
+    return open_statistics(folder) if folder.is_dir() else None
 
 
-def grow(
-    run: Run,
-    job: Job,
-    data: RunData,
-    base: Statistics | None,
-    step: int,
-    note: Callable[[str], None],
-    watchdog: Watchdog,
-) -> None:
+def refuse_missing(job: Job) -> None:
+    """Raise CheckpointError if the run has a checkpoint that was trained with statistics, and they are gone.
+
+    Without them a resumed run could not make missing prepared results again, nor add what it taught at its end.
+    """
+    try:
+        if job.train.checkpoint.force or find(job) is not None:
+            return
+        problem = f"{job.model.path} has no folder {FOLDER}, and statistics.path names none"
+    except CheckpointError as error:
+        problem = str(error)
+    root = Path(job.output) / "checkpoints"
+    saved = next((one for step in reversed(checkpoint.steps(root)) if (one := _manifest(root, step))), None)
+    identity = {} if saved is None else saved.facts.get("identity", {})
+    if saved is None or identity.get("statistics") is None:
+        return
+    prepared = Path(job.output) / "prepared"
+    results = Prepared(prepared) if prepared.is_dir() else None
+    absent = sum(results is None or results.find(digest) is None for digest in saved.prepared.values())
+    also = f"; {absent} of its {len(saved.prepared)} prepared results are missing from {prepared} too"
+    raise CheckpointError(
+        f"{root}/step-{saved.step} was trained with statistics (digest {identity['statistics']}), which are missing: "
+        f"{problem}{also if absent else ''}. Put back a copy of that folder, or name it as statistics.path; text that "
+        "is measured again gives other statistics"
+    )
+
+
+def _manifest(root: Path, step: int) -> manifest.Manifest | None:
+    with suppress(CheckpointError):
+        return manifest.load(root / f"step-{step}")
+    return None
+
+
+def grow(training: Training) -> None:
     """Measure the trained model on its training data, and write what it began with and this ring to the output."""
+    job, run, data, watchdog = training.job, training.run, training.data, training.watchdog
+    base, step = training.checkpoints.statistics, training.reporter.at
     if base is None or not job.statistics.tokens:
         return
     folder = Path(job.output) / FOLDER
@@ -60,21 +87,23 @@ def grow(
     batches = calibration.batches(documents, run.plan, job.data.max_length, data.packing)
     date = from_first(datetime.now(UTC).strftime("%Y-%m-%d"))
     ring = Ring(name=f"{_named(step)}{folder.absolute().parent.name}", tokens=0, data=digest, date=date)
-    with watchdog.patience(), Stopwatch(False, run.plan.device, watchdog.phase)("measuring"):
-        made = measure(run, batches, ring=ring, onto=[base], to=folder, progress=look)
-    note(f"measured {made.rings[-1].tokens:,} tokens of the training data: {len(made.rings)} rings in {folder}")
+    watchdog.phase.name = "measuring"
+    with watchdog.patience():
+        statistics = measure(run, batches, ring=ring, onto=[base], to=folder, progress=look)
+    tokens, number = statistics.rings[-1].tokens, len(statistics.rings)
+    training.reporter.note(f"measured {tokens:,} tokens of the training data: {number} rings in {folder}")
 
 
 def _whole_forwards(run: Run) -> None:
-    """Training is over: what computes forwards in another way, for the sake of a backward, comes off. Inputs that are
-    made tile by tile cannot be counted by token."""
+    """Undo techniques that change forwards for the sake of a backward: training is over, and inputs that come tile by
+    tile cannot be counted by token."""
     for technique, applied in zip(run.plan.techniques, run.plan.applied):
         if technique.stage in (Stage.FORWARD, Stage.RECOMPUTE) and applied.undo is not None:
             applied.undo()
 
 
 def carried(job: Job, step: int) -> Path | None:
-    """The statistics that go with an export of `step`: with its own ring, or those that the run began with."""
+    """Return the statistics that go with an export of `step`: with its own ring, or those that the run began with."""
     grown, base = Path(job.output) / FOLDER, find(job)
     if base is None:
         return None

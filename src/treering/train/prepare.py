@@ -1,4 +1,4 @@
-"""What a run needs besides its model: the tokenizer, and data in the order in which it will be seen."""
+"""The tokenizer of a run, and its data in the order of training."""
 
 from dataclasses import dataclass
 from math import floor
@@ -15,7 +15,7 @@ from treering.data.order import Order
 from treering.plan import Plan
 from treering.plan.open_model import locate
 from treering.store import untrusted as trust
-from treering.train.job import Job
+from treering.train.config import Job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,27 +23,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
+    """The data of a run, on this rank."""
+
     train: Loader
     eval: Loader | None
     examples: Examples
-    steps: int  # of the whole run
+    steps: int  # of the run, from its first start
     tokens_per_step: int
     packing: Literal["on", "off"]
-    rank: int  # among those with documents of their own
+    rank: int  # among the ranks that have different documents
     held_out: Examples | None = None  # what `eval` reads
     template: str | None = None  # the chat template; None: plain text
     notes: tuple[str, ...] = ()  # what a person should know before it starts
 
     @property
     def fill(self) -> float:
+        """The share of the first epoch's bins that holds tokens."""
         return self.train.order.fill(0)
 
 
 def open_tokenizer(job: Job) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of the job's model folder."""
     return trust.open_tokenizer(locate(job.model.path))
 
 
 def open_data(job: Job, tokenizer: "PreTrainedTokenizerBase", plan: Plan) -> RunData:
+    """Return the documents of the job, tokenised, in the order of training. The first rank to call it tokenises."""
     packing: Literal["on", "off"] = "off" if plan.unpackable or job.data.packing == "off" else "on"
     if plan.unpackable and job.data.packing == "on":
         raise PlanError(f"data.packing is on, but {plan.unpackable}; set it to off or auto", settings=("data.packing",))
@@ -99,7 +104,7 @@ def _template(job: Job, tokenizer: "PreTrainedTokenizerBase", format: Format) ->
 
 
 def _counted(which: str, examples: Examples | None) -> list[str]:
-    """What became of records that are not trained on as they stand."""
+    """Return notes on records that are skipped or changed."""
     if examples is None:
         return []
     counts = {**examples.report.notes, **examples.report.skipped}
@@ -107,7 +112,7 @@ def _counted(which: str, examples: Examples | None) -> list[str]:
 
 
 def _ragged(budget: int, capacity: int, order: Order, ranks: int) -> list[str]:
-    """Where a step holds less than was asked for, or keeps ranks waiting."""
+    """Return notes where a step has fewer tokens than the settings ask for, or leaves ranks idle."""
     notes, bins = [], order.bins_per_step
     each = min(budget, capacity)
     if bins * each < budget:
@@ -125,7 +130,7 @@ def _ragged(budget: int, capacity: int, order: Order, ranks: int) -> list[str]:
 
 
 def _steps(order: Order, epochs: float) -> int:
-    whole = sum(order.steps_in_epoch(epoch) for epoch in range(floor(epochs)))
+    full_epochs = sum(order.steps_in_epoch(epoch) for epoch in range(floor(epochs)))
     rest = epochs - floor(epochs)
     part = round(rest * order.steps_in_epoch(floor(epochs))) if rest else 0
-    return max(1, whole + part)
+    return max(1, full_epochs + part)

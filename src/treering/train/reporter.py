@@ -1,11 +1,11 @@
-"""Turns what happened into numbers and tells the callbacks. Sums over ranks are made here, once a logged step."""
+"""Numbers about a run for the callbacks. Sums over ranks are taken here, once per logged step."""
 
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,44 @@ import torch
 import torch.distributed as dist
 
 from treering.core.collectives import together
+from treering.data.examples import Examples
+from treering.data.order import Order
 from treering.plan import Plan, Run, StepReport
 from treering.plan.explain import unused
 from treering.train.callbacks import Callback, JsonLines
-from treering.train.checkpoints.manager import Keeper
-from treering.train.job import Job
-from treering.train.position import Position
+from treering.train.checkpoints.manager import Progress
+from treering.train.config import Job
 from treering.train.prepare import RunData
-from treering.train.stopwatch import Stopwatch
 
 
-class Teller:
+class StepSamples:
+    """Return what a step trains on over all ranks, for figures that must not be one rank's share.
+
+    Steps are asked for in ascending order, so that the epochs before are not counted again each time.
+    """
+
+    def __init__(self, examples: Examples, order: Order):
+        self.examples, self.order = examples, order
+        self.epoch = self.first = 0  # the epoch of the step asked for last, and the first step of that epoch
+
+    def documents(self, step: int) -> list[int]:
+        """Return the numbers of the documents of `step` (0-based)."""
+        while step - self.first >= (steps := self.order.steps_in_epoch(self.epoch)):
+            self.epoch, self.first = self.epoch + 1, self.first + steps
+        return [i for documents in self.order.bins(self.epoch, step - self.first) for i in documents]
+
+    def tokens(self, step: int) -> int:
+        """Return the number of tokens of all documents, without padding."""
+        return int(self.examples.lengths[self.documents(step)].sum())
+
+    def names(self, step: int) -> list[str]:
+        """Return the sample ids, for messages."""
+        return [self.examples.sample_id(i) for i in self.documents(step)]
+
+
+class Reporter:
+    """Reports a run to its callbacks, on rank 0. Every rank calls every method: some are collectives."""
+
     def __init__(self, job: Job, plan: Plan, callbacks: Sequence[Callback]):
         self.job, self.plan = job, plan
         self.folder = Path(job.output)
@@ -40,16 +67,18 @@ class Teller:
             self.callbacks = [*callbacks, JsonLines(self.folder / "metrics.jsonl")]
 
     def note(self, text: str) -> None:
+        """Report something that a person wants to read."""
         for callback in self.callbacks:
             callback.noted(text)
 
     def started(self, run: Run, data: RunData, start: int, seconds: float) -> None:
+        """Keep the configuration, and report what begins after step `start`, ready `seconds` after the process."""
         together(
             lambda: keep_config(self.folder, self.job.written, start) if self.first else None, "keeping config.yaml"
         )
-        self.run, self.position, self.at = run, Position(data.examples, data.train.order), start
+        self.run, self.samples, self.at = run, StepSamples(data.examples, data.train.order), start
         if start:
-            self.note(f"goes on after step {start}")
+            self.note(f"resumes after step {start}")
         warnings = [warning for applied in self.plan.applied for warning in applied.warnings]
         for text in filter(None, (unused(self.plan), *warnings, *run.notes, *data.notes, *_coarse(run))):
             self.note(text)
@@ -68,14 +97,14 @@ class Teller:
         self.begun = self.since = time.monotonic()
 
     def stepped(self, step: int, loss: torch.Tensor, learning_rate: float, report: StepReport, *, log: bool) -> None:
-        """`loss` is this rank's share."""
+        """Report a step; `loss` is this rank's share, and `log` says whether the callbacks are to have it."""
         now = time.monotonic()
         self.seconds, self.since = self.seconds + now - self.since, now
         self.steps += 1
         self.at = step
-        self.tokens += self.position.tokens(step - 1)
+        self.tokens += self.samples.tokens(step - 1)
         if report.skipped and self.first:
-            samples = self.position.samples(step - 1)
+            samples = self.samples.names(step - 1)
             named = ", ".join(samples[:8]) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
             self.note(f"step {step} was skipped: its gradient is not finite (samples {named})")
         if log or self.steps == 1:
@@ -85,12 +114,10 @@ class Teller:
     def _log(self, step: int, loss: torch.Tensor, learning_rate: float, report: StepReport) -> None:
         used = torch.tensor(memory(self.plan.device), dtype=torch.float64, device=loss.device)
         if dist.is_initialized():
-            dist.all_reduce(loss)
-            loss /= dist.get_world_size() / self.plan.data_ranks  # the others saw the same documents
             dist.all_reduce(used, op=dist.ReduceOp.MAX)
         self.last = {
             "step": step,
-            "loss": float(loss),
+            "loss": float(self.run.total(loss)),
             "lr": learning_rate,
             "norm": report.norm,
             "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
@@ -102,34 +129,34 @@ class Teller:
             callback.stepped(self.last)
 
     def evaluated(self, step: int, held_out: float) -> None:
+        """Report the loss on held-out documents."""
         for callback in self.callbacks:
             callback.evaluated({"step": float(step), "held_out_loss": held_out})
-        self.since = time.monotonic()
 
-    def sampled(self, prompts: Sequence[str], made: Sequence[str]) -> None:
-        for prompt, text in zip(prompts, made):
+    def sampled(self, prompts: Sequence[str], texts: Sequence[str]) -> None:
+        """Report what was generated for each prompt."""
+        for prompt, text in zip(prompts, texts):
             self.note(f"{prompt}\n    → {text}")
+
+    def resume_clock(self) -> None:
+        """Count time as training again: what passed since the last step was evaluation or saving."""
         self.since = time.monotonic()
 
-    def saved(self, path: Path) -> None:
-        self.note(f"saved {path}")
-        self.since = time.monotonic()
-
-    def finished(self, keeper: Keeper, watch: Stopwatch) -> dict[str, Any]:
+    def finished(self, progress: Progress, phases: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
+        """Report the end of the run, and the `phases` of a profile if any. Returns the facts of the summary."""
         spent = time.monotonic() - self.begun
         summary: dict[str, Any] = {
             "steps": self.at,
             "loss": self.last.get("loss"),
-            "best held-out loss": keeper.counts["best"],
-            "skipped": keeper.counts["skipped"],
+            "best held-out loss": progress.best,
+            "skipped": progress.skipped,
             "seconds": round(spent, 1),
         }
-        if watch.on:
-            timed = watch.rows(self.steps)
+        if phases is not None:
             if self.first:
-                (self.folder / "profile.json").write_text(json.dumps(timed, indent=2), encoding="utf-8")
+                (self.folder / "profile.json").write_text(json.dumps(phases, indent=2), encoding="utf-8")
             for callback in self.callbacks:
-                callback.profiled(timed)
+                callback.profiled(phases)
         rows = [{"run": name, "": _written(value)} for name, value in summary.items() if value is not None]
         for callback in self.callbacks:
             callback.finished(rows)
@@ -137,7 +164,7 @@ class Teller:
 
 
 def keep_config(folder: Path, text: str, start: int) -> None:
-    """The configuration of this start as config.yaml; one that says otherwise is kept beside it."""
+    """Write the configuration of this start as config.yaml; a different one that was there is kept next to it."""
     path = folder / "config.yaml"
     if not text or (path.exists() and path.read_text(encoding="utf-8") == text):
         return
@@ -152,7 +179,7 @@ def keep_config(folder: Path, text: str, start: int) -> None:
 
 
 def _coarse(run: Run) -> list[str]:
-    """Half precision trains, and forgets what is small."""
+    """Return a warning where parameters are trained in bfloat16, which loses small changes."""
     coarse = [p for _, p in run.trainable() if p.dtype == torch.bfloat16]
     if not coarse:
         return []
@@ -167,7 +194,7 @@ def _written(value: float) -> str:
 
 
 def memory(device: torch.device) -> int:
-    """Peak bytes on the device, or of this process where there is none."""
+    """Return the peak of bytes on the device, or of this process where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from treering.core.errors import CheckpointError, PlanError
 from treering.store.model_folder import tensor_headers
 from treering.store.untrusted import Header
+from treering.technique import StoredTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PlainTensor:
-    """A plain weight that is read when asked for; by rows where the file holds it as the model does."""
+    """A plain weight that is read when asked for; by rows where the file has a place for each of them."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     reader: Callable[[], Tensor]
     row_reader: Callable[[int, int], Tensor] | None = None
+    stored: StoredTensor | None = None  # none yet: folders of quantized tensors are refused
 
     def read(self) -> Tensor:
         return self.reader()
@@ -56,13 +58,13 @@ class Source:
         return self.held is not None and not self.held
 
     def release(self) -> None:
-        """Let go of a live model's old values: they would lie beside the new ones for the whole run."""
+        """Free a live model's old values: they would stay in memory next to the new ones for the whole run."""
         if self.held is not None:
             self.held.clear()
 
 
 def from_model(model: nn.Module) -> Source:
-    """The tensors of a live model. They are kept alive by this source alone once the model has moved to meta."""
+    """Return the tensors of a live model. This source alone keeps them alive once the model has moved to meta."""
     held = {name: value.detach() for name, value in plain_tensors(model).items()}
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
@@ -84,29 +86,29 @@ def from_model(model: nn.Module) -> Source:
 
 
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, tied ones once, and persistent buffers."""
-    found: dict[str, Tensor] = dict(model.named_parameters())
-    kept = model.state_dict(keep_vars=True)
-    found.update({name: buffer for name, buffer in model.named_buffers() if name in kept})
-    return found
+    """Return parameters, tied ones once, and persistent buffers, by name."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    persistent = model.state_dict(keep_vars=True)
+    tensors.update({name: buffer for name, buffer in model.named_buffers() if name in persistent})
+    return tensors
 
 
 def keep_wide(model: "PreTrainedModel", dtype: torch.dtype) -> None:
-    """Put in float32 what the family keeps so in any dtype. transformers does it only while it loads a folder."""
+    """Cast to float32 what the family keeps so in any dtype. transformers does it only while it loads a folder."""
     from transformers.core_model_loading import build_glob_alternation
 
     wide = model._get_dtype_plan(dtype)
     if not wide:
         return
-    found, by_group, _ = build_glob_alternation(list(wide))
+    pattern, by_group, _ = build_glob_alternation(list(wide))
     for name, tensor in plain_tensors(model).items():
-        match = found.search(name)
+        match = pattern.search(name)
         if match and tensor.is_floating_point():
             tensor.data = tensor.data.to(wide[by_group[match.lastgroup or ""]])
 
 
 def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
-    """The tensors of an HF folder, for a model (on meta) made from the folder's config.
+    """Return the tensors of a Hugging Face folder, for a model (on meta) made from the folder's config.
 
     Quantized weights are refused: config.json does not say that there are any, and their codes are no weights.
     """
@@ -137,12 +139,14 @@ def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
             unused.extend(key for key, _ in items)
             continue
         _refuse_codes(folder, headers, [key for key, _ in items], names[0], wanted[names[0]])
+        by_rows = len(names) == 1 and reader.keeps_rows(names[0], tuple(wanted[names[0]].shape))
         for name in names:
             tensors[name] = PlainTensor(
                 name=name,
                 shape=tuple(wanted[name].shape),
                 dtype=_dtype(files[items[0][0]], items[0][0]),
                 reader=lambda name=name, reader=reader: reader.read(name),  # type: ignore[misc]
+                row_reader=(lambda a, b, name=name, reader=reader: reader.rows(name, a, b)) if by_rows else None,  # type: ignore[misc]
             )
         groups.append(names)
     _refuse_scales(folder, headers.keys() - set(unused), unused)
@@ -176,7 +180,7 @@ _BESIDE = re.compile(
 def _refuse_codes(
     folder: Path, headers: Mapping[str, tuple[Path, Header]], keys: Sequence[str], name: str, like: Tensor
 ) -> None:
-    """Integers and eight-bit floats are what a quantizer makes of a weight: without their scales, they are another."""
+    """Refuse integers and eight-bit floats: a quantizer's codes are another weight without their scales."""
     if not like.is_floating_point():
         return
     for key in keys:
@@ -190,7 +194,7 @@ def _refuse_codes(
 
 
 def _refuse_other_copy(folder: Path, stored: tuple[Path, Header], key: str, owner: PlainTensor) -> None:
-    """A file may hold a tied tensor twice, if both are the same."""
+    """Refuse a second copy of a tied tensor that differs from the first; equal copies are harmless."""
     with safe_open(stored[0], "pt") as opened:
         same = stored[1].shape == owner.shape and all(
             torch.equal(opened.get_slice(key)[row : row + ROWS], owner.rows(row, row + ROWS))
@@ -205,7 +209,7 @@ def _refuse_other_copy(folder: Path, stored: tuple[Path, Header], key: str, owne
 
 
 def _refuse_scales(folder: Path, used: AbstractSet[str], unused: Sequence[str]) -> None:
-    """Nobody multiplies by a scale that has no place in the model."""
+    """Refuse scales of a weight that the model has no place for: nothing would multiply by them."""
     for key in unused:
         match = _BESIDE.fullmatch(key)
         beside = next((w for w in (match["of"], f"{match['of']}.weight") if w in used), None) if match else None
@@ -220,7 +224,7 @@ def _refuse_scales(folder: Path, used: AbstractSet[str], unused: Sequence[str]) 
 def _refuse_packed(
     folder: Path, headers: Mapping[str, tuple[Path, Header]], missing: str, unused: Sequence[str]
 ) -> None:
-    """A weight that is only there in packed form is not an incomplete folder."""
+    """Refuse a weight that is there in packed form only, with another message than for an incomplete folder."""
     packed = [key for key in unused if _BESIDE.fullmatch(key)]
     codes = [key for key in packed if headers[key][1].dtype not in REAL]
     if codes:
@@ -233,9 +237,10 @@ def _refuse_packed(
 def places(
     model: "PreTrainedModel", keys: Iterable[str], state: dict[str, Any]
 ) -> tuple[dict[str, list[tuple[str, str | None]]], dict[str, Any]]:
-    """Which of a folder's `keys` become which tensor of the module, whose names are those of `state`.
+    """Return which of a folder's `keys` become which tensor of the module, whose names are those of `state`.
 
-    A converter's pattern stands beside each key that goes through one; the converters by pattern come second.
+    With each key that goes through a converter comes the converter's pattern; the second value has converters by
+    pattern.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -270,7 +275,7 @@ def _stored(name: str, key: str, file: Path, like: Tensor) -> PlainTensor:
 
 
 def _dtype(file: Path, key: str) -> torch.dtype:
-    """Of a tensor in a file, from a slice without rows; a scalar has none to leave out."""
+    """Return the dtype of a tensor in a file, from a slice without rows; a scalar has no rows to leave out."""
     with safe_open(file, "pt") as opened:
         piece = opened.get_slice(key)
         return piece[:0].dtype if piece.get_shape() else opened.get_tensor(key).dtype
@@ -286,48 +291,102 @@ class _Converted:
         self.model, self.target, self.items, self.converter, self.files = model, target, items, converter, files
         self.ready: dict[str, Tensor] = {}
 
-    def _convert(self, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    def _convert(self, get: Callable[[str], Tensor], items: Sequence[tuple[str, str]] = ()) -> dict[str, Tensor]:
         converter = deepcopy(self.converter)
-        for key, pattern in self.items:
+        for key, pattern in items or self.items:
             converter.add_tensor(self.target, key, pattern, get(key))
-        made = converter.convert(self.target, model=self.model, config=self.model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        converted = converter.convert(self.target, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+    def _shape_only(self, key: str) -> Tensor:
+        with safe_open(self.files[key], "pt") as opened:
+            return torch.empty(opened.get_slice(key).get_shape(), device="meta")
+
+    def _read(self, key: str) -> Tensor:
+        with safe_open(self.files[key], "pt") as opened:
+            return opened.get_tensor(key)
+
+    def keeps_rows(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Return whether rows can be converted without the others: those of one expert, if the file's tensors are
+        experts that are stacked, else those of every tensor of the file, if nothing moves along dimension 0."""
+        stacks, others = self._stacks()
+        if not shape or not all(_within_rows(operation, len(shape)) for operation in others):
+            return False
+        first = self._experts(0, 1) if stacks else self.items
+        rows = self._convert(lambda key: self._shape_only(key)[: None if stacks else 1], first)
+        return {n: tuple(v.shape) for n, v in rows.items()} == {name: (1, *shape[1:])}
+
+    def _stacks(self) -> tuple[bool, list[Any]]:
+        """Return whether the first operation stacks tensors along dimension 0, and the other operations."""
+        from transformers.core_model_loading import MergeModulelist
+
+        first, *rest = self.converter.operations
+        stacks = isinstance(first, MergeModulelist) and first.dim == 0
+        return stacks, rest if stacks else [first, *rest]
+
+    def _experts(self, start: int, stop: int) -> list[tuple[str, str]]:
+        """Return the file's tensors of experts `start` to `stop`: of each pattern, those at these positions."""
+        by_pattern: dict[str, list[str]] = {}
+        for key, pattern in self.items:
+            by_pattern.setdefault(pattern, []).append(key)
+        return [(key, pattern) for pattern, keys in by_pattern.items() for key in keys[start:stop]]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows of the converted tensor; only what they are made of is read."""
+        if stop <= start:
+            return self._empty(name)
+        if self._stacks()[0]:
+            return self._convert(self._read, self._experts(start, stop))[name]
+
+        def some(key: str) -> Tensor:
+            with safe_open(self.files[key], "pt") as opened:
+                return opened.get_slice(key)[start:stop]
+
+        return self._convert(some)[name]
+
+    def _empty(self, name: str) -> Tensor:
+        shape = self._convert(self._shape_only)[name].shape
+        key = self.items[0][0]
+        return torch.empty((0, *shape[1:]), dtype=_dtype(self.files[key], key))
 
     def targets(self, wanted: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Names of tensors that the model has, found by converting on the meta device: no byte of a weight is read."""
-
-        def shape_only(key: str) -> Tensor:
-            with safe_open(self.files[key], "pt") as opened:
-                return torch.empty(opened.get_slice(key).get_shape(), device="meta")
-
+        """Return names of tensors that the model has, by converting on the meta device: no weight is read."""
         file = self.files[self.items[0][0]]
         try:
-            made = self._convert(shape_only)
+            converted = self._convert(self._shape_only)
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{file}: {self.items[0][0]} and {len(self.items) - 1} more cannot be joined to {self.target}: {error}"
             ) from None
-        for name, value in made.items():
+        for name, value in converted.items():
             if name in wanted and value.shape != wanted[name].shape:
                 raise CheckpointError(
                     f"{file}: {self.items[0][0]} and {len(self.items) - 1} more give shape {tuple(value.shape)}; "
                     f"the model's {name} has {tuple(wanted[name].shape)}"
                 )
-        return tuple(name for name in made if name in wanted)
+        return tuple(name for name in converted if name in wanted)
 
     def read(self, name: str) -> Tensor:
         if name not in self.ready:
-
-            def get(key: str) -> Tensor:
-                with safe_open(self.files[key], "pt") as opened:
-                    return opened.get_tensor(key)
-
-            self.ready = self._convert(get)
+            self.ready = self._convert(self._read)
         return self.ready.pop(name)
 
 
+def _within_rows(operation: Any, ndim: int) -> bool:
+    """Return whether an operation of a conversion computes row i of its result from row i of what it is given."""
+    from transformers.core_model_loading import Concatenate, Interleave, Transpose
+
+    if isinstance(operation, Concatenate):
+        return operation.dim % ndim != 0 and operation.num_shards_attribute is None
+    if isinstance(operation, Interleave):
+        return operation.dim % ndim != 0
+    if isinstance(operation, Transpose):  # one that looks at the model's shape first would see another one
+        return 0 not in (operation.dim0 % ndim, operation.dim1 % ndim) and not operation.check_dims
+    return False
+
+
 def export_groups(model: "PreTrainedModel", names: Iterable[str]) -> list[tuple[str, ...]]:
-    """`names` in groups that have to be translated to the file's layout together."""
+    """Return `names` in groups that have to be converted to the file's layout together."""
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
     converters = [c for c in _reverse(model) if isinstance(c, WeightConverter)]
@@ -338,7 +397,7 @@ def export_groups(model: "PreTrainedModel", names: Iterable[str]) -> list[tuple[
 
 
 def to_file_layout(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One group of module tensors as the file holds them."""
+    """Return one group of module tensors as the file holds them."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(model, dict(tensors)))

@@ -55,8 +55,8 @@ def test_pissa_moves_the_largest_directions_into_the_adapter(arch, settings):
     run = tr.compose(build(arch), [config])
     assert max(run.lost.values()) <= 1e-6 and len(run.lost) == 4
     assert_all_same({n: w for n, w in weights(run).items() if n in before}, before, 1e-6)
-    for linear in config.linears(run.plan.anatomy):
-        module = run.model.get_submodule(linear.fqn)
+    for linear in config.matrices(run.plan.anatomy):
+        module = run.model.get_submodule(linear.module)
         W = before[linear.weight].double()
         W = W.T if linear.transposed else W
         S = torch.linalg.svdvals(W)

@@ -8,7 +8,7 @@ from torch import Tensor
 import treering as tr
 from treering.anatomy import examine
 from treering.core.seeds import generator
-from treering.techniques.osft.targets import targets
+from treering.techniques.osft.protection.targets import targets
 
 
 def moments(model: torch.nn.Module, config: tr.OSFT, seed: int = 0) -> Mapping[str, Mapping[str, Tensor]]:

@@ -64,7 +64,7 @@ def test_one_learning_rate_serves_any_softness(known, curves):
     """Steps are scaled to the length that they would have without protection."""
     old = measured(known, SIZE, 0)
     lr = RATES[-1]
-    learned = [sequence(known, osft(soften=soften), lr, SIZE, 0, old)["learned"] for soften in (0.001, 0.1)]
+    learned = [sequence(known, osft(damping=damping), lr, SIZE, 0, old)["learned"] for damping in (0.001, 0.1)]
     assert min(*learned, curves["soft"][-1][0], curves["full"][-1][0]) > 0.9, learned
 
 

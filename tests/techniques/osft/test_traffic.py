@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import treering as tr
 from benchmarks.traffic import of_a_step
 from treering.anatomy import examine
-from treering.techniques.osft import protection
-from treering.techniques.osft.targets import Target, targets
+from treering.anatomy.matrices import Matrix
+from treering.techniques.osft.protection.operators import operator_shapes
+from treering.techniques.osft.protection.targets import targets
 
 RANKS = 5
 BYTES = 4
@@ -38,7 +39,7 @@ def summed(numbers: int) -> float:
 
 
 @cache
-def linears() -> tuple[Target, ...]:
+def linears() -> tuple[Matrix, ...]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG)
     return targets(tr.OSFT(), examine(model))
@@ -49,7 +50,7 @@ def counted(technique, ranks: int = RANKS, rank: int = 0, shapes_only: bool = Fa
     return {phase: traffic.sent(phase) for phase in ("model", "gradients", "step")}
 
 
-def by_weights(target: Target, ratio: float) -> tuple[int, int, dict[str, int]]:
+def by_weights(target: Matrix, ratio: float) -> tuple[int, int, dict[str, int]]:
     """Free and held singular directions, and the columns of the smaller basis that says so at each end."""
     free = int(ratio * target.rank)
     held = target.rank - free
@@ -68,7 +69,7 @@ def test_coefficients_are_summed_in_the_smaller_basis(ratio):
 
 
 def test_gathered_bases_travel_whole_once_a_pass():
-    found = counted(tr.OSFT(form="factors", protect="weights", wire="gather"))
+    found = counted(tr.OSFT(form="factors", protect="weights", communication="gather"))
     wanted = 0
     for target in linears():
         _, _, columns = by_weights(target, 0.25)
@@ -79,7 +80,7 @@ def test_gathered_bases_travel_whole_once_a_pass():
 @pytest.mark.parametrize(
     "technique",
     [
-        tr.OSFT(form="factors", protect="weights", wire="cached"),
+        tr.OSFT(form="factors", protect="weights", communication="cached"),
         tr.OSFT(form="forward", protect="weights"),
         tr.OSFT(form="one_sided"),
         tr.OSFT(form="one_sided", protect="weights"),
@@ -102,7 +103,7 @@ def test_update_gathers_at_the_inputs_and_sums_at_the_outputs(technique):
     found = counted(technique)
     wanted = 0.0
     for target in linears():
-        sides = {side.end: side for side in protection.sides(technique, target)}
+        sides = {side.end: side for side in operator_shapes(technique, target)}
         width = target.inputs
         if at_inputs := sides.get("in"):
             wanted += gathered(target.inputs, target.inputs if at_inputs.whole else at_inputs.columns)
@@ -116,7 +117,9 @@ def test_update_gathers_at_the_inputs_and_sums_at_the_outputs(technique):
 def test_cached_operators_stay_and_rows_go_there_and_back():
     ranks = 4  # divides all rows here, so that what all ranks send is the same whoever owns what
     # Shapes only: the pretended group has nothing to hand to a rank that sends nothing.
-    every = [counted(tr.OSFT(protect="both", wire="cached"), ranks, rank, shapes_only=True) for rank in range(ranks)]
+    every = [
+        counted(tr.OSFT(protect="both", communication="cached"), ranks, rank, shapes_only=True) for rank in range(ranks)
+    ]
     each = sum(2 * (ranks - 1) / ranks * t.outputs * t.inputs * BYTES / ranks for t in linears())
     assert sum(found["gradients"] for found in every) == sum(found["step"] for found in every) == ranks * each
 

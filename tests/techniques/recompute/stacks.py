@@ -1,14 +1,13 @@
-"""A few blocks under `Region`, with an engine whose copies are as late as can be and whose targets start as garbage."""
+"""A few recomputed blocks, with an engine whose copies are as late as can be and whose targets start as garbage."""
 
 import weakref
 
 import torch
 from torch import nn
 
-from treering.techniques.recompute.copies import SimulatedCopies
+from treering.techniques.recompute.copies import HostPool, SimulatedCopies
 from treering.techniques.recompute.offload import Offload
-from treering.techniques.recompute.pool import Pool
-from treering.techniques.recompute.region import Region
+from treering.techniques.recompute.recomputed_block import RecomputedBlock
 
 WIDTH = 8
 
@@ -27,7 +26,7 @@ class Watched(Offload):
 
     def __init__(self, names, **settings):
         self.device = Poisoned()
-        super().__init__(names, copies=lambda _: self.device, pool=Pool(False, slab=1 << 12), **settings)
+        super().__init__(names, copies=lambda _: self.device, pool=HostPool(False, slab=1 << 12), **settings)
         self.kept = []
 
     def _pack(self, index, tensor):
@@ -61,13 +60,13 @@ class Block(nn.Module):
 
 
 def stack(number, engine=None, plain=False, **settings):
-    """`number` blocks with the same weights each time; `plain`: without Region."""
+    """`number` blocks with the same weights each time; `plain`: without RecomputedBlock."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         blocks = nn.ModuleList(Block(**settings) for _ in range(number))
     for i, block in enumerate(blocks):
         if not plain:
-            Region(block, f"b{i}", i, (), False, engine)
+            RecomputedBlock(block, f"b{i}", i, (), False, engine)
     return blocks
 
 

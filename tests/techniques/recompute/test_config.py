@@ -9,13 +9,13 @@ from treering.techniques.recompute import Recompute
 from treering.techniques.recompute.settings import read_bytes
 
 BAD = {
-    "first_blocks says how much is offloaded, and offload is none; set offload to cpu": {"first_blocks": 2},
-    "budget says how much is offloaded, and offload is none; set offload to cpu": {"budget": "1GiB"},
+    "first_blocks limits how much is offloaded, and offload is none; set offload to cpu": {"first_blocks": 2},
+    "budget limits how much is offloaded, and offload is none; set offload to cpu": {"budget": "1GiB"},
     "first_blocks is 0; it is at least 1. To offload nothing, set offload to none": {
         "offload": "cpu",
         "first_blocks": 0,
     },
-    "both say how much is offloaded": {"offload": "cpu", "first_blocks": 1, "budget": "1GiB"},
+    "both limit how much is offloaded": {"offload": "cpu", "first_blocks": 1, "budget": "1GiB"},
     "budget is '64'; write a size in KiB, MiB, GiB or TiB, such as 64GiB": {"offload": "cpu", "budget": "64"},
     "budget is '0GiB'": {"offload": "cpu", "budget": "0GiB"},
     r"write a list: \[attention\]": {"keep": "attention"},

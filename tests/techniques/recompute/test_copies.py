@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treering.core.errors import PlanError
-from treering.techniques.recompute.copies import SimulatedCopies, StreamCopies, copies_for
-from treering.techniques.recompute.pool import LEAST, Pool
+from treering.techniques.recompute.copies import LEAST, HostPool, SimulatedCopies, StreamCopies, copies_for
 
 
 class Device:
@@ -100,7 +99,7 @@ def test_other_devices_are_refused():
 
 @given(st.lists(st.integers(1, 200_000), min_size=1, max_size=20), st.randoms())
 def test_pieces_hold_what_is_asked_and_are_used_again(sizes, random):
-    pool = Pool(False, slab=1 << 14)
+    pool = HostPool(False, slab=1 << 14)
     taken = []
     for size in sizes:
         pieces = pool.take(size)
@@ -108,25 +107,25 @@ def test_pieces_hold_what_is_asked_and_are_used_again(sizes, random):
         assert together >= size and together - size <= max(size, LEAST)
         taken.append(pieces)
     addresses = [piece.data_ptr() for pieces in taken for piece in pieces]
-    assert len(set(addresses)) == len(addresses) and pool.used == pool.held
+    assert len(set(addresses)) == len(addresses) and pool.used == pool.allocated
     random.shuffle(taken)
     for pieces in taken:
         pool.give(pieces)
-    held = pool.held
+    held = pool.allocated
     assert pool.used == 0
     again = [pool.take(size) for size in sizes]
-    assert pool.held == held, "nothing new is needed for the same sizes"
+    assert pool.allocated == held, "nothing new is needed for the same sizes"
     for pieces in again:
         pool.give(pieces)
     pool.clear()
-    assert pool.held == 0
+    assert pool.allocated == 0
 
 
 def test_memory_that_cannot_be_had_says_what_to_write_instead(monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("CUDA error: out of memory\nmore")
 
-    pool = Pool(True)
+    pool = HostPool(True)
     monkeypatch.setattr(torch, "empty", refuse)
-    with pytest.raises(PlanError, match=r"no more can be had \(CUDA error: out of memory\). Set recompute.budget"):
+    with pytest.raises(PlanError, match=r"no more is left \(CUDA error: out of memory\). Set recompute.budget"):
         pool.take(10)

@@ -12,7 +12,7 @@ from tests.toy import gradients, packed, rows
 from tests.zoo import build
 from treering.technique import recompute_state
 from treering.techniques.recompute import Recompute
-from treering.techniques.recompute.keep import Policy, kind_of
+from treering.techniques.recompute.recomputed_block import KeepPolicy, kind_of
 
 KEEP = Recompute(keep=("attention",))
 
@@ -104,6 +104,6 @@ def test_operators_are_told_by_their_names(name):
 
 def test_an_exchange_in_place_is_refused_where_its_result_was_to_be_kept():
     with pytest.raises(tr.PlanError, match="fills a tensor that it is given"):
-        Policy(("all_to_all",))(None, Named("c10d::alltoall_base_"))
-    Policy(("attention",))(None, Named("c10d::alltoall_base_"))
+        KeepPolicy(("all_to_all",))(None, Named("c10d::alltoall_base_"))
+    KeepPolicy(("attention",))(None, Named("c10d::alltoall_base_"))
     assert kind_of(torch.ops._c10d_functional.all_to_all_single.default) == "all_to_all"

@@ -29,7 +29,7 @@ def test_exactly_one_tensor_a_block_leaves_and_it_is_the_input():
     kept = [ref() for ref in engine.kept]
     assert len(kept) == 4 and engine.sent == 3
     assert [k.layout[0] for k in kept] == [x.shape] * 4
-    engine.device.make(engine.device.asked)
+    engine.device.run_until(engine.device.asked)
     for one, value in zip(kept, inputs):
         held = torch.cat(one.pieces)[: value.numel() * 4].view(torch.float32) if one.pieces else one.tensor.flatten()
         assert torch.equal(held.view_as(value), value)
@@ -53,7 +53,7 @@ def test_in_the_backward_the_block_before_is_on_its_way_while_one_is_run_again()
     blocks = stack(5, engine)
     y = run(blocks, example().requires_grad_())
     for block in blocks:
-        block.look = lambda: seen.append((engine.on_device(), engine.device.made, engine.device.asked))
+        block.look = lambda: seen.append((engine.on_device(), engine.device.done, engine.device.asked))
     y.sum().backward()
     # the running block's own tensor has been handed over; only the next one is held, and nobody waited for its copy
     assert [on for on, _, _ in seen] == [["b3", "b4"], ["b2"], ["b1"], ["b0"], []]
@@ -80,7 +80,7 @@ def test_a_budget_takes_the_first_blocks_and_counts_what_waits_from_earlier_forw
     (first + second).sum().backward()
     found = x.grad.clone()
     del first, second
-    assert engine.pool.used == 0 and engine.pool.held == 3 * 4096
+    assert engine.pool.used == 0 and engine.pool.allocated == 3 * 4096
     x.grad = None
     plain = stack(4, plain=True)
     (run(plain, x) + run(plain, x)).sum().backward()
@@ -93,7 +93,7 @@ def test_host_memory_is_used_again_whatever_the_lengths():
     held = []
     for tokens in (700, 300, 650, 128, 700):
         gradients(blocks, example(shape=(1, tokens, WIDTH)))
-        held.append(engine.pool.held)
+        held.append(engine.pool.allocated)
         assert engine.pool.used == 0
     assert held[-1] <= held[0] * 1.2
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from treering.core.errors import ConfigError
 from treering.techniques.tiling import TiledBlock, TiledLoss, TiledMLP
-from treering.techniques.tiling.lengths import ALIGNED, SHORTEST, bounds, tile_length
+from treering.techniques.tiling.tile import ALIGNED, SHORTEST, bounds, tile_length
 
 
 @given(total=st.integers(0, 5000), length=st.integers(1, 3000))

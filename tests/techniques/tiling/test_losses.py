@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from tests.same import assert_same
 from tests.techniques.tiling.test_tile import random
 from treering.techniques.tiling import reference
-from treering.techniques.tiling.losses import Head, Tiled
+from treering.techniques.tiling.losses import OutputHead, TiledHead
 
 N, H, V = 37, 16, 101
 KINDS = {
@@ -51,7 +51,7 @@ def test_cross_entropy_is_that_of_all_logits(size, kind, smoothing, z_loss):
     head = linear(bias=how.pop("bias", False))
     hidden, targets = some(masked=(0, 5, 6, 36))
     z = reference.logits(hidden, head.weight, head.bias, how.get("scale", 1.0), how.get("softcap"))
-    found = Tiled(Head(module=head, **how)).cross_entropy(
+    found = TiledHead(OutputHead(module=head, **how)).cross_entropy(
         hidden, targets, size=size, label_smoothing=smoothing, z_loss=z_loss
     )
     check(found, reference.cross_entropy(z, targets, smoothing, z_loss), [hidden, *head.parameters()])
@@ -64,8 +64,8 @@ def test_distillation_is_the_divergence_of_all_logits(reverse, temperature):
     hidden, targets = some(masked=(3, 4))
     other = random(N, H, key="other", dtype=torch.float64)
     student, taught = hidden @ head.weight.T, (other @ teacher.weight.T).detach()
-    found = Tiled(Head(module=head)).distillation(
-        hidden, Head(module=teacher), other, targets, size=7, temperature=temperature, reverse=reverse
+    found = TiledHead(OutputHead(module=head)).distillation(
+        hidden, OutputHead(module=teacher), other, targets, size=7, temperature=temperature, reverse=reverse
     )
     pair = (student, taught) if reverse else (taught, student)
     check(found, reference.divergence(*pair, targets, temperature), [hidden, head.weight])
@@ -76,7 +76,7 @@ def test_log_probabilities_take_any_gradient_a_token():
     head = linear()
     hidden, targets = some(masked=(3, 4))
     advantage = random(N, key="advantage", dtype=torch.float64, grad=False)
-    found = Tiled(Head(module=head)).log_probabilities(hidden, targets, size=7)
+    found = TiledHead(OutputHead(module=head)).log_probabilities(hidden, targets, size=7)
     assert not found[3:5].any()
     z = (hidden @ head.weight.T).log_softmax(-1)
     wanted = z.gather(1, targets.clamp_min(0)[:, None])[:, 0] * (targets != -100)
@@ -86,7 +86,7 @@ def test_log_probabilities_take_any_gradient_a_token():
 def test_a_value_head_may_be_any_module():
     head = nn.Sequential(nn.Linear(H, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     hidden = random(3, 11, H, dtype=torch.float64)
-    found = Tiled(Head(module=head)).values(hidden, size=7)
+    found = TiledHead(OutputHead(module=head)).values(hidden, size=7)
     assert found.shape == (3, 11, 1)
     check(found.square(), head(hidden).square(), [hidden, *head.parameters()])
 
@@ -97,7 +97,7 @@ def test_masked_tiles_and_batches_give_zero_and_never_nan(masked):
     hidden, targets = some(masked=masked)
     with torch.no_grad():
         hidden[0] = 1e300  # an untrained token may be anything
-    loss = Tiled(Head(module=head)).cross_entropy(hidden, targets, size=10, label_smoothing=0.1, z_loss=0.0)
+    loss = TiledHead(OutputHead(module=head)).cross_entropy(hidden, targets, size=10, label_smoothing=0.1, z_loss=0.0)
     found = torch.autograd.grad(loss, [hidden, head.weight])
     assert all(bool(torch.isfinite(t).all()) for t in (loss, *found))
     assert not found[0][: len(masked)].any()
@@ -109,7 +109,7 @@ def test_bfloat16_logits_are_judged_in_float32():
     head = linear(dtype=torch.bfloat16)
     hidden, targets = some(dtype=torch.bfloat16)
     wanted = F.cross_entropy(head(hidden).float(), targets, reduction="sum")
-    found = Tiled(Head(module=head)).cross_entropy(hidden, targets, size=10)
+    found = TiledHead(OutputHead(module=head)).cross_entropy(hidden, targets, size=10)
     assert found.dtype == torch.float32
     check(found, wanted, [hidden], 1e-2)
 
@@ -132,7 +132,7 @@ class Watched(TorchDispatchMode):
 def test_no_tensor_has_tokens_times_vocabulary_elements_and_nothing_waits():
     head, n, v = nn.Linear(4, 1000, bias=False), 400, 1000
     hidden, targets = random(n, 4), torch.randint(v, (n,))
-    tiled = Tiled(Head(module=head))
+    tiled = TiledHead(OutputHead(module=head))
     first = tiled.cross_entropy(hidden, targets, size=10)  # its self-check looks at values, once
     with Watched() as seen:
         loss = tiled.cross_entropy(hidden, targets, size=10, z_loss=1e-3)

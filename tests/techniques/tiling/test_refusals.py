@@ -16,7 +16,7 @@ from treering.anatomy import examine
 from treering.core.errors import PlanError
 from treering.technique import Claim, Stage
 from treering.techniques.tiling import TiledBlock, TiledLoss, TiledMLP, block
-from treering.techniques.tiling.region import Region
+from treering.techniques.tiling.tile import TiledRegion
 
 
 class Centred(nn.Linear):
@@ -47,7 +47,7 @@ class Talking(nn.Linear):
 
 
 def call(module, size=4):
-    return Region("layers.0.mlp", [module], "tiledmlp")(module, random(20, 8), size=size)
+    return TiledRegion("layers.0.mlp", [module], "tiledmlp")(module, random(20, 8), size=size)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_rounding_and_dropout_are_no_reason_to_refuse(dtype):
     x = random(40, 512, dtype=dtype)
     for module in (nn.Linear(512, 512, dtype=dtype), nn.Sequential(nn.Linear(512, 64, dtype=dtype), nn.Dropout(0.5))):
         state = torch.get_rng_state()
-        Region("mlp", [module], "tiledmlp").watchman.inspect(module, [x], 1, "cat")
+        TiledRegion("mlp", [module], "tiledmlp").check.inspect(module, [x], 1, "cat")
         assert torch.equal(torch.get_rng_state(), state), "looking does not use up random numbers"
 
 

@@ -12,8 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.same import assert_same
 from tests.techniques.tiling.test_tile import in_tiles, random, swiglu, weights
 from treering.technique import recompute_state, recomputing
-from treering.techniques.tiling.region import Region
-from treering.techniques.tiling.tile import tile
+from treering.techniques.tiling.tile import TiledRegion, tile
 
 
 def test_dropout_drops_the_same_elements_in_the_backward():
@@ -137,6 +136,6 @@ def test_an_observer_inside_counts_each_token_once():
 
     layer.register_forward_pre_hook(count)
     x = random(40, 8)
-    Region("layer", [layer], "test")(layer, x, size=7).sum().backward()
+    TiledRegion("layer", [layer], "test")(layer, x, size=7).sum().backward()
     assert counted["forward"] == 40
     assert counted["tile"] == 40 + 64, "the backward, and both ways of the self-check on 32 tokens"

@@ -11,8 +11,7 @@ from tests.same import assert_same
 from treering.core.errors import PlanError
 from treering.core.seeds import generator
 from treering.techniques.tiling import reference
-from treering.techniques.tiling.lengths import bounds
-from treering.techniques.tiling.tile import tile
+from treering.techniques.tiling.tile import bounds, tile
 
 
 def random(*shape, key="x", dtype=torch.float32, grad=True):
@@ -179,7 +178,7 @@ def test_ddp_sees_each_weight_ready_once():
 def ddp():
     import torch.distributed as dist
 
-    from treering.techniques.tiling.region import Region
+    from treering.techniques.tiling.tile import TiledRegion
 
     rank, mlp = dist.get_rank(), nn.Sequential(nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 16))
     with torch.no_grad():
@@ -189,7 +188,7 @@ def ddp():
     mlp(torch.cat(batches)).square().sum().div(2).backward()
     wanted = {name: p.grad.clone() for name, p in mlp.named_parameters()}
     mlp.zero_grad()
-    region, plain = Region("mlp", [mlp], "test"), mlp.forward
+    region, plain = TiledRegion("mlp", [mlp], "test"), mlp.forward
     mlp.forward = lambda x: region(plain, x, size=4)
     model = nn.parallel.DistributedDataParallel(mlp)
     model(batches[rank]).square().sum().backward()

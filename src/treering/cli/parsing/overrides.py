@@ -1,92 +1,98 @@
 """`--set a.b=c`: one value of a configuration, from the command line."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from treering.cli.parsing.events import Refused, yaml_events
-from treering.cli.parsing.normal import normal
+from treering.cli.parsing.expand import expand, renaming
+from treering.cli.parsing.nodes import Refused, yaml_node
 from treering.cli.parsing.problems import ConfigErrors, Path, Problem, dotted
-from treering.cli.parsing.reader import Document
+from treering.cli.parsing.reader import Document, node_values
 from treering.cli.parsing.scalars import ScalarError, resolve
-from treering.cli.parsing.tree import build
+from treering.cli.parsing.sections import annotation_at, key_of
 from treering.cli.text import plain, shown
 
 
-def override(document: Document, cls: type, settings: Sequence[str]) -> Document:
-    """`document` with each `path=value` of `settings` put in, in order. Unknown keys are found by the check after."""
-    values = normal(cls, document.values)
-    places = dict(document.places)
+def override(cls: type, document: Document, settings: Sequence[str]) -> Document:
+    """Return the expanded `document` with each `path=value` of `settings` put into it, in order.
+
+    Unknown keys are not found here but by the check that follows. What is not `path=value`, or has no place in the
+    document, raises `ConfigErrors`.
+    """
     problems = []
     for setting in settings:
         try:
-            steps, value = _parse(setting)
-            path = _put(values, steps, value, setting)
-        except _Bad as error:
+            document = expand(cls, _Override(setting).put(cls, document))
+        except _Wrong as error:
             problems.append(error.problem)
-            continue
-        places = {p: where for p, where in places.items() if p[: len(path)] != path}
-        places[path] = plain(f"--set {setting.partition('=')[0]}")
-        values = normal(cls, values)
     if problems:
         raise ConfigErrors("--set", problems)
-    return replace(document, values=values, places=places)
+    return document
 
 
-class _Bad(Exception):
-    def __init__(self, setting: str, message: str, remedy: str = "", path: Path = ()):
+class _Wrong(Exception):
+    def __init__(self, setting: str, message: str, remedy: str = ""):
         super().__init__(message)
-        where = plain(f"--set {setting}")
-        self.problem = Problem(where=where, path=path, message=plain(message), remedy=plain(remedy))
+        self.problem = Problem(where=plain(f"--set {setting}"), message=plain(message), remedy=plain(remedy))
 
 
-def _parse(setting: str) -> tuple[tuple[str, ...], Any]:
-    name, equals, text = setting.partition("=")
-    steps = tuple(step.strip() for step in name.split("."))
-    if not equals or not all(steps):
-        raise _Bad(setting, "this is not path=value", "write for example --set train.steps=100")
-    try:
-        setting.encode()
-        return steps, _value(text.strip())
-    except (ScalarError, Refused) as error:
-        raise _Bad(setting, str(error), error.remedy) from None
-    except UnicodeEncodeError:
-        raise _Bad(setting, "it is not UTF-8 text") from None
+class _Override:
+    """One `path=value`."""
+
+    def __init__(self, setting: str):
+        name, equals, text = setting.partition("=")
+        self.setting, self.where = setting, plain(f"--set {name}")
+        self.steps = tuple(step.strip() for step in name.split("."))
+        if not equals or not all(self.steps):
+            raise _Wrong(setting, "this is not path=value", "write for example --set train.steps=100")
+        try:
+            setting.encode()
+            self.value = _value(text.strip())
+        except (ScalarError, Refused) as error:
+            raise _Wrong(setting, str(error), error.remedy) from None
+        except UnicodeEncodeError:
+            raise _Wrong(setting, "it is not UTF-8 text") from None
+
+    def put(self, cls: type, document: Document) -> Document:
+        """Return `document` with the value at its path; sections on the way to it are made."""
+        values = copy.deepcopy(document.values)
+        notices = list(document.notices)
+        container: Any = values
+        annotation: Any = cls
+        path: Path = ()
+        for i, text in enumerate(self.steps):
+            step = self._step(container, text, path)
+            if isinstance(step, str) and (key := key_of(annotation, container, step)) and key.name != step:
+                notices.append(renaming(self.where, step, key.name))
+                step = key.name
+            if isinstance(container, list) and step == len(container):
+                container.append(None)
+            if i == len(self.steps) - 1:
+                container[step] = self.value
+            elif (container.get(step) if isinstance(container, dict) else container[step]) is None:
+                container[step] = {}
+            annotation = annotation_at(annotation, step, container)
+            container, path = container[step], (*path, step)
+        places = {p: where for p, where in document.places.items() if p[: len(path)] != path}
+        return replace(document, values=values, places={**places, path: self.where}, notices=tuple(notices))
+
+    def _step(self, container: Any, text: str, path: Path) -> str | int:
+        if isinstance(container, dict):
+            return text
+        if not isinstance(container, list):
+            message = f"{dotted(path)} is {shown(container)}, which has nothing below it"
+            raise _Wrong(self.setting, message, "set it as a whole")
+        if not (text.isascii() and text.isdigit() and len(text) < 6 and int(text) <= len(container)):
+            allowed = f"0 to {len(container)}" if container else "0"
+            raise _Wrong(
+                self.setting, f"{dotted(path)} is a list; {text} is not one of its places", f"write a number, {allowed}"
+            )
+        return int(text)
 
 
 def _value(text: str) -> Any:
     # Only what is plainly a collection or quoted goes through YAML: `--set data.path=*.jsonl` is no alias.
     if text[:1] in ("[", "{", '"', "'"):
-        return build(yaml_events(text))[0]
+        return node_values(yaml_node(text))[0]
     return resolve(text)
-
-
-def _put(values: dict[str, Any], steps: tuple[str, ...], value: Any, setting: str) -> Path:
-    place: Any = values
-    path: Path = ()
-    for i, text in enumerate(steps):
-        step = _step(place, text, setting, path)
-        path = (*path, step)
-        if i == len(steps) - 1:
-            if isinstance(place, list) and step == len(place):
-                place.append(value)
-            else:
-                place[step] = value
-            return path
-        if isinstance(place, list) and step == len(place):
-            place.append({})
-        elif isinstance(place, dict) and place.get(step) is None:
-            place[step] = {}
-        place = place[step]
-    raise AssertionError("unreachable: a path has at least one step")
-
-
-def _step(place: Any, text: str, setting: str, path: Path) -> str | int:
-    if isinstance(place, dict):
-        return text
-    if not isinstance(place, list):
-        raise _Bad(setting, f"{dotted(path)} is {shown(place)}, which has nothing below it", "set it as a whole")
-    if not (text.isascii() and text.isdigit() and len(text) < 6 and int(text) <= len(place)):
-        allowed = f"0 to {len(place)}" if place else "0"
-        raise _Bad(setting, f"{dotted(path)} is a list; {text} is none of its places", f"write a number, {allowed}")
-    return int(text)

@@ -1,6 +1,6 @@
-"""What is wrong with a configuration, said so that it can be put right without opening another page."""
+"""What is wrong with a configuration, reported so that it can be corrected without opening another page."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from treering.cli.text import count, plain
@@ -10,7 +10,7 @@ Path = tuple[str | int, ...]
 
 
 def dotted(path: Path) -> str:
-    """`("data", "sources", 0, "path")` as people write it: `data.sources[0].path`."""
+    """Return `("data", "sources", 0, "path")` as people write it: `data.sources[0].path`."""
     text = ""
     for step in path:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
@@ -41,7 +41,21 @@ class ConfigErrors(ConfigError):
     def __init__(self, name: str, problems: Sequence[Problem]):
         assert problems
         self.problems = tuple(problems)
-        shown = [str(p) for p in self.problems[:20]]
+        lines = [str(p) for p in self.problems[:20]]
         if len(self.problems) > 20:
-            shown.append(f"… and {len(self.problems) - 20} more")
-        super().__init__("\n".join([f"{plain(name)}: {count(len(self.problems), 'problem')}", *shown]))
+            lines.append(f"… and {len(self.problems) - 20} more")
+        super().__init__("\n".join([f"{plain(name)}: {count(len(self.problems), 'problem')}", *lines]))
+
+
+def in_order(problems: Iterable[Problem], places: Iterable[Path]) -> list[Problem]:
+    """Return one problem for each path, in the order of the paths that were written."""
+    first: dict[Path, Problem] = {}
+    for problem in problems:
+        first.setdefault(problem.path, problem)
+    order = {path: i for i, path in enumerate(places)}
+
+    def position(problem: Problem) -> int:
+        ends = range(len(problem.path), -1, -1)
+        return next((order[problem.path[:end]] for end in ends if problem.path[:end] in order), -1)
+
+    return sorted(first.values(), key=position)

@@ -1,12 +1,13 @@
 """A configuration written out with every default, as YAML that reads back as the same configuration."""
 
+import dataclasses
 import re
 from typing import Any
 
 import yaml
 
-from treering.cli.parsing.plain import plain_values
 from treering.cli.parsing.scalars import ScalarError, resolve
+from treering.cli.parsing.sections import keys, null_is_defaults
 from treering.cli.text import masked
 
 _SIMPLE = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.+@-]*( [A-Za-z0-9_/.+@(][A-Za-z0-9_/.+@()-]*)*")
@@ -21,19 +22,32 @@ class _Dumper(yaml.SafeDumper):
 
 def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     try:
-        plain = _SIMPLE.fullmatch(text) is not None and resolve(text) == text
+        unquoted = _SIMPLE.fullmatch(text) is not None and resolve(text) == text
     except ScalarError:
-        plain = False
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+        unquoted = False
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if unquoted else '"')
 
 
 _Dumper.add_representer(str, _text)
 
 
 def to_yaml(config: Any) -> str:
-    """`config` as YAML, all defaults written, what looks like a secret masked."""
+    """Return `config` as YAML, all defaults written, what looks like a secret masked."""
     values = _mask(plain_values(config))
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9)
+
+
+def plain_values(value: Any) -> Any:
+    """Return `value` with dataclasses as mappings and tuples as lists; what is switched off is left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        values = [(key, getattr(value, key.name)) for key in keys(type(value)).values()]
+        # Null would be read as "with its defaults".
+        return {key.name: plain_values(v) for key, v in values if not (v is None and null_is_defaults(key))}
+    if isinstance(value, dict):
+        return {str(k): plain_values(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain_values(v) for v in value]
+    return value
 
 
 def _mask(value: Any, key: str = "") -> Any:

@@ -1,16 +1,13 @@
-"""What somebody meant who wrote a key that does not exist: here, in another section, or in another trainer's words."""
+"""What was meant by a key that does not exist: a key here, in another section, or of another trainer."""
 
-import dataclasses
 import difflib
 from collections.abc import Sequence
-from typing import Any
 
 from treering.cli.parsing.problems import Path, dotted
-from treering.cli.parsing.shape import keys, paths, section
-from treering.cli.text import plain
+from treering.cli.parsing.sections import paths
 
-# Words of other trainers' configurations. A path that this version does not have is not suggested.
-ELSEWHERE: dict[str, str] = {
+# Keys of other trainers' configurations. A path that this version does not have is not suggested.
+OTHER_TRAINERS: dict[str, str] = {
     "base_model": "model.path",
     "model_name": "model.path",
     "model_name_or_path": "model.path",
@@ -66,41 +63,35 @@ ELSEWHERE: dict[str, str] = {
 
 
 def closest(word: str, words: Sequence[str], cutoff: float = 0.6) -> str | None:
-    """The most similar of `words`; case, hyphens and underscores do not count."""
+    """Return the most similar of `words`, or None; case, hyphens and underscores do not count."""
     by_normal = {_normal(w): w for w in words}
-    found = difflib.get_close_matches(_normal(word)[:80], list(by_normal), n=1, cutoff=cutoff)
-    return by_normal[found[0]] if found else None
+    matches = difflib.get_close_matches(_normal(word)[:80], list(by_normal), n=1, cutoff=cutoff)
+    return by_normal[matches[0]] if matches else None
 
 
-def unknown_key(root: type, path: Path, around: Any) -> tuple[str, str]:
-    """(what is allowed there, what was probably meant) for the unknown key at `path` in the section `around`."""
-    here = section(around)
-    own = list(keys(here)) if here is not None and dataclasses.is_dataclass(here) else []
-    return ", ".join(own), plain(_meant(root, path, own))
+def meant_by(root: type, path: Path, allowed: Sequence[str]) -> str:
+    """Return what was probably meant by the unknown key at `path` of the configuration `root`; empty if unclear.
 
-
-def _meant(root: type, path: Path, own: list[str]) -> str:
+    `allowed` are the keys of the section that it was written in.
+    """
     key, known = str(path[-1]), list(paths(root))
-    if "." in key and _find(known, tuple(key.split("."))):
+    if "." in key and tuple(key.split(".")) in known:
         return f"write it nested: {': {'.join(key.split('.'))}: …{'}' * key.count('.')} (dots are for --set)"
-    if same := next((k for k in own if _normal(k) == _normal(key)), None):
+    if same := next((k for k in allowed if _normal(k) == _normal(key)), None):
         return f"did you mean {same}?"
     others = [p for p in known if isinstance(p[-1], str) and _normal(p[-1]) == _normal(key)]
     if others:
-        # What lies below the section it was written in is the likeliest.
+        # A key inside the section that it was written in is the likeliest.
         others.sort(key=lambda p: (p[: len(path) - 1] != path[:-1], len(p)))
         return "it belongs elsewhere: write " + " or ".join(dotted(p) for p in others[:3])
-    if (target := ELSEWHERE.get(key.lower().replace("-", "_"))) and _find(known, tuple(target.split("."))):
+    target = OTHER_TRAINERS.get(key.lower().replace("-", "_"))
+    if target and tuple(target.split(".")) in known:
         return f"here it is called {target}"
-    if near := closest(key, own):
+    if near := closest(key, allowed):
         return f"did you mean {near}?"
     far = closest(key, [str(p[-1]) for p in known], cutoff=0.8)
     return "did you mean " + dotted(next(p for p in known if p[-1] == far)) + "?" if far else ""
 
 
-def _find(known: list[Path], path: Path) -> bool:
-    return path in known
-
-
 def _normal(word: str) -> str:
-    return word.lower().replace("-", "_").replace("_", "")
+    return word.lower().replace("-", "").replace("_", "")

@@ -67,7 +67,7 @@ class Control:
         self.special = re.compile(_any_of(special))
         self.structural = re.compile(_any_of(structural))
         self.any = re.compile(_any_of(list(self._ids)))
-        self._kinds = np.zeros(max(ids.values(), default=-1) + 1, dtype=np.int8)
+        self._kinds = np.zeros(max(ids.values(), default=-1) + 2, dtype=np.int8)  # the last one: of all other ids
         self._kinds[[ids[token] for token in special]] = SPECIAL
         self._kinds[[ids[token] for token in structural]] = STRUCTURAL
         edges = {token[0] for token in self._ids} | {token[-1] for token in self._ids}
@@ -75,19 +75,18 @@ class Control:
         first = {token[0] for token in self._ids}
         nested = any(first & set(token[1:]) for token in self._ids)
         self._edges = None if nested or len(edges) > 4 else "".join(sorted(edges))
+        self._longest = max(map(len, self._ids), default=0)
         self._counts: dict[str, int] = {}
+        self._closing: dict[str, bool] = {}
 
     def kinds(self, tokens: Tokens) -> np.ndarray:
         """For each token 0 for text, STRUCTURAL or SPECIAL."""
-        ids = tokens.ids
-        if not len(self._kinds):
-            return np.zeros(len(ids), dtype=np.int8)
-        return np.where(ids < len(self._kinds), self._kinds.take(ids, mode="clip"), 0)
+        return self._kinds.take(tokens.ids, mode="clip")
 
     def genuine(self, tokens: Tokens, text: str, pieces: Sequence[Piece], writers: Sequence[bool]) -> bool:
         """Whether the control tokens are those that the template wrote, or structural ones that an assistant wrote."""
         kinds = self.kinds(tokens)
-        at = np.flatnonzero(kinds)
+        (at,) = kinds.nonzero()
         expected = 0
         begin = 0
         for piece in pieces:
@@ -113,12 +112,25 @@ class Control:
         return True
 
     def _apart(self, text: str, pieces: Sequence[Piece]) -> bool:
-        """Whether no text of the data holds a character that a control token begins or ends with.
+        """Whether no control token lies in a text of the data, or reaches into one.
 
-        A token that covers such a text whole would be one more than expected.
+        None does where the text holds no character that a token begins or ends with; nor where it holds no token, and
+        no such character near its ends. A token that covers a text whole would be one more than expected.
         """
+        reach = self._longest
+        return all(
+            self._without_edges(text, begin, end)
+            or (
+                self.any.search(text, begin, end) is None
+                and self._without_edges(text, begin, min(begin + reach, end))
+                and self._without_edges(text, max(end - reach, begin), end)
+            )
+            for begin, end, *_ in pieces
+        )
+
+    def _without_edges(self, text: str, begin: int, end: int) -> bool:
         assert self._edges is not None
-        return all(text.find(edge, piece.begin, piece.end) < 0 for piece in pieces for edge in self._edges)
+        return all(text.find(edge, begin, end) < 0 for edge in self._edges)
 
     def _count(self, literal: str) -> int:
         """How many control tokens a text of the template holds."""
@@ -127,6 +139,15 @@ class Control:
                 self._counts.clear()
             self._counts[literal] = sum(1 for _ in self.any.finditer(literal))
         return self._counts[literal]
+
+    def closes(self, literal: str) -> bool:
+        """Whether a text of the template ends with a control token, blanks aside."""
+        if literal not in self._closing:
+            if len(self._closing) >= _REMEMBERED:
+                self._closing.clear()
+            tokens = [match.end() for match in self.any.finditer(literal)]
+            self._closing[literal] = bool(tokens) and not literal[tokens[-1] :].strip()
+        return self._closing[literal]
 
     def rename(self, text: str, pieces: Sequence[Piece], writers: Sequence[bool]) -> Renamed:
         """The text for the renamed backend: what the template wrote by its name, texts of the data as they are."""

@@ -2,19 +2,18 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from treering.data.chat.messages import THOUGHTS
-from treering.data.chat.traced import Part, Source, traced
+from treering.data.chat.traced import Part, Source, Traced, traced
 
+_CONTENT = ("content",)
 TOOLS = -1  # the turn of what belongs to no message
 _NEEDED_OF_CALL = ("name", "arguments")
 Span = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conversation:
+class Conversation(NamedTuple):
     messages: list[dict[str, Any]]
     tools: Any
     sources: list[Source]
@@ -44,6 +43,10 @@ def _traced_message(message: dict[str, Any], turn: int, sources: list[Source]) -
     for field, value in message.items():
         if field == "role" or value is None:
             made[field] = value
+        elif field == "content" and type(value) is str:
+            source = Source(turn, _CONTENT, value, True)
+            sources.append(source)
+            made[field] = Traced(value, (Part(len(value), source, 0, len(value)),))
         elif field == "tool_calls":
             made[field] = [_traced_call(call, turn, (field, i), sources) for i, call in enumerate(value)]
         elif field in THOUGHTS and (same := next((made[f] for f in THOUGHTS if made.get(f) == value), None)):
@@ -63,15 +66,29 @@ def _traced_call(call: dict[str, Any], turn: int, path: tuple[str | int, ...], s
     return made
 
 
-def pieces_of(parts: Iterable[Part]) -> list[Piece]:
-    """Where in a rendered text which texts of the data stand."""
-    found = []
+def pieces_of(texts: Iterable[str]) -> list[Piece]:
+    """Where in these texts, one after another, which texts of the data stand."""
+    pieces: list[Piece] = []
     at = 0
-    for length, source, start, stop, mixed in parts:
-        if source is not None:
-            found.append(Piece(at, at + length, source, start, stop, mixed))
-        at += length
-    return found
+    for text in texts:
+        if not isinstance(text, Traced):
+            at += len(text)
+            continue
+        for length, source, start, stop, mixed in text._parts:
+            if source is not None:
+                last = pieces[-1] if pieces else None
+                if last is not None and last.source is source and _continues(last, at, length, start, stop, mixed):
+                    pieces[-1] = Piece(last.begin, at + length, source, last.start, stop, False)
+                else:
+                    pieces.append(Piece(at, at + length, source, start, stop, mixed))
+            at += length
+    return pieces
+
+
+def _continues(last: Piece, at: int, length: int, start: int, stop: int, mixed: bool) -> bool:
+    """Whether a part of the same text goes on where the last piece ends, both of them unchanged."""
+    verbatim = length == stop - start and last.end - last.begin == last.stop - last.start
+    return verbatim and last.end == at and last.stop == start and not (mixed or last.mixed)
 
 
 def left_out(sources: Sequence[Source], pieces: Iterable[Piece]) -> Iterator[tuple[Source, list[Span]]]:

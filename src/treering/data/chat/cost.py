@@ -63,8 +63,12 @@ class Meter:
     def written(self, value: Any) -> Any:
         """`value`, paid for as text."""
         kind = type(value)
-        weight = len(value) if kind is str else 4 if kind is bool else self.weigh(value)
-        self.left -= 1 + (weight >> 6)
+        if kind is str:
+            self.left -= 1 + (len(value) >> 6)
+        elif kind is Traced:
+            self.left -= 1 + (len(value) >> 6) + (len(value._parts) >> 3)
+        else:
+            self.left -= 1 if kind is bool else 1 + (self.weigh(value) >> 6)
         if self.left < 0:
             self.pay()
         return value

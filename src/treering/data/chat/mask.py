@@ -1,9 +1,10 @@
 """From a conversation to its rendered text and the proved ranges that are trained."""
 
+import bisect
+import operator
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from treering.data.chat.control_tokens import Control
 from treering.data.chat.conversation import TOOLS, Conversation, Piece, Span, forms, left_out, trace
@@ -15,11 +16,11 @@ from treering.data.formats import Sample
 from treering.data.sources.records import SampleError, bad
 
 _THOUGHT = re.compile(r"\s*<think>.*</think>", re.DOTALL)  # a thought inside of the content
+_end = operator.attrgetter("end")
 _TAG = re.compile(r"</?think>")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rendered:
+class Rendered(NamedTuple):
     """`trained` are ranges of `text`; a token that reaches beyond its range is trained only if it ends before
     `limits`: beyond them is somebody else's text. `pieces` are the texts of the data."""
 
@@ -43,7 +44,8 @@ class Chat:
 
     def render(self, sample: Sample) -> Rendered:
         assert sample.messages is not None
-        self._check_thoughts(sample.messages, sample.where)
+        if not self._template.knows_thoughts:
+            self._check_thoughts(sample.messages, sample.where)
         errors: list[SampleError] = []
         for messages in forms(sample.messages):
             try:
@@ -58,11 +60,10 @@ class Chat:
         raise error
 
     def _check_thoughts(self, messages: Sequence[dict[str, Any]], where: str) -> None:
-        """A template may drop the thoughts of earlier turns; one that knows no thoughts would lose all of them."""
-        if any(field in self._template.source for field in THOUGHTS):
-            return
+        """A template may drop the thoughts of earlier turns; this one knows no thoughts and would lose all of them."""
         for i, message in enumerate(messages):
-            if field := next((field for field in THOUGHTS if (message.get(field) or "").strip()), None):
+            thoughts = [field for field in THOUGHTS if field in message]
+            if field := next((field for field in thoughts if (message[field] or "").strip()), None):
                 raise bad(where, "template", "the chat template has no place for it", at=f"messages[{i}].{field}")
 
     def _render(self, conversation: Conversation, where: str) -> Rendered:
@@ -74,16 +75,22 @@ class Chat:
                 return self._template.render(messages, conversation.tools, where, prompt=prompt)
 
             turns = self._turns.find(rendered, conversation, render, where)
-        thoughts = _check_complete(conversation, rendered.pieces, turns, where)
+        spans: dict[int, list[Span]] = {}
+        for turn in turns:
+            spans.setdefault(turn.message, []).append((turn.start, turn.end))
+        whole = _are_whole(conversation.sources, rendered.pieces, spans)
+        thoughts = 0 if whole else _check_complete(conversation, rendered.pieces, spans, where)
         pieces = rendered.visible
         self._check_mixed(rendered.text, pieces, where)
         assistant = [message["role"] == "assistant" for message in conversation.messages]
+        assistant.append(False)  # TOOLS
+        trained = [(turn.start, turn.end) for turn in turns]
         return Rendered(
             text=rendered.text,
-            trained=[(turn.start, turn.end) for turn in turns],
+            trained=trained,
             limits=[(turn.low, turn.high) for turn in turns],
             pieces=pieces,
-            writers=[piece.source.turn != TOOLS and assistant[piece.source.turn] for piece in pieces],
+            writers=[assistant[piece.source.turn] for piece in pieces],
             endless=any(turn.endless for turn in turns),
             unprompted=any(turn.unprompted for turn in turns),
             thoughts=thoughts,
@@ -105,10 +112,9 @@ class Chat:
         """The turns as the template's generation tags mark them, each with its end-of-turn token."""
         text, tags = rendered.text, [(start, end) for start, end in rendered.tags if start < end]
         indices = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-        pieces = rendered.visible
         owners: list[int] = []
-        for start, end in tags:
-            inside = {p.source.turn for p in pieces if p.begin < end and p.end > start}
+        for tag in tags:
+            inside = {piece.source.turn for piece in _overlapping(rendered, tag)}
             strange = next((turn for turn in inside if turn not in indices), None)
             if strange is not None or len(inside) > 1:
                 at = "tools" if strange == TOOLS else f"messages[{max(inside) if strange is None else strange}]"
@@ -142,18 +148,38 @@ class Chat:
 
     def _ended(self, rendered: RenderedText, span: Span) -> bool:
         """Whether the last thing in `span` is a control token of the template."""
-        text, (start, end) = rendered.text, span
-        data = max((p.end for p in rendered.visible if p.begin < end and p.end > start), default=start)
-        tokens = [m.end() for m in self._control.any.finditer(text, min(data, end), end)]
-        return bool(tokens) and not text[tokens[-1] : end].strip()
+        start, end = span
+        inside = _overlapping(rendered, span)
+        return self._control.closes(rendered.text[min(inside[-1].end, end) if inside else start : end])
 
 
-def _check_complete(conversation: Conversation, pieces: list[Piece], turns: list[Turn], where: str) -> int:
-    """Refuse a rendering that leaves out a text, or that leaves the assistant's untrained. Returns how many thoughts of
-    earlier turns are left out, which some templates do on purpose."""
-    spans: dict[int, list[Span]] = {}
-    for turn in turns:
-        spans.setdefault(turn.message, []).append((turn.start, turn.end))
+def _overlapping(rendered: RenderedText, span: Span) -> list[Piece]:
+    """The pieces, in order, of which a character is inside of `span`."""
+    start, end = span
+    pieces = rendered.visible
+    first = stop = bisect.bisect_right(pieces, start, key=_end)
+    while stop < len(pieces) and pieces[stop].begin < end:
+        stop += 1
+    return pieces[first:stop]
+
+
+def _are_whole(sources: list[Source], pieces: list[Piece], spans: dict[int, list[Span]]) -> bool:
+    """Whether each required text is shown by one piece, the assistant's inside of what is trained: most often it is,
+    and nothing else has to be looked at."""
+    whole = set()
+    for begin, end, source, start, stop, _ in pieces:
+        if stop - start == len(source.text):
+            ranges = spans.get(source.turn)
+            if ranges is None or any(low <= begin and end <= high for low, high in ranges):
+                whole.add(id(source))
+    return all(not source.required or id(source) in whole for source in sources)
+
+
+def _check_complete(conversation: Conversation, pieces: list[Piece], spans: dict[int, list[Span]], where: str) -> int:
+    """Return how many thoughts of earlier turns the rendering leaves out, which some templates do on purpose.
+
+    Refuse one that leaves out another text, or that has a text of the assistant outside of its turn's `spans`.
+    """
     shown = [
         piece
         for piece in pieces

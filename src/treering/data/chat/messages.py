@@ -31,8 +31,8 @@ def _message(value: object, where: str, at: str, columnar: bool) -> dict[str, An
     }
     if columnar:
         message = {k: v for k, v in message.items() if v is not None and v != []}
-    unknown = next((key for key in message if key not in _KNOWN), None)
-    if unknown is not None:
+    if not message.keys() <= _KNOWN:
+        unknown = next(key for key in message if key not in _KNOWN)
         raise bad(where, "schema", f"is not a field of a message ({', '.join(sorted(_KNOWN))})", at=f"{at}.{unknown}")
     if "role" not in message:
         raise bad(where, "schema", "is missing", at=f"{at}.role")

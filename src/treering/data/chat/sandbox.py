@@ -15,17 +15,15 @@ import jinja2
 import jinja2.filters
 import markupsafe
 from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, Frame
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
 
+from treering.data.chat.conversation import Piece, Span, pieces_of
 from treering.data.chat.cost import Meter, TooExpensiveError
+from treering.data.chat.template_code import GenerationTag, MeteredCode, with_payments
 from treering.data.chat.traced import (
     PRODUCING,
-    Part,
     Traced,
     concat,
     holds_traced,
@@ -64,116 +62,10 @@ _OF_TEXT = {
 }  # of those: what else they get is written
 
 
-_OWN = {"charge", "written", "loop_begins", "loop_at", "loop_ends"}
-
-
-class _Generator(CodeGenerator):
-    """Jinja's own code, with payments where it joins and slices in place."""
-
-    def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:
-        if isinstance(node.node, nodes.EnvironmentAttribute) and node.node.name in _OWN:
-            self.write(f"environment.{node.node.name}(")  # our own calls need no leave of the sandbox
-            for argument in node.args:
-                self.visit(argument, frame)
-            self.write(")")
-        else:
-            super().visit_Call(node, frame, forward_caller=forward_caller)
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write("environment.joined((")
-        for item in node.nodes:
-            self.visit(item, frame)
-            self.write(", ")
-        self.write("))")
-
-    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
-        sliced = isinstance(node.arg, nodes.Slice)
-        self.write("environment.copied(" if sliced else "")
-        super().visit_Getitem(node, frame)
-        self.write(")" if sliced else "")
-
-
-class _Paying(NodeTransformer):
-    """Puts a payment at the head of whatever runs more than once, and around what is made or compared in place. Loops
-    also report which message they are at."""
-
-    def _head(self, node: Any) -> Any:
-        price = 1 + sum(map(_price, (inner for part in node.body for inner in _all(part)))) // 8
-        self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_own("charge", nodes.Const(price)), lineno=node.lineno))
-        return node
-
-    visit_Macro = visit_CallBlock = visit_Block = _head
-
-    def visit_For(self, node: nodes.For) -> Any:
-        target = node.target.name if isinstance(node.target, nodes.Name) else None
-        self._head(node)
-        if target is None:
-            return node
-        here = _own("loop_at", nodes.Name(target, "load", lineno=node.lineno))
-        node.body.insert(0, nodes.ExprStmt(here, lineno=node.lineno))
-        begins, ends = (nodes.ExprStmt(_own(name, None, node.lineno)) for name in ("loop_begins", "loop_ends"))
-        return [begins.set_lineno(node.lineno), node, ends.set_lineno(node.lineno)]
-
-    def _made(self, node: Any) -> Any:
-        self.generic_visit(node)
-        stored = getattr(node, "ctx", "load") != "load"  # {% set a, b = … %}
-        return node if stored else _own("written", node)
-
-    visit_List = visit_Tuple = visit_Dict = _made
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
-        """To look into a value, or to compare it with another one, costs what the value is long."""
-        self.generic_visit(node)
-        sides = [node.expr, *(operand.expr for operand in node.ops)]
-        known = any(isinstance(side, nodes.Const) for side in sides) and len(sides) == 2
-        if not known:
-            node.expr = _own("written", node.expr)
-        for operand in node.ops:
-            if not isinstance(operand.expr, nodes.Const) and not (known and operand.op in ("eq", "ne")):
-                operand.expr = _own("written", operand.expr)
-        return node
-
-
-def _all(node: nodes.Node) -> Iterator[nodes.Node]:
-    yield node
-    yield from node.find_all(nodes.Node)
-
-
-def _price(node: nodes.Node) -> int:
-    text = node.data if isinstance(node, nodes.TemplateData) else getattr(node, "value", "")
-    return 1 + len(text) // 64 if isinstance(text, str) and text else 0 if isinstance(node, nodes.Name) else 1
-
-
-def _own(name: str, argument: nodes.Expr | None, line: int = 0) -> nodes.Call:
-    given = [] if argument is None else [argument]
-    line = line if argument is None else argument.lineno
-    return nodes.Call(nodes.EnvironmentAttribute(name), given, [], None, None, lineno=line)
-
-
-class _Generation(Extension):
-    """`{% generation %}`: what the assistant says. The spans are collected while `blocks` is a list."""
-
-    tags = {"generation"}  # noqa: RUF012 — how jinja's extensions say it
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
-
-    def _said(self, caller: Callable[[], str]) -> str:
-        said, environment = caller(), self.environment
-        assert isinstance(environment, Environment)
-        if environment.blocks is not None:
-            start = sum(map(len, environment.blocks))
-            environment.spans.append((start, start + len(said), said))
-        return said
-
-
 class Environment(ImmutableSandboxedEnvironment):
     """As transformers sets it up, and metered."""
 
-    code_generator_class = _Generator
+    code_generator_class = MeteredCode
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self) -> None:
@@ -183,12 +75,14 @@ class Environment(ImmutableSandboxedEnvironment):
         self.turns: dict[int, int] = {}  # index of each message by its identity
         self.turn: int | None = None  # the message that the template's loop is at
         self._outer: list[int | None] = []
-        self.blocks: list[str] | None = None
-        self.spans: list[tuple[int, int, str]] = []
+        self.length = 0  # characters that are written so far
+        self.tags: list[Span] = []
+        self._tag_start: int | None = None  # of the generation tag that is open
+        self._buffered: list[tuple[int, str]] = []  # where a tag's text has to be written, and the text
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
-            extensions=[_Generation, loopcontrols],
+            extensions=[GenerationTag, loopcontrols],
             finalize=self._finalized,
         )
         self.concat = concat  # type: ignore[method-assign]  # macros, blocks and `set` blocks are joined by it
@@ -199,6 +93,34 @@ class Environment(ImmutableSandboxedEnvironment):
         self.filters = {name: self._metered(name, filter) for name, filter in self.filters.items()}
         self.tests = {n: test if n in _CHEAP else self._metered(n, test) for n, test in self.tests.items()}
         self.globals |= {"raise_exception": _refuse, "strftime_now": _now, "dict": _Dict(), "namespace": _Namespace}
+
+    def begin(self, messages: Sequence[Any], tools: Any) -> None:
+        """Forget the rendering before."""
+        self.meter.fill(*_size(messages, tools))
+        self.turns = {id(message): i for i, message in enumerate(messages)}
+        self.turn, self._outer = None, []
+        self.length, self.tags, self._tag_start, self._buffered = 0, [], None, []
+
+    def tag_begins(self) -> None:
+        if self._tag_start is not None:
+            raise MisplacedTagError
+        self._tag_start = self.length
+
+    def tag_ends(self) -> None:
+        assert self._tag_start is not None
+        self.tags.append((self._tag_start, self.length))
+        self._tag_start = None
+
+    def tag_buffered(self, text: str) -> None:
+        """A generation tag whose text is not written yet; `check_tags` proves that it is written next."""
+        if self._tag_start is not None:
+            raise MisplacedTagError
+        self.tags.append((self.length, self.length + len(text)))
+        self._buffered.append((self.length, text))
+
+    def check_tags(self, text: str) -> None:
+        if not all(text.startswith(buffered, start) for start, buffered in self._buffered):
+            raise MisplacedTagError
 
     def loop_begins(self) -> None:
         self._outer.append(self.turn)
@@ -215,9 +137,14 @@ class Environment(ImmutableSandboxedEnvironment):
         parsed = self.parse(source)
         if next(parsed.find_all(nodes.EvalContextModifier), None) is not None:
             raise jinja2.exceptions.SecurityError("it switches escaping on or off")
-        tree = _Paying().visit(parsed)
+        tree = with_payments(parsed)
         tree.set_environment(self)
-        return jinja2.Template.from_code(self, self.compile(tree), self.make_globals(None))
+        return jinja2.Template.from_code(self, self.compile(tree), dict(self.globals))
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is dict and attribute in obj and attribute not in _OF_DICT:  # most of what templates ask for
+            return obj[attribute]
+        return super().getattr(obj, attribute)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         self.meter.operate(operator, left, right)
@@ -259,6 +186,8 @@ class Environment(ImmutableSandboxedEnvironment):
     def _finalized(self, value: Any) -> Any:
         """What is written for `value`, paid for."""
         self.meter.written(value)
+        if type(value) is str or type(value) is Traced:
+            return value
         if isinstance(value, _WRITTEN) and not holds_traced(value):
             return value
         if isinstance(value, str):
@@ -292,6 +221,7 @@ class Environment(ImmutableSandboxedEnvironment):
         return update_wrapper(metered, function)
 
 
+_OF_DICT = frozenset(dir(dict))
 _WRITTEN = (
     str,
     int,
@@ -310,7 +240,7 @@ _WRITTEN = (
 
 
 class MisplacedTagError(Exception):
-    """A generation tag inside a macro or a block that is written somewhere else."""
+    """A generation tag inside another one, or inside a macro or a block that is written somewhere else."""
 
 
 class PythonNotationError(Exception):
@@ -324,38 +254,32 @@ class Rendering:
         self.environment = Environment()
         self.template = self.environment.compiled(source)
 
-    def render(self, values: Mapping[str, Any]) -> "Written":
+    def render(self, values: dict[str, Any]) -> "Written":
         environment = self.environment
-        environment.meter.fill(*_size(values["messages"], values["tools"]))
-        environment.turns = {id(message): i for i, message in enumerate(values["messages"])}
-        environment.turn, environment._outer = None, []
+        environment.begin(values["messages"], values["tools"])
+        context = self.template.new_context(values)
         blocks: list[str] = []
-        environment.blocks, environment.spans = blocks, []
+        turn = None
         loops: list[tuple[int, int | None]] = [(0, None)]
-        length = 0
-        try:
-            for block in self.template.generate(values):
-                if environment.turn != loops[-1][1]:
-                    loops.append((length, environment.turn))
-                blocks.append(block)
-                length += len(block)
-            text = concat(blocks)
-        finally:
-            environment.blocks = None
-        parts = text._parts if isinstance(text, Traced) else (Part(len(text)),)
-        whole = plain(text)
-        if any(whole[start:end] != said for start, end, said in environment.spans):
-            raise MisplacedTagError
-        return Written(whole, parts, [(start, end) for start, end, _ in environment.spans], loops)
+        # Not `generate`, which hands each block through one more generator.
+        for block in self.template.root_render_func(context):
+            if environment.turn != turn:
+                turn = environment.turn
+                loops.append((environment.length, turn))
+            blocks.append(block)
+            environment.length += len(block)
+        text = "".join(blocks)
+        environment.check_tags(text)
+        return Written(text, pieces_of(blocks), environment.tags, loops)
 
 
 class Written(NamedTuple):
-    """What a template wrote: the text, the origins of its characters, the ranges of generation tags, and from which
-    characters on the template's loop was at which message."""
+    """What a template wrote: the text, the places of the data's texts in it, the ranges of generation tags, and from
+    which characters on the template's loop was at which message."""
 
     text: str
-    parts: tuple[Part, ...]
-    tags: list[tuple[int, int]]
+    pieces: list[Piece]
+    tags: list[Span]
     loops: list[tuple[int, int | None]]
 
 

@@ -8,15 +8,14 @@ from functools import cached_property
 from typing import Any
 
 from treering.core.errors import DataError
-from treering.data.chat.conversation import pieces_of
 from treering.data.chat.cost import TooExpensiveError
 from treering.data.chat.messages import THOUGHTS
 from treering.data.chat.sandbox import MisplacedTagError, PythonNotationError, Rendering, Written
 from treering.data.chat.traced import MixedTextsError
 from treering.data.sources.records import bad
 
-Span = tuple[int, int]
 REFUSED = "refused by the template"  # a kind of SampleError
+_THOUGHTS = frozenset(THOUGHTS)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -24,8 +23,7 @@ class RenderedText:
     """A text with the origins of its characters and the ranges of the template's generation tags."""
 
     def __init__(self, written: Written):
-        self.text, self.tags, self._loops = written.text, written.tags, written.loops
-        self.pieces = pieces_of(written.parts)  # texts of the data, those that show no character among them
+        self.text, self.pieces, self.tags, self._loops = written  # pieces that show no character are among them
         self.visible = [piece for piece in self.pieces if piece.begin < piece.end]
 
     @cached_property
@@ -54,6 +52,10 @@ class Template:
     variables: Mapping[str, Any]
 
     @cached_property
+    def knows_thoughts(self) -> bool:
+        return any(field in self.source for field in THOUGHTS)
+
+    @cached_property
     def tagged(self) -> bool:
         """Whether the template itself says what the assistant generates."""
         return _GENERATION.search(self.source) is not None
@@ -75,7 +77,10 @@ class Template:
             message = "the chat template prints a mapping, a list or another value as Python does"
             raise bad(where, "template", message, at="messages") from None
         except MisplacedTagError:
-            message = "the chat template has a generation tag inside of a macro or a set block, so its place is unknown"
+            message = (
+                "the chat template has a generation tag inside of a macro, a set block or another generation tag, so "
+                "its place is unknown"
+            )
             raise bad(where, "template", message, at="messages") from None
         except MixedTextsError:
             message = "the chat template puts texts of two messages through one filter, so nobody can tell them apart"
@@ -94,6 +99,9 @@ def _aliased(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Thoughts under every name that templates read them by, as transformers gives them."""
     aliased = []
     for message in messages:
-        thought = next((message[field] for field in THOUGHTS if message.get(field) is not None), None)
-        aliased.append(message if thought is None else {"thinking": thought, **message, "reasoning_content": thought})
+        if not _THOUGHTS.isdisjoint(message):
+            thought = next((message[field] for field in THOUGHTS if message.get(field) is not None), None)
+            if thought is not None:
+                message = {"thinking": thought, **message, "reasoning_content": thought}
+        aliased.append(message)
     return aliased

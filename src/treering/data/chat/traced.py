@@ -10,14 +10,12 @@ decides exactly what it would decide without tracing.
 import bisect
 import itertools
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
-from dataclasses import dataclass
 from typing import Any, NamedTuple, SupportsIndex
 
 Path = tuple[str | int, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Source:
+class Source(NamedTuple):
     """One string of a conversation: message `turn` (-1: the tools) has it at `path`."""
 
     turn: int
@@ -274,15 +272,24 @@ def plain_inside(value: Any) -> Any:
 def concat(pieces: Iterable[str]) -> str:
     """The pieces one after another, traced if one of them is."""
     pieces = list(pieces)
-    if all(type(piece) is str for piece in pieces):
-        return "".join(pieces)
     parts: list[Part] = []
+    literal = 0  # characters without a source, since the last part
     for piece in pieces:
         if not isinstance(piece, Traced):
-            _append(parts, Part(len(piece)))
-        else:
-            for part in piece._parts:
-                _append(parts, part)
+            literal += len(piece)
+            continue
+        for part in piece._parts:
+            if part.source is None:
+                literal += part.length
+                continue
+            if literal:
+                parts.append(Part(literal))
+                literal = 0
+            _append(parts, part)
+    if not parts:
+        return "".join(pieces)
+    if literal:
+        parts.append(Part(literal))
     return Traced("".join(pieces), tuple(parts))
 
 
@@ -293,18 +300,14 @@ def _shown(text: str) -> str:
 
 
 def _append(parts: list[Part], part: Part) -> None:
-    """Add a part, as one with the last one where the two continue each other."""
+    """Add a part of the data, as one with the last one where the two continue each other."""
     last = parts[-1] if parts else None
     if last is not None and part.source is last.source:
-        if part.source is None:
-            parts[-1] = Part(last.length + part.length)
-            return
         verbatim = part.length == part.stop - part.start and last.length == last.stop - last.start
         if verbatim and part.start == last.stop and not (part.mixed or last.mixed):
             parts[-1] = Part(last.length + part.length, last.source, last.start, part.stop)
             return
-    if part.length or part.source is not None:
-        parts.append(part)
+    parts.append(part)
 
 
 def holds_traced(value: Any) -> bool:

@@ -1,7 +1,6 @@
 """What every source yields: a record with its place, or the error that stands in its place."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from treering.core.errors import DataError
 
@@ -22,8 +21,7 @@ def _rebuild(message: str, kind: str) -> SampleError:
     return SampleError(message, kind=kind)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class Record(NamedTuple):
     """`value` is the sample as the file states it, or why there is none. `columnar`: absent fields arrive as null."""
 
     file: int  # index into the list of files

@@ -16,6 +16,8 @@ _FORBIDDEN = re.compile("[\0\ud800-\udfff\ufdd0-\ufdef]")
 def check_text(value: object, where: str, at: str) -> str:
     if not isinstance(value, str):
         raise bad(where, "schema", f"must be a string, not {type(value).__name__}", at=at)
+    if value.isascii() and "\0" not in value:  # which is known at once
+        return value
     found = _FORBIDDEN.search(value)
     if found is None:
         return value

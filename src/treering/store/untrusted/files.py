@@ -14,7 +14,7 @@ _MANY = 8 << 20  # values of one file: a value costs Python up to a hundred byte
 
 
 def basename(name: Any, file: Path) -> str:
-    """`name`, if it is the plain name of a file in the same folder and nothing else."""
+    """Return `name` if it is the plain name of a file in the same folder; else raise CheckpointError."""
     safe = isinstance(name, str) and 0 < len(name) < 256 and name not in (".", "..")
     if not safe or any(c in name for c in "/\\\0:"):
         shown = str(name)[:80]
@@ -23,7 +23,7 @@ def basename(name: Any, file: Path) -> str:
 
 
 def in_folder(folder: Path, name: str) -> Path | None:
-    """The regular file `name` of a folder; None if there is none. A link that leads out of the folder is refused.
+    """Return the path of the regular file `name` of a folder, or None. A link that leads out of the folder is refused.
 
     The hub's own cache is the exception: there every file is a link from `snapshots/…` to `blobs/` of the same model.
     """
@@ -51,7 +51,7 @@ def in_folder(folder: Path, name: str) -> Path | None:
 
 
 def read_json(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
-    """A JSON file that holds a mapping."""
+    """Return the content of a JSON file that holds a mapping."""
     value = parse_json(read_bytes(path, most), path)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a mapping, it is a {type(value).__name__}; it cannot be used")
@@ -59,21 +59,22 @@ def read_json(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
+    """Return the content of a regular file of at most `most` bytes."""
     try:
         # Not to wait: a pipe that took the file's place would block for ever.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
+            state = os.fstat(file.fileno())
+            if not stat.S_ISREG(state.st_mode):
                 raise CheckpointError(f"{path} is not a regular file; refused")
-            if found.st_size > most:
-                raise CheckpointError(f"{path} is larger than {most:,} bytes ({found.st_size:,}); refused")
+            if state.st_size > most:
+                raise CheckpointError(f"{path} is larger than {most:,} bytes ({state.st_size:,}); refused")
             return file.read(most)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def parse_json(data: bytes, path: Path, hook: Any = None) -> Any:
-    """`hook` sees the pairs of each mapping."""
+    """Return parsed JSON of bounded size and depth. `hook` is given the pairs of each mapping and returns it."""
     if sum(data.count(mark) for mark in b",{[") > _MANY:
         raise CheckpointError(f"{path} holds more than {_MANY:,} values; refused")
     try:

@@ -10,33 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from treering.core.errors import CheckpointError
+from treering.store.layout import BITS
 from treering.store.untrusted.files import parse_json
 
 MAX_HEADER = 100_000_000  # the limit of the format's own reader
-BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "I64": 64,
-    "U64": 64,
-    "F64": 64,
-    "C64": 64,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,55 +32,55 @@ class Header:
 
 
 def read_header(file: Path) -> list[Header]:
-    """The tensors of a safetensors file, in the order of their names. No value is read."""
-    entries, room = _entries(file)
-    beside = entries.pop("__metadata__", None)
-    if beside is not None and not (isinstance(beside, dict) and all(isinstance(v, str) for v in beside.values())):
+    """Return the tensors of a safetensors file, in the order of their names. No value is read."""
+    entries, length = _entries(file)
+    metadata = entries.pop("__metadata__", None)
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise _damaged(file, "its metadata are not texts")
-    found = [_entry(file, name, entry, room) for name, entry in sorted(entries.items())]
-    at = 0
-    for tensor in sorted(found, key=lambda t: (t.start, t.bytes)):
-        if tensor.start != at:
-            what = "overlaps another tensor" if tensor.start < at else "lies behind bytes of no tensor"
+    headers = [_entry(file, name, entry, length) for name, entry in sorted(entries.items())]
+    end = 0
+    for tensor in sorted(headers, key=lambda t: (t.start, t.bytes)):
+        if tensor.start != end:
+            what = "overlaps another tensor" if tensor.start < end else "lies behind bytes of no tensor"
             raise _damaged(file, f"{tensor.name[:80]!r} {what}")
-        at += tensor.bytes
-    if at != room:
-        raise _damaged(file, f"its tensors have {at:,} bytes, the file {room:,}")
-    return found
+        end += tensor.bytes
+    if end != length:
+        raise _damaged(file, f"its tensors have {end:,} bytes, the file {length:,}")
+    return headers
 
 
 def _entries(file: Path) -> tuple[dict[str, Any], int]:
     try:
-        whole = file.stat().st_size
+        size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if whole < 8 or not 2 <= length <= min(MAX_HEADER, whole - 8):
-                raise _damaged(file, f"its header would be {length:,} bytes of {whole:,}")
+            if size < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise _damaged(file, f"its header would be {length:,} bytes of {size:,}")
             data = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
     entries = parse_json(data, file, lambda pairs: _unique(pairs, file))
     if not isinstance(entries, dict):
         raise _damaged(file, "its header is not a mapping")
-    return entries, whole - 8 - length
+    return entries, size - 8 - length
 
 
 def _unique(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         raise _damaged(file, "a name stands twice in its header")
-    return found
+    return entries
 
 
-def _entry(file: Path, name: str, entry: Any, room: int) -> Header:
+def _entry(file: Path, name: str, entry: Any, length: int) -> Header:
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not (isinstance(dtype, str) and dtype in BITS and _sizes(shape) and _sizes(offsets) and len(offsets) == 2):
         raise _damaged(file, f"the entry of {name[:80]!r} is not one of a tensor")
     start, stop = offsets
-    if not start <= stop <= room:
+    if not start <= stop <= length:
         raise _damaged(
-            file, f"{name[:80]!r} would lie at {start:,} to {stop:,} of {room:,} bytes; is the file cut off?"
+            file, f"{name[:80]!r} would lie at {start:,} to {stop:,} of {length:,} bytes; is the file cut off?"
         )
     if math.prod(shape) * BITS[dtype] != (stop - start) * 8:
         raise _damaged(file, f"{name[:80]!r} has {stop - start:,} bytes for the shape {shape} of {dtype}")
@@ -116,4 +93,4 @@ def _sizes(value: Any) -> bool:
 
 
 def _damaged(file: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{file} is not a whole safetensors file: {reason}")
+    return CheckpointError(f"{file} is not a complete safetensors file: {reason}")

@@ -36,7 +36,7 @@ _FILES = 100_000
 
 
 def check_folder(folder: Path) -> None:
-    """Raise CheckpointError if the folder holds what must not be read. Weights are checked where they are opened."""
+    """Raise CheckpointError if the folder holds what must not be read. Weights are checked when they are opened."""
     for name in _names(folder):
         path = in_folder(folder, name)
         if path is not None and not name.endswith(".safetensors"):
@@ -50,7 +50,7 @@ def check_folder(folder: Path) -> None:
 
 
 def notes_on(folder: Path) -> list[str]:
-    """What lies in the folder and is left alone."""
+    """Return notes on files of the folder that are never read."""
     notes = []
     for name in ("config.json", "tokenizer_config.json"):
         if in_folder(folder, name) and "auto_map" in read_json(folder / name, _SMALL):
@@ -63,7 +63,7 @@ def notes_on(folder: Path) -> list[str]:
 
 
 def open_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a local folder, without code of its own and without the network."""
+    """Return the tokenizer of a local folder, without running code from it and without the network."""
     from transformers import AutoTokenizer
 
     check_folder(folder)
@@ -80,11 +80,12 @@ def open_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, at most 300 characters."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """What transformers or this package may open."""
+    """Yield the names of files that transformers or this package may open."""
     for entry in _entries(folder):
         if entry.name.endswith(_READ):
             yield entry.name
@@ -146,7 +147,7 @@ def _check_tokenizer(path: Path, config: dict[str, Any]) -> None:
 
 
 def _settings(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key of a config and of the configs inside it."""
+    """Yield every key of a config and of the configs inside it, with its value."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield key, inner

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Compile:
-    """Blocks are compiled apart: they share one compiled function, and FSDP's hooks stay between them.
+    """Blocks are compiled one by one: they share one compiled function, and FSDP's hooks stay between them.
 
-    `dynamic: true` makes one kernel for all lengths; `null` lets torch decide after the first change of shape.
+    `dynamic: true` compiles one kernel for all lengths; `null` lets torch decide after the first change of shape.
     """
 
     backend: Literal["inductor", "aot_eager", "eager"] = "inductor"

@@ -1,4 +1,4 @@
-"""The technique `lora`: low-rank adapters beside dense linears."""
+"""The technique `lora`: low-rank adapters next to linear layers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,34 +32,38 @@ class LoRA(LoRASettings):
 
     @classmethod
     def from_peft(cls, folder: str | Path, *, name: str = "default") -> "LoRA":
-        """The settings, and the tensors as a start, of an adapter folder written by peft or by us."""
+        """Return the settings of an adapter folder, written by peft or by export, with its tensors as the start.
+
+        Example:
+            run = tr.compose(model, [tr.LoRA.from_peft("adapter")])
+        """
         from treering.techniques.lora.peft_format import read_config
 
         return cls(name=name, init="file", file=str(folder), **read_config(Path(folder)))
 
     def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
         claims = []
-        for linear in self.linears(anatomy):
-            if self.rank > min(linear.inputs, linear.outputs):
+        for matrix in self.matrices(anatomy):
+            if self.rank > matrix.rank:
                 raise PlanError(
-                    f"lora: rank {self.rank} exceeds what {linear.fqn} ({linear.outputs} × {linear.inputs}) can have; "
-                    f"set lora.rank to at most {min(linear.inputs, linear.outputs)} or leave it out of lora.targets"
+                    f"lora: rank {self.rank} exceeds what {matrix.module} ({matrix.outputs} × {matrix.inputs}) can "
+                    f"have; set lora.rank to at most {matrix.rank} or leave it out of lora.targets"
                 )
             pissa = self.init == "pissa"
             needs: tuple[Need, ...] = ("plain_weight",) if pissa else ()
             # The addend is shared: several adapters add up; but a start that moves the base must be alone on it.
-            # The gradient is claimed as well, so that a technique which trains the weight itself is refused beside
+            # The gradient is claimed as well, so that a technique which trains the weight itself is refused next to
             # an adapter instead of training the same thing twice.
             claims.append(
-                Claim(fqn=linear.weight, aspect="addend", exclusive=pissa, needs=needs, setting="lora.targets")
+                Claim(fqn=matrix.weight, aspect="addend", exclusive=pissa, needs=needs, setting="lora.targets")
             )
-            claims.append(Claim(fqn=linear.weight, aspect="gradient", exclusive=False, setting="lora.targets"))
-            claims.append(Claim(fqn=f"{linear.fqn}.lora_{self.name}", aspect="forward", setting="lora.name"))
+            claims.append(Claim(fqn=matrix.weight, aspect="gradient", exclusive=False, setting="lora.targets"))
+            claims.append(Claim(fqn=f"{matrix.module}.lora_{self.name}", aspect="forward", setting="lora.name"))
         if not claims:
             raise PlanError(f"lora: no linear of this {anatomy.model_type} model is a target; see lora.targets")
         return claims
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:
-        from treering.techniques.lora.addend import attach
+        from treering.techniques.lora.addend import install
 
-        return attach(model, self, site)
+        return install(model, self, site)

@@ -1,6 +1,6 @@
 """Adapter folders as peft writes and reads them: adapter_config.json and adapter_model.safetensors."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,13 @@ from treering.technique import Adapter
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from treering.anatomy import Anatomy, Linear
+    from treering.anatomy.matrices import Matrix
     from treering.techniques.lora.settings import LoRASettings
 
 PREFIX = "base_model.model."  # peft's wrapper classes show in its keys
 READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "bias", "init_lora_weights"}
-# Where the adapter came from and how it was trained: nothing that changes what its tensors mean. Anything else that is
-# set changes the arithmetic in a way that we do not have, and is refused, not ignored.
+# Where the adapter came from and how it was trained: nothing that changes what its tensors mean. Any other key that is
+# set changes the arithmetic in a way that this lora does not have, and is refused, not ignored.
 HARMLESS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -44,12 +44,12 @@ HARMLESS = {
 STARTS = ("gaussian", "eva", "orthogonal")  # of peft, by name, that leave the base model as it was
 
 
-def describe(config: "LoRASettings", linears: "Iterable[Linear]", anatomy: "Anatomy") -> Adapter:
-    linears = tuple(linears)
+def describe(config: "LoRASettings", matrices: "Sequence[Matrix]") -> Adapter:
+    """Return how the adapters of `matrices` are published: peft's keys and its adapter_config.json."""
     keys = {}
-    for linear in linears:
-        for own, theirs in (("A", "lora_A"), ("B", "lora_B")):
-            keys[f"{linear.fqn}.lora_{config.name}.{own}"] = f"{PREFIX}{linear.fqn}.{theirs}.weight"
+    for matrix in matrices:
+        for half in ("A", "B"):
+            keys[f"{matrix.module}.lora_{config.name}.{half}"] = f"{PREFIX}{matrix.module}.lora_{half}.weight"
     body: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -58,8 +58,8 @@ def describe(config: "LoRASettings", linears: "Iterable[Linear]", anatomy: "Anat
         "use_rslora": config.rslora,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(linear.transposed for linear in linears),
-        "target_modules": [linear.fqn for linear in linears],
+        "fan_in_fan_out": any(matrix.transposed for matrix in matrices),
+        "target_modules": [matrix.module for matrix in matrices],
         "inference_mode": True,
         "init_lora_weights": True,
     }
@@ -67,14 +67,14 @@ def describe(config: "LoRASettings", linears: "Iterable[Linear]", anatomy: "Anat
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The settings of an adapter folder as keywords of `LoRA`."""
+    """Return the settings of an adapter folder as keywords of `LoRA`."""
     path = folder / "adapter_config.json"
     if in_folder(folder, path.name) is None:
         raise CheckpointError(f"{folder} is not an adapter folder: it has no adapter_config.json")
     body = read_json(path)
     if body.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type is {body.get('peft_type')!r}; only LORA adapters can be read")
-    _refuse_strange(path, body)
+    _refuse_unknown(path, body)
     rank, alpha = body.get("r"), body.get("lora_alpha", 8)  # 8 is peft's default, whatever r is
     if not isinstance(rank, int) or rank < 1:
         raise CheckpointError(f"{path}: r is {rank!r}; it must be a whole number of at least 1")
@@ -89,10 +89,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     }
 
 
-def _refuse_strange(path: Path, body: Mapping[str, Any]) -> None:
-    strange = sorted(key for key, value in body.items() if value and key not in READ | HARMLESS)
-    if strange or body.get("bias", "none") != "none":
-        raise CheckpointError(f"{path}: {', '.join(strange) or 'bias'} is set, and this lora has no such thing")
+def _refuse_unknown(path: Path, body: Mapping[str, Any]) -> None:
+    unknown = sorted(key for key, value in body.items() if value and key not in READ | HARMLESS)
+    if unknown or body.get("bias", "none") != "none":
+        raise CheckpointError(f"{path}: {', '.join(unknown) or 'bias'} is set, which this lora does not have")
     start = body.get("init_lora_weights")
     if isinstance(start, str) and start not in STARTS:
         raise CheckpointError(
@@ -104,8 +104,8 @@ def _refuse_strange(path: Path, body: Mapping[str, Any]) -> None:
 
 
 def read_pair(folder: Path, fqn: str) -> "tuple[Tensor, Tensor]":
-    """(A, B) of the linear `fqn`."""
-    path = _tensors(folder)
+    """Return (A, B) of the linear layer `fqn`."""
+    path = _tensors_file(folder)
     with _opened(path) as file:
         keys = {f"{PREFIX}{fqn}.{name}.weight" for name in ("lora_A", "lora_B")}
         absent = sorted(keys - set(file.keys()))
@@ -115,17 +115,17 @@ def read_pair(folder: Path, fqn: str) -> "tuple[Tensor, Tensor]":
 
 
 def _adapted(folder: Path) -> list[str]:
-    path = _tensors(folder)
+    path = _tensors_file(folder)
     with _opened(path) as file:
         keys = list(file.keys())
     ends = (".lora_A.weight", ".lora_B.weight")
-    strange = [key for key in keys if not (key.startswith(PREFIX) and key.endswith(ends))]
-    if strange:
-        raise CheckpointError(f"{path} holds {strange[0]!r}, which is not the A or B of a linear")
+    unknown = [key for key in keys if not (key.startswith(PREFIX) and key.endswith(ends))]
+    if unknown:
+        raise CheckpointError(f"{path} holds {unknown[0]!r}, which is not the A or B of a linear layer")
     halves = [{key.removesuffix(end) for key in keys if key.endswith(end)} for end in ends]
-    alone = sorted(halves[0] ^ halves[1])
-    if alone:
-        raise CheckpointError(f"{path} has no {alone[0]}{ends[alone[0] in halves[0]]}, the other half of an adapter")
+    single = sorted(halves[0] ^ halves[1])
+    if single:
+        raise CheckpointError(f"{path} has no {single[0]}{ends[single[0] in halves[0]]}, the other half of an adapter")
     return [key.removeprefix(PREFIX).removesuffix(ends[0]) for key in keys if key.endswith(ends[0])]
 
 
@@ -136,10 +136,10 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
+        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from None
 
 
-def _tensors(folder: Path) -> Path:
+def _tensors_file(folder: Path) -> Path:
     path = in_folder(folder, "adapter_model.safetensors")
     if path is None:
         other = "; adapter_model.bin is a pickle and never read" if (folder / "adapter_model.bin").exists() else ""

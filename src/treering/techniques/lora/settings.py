@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Literal
 from treering.core.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
-    from treering.anatomy import Anatomy, Linear
+    from treering.anatomy import Anatomy
+    from treering.anatomy.matrices import Matrix
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRASettings:
-    """The fields of `LoRA`, documented there."""
+    """The fields of `LoRA`, which documents them."""
 
     name: str = "default"
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
@@ -40,15 +41,17 @@ class LoRASettings:
 
     @property
     def scale(self) -> float:
+        """s of y = W x + s · B A x."""
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / self.rank**0.5 if self.rslora else alpha / self.rank
 
-    def linears(self, anatomy: "Anatomy") -> "tuple[Linear, ...]":
+    def matrices(self, anatomy: "Anatomy") -> "tuple[Matrix, ...]":
+        """Return the weights of the linear layers that get an adapter, in the model's order."""
         from treering.anatomy import select
+        from treering.anatomy.matrices import all_linear, of_linear
 
         if self.targets == "all-linear":
-            inside = (x for x in anatomy.linears if x.block is not None)
-            return tuple(x for x in inside if x.role in ("attention", "mlp"))
+            return tuple(matrix for matrix in all_linear(anatomy) if matrix.experts is None)
         chosen = select(anatomy, self.targets)
         for linear in chosen:
             if linear.role == "head" and anatomy.head is not None and anatomy.head.tied_to is not None:
@@ -56,4 +59,4 @@ class LoRASettings:
                     f"lora: {linear.fqn} is tied to {anatomy.head.tied_to}; an adapter on it would change the "
                     "embedding as well on export. Leave the head out of lora.targets"
                 )
-        return chosen
+        return tuple(of_linear(linear) for linear in chosen)

@@ -1,10 +1,11 @@
 """The technique `osft`: training that leaves alone what the model already uses its weights for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from treering.core.errors import PlanError
+from treering.core.settings import refuse_former_names
 from treering.technique import Applied, Claim, Site, Stage
 from treering.techniques.osft.settings import ADDENDS, FACTORED, OSFTSettings
 
@@ -13,9 +14,10 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from treering.anatomy import Anatomy
-    from treering.techniques.osft.targets import Target
+    from treering.anatomy.matrices import Matrix
 
 
+@refuse_former_names
 @dataclass(frozen=True, kw_only=True)
 class OSFT(OSFTSettings):
     """W changes only by P_out ΔW P_in, where both P are complements of what is to be kept.
@@ -23,7 +25,7 @@ class OSFT(OSFTSettings):
     protect   inputs: the directions in which measured text reads the weight (needs `treering measure`)
               weights: the largest singular directions of the weight; both: each on its own side
     strength  of `inputs`. soft: a direction is held by how much it was used; hard: the most used are closed
-    soften    λ of soft protection, 1 / (energy / mean energy + λ): smaller holds faster
+    damping   λ of soft protection, 1 / (energy / mean energy + λ): smaller holds faster
     ratio     the part of the directions that is free. 0: nothing changes, 1: everything may. null: ¼ of the weights'
               directions, ½ of the inputs' where a form or `hard` asks for a number; soft protection holds every
               direction by its own use and needs none
@@ -37,10 +39,10 @@ class OSFT(OSFTSettings):
               core: an adapter ΔW = B Z C between free directions on both sides; fewer still, and less free
               forward: W in factors, projected inside the forward; no hook, no message of its own
               factors: W in factors, gradients projected before the step and parameters after it
-    wire      of `factors`: coefficients are summed, the basis is gathered, or gathered once and kept. cached, of
+    communication  of `factors`: coefficients are summed, the basis is gathered, or gathered once and kept. cached, of
               `update`: one rank keeps a weight's operators whole, and rows travel; else operators are gathered
     compute   of the factored forms: by token count, or always one way; all are equal
-    anchor    keep the weights from before, so that weight decay acts on the change and the leak is exact (`update`)
+    keep_initial  keep the weights from before, so that weight decay acts on the change and the leak is exact (`update`)
     targets   `all-linear`: every linear and stacked expert inside the blocks but routers; or patterns
     train     other plain parameters that learn, unprotected, by pattern; the rest of the model is frozen
     free      weight -> number of free directions; what `rank` came to, written by `resolve`
@@ -66,18 +68,18 @@ class OSFT(OSFTSettings):
                 settings=("techniques.osft.protect", "statistics.path"),
             )
         if self.measured and statistics is not None:
-            from treering.techniques.osft.coverage import refuse_unmeasured
-            from treering.techniques.osft.targets import targets
+            from treering.techniques.osft.protection.coverage import refuse_unmeasured
+            from treering.techniques.osft.protection.targets import targets
 
             refuse_unmeasured(self, targets(self, anatomy), statistics)
         if self.rank == "ratio" or self.free or source is None:
             return self
-        from treering.techniques.osft.ranks import resolved
+        from treering.techniques.osft.protection.targets import resolved
 
         return resolved(self, anatomy, source, statistics)
 
     def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
-        from treering.techniques.osft.targets import others, targets
+        from treering.techniques.osft.protection.targets import targets, unprotected
 
         chosen = targets(self, anatomy)
         self._check(anatomy, chosen)
@@ -92,14 +94,14 @@ class OSFT(OSFTSettings):
                 claims.append(Claim(fqn=weight, aspect="addend", setting="osft.targets"))
             if self.form != "update":
                 claims.append(Claim(fqn=target.module, aspect="forward", exclusive=False, setting="osft.targets"))
-        for name in others(self, anatomy, chosen):
+        for name in unprotected(self, anatomy, chosen):
             claims.append(Claim(fqn=name, aspect="gradient", needs=("plain_weight",), setting="osft.train"))
         return claims
 
-    def _check(self, anatomy: "Anatomy", chosen: "Sequence[Target]") -> None:
+    def _check(self, anatomy: "Anatomy", chosen: "Sequence[Matrix]") -> None:
         """What this model cannot have, before anything of it is touched."""
         from treering.anatomy import matches
-        from treering.techniques.osft.ranks import choices, free
+        from treering.techniques.osft.protection.targets import directions, trainable
 
         for pattern in self.ratios:
             if not any(matches(t.weight, pattern) or matches(t.module, pattern) for t in chosen):
@@ -108,10 +110,10 @@ class OSFT(OSFTSettings):
                     settings=("techniques.osft.ratios",),
                 )
         for target in chosen:
-            if not 0 <= free(self, target) <= choices(self, target):
+            if not 0 <= trainable(self, target) <= directions(self, target):
                 raise PlanError(
-                    f"osft: {target.weight} has {choices(self, target)} directions, and osft.free says "
-                    f"{free(self, target)}",
+                    f"osft: {target.weight} has {directions(self, target)} directions, and osft.free says "
+                    f"{trainable(self, target)}",
                     settings=("techniques.osft.free",),
                 )
             if self.form in ADDENDS and target.experts is not None:
@@ -120,13 +122,55 @@ class OSFT(OSFTSettings):
                     "experts; use form update, or name other osft.targets",
                     settings=("techniques.osft.form", "techniques.osft.targets"),
                 )
-        if not any(free(self, target) for target in chosen) and not self.train:
+        if not any(trainable(self, target) for target in chosen) and not self.train:
             raise PlanError(
                 "osft: no target has a free direction, so nothing would be trained; raise osft.ratio",
                 settings=("techniques.osft.ratio",),
             )
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:
-        from treering.techniques.osft.attach import attach
+        """Install the form in the model, and return what trains: the form's own parameters and those of `train`."""
+        from treering.techniques.osft.protection.targets import targets, trainable, unprotected
 
-        return attach(model, self, site)
+        every = targets(self, site.anatomy)
+        others = unprotected(self, site.anatomy, every)
+        chosen = [matrix for matrix in every if trainable(self, matrix)]  # the others have nothing to train
+        applied = self._install(model, site, chosen)
+        notes, warnings = self._coverage(chosen, site)
+        if len(every) > len(chosen):
+            notes.append(f"{len(every) - len(chosen)} targets are frozen: they have no trainable direction")
+        if self.rank != "ratio" and not self.free:
+            notes.append(f"rank {self.rank} is counted when weights are read; until then the default ratio is used")
+        if others:
+            notes.append(f"{len(others)} other parameters learn without protection")
+        form = f"{self.form}, protects {self.protect}" + (f" ({self.strength})" * (self.protect != "weights"))
+        return replace(
+            applied,
+            trainable=(*applied.trainable, *others),
+            without=None if others else applied.without,  # what learns without protection are plain weights
+            notes=(form, *applied.notes, *notes),
+            warnings=tuple(warnings),
+        )
+
+    def _install(self, model: "nn.Module", site: Site, chosen: "Sequence[Matrix]") -> Applied:
+        if self.form == "update":
+            from treering.techniques.osft.update import update_form
+
+            return update_form.install(model, self, site, chosen)
+        if self.form in ADDENDS:
+            from treering.techniques.osft.one_sided_core import protected_adapter
+
+            return protected_adapter.install(model, self, site, chosen)
+        from treering.techniques.osft.forward_factors import factored
+
+        return factored.install(model, self, site, chosen)
+
+    def _coverage(self, chosen: "Sequence[Matrix]", site: Site) -> tuple[list[str], list[str]]:
+        """Return notes and warnings about what was not measured, or on too little text."""
+        if self.protect == "weights" or site.statistics is None:
+            return [], []
+        from treering.techniques.osft.protection.coverage import counted, coverage_note, coverage_warning
+
+        counts = counted(chosen, site.statistics)
+        note, warning = coverage_note(self, counts), coverage_warning(counts, chosen, site.statistics)
+        return [note] if note else [], [f"osft: {warning}"] if warning else []

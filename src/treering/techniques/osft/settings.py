@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from treering.core.errors import ConfigError
+from treering.core.settings import FORMERLY
 
 FACTORED = ("forward", "factors")
 
@@ -14,20 +15,25 @@ ADDENDS = ("one_sided", "core")
 
 @dataclass(frozen=True, kw_only=True)
 class OSFTSettings:
-    """The fields of `OSFT`, which documents them."""
+    """The fields of `OSFT`, which documents them.
+
+    Identities of prepared results are written with the former names, so that those of earlier versions are found.
+    """
 
     protect: Literal["inputs", "weights", "both"] = "inputs"
     strength: Literal["soft", "hard"] = "soft"
-    soften: float = 0.01
+    damping: float = field(default=0.01, metadata={FORMERLY: ("soften",)})
     ratio: float | None = None
     ratios: Mapping[str, float] = field(default_factory=dict)
     rank: Literal["ratio", "energy", "importance"] = "ratio"
     energy: float = 0.9
     importance: tuple[float, float] = (0.1, 0.8)
     form: Literal["update", "one_sided", "core", "forward", "factors"] = "update"
-    wire: Literal["coefficients", "gather", "cached"] = "coefficients"
+    communication: Literal["coefficients", "gather", "cached"] = field(
+        default="coefficients", metadata={FORMERLY: ("wire",)}
+    )
     compute: Literal["auto", "factored", "dense", "rebuilt"] = "auto"
-    anchor: bool = False
+    keep_initial: bool = field(default=False, metadata={FORMERLY: ("anchor",)})
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     train: tuple[str, ...] = ()
     free: Mapping[str, int] = field(default_factory=dict)
@@ -37,8 +43,8 @@ class OSFTSettings:
         for name, value in {"ratio": self.ratio, **{f"ratios.{k}": v for k, v in self.ratios.items()}}.items():
             if value is not None and not 0 <= value <= 1:
                 raise ConfigError(f"{name} is {value}; it lies between 0 (frozen) and 1 (all free)", field=name)
-        if not self.soften > 0:
-            raise ConfigError(f"soften is {self.soften}; it must be greater than 0", field="soften")
+        if not self.damping > 0:
+            raise ConfigError(f"damping is {self.damping}; it must be greater than 0", field="damping")
         if not 0 < self.energy <= 1:
             raise ConfigError(f"energy is {self.energy}; it lies above 0 and at most at 1", field="energy")
         least, most = self.importance
@@ -58,8 +64,10 @@ class OSFTSettings:
                 "use form one_sided, or protect: weights or both",
                 field="form",
             )
-        if self.anchor and self.form != "update":
-            raise ConfigError(f"anchor is of form update; form {self.form} knows its change without it", field="anchor")
+        if self.keep_initial and self.form != "update":
+            raise ConfigError(
+                f"keep_initial is of form update; form {self.form} knows its change without it", field="keep_initial"
+            )
 
     @property
     def measured(self) -> bool:

@@ -1,10 +1,10 @@
 """The technique `recompute`: keep the input of each block, and run the block again in the backward."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from treering.core.errors import PlanError
-from treering.technique import Applied, Claim, Site, Stage
+from treering.technique import Applied, Claim, Site, Stage, Variant
 from treering.techniques.recompute.settings import RecomputeSettings
 
 if TYPE_CHECKING:
@@ -50,6 +50,18 @@ class Recompute(RecomputeSettings):
         return [Claim(fqn=block.fqn, aspect="region", setting="recompute") for block in anatomy.blocks]
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:
-        from treering.techniques.recompute.region import install
+        from treering.techniques.recompute.recomputed_block import install
 
         return install(model, self, site)
+
+    @classmethod
+    def lighter(cls) -> tuple[Variant, ...]:
+        """Return recompute itself, and recompute with the inputs of blocks in host memory."""
+
+        def away(now: "Recompute | None") -> "Recompute | None":
+            return None if now is None or now.offload == "cpu" else replace(now, offload="cpu")
+
+        return (
+            Variant(name="recompute", config="recompute:", order=20, of=lambda now: None if now else cls()),
+            Variant(name="activations in host memory", config="recompute: {offload: cpu}", order=40, of=away),
+        )

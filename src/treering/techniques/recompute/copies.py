@@ -1,11 +1,11 @@
-"""A queue of copies beside the queue of computations.
+"""A queue of copies next to the queue of computations, and the host memory that they fill.
 
 `copy` puts copies into the queue, behind all that has been computed so far; the ticket's `wait` lets what is computed
 from now on wait for them. Nobody waits on the host. In between, source and target belong to the queue: whoever lets go
 of one, or writes to it, has to wait first.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from treering.core.errors import PlanError
+
+SLAB = 32 * 2**20
+LEAST = 4096
 
 Pairs = Sequence[tuple[Tensor, Tensor]]  # (target, source)
 
@@ -22,7 +25,7 @@ class Ticket(Protocol):
 
 
 class Copies(Protocol):
-    pinned: bool  # whether host memory must be pinned for a copy to run beside computations
+    pinned: bool  # whether host memory must be pinned for a copy to run at the same time as computations
 
     def copy(self, pairs: Pairs) -> Ticket: ...
 
@@ -74,27 +77,27 @@ class _StreamTicket:
 
 
 class SimulatedCopies:
-    """The laziest stream there can be: a copy is made when somebody waits for it or for a later one, and not before.
+    """Copies as late as a stream may: when a ticket is waited for, its own or a later one, and not before.
 
-    So a missing wait shows: as garbage where something was to come back, as memory that stays where it was to leave.
+    So a missing wait is seen: as garbage where a tensor should have come back, as memory that was not freed.
     """
 
     pinned = False
 
     def __init__(self) -> None:
         self.waiting: deque[Pairs] = deque()
-        self.asked = self.made = 0
+        self.asked = self.done = 0
 
     def copy(self, pairs: Pairs) -> Ticket:
         self.waiting.append(pairs)
         self.asked += 1
         return _SimulatedTicket(self, self.asked)
 
-    def make(self, number: int) -> None:
-        while self.made < number:
+    def run_until(self, number: int) -> None:
+        while self.done < number:
             for target, source in self.waiting.popleft():
                 target.copy_(source)
-            self.made += 1
+            self.done += 1
 
 
 class _SimulatedTicket:
@@ -103,4 +106,54 @@ class _SimulatedTicket:
 
     def wait(self) -> None:
         with torch.no_grad():
-            self.copies.make(self.number)
+            self.copies.run_until(self.number)
+
+
+class HostPool:
+    """Host memory that is used again and again, in pieces; only `clear` gives memory back to the system.
+
+    Pinning memory costs milliseconds, so nothing is pinned per block or per step. Lengths change from batch to batch,
+    so buffers of a block's size would rarely fit the next batch: an input of any size is spread over slabs of one size,
+    and only its end takes a piece of a power of two. torch's cache of pinned memory rounds complete buffers up to
+    powers of two, which would waste up to half of it.
+    """
+
+    def __init__(self, pinned: bool, slab: int = SLAB):
+        self.pinned, self.slab = pinned, slab
+        self.allocated = 0  # bytes, used or waiting
+        self.used = 0
+        self._free: dict[int, list[Tensor]] = defaultdict(list)
+
+    def sizes(self, wanted: int) -> list[int]:
+        """Of the pieces that hold `wanted` bytes."""
+        slabs, rest = divmod(wanted, self.slab)
+        return [self.slab] * slabs + ([max(LEAST, 1 << (rest - 1).bit_length())] if rest else [])
+
+    def take(self, wanted: int) -> list[Tensor]:
+        """One-dimensional tensors of bytes, together at least `wanted` long."""
+        pieces = []
+        for size in self.sizes(wanted):
+            pieces.append(self._free[size].pop() if self._free[size] else self._new(size))
+            self.used += size
+        return pieces
+
+    def give(self, pieces: list[Tensor]) -> None:
+        for piece in pieces:
+            self.used -= piece.numel()
+            self._free[piece.numel()].append(piece)
+
+    def clear(self) -> None:
+        self.allocated -= sum(piece.numel() for pieces in self._free.values() for piece in pieces)
+        self._free.clear()
+
+    def _new(self, size: int) -> Tensor:
+        try:
+            piece = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self.pinned)
+        except (RuntimeError, MemoryError) as error:
+            raise PlanError(
+                f"recompute: {self.allocated / 2**30:.1f} GiB of host memory hold block inputs, and no more is left "
+                f"({str(error).splitlines()[0]}). Set recompute.budget below that, or offload the first_blocks only",
+                settings=("recompute.offload",),
+            ) from error
+        self.allocated += size
+        return piece

@@ -4,7 +4,7 @@
     backward of block i    its input is back already; that of block i − 1 starts to come
 
 The last block's input stays: it is needed at once. Who owns what follows the graph of autograd: a step that is aborted
-drops its graph, and with it each `Kept`, which gives its host memory back. Nothing here keeps a list of them.
+drops its graph, and with it each `KeptInput`, which gives its host memory back. Nothing here keeps a list of them.
 """
 
 import weakref
@@ -18,16 +18,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
 from treering.core.errors import PlanError
-from treering.techniques.recompute.copies import Copies, Ticket, copies_for
-from treering.techniques.recompute.pool import Pool
+from treering.techniques.recompute.copies import Copies, HostPool, Ticket, copies_for
 
 ALIGNED = 64  # elements: kernels choose their order of summation by alignment, and a second forward must choose alike
 
 
-class Kept:
+class KeptInput:
     """One block's input: on the device, on its way, or in host memory."""
 
-    def __init__(self, tensor: Tensor, block: str, before: "Kept | None"):
+    def __init__(self, tensor: Tensor, block: str, before: "KeptInput | None"):
         self.tensor: Tensor | None = tensor
         self.version = tensor._version
         self.block = block
@@ -62,14 +61,14 @@ class Kept:
         assert self.engine is not None
         shape, stride, offset, dtype, device = self.layout
         last = sum((n - 1) * s for n, s in zip(shape, stride))
-        whole = torch.empty(offset + last + 1, dtype=dtype, device=device)
-        self.tensor, self.back = whole.as_strided(shape, stride, offset), True
+        memory = torch.empty(offset + last + 1, dtype=dtype, device=device)
+        self.tensor, self.back = memory.as_strided(shape, stride, offset), True
         flat = _flat(self.tensor)
         pairs = [(part, piece[: len(part)]) for piece, part in zip(self.pieces, flat.split(self.engine.pool.slab))]
         self.ticket = self.engine.copies_of(device).copy(pairs)
 
     def take(self) -> Tensor:
-        """For a second forward. What came from the host is handed over: another backward brings it once more."""
+        """For a second forward. What came from the host is given away: another backward brings it once more."""
         self.fetch()
         assert self.tensor is not None
         tensor = self.tensor
@@ -105,22 +104,22 @@ class Offload:
         first_blocks: int | None = None,
         budget: int | None = None,
         copies: Callable[[torch.device], Copies] = copies_for,
-        pool: Pool | None = None,
+        pool: HostPool | None = None,
     ):
         self.names = names
         self.leaving = min(len(names) - 1, len(names) if first_blocks is None else first_blocks)
         self.budget = budget
         self._copies_for, self._copies = copies, dict[torch.device, Copies]()
         self._pool = pool
-        self._newest: weakref.ref[Kept] | None = None
+        self._newest: weakref.ref[KeptInput] | None = None
         self.sent = 0  # tensors, ever
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of the model brings settings along, and no memory: queues and buffers are made at its first use."""
+        """Return settings for a copy of the model, and no memory: it allocates queues and buffers at its first use."""
         return vars(self) | {"_copies": {}, "_pool": None, "_newest": None, "sent": 0}
 
     @property
-    def pool(self) -> Pool:
+    def pool(self) -> HostPool:
         assert self._pool is not None
         return self._pool
 
@@ -128,18 +127,18 @@ class Offload:
         if device not in self._copies:
             self._copies[device] = self._copies_for(device)
         if self._pool is None:
-            self._pool = Pool(self._copies[device].pinned)
+            self._pool = HostPool(self._copies[device].pinned)
         return self._copies[device]
 
     def around(self, index: int) -> saved_tensors_hooks:
-        """Where torch's checkpoint of block `index` saves its input. Inside, its own hooks are in force, not these."""
+        """Return the hooks under which torch's checkpoint of block `index` saves its input; inside are others."""
         return saved_tensors_hooks(partial(self._pack_if_filled, index), _unpack)
 
-    def _pack_if_filled(self, index: int, tensor: Tensor) -> Kept | Tensor:
-        """`_pack`, unless nothing is in `tensor`: torch 2.11 saves an empty tensor of its own next to the input."""
+    def _pack_if_filled(self, index: int, tensor: Tensor) -> KeptInput | Tensor:
+        """`_pack`, unless nothing is in `tensor`: torch 2.11 saves an empty tensor next to the input."""
         return self._pack(index, tensor) if tensor.numel() else tensor
 
-    def _pack(self, index: int, tensor: Tensor) -> Kept:
+    def _pack(self, index: int, tensor: Tensor) -> KeptInput:
         if isinstance(tensor, DTensor):
             raise PlanError(
                 f"recompute: the input of {self.names[index]} is a DTensor, and offload: cpu knows plain tensors; set "
@@ -149,7 +148,7 @@ class Offload:
         before = None
         if self._newest is not None and index > 0:
             before = self._newest()
-        kept = Kept(tensor, self.names[index], before)
+        kept = KeptInput(tensor, self.names[index], before)
         self._newest = weakref.ref(kept)
         if before is not None:
             before.release()
@@ -164,14 +163,14 @@ class Offload:
         return self.budget is None or self.pool.used + needed <= self.budget
 
     def metrics(self) -> dict[str, float]:
-        return {"offloaded_gib": self._pool.held / 2**30 if self._pool is not None else 0.0}
+        return {"offloaded_gib": self._pool.allocated / 2**30 if self._pool is not None else 0.0}
 
     def clear(self) -> None:
         if self._pool is not None:
             self._pool.clear()
 
 
-def _unpack(kept: Kept | Tensor) -> Tensor:
+def _unpack(kept: KeptInput | Tensor) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
     tensor = kept.take()

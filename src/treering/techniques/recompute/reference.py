@@ -1,4 +1,4 @@
-"""The plain truth: keep the input of each block, and run each block again to find its gradients."""
+"""The reference: keep the input of each block, and run each block again to find its gradients."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def forward_and_backward(
     blocks: Sequence[Callable[[Tensor], Tensor]], x: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(output, gradient of x) for a gradient of the output; those of the blocks' weights are added to `.grad`."""
+    """Return (output, gradient of x) for a gradient of the output; those of weights are added to `.grad`."""
     inputs = []
     with torch.no_grad():
         for block in blocks:

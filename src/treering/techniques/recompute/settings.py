@@ -30,7 +30,7 @@ class RecomputeSettings:
         for setting in ("first_blocks", "budget"):
             if self.offload == "none" and getattr(self, setting) is not None:
                 raise ConfigError(
-                    f"{setting} says how much is offloaded, and offload is none; set offload to cpu, or leave "
+                    f"{setting} limits how much is offloaded, and offload is none; set offload to cpu, or leave "
                     f"{setting} out",
                     field=setting,
                 )
@@ -40,14 +40,14 @@ class RecomputeSettings:
                 field="first_blocks",
             )
         if self.first_blocks is not None and self.budget is not None:
-            raise ConfigError("first_blocks and budget both say how much is offloaded; leave one out", field="budget")
+            raise ConfigError("first_blocks and budget both limit how much is offloaded; leave one out", field="budget")
         if self.budget is not None:
             read_bytes(self.budget)
 
 
 def read_bytes(text: str) -> int:
-    """A number of bytes as a person writes it: 64GiB, 512 MiB."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)\s*", text)
-    if found is None or float(found[1]) == 0:
+    """Return the number of bytes that a text such as 64GiB or 512 MiB stands for."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)\s*", text)
+    if match is None or float(match[1]) == 0:
         raise ConfigError(f"budget is {text!r}; write a size in KiB, MiB, GiB or TiB, such as 64GiB", field="budget")
-    return int(float(found[1]) * UNITS[found[2]])
+    return int(float(match[1]) * UNITS[match[2]])

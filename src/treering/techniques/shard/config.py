@@ -1,10 +1,10 @@
 """The technique `shard`: torch's fully_shard (FSDP2), block by block, with gradients summed and never averaged."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from treering.core.errors import PlanError
-from treering.technique import Applied, Claim, Site, Stage
+from treering.technique import Applied, Claim, Site, Stage, Variant
 from treering.techniques.shard.settings import ShardSettings
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Shard(ShardSettings):
     reduce    dtype in which gradients are summed over ranks
     reshard   free a block's gathered parameters after its forward, and gather them again for its backward
     offload   where shards rest between uses; also useful with one GPU and no launcher
-    hold      what stays whole on each rank between the micro-batches of a step. `gradients`: they are summed over
+    hold      what stays complete on each rank between the micro-batches of a step. `gradients`: they are summed over
               ranks once a step, in its last backward. `all`: so are they, and parameters are gathered once a step
     """
 
@@ -40,9 +40,20 @@ class Shard(ShardSettings):
 
         if site.mesh is None:
             raise PlanError("shard: there is no mesh; pass mesh=treering.mesh(shard=-1)")
-        notes = shard(model, self, site)
+        notes, traffic = shard(model, self, site)
         resting: Literal["device", "cpu"] = "cpu" if self.offload == "cpu" else "device"
+        applied = Applied(notes=notes, resting=resting, messages=traffic.messages)
         if self.hold == "nothing":
-            return Applied(notes=notes, resting=resting)
+            return applied
         hold = Hold(model, parameters=self.hold == "all")
-        return Applied(notes=notes, resting=resting, batch=hold.count, gradients=hold.check)
+        return replace(applied, batch=hold.count, gradients=hold.check)
+
+    @classmethod
+    def lighter(cls) -> tuple[Variant, ...]:
+        """Return the variant whose shards, and the optimizer's state with them, rest in host memory."""
+
+        def of(now: "Shard | None") -> "Shard | None":
+            return None if now is not None and now.offload == "cpu" else replace(now or cls(), offload="cpu")
+
+        name = "parameters and optimizer in host memory"
+        return (Variant(name=name, config="shard: {offload: cpu}", order=50, of=of),)

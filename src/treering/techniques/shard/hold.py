@@ -1,8 +1,8 @@
-"""What stays whole between the micro-batches of a step: FSDP's own switches, thrown before each forward.
+"""What stays complete on each rank between the micro-batches of a step: FSDP's own settings, set before each forward.
 
-Which micro-batch is a step's last is told by counting: the plan hands all micro-batches of a step to the techniques
-before the first forward. A count that goes wrong is noticed before the optimizer steps. The other way round, a step of
-a loop that hands over nothing is summed after each backward, as without `hold`.
+The last micro-batch of a step is known by counting: the plan gives all micro-batches of a step to the techniques before
+the first forward. A wrong count is an error before the optimizer steps. A loop that does not give its micro-batches to
+the plan has its gradients summed after each backward, as without `hold`.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ from treering.core.errors import PlanError
 
 
 class Hold:
-    """`count` and `check` are what the plan calls; `begin` is a hook of the model."""
+    """Counts micro-batches. The plan calls `count` and `check`; `begin` is a hook of the model."""
 
     def __init__(self, model: nn.Module, parameters: bool):
         assert isinstance(model, FSDPModule)
         self.model, self.parameters = model, parameters
-        self.waiting = 0  # micro-batches handed over and not yet begun
+        self.waiting = 0  # micro-batches that were counted and have not begun
         model.register_forward_pre_hook(self.begin)
 
     def count(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -34,7 +34,7 @@ class Hold:
             self.model.set_reshard_after_backward(last)
 
     def check(self) -> None:
-        """Before a step: gradients that were not summed over ranks yet would be lost, or counted with the next step."""
+        """Refuse a step whose gradients are not summed over ranks yet: they would be added to those of the next."""
         if self.waiting:
             raise PlanError(
                 f"shard.hold: {self.waiting} micro-batches were taken from run.steps() and did not run before the "

@@ -1,4 +1,4 @@
-"""Which modules become FSDP units, and with which policy."""
+"""The choice of modules that become FSDP units, and of their policies."""
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from treering.core.errors import PlanError
 from treering.core.topology import axis_size, parameter_mesh
 from treering.technique import Site
+from treering.techniques.shard.traffic import ShardedUnit, ShardTraffic
 
 if TYPE_CHECKING:
     from treering.anatomy import Anatomy
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def plan_units(anatomy: "Anatomy") -> list[tuple[str, ...]]:
-    """Module names, a tuple per unit, in the order of wrapping; the root, "", last.
+    """Return module names, a tuple per unit, in the order of wrapping; the root, "", last.
 
     Embeddings and head are units of their own: inside the root unit they would stay gathered through the whole
     backward. A tied pair is one unit, or each half would shard, and step, a parameter of its own.
@@ -35,8 +36,8 @@ def plan_units(anatomy: "Anatomy") -> list[tuple[str, ...]]:
     return [*units, ("",)]
 
 
-def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[str, ...]:
-    """Wrap `model` in place; returns the lines for explain()."""
+def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[tuple[str, ...], ShardTraffic]:
+    """Wrap `model` in place. Return the lines for explain(), and what the units send."""
     assert site.mesh is not None
     mesh = parameter_mesh(site.mesh)
     offload: OffloadPolicy = OffloadPolicy()
@@ -45,7 +46,9 @@ def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[str, .
     pinned = _pinned(model, site)
     reshard = config.reshard and config.hold != "all"
     apart = 0
+    sharded: list[tuple[int, ShardedUnit]] = []
     for unit in plan_units(site.anatomy):
+        order = _order(unit, site.anatomy)
         modules = [model.get_submodule(fqn) for fqn in unit]
         for name, dtype in pinned.items():
             inside = any(name.startswith(f"{fqn}.") or fqn == "" for fqn in unit)
@@ -54,25 +57,32 @@ def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[str, .
                 policy = MixedPrecisionPolicy(
                     param_dtype=dtype, reduce_dtype=_reduce(config, {dtype}), cast_forward_inputs=False
                 )
+                kinds = {"compute": dtype, "reduce": policy.reduce_dtype, "kept": not reshard}
+                sharded.append((order, ShardedUnit.of([module], mesh, **kinds)))  # type: ignore[arg-type]
                 fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
                 apart += 1
         _check_uniform(dict(zip(unit, modules)))
         target = modules if len(modules) > 1 else modules[0]
         root = unit == ("",)
+        policy = _policy(config, modules)
+        kinds = {"compute": policy.param_dtype, "reduce": policy.reduce_dtype, "kept": root or not reshard}
+        sharded.append((order, ShardedUnit.of(modules, mesh, **kinds)))  # type: ignore[arg-type]
         # The root's own parameters (the last norm) are used at the very end of the forward and at the very start of
         # the backward: gathering them again would only wait.
         fully_shard(
             target,
             mesh=mesh,
-            mp_policy=_policy(config, modules),
+            mp_policy=policy,
             offload_policy=offload,
             reshard_after_forward=reshard and not root,
         )
     for module in model.modules():
-        if isinstance(module, FSDPModule):  # the loss is already divided by the global token count: sum, never average
+        if isinstance(
+            module, FSDPModule
+        ):  # the loss is divided by the global number of tokens already: sum, not average
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            # torch refuses too, but without a word about what to do: copy and pickle look these up on the instance
+            # torch refuses too, without saying what to do; copy and pickle look these up on the instance
             vars(module).update(__deepcopy__=_refuse_copy, __reduce_ex__=_refuse_copy)
     over = f"{mesh.size()} ranks" if mesh.ndim == 1 else f"{axis_size(site.mesh, 'replicate')} × {mesh.shape[1]} ranks"
     notes = [f"{len(plan_units(site.anatomy))} units over {over}, compute {config.compute}, reduce {config.reduce}"]
@@ -81,8 +91,22 @@ def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[str, .
     if config.offload == "cpu":
         notes.append("shards rest in host memory")
     if config.hold != "nothing":
-        notes.append(f"{'parameters and gradients' if config.hold == 'all' else 'gradients'} stay whole within a step")
-    return tuple(notes)
+        notes.append(
+            f"{'parameters and gradients' if config.hold == 'all' else 'gradients'} stay complete within a step"
+        )
+    units = tuple(unit for _, unit in sorted(sharded, key=lambda one: one[0]) if unit.gathered)
+    return tuple(notes), ShardTraffic(units=units, mesh=mesh, config=config)
+
+
+def _order(unit: tuple[str, ...], anatomy: "Anatomy") -> int:
+    """Return when the unit's forward ends: embeddings, blocks, head, embedding tied to the head, the model."""
+    if unit == ("",):
+        return 4
+    if len(unit) > 1:
+        return 3
+    if unit[0] in anatomy.embeddings:
+        return 0
+    return 2 if anatomy.head is not None and unit[0] == anatomy.head.fqn else 1
 
 
 def _refuse_copy(*_: Any) -> NoReturn:
@@ -99,39 +123,40 @@ def _policy(config: "ShardSettings", unit: list[nn.Module]) -> MixedPrecisionPol
 
 
 def _reduce(config: "ShardSettings", gradients: set[torch.dtype]) -> torch.dtype | None:
-    """`reduce` is a floor: float64 gradients are not rounded to float32 on their way. None: as they are."""
+    """Return the dtype of the sum, None for that of the gradients: float64 gradients are not rounded to float32."""
     reduce = None if config.reduce == "stored" else getattr(torch, config.reduce)
     return None if reduce is not None and all(dtype.itemsize >= reduce.itemsize for dtype in gradients) else reduce
 
 
 def _check_uniform(unit: dict[str, nn.Module]) -> None:
-    """FSDP sums one unit's gradients as one buffer; it would say so too, but at the first forward and without names."""
+    """Refuse a unit that trains two dtypes, by name: FSDP sums its gradients as one buffer and fails in the forward."""
     first: dict[torch.dtype, str] = {}
     for fqn, module in unit.items():
         for name, parameter in module.named_parameters(prefix=fqn):
             if parameter.requires_grad and not isinstance(parameter, DTensor):  # a DTensor is another unit's already
                 first.setdefault(parameter.dtype, name)
     if len(first) > 1:
-        found = " and ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for dtype, name in first.items())
+        parameters = " and ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for dtype, name in first.items())
         raise PlanError(
-            f"shard: one unit would train {found}, and a unit's gradients have one dtype. Open the model with one "
+            f"shard: one unit would train {parameters}, and a unit's gradients have one dtype. Open the model with one "
             "dtype (model.dtype: float32), or freeze those of the other"
         )
 
 
 def _pinned(model: nn.Module, site: Site) -> dict[str, torch.dtype]:
-    """Modules that hold parameters with a pinned dtype."""
-    found = {}
+    """Return the modules that hold parameters with a pinned dtype."""
+    modules = {}
     for chain in site.parts.values():
         for part in chain:
             if part.compute_dtype is not None:
                 for name in part.names:
-                    found[name.rpartition(".")[0]] = part.compute_dtype
-    return found
+                    modules[name.rpartition(".")[0]] = part.compute_dtype
+    return modules
 
 
 def _needs_own_unit(unit: list[nn.Module], module: nn.Module, dtype: torch.dtype, config: "ShardSettings") -> bool:
-    """A unit of its own costs a gather of its own: only where the surrounding unit would cast, or cannot hold it."""
+    """Return whether `module` needs a unit of its own, which costs a gather: where the unit around it would cast it or
+    trains another dtype."""
     if config.compute != "stored" and getattr(torch, config.compute) != dtype:
         return True
     # One unit's trainable parameters must share a dtype; frozen ones may differ.

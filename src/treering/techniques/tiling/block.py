@@ -5,19 +5,18 @@ and v are computed together, norm included, when the first of them is asked for.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from treering.core.errors import PlanError
 from treering.core.module_forward import ModuleForward, install, undo_all
 from treering.technique import Applied, Site
-from treering.techniques.tiling.later import Later
-from treering.techniques.tiling.lengths import tile_length
 from treering.techniques.tiling.mlp import dense, notes, sums_wide, tile_experts, token_width
-from treering.techniques.tiling.region import Region
+from treering.techniques.tiling.tile import TiledRegion, tile_length
 
 if TYPE_CHECKING:
     from treering.anatomy import Anatomy, Block
@@ -34,14 +33,91 @@ READERS = (
 )
 NORM = 8  # elements a token needs in a norm, as multiples of its width: float32 copies and their gradients
 
+Step = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
-def attach(model: nn.Module, config: "TiledBlockSettings", site: Site) -> Applied:
+_ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Later:
+    """`steps`, each a function of the value so far and of a tile of all `tokens`, begin with a tile of the first."""
+
+    tokens: tuple[Tensor, ...]
+    steps: tuple[Step, ...] = ()
+    through: tuple[nn.Module, ...] = ()  # the modules that the steps call
+    compute: "Callable[[Later], Tensor]"
+    error: Callable[[str], PlanError]
+    fetched: dict[str, Tensor] = field(default_factory=dict)  # of q, k and v: those that nobody has asked for yet
+
+    def then(self, step: Step, *modules: nn.Module) -> "Later":
+        return replace(self, steps=(*self.steps, step), through=(*self.through, *modules), fetched={})
+
+    def call(self, module: nn.Module, plain: Callable[[Tensor], Tensor]) -> "Later":
+        return self.then(lambda value, tiles: plain(value), module)
+
+    def on(self, tiles: Sequence[Tensor]) -> Tensor:
+        value = tiles[0]
+        for step in self.steps:
+            value = step(value, tiles)
+        return value
+
+    def plus(self, other: Any, *, first: bool) -> Tensor:
+        if not isinstance(other, Tensor) or other.shape != self.shape:
+            raise self.error(f"a {type(other).__name__} is added")
+        old = other is self.tokens[0]  # the residual, most of the time
+        tokens = self.tokens if old else (*self.tokens, other)
+        place = 0 if old else len(self.tokens)
+
+        def add(value: Tensor, tiles: Sequence[Tensor]) -> Tensor:
+            return tiles[place] + value if first else value + tiles[place]
+
+        return self.compute(replace(self.then(add), tokens=tokens))
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tokens[0].shape
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def __add__(self, other: Any) -> Tensor:
+        return self.plus(other, first=False)
+
+    def __radd__(self, other: Any) -> Tensor:
+        return self.plus(other, first=True)
+
+    def __mul__(self, other: Any) -> "Later":
+        if not isinstance(other, int | float):
+            raise self.error(f"it is multiplied by a {type(other).__name__}")
+        return self.then(lambda value, tiles: value * other)
+
+    __rmul__ = __mul__
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # looked up by Python itself, when it copies
+            raise AttributeError(name)
+        raise self.error(f"its {name} is asked for")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _ADDS and len(args) == 2 and not kwargs:
+            left, right = args
+            return right.plus(left, first=True) if isinstance(right, Later) else left.plus(right, first=False)
+        if func is F.dropout and isinstance(args[0], Later):
+            rest = args[1:]
+            return args[0].then(lambda value, tiles: F.dropout(value, *rest, **kwargs))
+        late = next(x for x in (*args, *kwargs.values()) if isinstance(x, Later))
+        raise late.error(f"{getattr(func, '__name__', func)} is applied")
+
+
+def install_blocks(model: nn.Module, config: "TiledBlockSettings", site: Site) -> Applied:
     anatomy = site.anatomy
-    whole = dense(model, anatomy)
-    undone = [install(one) for b in anatomy.blocks for one in _forwards(model, config, anatomy, b, whole)]
+    tiled_mlps = dense(model, anatomy)
+    undone = [install(one) for b in anatomy.blocks for one in _forwards(model, config, anatomy, b, tiled_mlps)]
     undone += [tile_experts(model, config, anatomy, experts, "tiledblock") for experts in anatomy.experts]
     lines = (f"norms, q, k and v of {len(anatomy.blocks)} blocks in tiles as well",)
-    return Applied(undo=undo_all(undone), notes=(*notes(config, len(whole), len(anatomy.experts)), *lines))
+    return Applied(undo=undo_all(undone), notes=(*notes(config, len(tiled_mlps), len(anatomy.experts)), *lines))
 
 
 class _Block:
@@ -52,13 +128,13 @@ class _Block:
         assert block.mlp is not None
         self.config, self.fqn, self.kind = config, block.fqn, type(model.get_submodule(block.fqn)).__name__
         self.mlp, self.mlp_width = model.get_submodule(block.mlp), token_width(anatomy, block.mlp)
-        self.regions: dict[tuple[nn.Module, ...], Region] = {}
+        self.regions: dict[tuple[nn.Module, ...], TiledRegion] = {}
 
     @torch.compiler.disable
     def run(self, fn: Callable[..., Any], late: Later, more: tuple[nn.Module, ...], width: int) -> Any:
         modules = (*late.through, *more)
         if modules not in self.regions:
-            self.regions[modules] = Region(f"{self.fqn} ({_names(modules)})", modules, "tiledblock")
+            self.regions[modules] = TiledRegion(f"{self.fqn} ({_names(modules)})", modules, "tiledblock")
         region, x = self.regions[modules], late.tokens[0]
         width += NORM * x.shape[-1] + (self.mlp_width if self.mlp in modules else 0)
         size = tile_length(self.config.tile, self.config.budget, width * x.element_size(), x.shape[-1])
@@ -75,7 +151,7 @@ class _Block:
     def error(self, why: str) -> PlanError:
         return PlanError(
             f"tiledblock: the block {self.fqn} ({self.kind}) is not laid out in a known way: where its norms or MLP "
-            f"go on, {why}. Use tiledmlp instead",
+            f"are used, {why}. Use tiledmlp instead",
             settings=("tiledblock",),
         )
 
@@ -96,7 +172,7 @@ class _LaterForward(_PartForward):
 
 
 class _TiledForward(_PartForward):
-    """Of an MLP beside experts: computed at once."""
+    """Of an MLP next to experts: computed at once."""
 
     def __call__(self, x: Tensor | Later) -> Tensor:
         return self.shared.compute(self.shared.begin(x).call(self.module, self.call_former))
@@ -136,19 +212,19 @@ class _ReaderForward(_PartForward):
 
 
 def _forwards(
-    model: nn.Module, config: "TiledBlockSettings", anatomy: "Anatomy", block: "Block", whole: Sequence[str]
+    model: nn.Module, config: "TiledBlockSettings", anatomy: "Anatomy", block: "Block", tiled_mlps: Sequence[str]
 ) -> list[ModuleForward]:
-    """`whole`: names of the MLPs that are one function of single tokens."""
+    """`tiled_mlps`: names of the MLPs that are one function of single tokens."""
     shared, get = _Block(model, config, anatomy, block), model.get_submodule
-    found: list[ModuleForward] = [
+    forwards: list[ModuleForward] = [
         _LaterForward(get(name), shared) for name in anatomy.norms if name.rpartition(".")[0] == block.fqn
     ]
-    if block.mlp in whole:
-        found.append(_LaterForward(shared.mlp, shared))
+    if block.mlp in tiled_mlps:
+        forwards.append(_LaterForward(shared.mlp, shared))
     else:
-        found.append(_WholeForward(shared.mlp, shared))
-        found += [_TiledForward(get(name), shared) for name in whole if name.startswith(f"{block.mlp}.")]
-    return [*found, *_readers(get(block.attention or ""), shared, anatomy, block)]
+        forwards.append(_WholeForward(shared.mlp, shared))
+        forwards += [_TiledForward(get(name), shared) for name in tiled_mlps if name.startswith(f"{block.mlp}.")]
+    return [*forwards, *_readers(get(block.attention or ""), shared, anatomy, block)]
 
 
 def _readers(attention: Any, shared: _Block, anatomy: "Anatomy", block: "Block") -> list[ModuleForward]:

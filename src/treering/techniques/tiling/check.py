@@ -1,6 +1,6 @@
-"""Is a region what it must be to run in tiles? Looked at once, at its first call: structure, then a small slice.
+"""Checks that a region can be run in tiles, once, at its first call: its structure, then its values on a few tokens.
 
-What is wrong here would be silently wrong in every gradient, so there is no warning: it is an error.
+A region that cannot would give wrong gradients without any message, so this is an error and no warning.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +20,8 @@ SLICE = 32  # tokens that are computed both ways
 COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional", "_dtensor", "fsdp")
 
 
-class Watchman:
-    """Of one region. `inspect` is to be called before each forward; all but the first cost nothing."""
+class TileCheck:
+    """The check of one region. `inspect` is called before each forward; all but the first cost nothing."""
 
     def __init__(self, name: str, modules: Sequence[nn.Module], setting: str):
         self.name, self.modules, self.setting = name, tuple(modules), setting
@@ -46,7 +46,7 @@ class Watchman:
                 if path and isinstance(module, FSDPModule):
                     raise self._error(
                         f"{path} inside it is an FSDP unit of its own, which would be gathered for each tile. Shard "
-                        "whole blocks; an adapter gets its own unit where its dtype differs from that of the "
+                        "complete blocks; an adapter gets its own unit where its dtype differs from that of the "
                         "arithmetic: set its dtype to base, or shard.compute to stored"
                     )
                 for name, parameter in module._parameters.items():
@@ -61,14 +61,14 @@ class Watchman:
         cut = [x.split([half, x.shape[dims - 1] - half], dims - 1) for x in tokens]
         with torch.no_grad(), recomputing("tile"), _NoCollective(self._error), replay.again():
             before = torch.get_rng_state()
-            whole = _tuple(fn(*tokens))
+            outputs = _tuple(fn(*tokens))
             random = not torch.equal(before, torch.get_rng_state()) or self._drops(tokens[0])
             halves = [_tuple(fn(*(x[i] for x in cut))) for i in (0, 1)]
         if [b._version for b in buffers] != versions:
             raise self._error("its forward changes a buffer, which would happen once for each tile and pass")
         if random:
             return  # dropout: the two ways drop different elements
-        for y, first, second in zip(whole, *halves):
+        for y, first, second in zip(outputs, *halves):
             both = first + second if out == "sum" else torch.cat([first, second], dims - 1)
             if both.shape != y.shape or not _close(both, y, replay):
                 raise self._error(
@@ -82,8 +82,8 @@ class Watchman:
         return x.device.type != "cpu" and any(m.training and m.p > 0 for m in drops)
 
     def _error(self, why: str) -> PlanError:
-        said = f"{self.setting}: {self.name} cannot be run in tiles: {why}. Leave {self.setting} out"
-        return PlanError(said, settings=(self.setting,))
+        message = f"{self.setting}: {self.name} cannot be run in tiles: {why}. Leave {self.setting} out"
+        return PlanError(message, settings=(self.setting,))
 
 
 class _NoCollective(TorchDispatchMode):
@@ -105,16 +105,16 @@ def _few(x: Tensor, dims: int) -> Tensor:
     return flat.reshape(*(1,) * (dims - 1), *flat.shape)
 
 
-def _close(found: Tensor, wanted: Tensor, replay: Replay) -> bool:
-    """Different lengths round differently: √eps of the coarsest dtype in use, of the largest element."""
-    dtypes = [found.dtype, *(dtype for _, enabled, dtype in replay.autocast if enabled)]
-    if not found.dtype.is_floating_point:
-        return torch.equal(found, wanted)
+def _close(value: Tensor, expected: Tensor, replay: Replay) -> bool:
+    """Whether two results differ by rounding only, by √eps of the coarsest dtype in use times the largest element."""
+    dtypes = [value.dtype, *(dtype for _, enabled, dtype in replay.autocast if enabled)]
+    if not value.dtype.is_floating_point:
+        return torch.equal(value, expected)
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-    largest = wanted.abs().max()
+    largest = expected.abs().max()
     if not bool(torch.isfinite(largest)):
-        return True  # nothing can be told from infinities; the step's own guard will see them
-    return bool(((found - wanted).abs().max() <= eps**0.5 * largest).item())
+        return True  # infinities cannot be compared; the step's guard sees them
+    return bool(((value - expected).abs().max() <= eps**0.5 * largest).item())
 
 
 def _tuple(result: Any) -> tuple[Tensor, ...]:

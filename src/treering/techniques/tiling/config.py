@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from treering.core.errors import PlanError
-from treering.technique import Applied, Claim, Site, Stage
+from treering.technique import Applied, Claim, Site, Stage, Variant
 from treering.techniques.tiling.settings import TiledBlockSettings, TiledLossSettings, TiledMLPSettings
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ class TiledMLP(TiledMLPSettings):
         return _forwards(_mlps(anatomy, "tiledmlp"), "tiledmlp")
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:
-        from treering.techniques.tiling.mlp import attach
+        from treering.techniques.tiling.mlp import install_mlps
 
-        return attach(model, self, site)
+        return install_mlps(model, self, site)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +68,21 @@ class TiledBlock(TiledBlockSettings):
         return _forwards([*_mlps(anatomy, "tiledblock"), *inner, *attentions], "tiledblock")
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:
-        from treering.techniques.tiling.block import attach
+        from treering.techniques.tiling.block import install_blocks
 
-        return attach(model, self, site)
+        return install_blocks(model, self, site)
+
+    @classmethod
+    def lighter(cls) -> tuple[Variant, ...]:
+        """Return tiled blocks, in the place of tiled MLPs."""
+        config = "tiledblock:  # in the place of tiledmlp"
+        of = lambda now: None if now else cls()  # noqa: E731
+        return (Variant(name="tiled blocks", config=config, order=30, of=of, replaces=("tiledmlp",)),)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TiledLoss(TiledLossSettings):
-    """Head and cross-entropy on a tile of trained tokens at a time: logits of a whole sequence never exist.
+    """Head and objective on a tile of trained tokens at a time: logits of a complete sequence never exist.
 
     tile             tokens in a tile at most; `budget`: what a tile's logits need fits into `budget`
     budget           GiB for one tile
@@ -101,13 +108,18 @@ class TiledLoss(TiledLossSettings):
         ]
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:
-        from treering.techniques.tiling.loss import attach
+        from treering.techniques.tiling.losses import install_loss
 
-        return attach(model, self, site)
+        return install_loss(model, self, site)
+
+    @classmethod
+    def lighter(cls) -> tuple[Variant, ...]:
+        """Return the tiled loss."""
+        return (Variant(name="a tiled loss", config="tiledloss:", order=10, of=lambda now: None if now else cls()),)
 
 
 def _mlps(anatomy: "Anatomy", setting: str) -> list[str]:
-    """The modules whose forward is replaced, as far as the anatomy tells them apart."""
+    """Return the modules whose forward is replaced, as far as the anatomy distinguishes them."""
     stacked = [experts.fqn for experts in anatomy.experts]
     dense = [b.mlp for b in anatomy.blocks if b.mlp is not None and not any(e.startswith(b.mlp) for e in stacked)]
     unknown = [b.fqn for b in anatomy.blocks if b.mlp is None and b.mixer == "attention"]

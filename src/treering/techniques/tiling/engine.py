@@ -2,8 +2,8 @@
 
 A job runs `body(*tiles of tokens, *weights)` once per tile, first without a graph, and in the backward again, tile by
 tile, with one. Weights are inputs of the function like any other: their gradients are taken per tile from aliases,
-summed here, and given to autograd once. So nothing that watches a weight (DDP, FSDP, hooks, accumulation) can tell
-that there were tiles.
+summed here, and given to autograd once. So whatever observes a weight (DDP, FSDP, hooks, accumulation)
+sees one gradient, as without tiles.
 
 The tokens are kept by a node of their own. In a recomputed region, asking that node for them ends the recomputation
 there, before the tiles are run: two forwards in all, not three.
@@ -20,27 +20,66 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from treering.technique import recomputing
-from treering.techniques.tiling.gradient import Gradient
 from treering.techniques.tiling.replay import Replay
 
 Out = Literal["cat", "sum"]
 
 
+class Gradient:
+    """The gradient of one input, collected over tiles: its rows, where the input is cut; a sum, where tiles share it.
+
+    Sums are kept in float32 or wider and rounded once at the end (`wide`): added up in bfloat16, a thousand tiles
+    would lose a tenth of the digits that there are.
+    """
+
+    def __init__(self, like: Tensor, *, cut: bool, tiles: int, wide: bool):
+        self.like, self.cut, self.tiles = like, cut, tiles
+        self.dtype = torch.promote_types(like.dtype, torch.float32) if wide else like.dtype
+        self.value: Tensor | None = None
+        self.owned = False
+
+    def add(self, gradient: Tensor | None, start: int, stop: int) -> None:
+        if self.cut and self.tiles > 1:
+            self._rows(gradient, start, stop)
+        elif gradient is None:
+            return
+        elif self.value is None:
+            self.value = gradient  # not ours: autograd may have given the same tensor to another input as well
+        elif not self.owned:
+            self.value, self.owned = self.value.to(self.dtype) + gradient, True
+        else:
+            self.value.add_(gradient)
+
+    def _rows(self, gradient: Tensor | None, start: int, stop: int) -> None:
+        if gradient is None and self.value is None:
+            return
+        if self.value is None:
+            self.value = torch.empty(self.like.shape, dtype=self.like.dtype, device=self.like.device)
+            self.value[:start].zero_()
+        if gradient is None:
+            self.value[start:stop].zero_()
+        else:
+            self.value[start:stop].copy_(gradient)
+
+    def result(self) -> Tensor | None:
+        return None if self.value is None else self.value.to(self.like.dtype)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """`bounds` cut dimension 0 of the inputs that `cut` marks; each tile sees the others whole."""
+class TileJob:
+    """`bounds` cut dimension 0 of the inputs that `cut` marks; each tile sees all of the others."""
 
     body: Callable[..., Any]
     bounds: tuple[tuple[int, int], ...]
-    tokens: int  # so many inputs are kept for the backward; those after them are weights, held by reference
+    tokens: int  # so many inputs are kept for the backward; those after them are weights, kept by reference
     cut: tuple[bool, ...]
     out: Out
     wide: bool  # sums in float32
-    lead: tuple[int, ...] = ()  # what rows of the result are laid out as; made so, and not a view that FSDP warns of
+    lead: tuple[int, ...] = ()  # the shape of the result's rows; allocated so, because FSDP warns of views
 
     def tile(self, inputs: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
-        whole = len(self.bounds) == 1
-        return [x[start:stop] if cut and not whole else x for x, cut in zip(inputs, self.cut)]
+        single = len(self.bounds) == 1
+        return [x[start:stop] if cut and not single else x for x, cut in zip(inputs, self.cut)]
 
     def rows(self, gradient: Tensor) -> Tensor:
         return gradient.flatten(0, len(self.lead) - 1) if self.lead else gradient
@@ -53,21 +92,21 @@ class Job:
         }
 
 
-def run(job: Job, *inputs: Tensor) -> Any:
+def run(job: TileJob, *inputs: Tensor) -> Any:
     """A tensor or a tuple, as `body` gives them."""
     box = _Box()
     tokens, weights = inputs[: job.tokens], inputs[job.tokens :]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tokens):
         tokens = _Keep.apply(box, *tokens)
-    found = _Tiles.apply(job, box, *tokens, *weights)
-    return found if box.several else found[0]
+    outputs = _Tiles.apply(job, box, *tokens, *weights)
+    return outputs if box.several else outputs[0]
 
 
-def run_now(job: Job, *inputs: Tensor) -> Any:
+def run_now(job: TileJob, *inputs: Tensor) -> Any:
     """For `body` that gives a number: the gradients are taken along with it, and scaled in the backward."""
     box = _Box()
-    found = _Now.apply(job, box, torch.is_grad_enabled(), *inputs)
-    return found if box.several else found[0]
+    outputs = _Now.apply(job, box, torch.is_grad_enabled(), *inputs)
+    return outputs if box.several else outputs[0]
 
 
 class _Box:
@@ -92,7 +131,7 @@ class _Keep(torch.autograd.Function):
 
 class _Tiles(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, job: Job, box: _Box, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, job: TileJob, box: _Box, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.job, ctx.box, ctx.replay = job, box, Replay(inputs[0].device)
         # Weights by reference: saved tensors would pass through the hooks of whoever offloads activations.
@@ -101,14 +140,14 @@ class _Tiles(torch.autograd.Function):
         if box.node is None:
             ctx.save_for_backward(*inputs[: job.tokens])
         with ctx.replay.casting():
-            found = _forward(job, box, inputs)
-        ctx.mark_non_differentiable(*(y for y in found if not y.dtype.is_floating_point))
-        return found
+            outputs = _forward(job, box, inputs)
+        ctx.mark_non_differentiable(*(y for y in outputs if not y.dtype.is_floating_point))
+        return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        job: Job = ctx.job
+        job: TileJob = ctx.job
         # This may run a surrounding checkpoint's recomputation, which is no tile: before anything else.
         tokens = (ctx if ctx.box.node is None else ctx.box.node).saved_tensors
         if [w._version for w in ctx.weights] != ctx.versions:
@@ -133,7 +172,7 @@ class _Tiles(torch.autograd.Function):
 
 class _Now(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, job: Job, box: _Box, wanted: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, job: TileJob, box: _Box, wanted: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         needed = ctx.needs_input_grad[3:]
         if not (wanted and any(needed)):
@@ -150,12 +189,12 @@ class _Now(torch.autograd.Function):
                 first, *more = _tuple(result)
                 if first.requires_grad:
                     _take(sums, [first], [torch.ones_like(first)], tile, start, stop)
-                found = [y.detach() for y in (first, *more)]
-                total = found if not total else [a + b for a, b in zip(total, found)]
+                values = [y.detach() for y in (first, *more)]
+                total = values if not total else [a + b for a, b in zip(total, values)]
                 del result, first, tile
-        made = {i: value for i, gradient in sums.items() if (value := gradient.result()) is not None}
-        ctx.indices, ctx.inputs = tuple(made), len(inputs)
-        ctx.save_for_backward(*made.values())  # saved, and not just held: freed as soon as they are used
+        results = {i: value for i, gradient in sums.items() if (value := gradient.result()) is not None}
+        ctx.indices, ctx.inputs = tuple(results), len(inputs)
+        ctx.save_for_backward(*results.values())  # saved, and not an attribute: freed as soon as they are used
         ctx.mark_non_differentiable(*total[1:])
         return tuple(total)
 
@@ -167,8 +206,8 @@ class _Now(torch.autograd.Function):
         return (None, None, None, *(scaled.get(i) for i in range(ctx.inputs)))
 
 
-def _forward(job: Job, box: _Box, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    found: list[Tensor] = []
+def _forward(job: TileJob, box: _Box, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    results: list[Tensor] = []
     dtypes: list[torch.dtype] = []
     for start, stop in job.bounds:
         result = job.body(*job.tile(inputs, start, stop))
@@ -178,19 +217,19 @@ def _forward(job: Job, box: _Box, inputs: Sequence[Tensor]) -> tuple[Tensor, ...
             return outputs
         if job.out == "sum":
             dtypes = [y.dtype for y in outputs]
-            if not found:
-                found = [y.to(torch.promote_types(y.dtype, torch.float32)) if job.wide else y for y in outputs]
+            if not results:
+                results = [y.to(torch.promote_types(y.dtype, torch.float32)) if job.wide else y for y in outputs]
             else:
-                found = [a + b for a, b in zip(found, outputs)]
+                results = [a + b for a, b in zip(results, outputs)]
             continue
-        if not found:
+        if not results:
             total = job.bounds[-1][1]
             lead = job.lead or (total,)
-            found = [torch.empty((*lead, *y.shape[1:]), dtype=y.dtype, device=y.device) for y in outputs]
-        for whole, y in zip(found, outputs):
-            whole.view(-1, *y.shape[1:])[start:stop].copy_(y)
+            results = [torch.empty((*lead, *y.shape[1:]), dtype=y.dtype, device=y.device) for y in outputs]
+        for result_rows, y in zip(results, outputs):
+            result_rows.view(-1, *y.shape[1:])[start:stop].copy_(y)
         del result, outputs
-    return tuple(y.to(dtype) for y, dtype in zip(found, dtypes)) if dtypes else tuple(found)
+    return tuple(y.to(dtype) for y, dtype in zip(results, dtypes)) if dtypes else tuple(results)
 
 
 def _leaves(tile: list[Tensor], sums: dict[int, Gradient]) -> None:
@@ -203,10 +242,10 @@ def _take(
     sums: dict[int, Gradient], outputs: list[Tensor], given: list[Tensor], tile: list[Tensor], start: int, stop: int
 ) -> None:
     leaves = [tile[i] for i in sums]
-    found: Sequence[Tensor | None] = [None] * len(leaves)
+    values: Sequence[Tensor | None] = [None] * len(leaves)
     if outputs and leaves:
-        found = torch.autograd.grad(outputs, leaves, given, allow_unused=True)
-    for gradient, value in zip(sums.values(), found):
+        values = torch.autograd.grad(outputs, leaves, given, allow_unused=True)
+    for gradient, value in zip(sums.values(), values):
         gradient.add(value, start, stop)
 
 
@@ -221,5 +260,5 @@ def _as_tile() -> Iterator[None]:
 
 
 def _unseen() -> Any:
-    """A tile's own saved tensors live for a moment: no surrounding hook shall offload or count them."""
+    """A tile's own saved tensors live for a moment: no surrounding hook is to offload or count them."""
     return saved_tensors_hooks(lambda x: x, lambda x: x)

@@ -15,9 +15,8 @@ import transformers
 from torch import Tensor
 
 from treering.core.errors import PlanError
-from treering.techniques.tiling.engine import Job, run
-from treering.techniques.tiling.lengths import bounds
-from treering.techniques.tiling.region import Region, put, slots
+from treering.techniques.tiling.engine import TileJob, run
+from treering.techniques.tiling.tile import TiledRegion, bounds, put, slots
 
 if TYPE_CHECKING:
     from treering.anatomy import Experts
@@ -27,20 +26,24 @@ if TYPE_CHECKING:
 KNOWS_ELSEWHERE = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 18)
 
 
-def check(module: Any, experts: "Experts", setting: str) -> None:
-    """Whether a slice of this module's parameters is a module of fewer experts."""
-    own = {name for name, p in module.named_parameters() if p.shape[:1] != (experts.number,)}
+def check_groups(module: Any, experts: "Experts", setting: str) -> None:
+    """Raise PlanError unless a slice of this module's parameters is a module of fewer experts."""
+    unstacked = {name for name, p in module.named_parameters() if p.shape[:1] != (experts.number,)}
     known = getattr(module, "num_experts", None) == experts.number and hasattr(module, "_is_expert_parallel")
     eager = known and module.config._experts_implementation == "eager"
     source = "".join(inspect.getsource(inspect.unwrap(type(module).forward)).split()) if eager else ""
-    what = f"{sorted(own)[0]} is not stacked over experts" if own else "it is not written as transformers' own are"
-    if not own and eager and "num_classes=self.num_experts)" in source:
+    what = (
+        f"{sorted(unstacked)[0]} is not stacked over experts"
+        if unstacked
+        else "it is not written as transformers' own are"
+    )
+    if not unstacked and eager and "num_classes=self.num_experts)" in source:
         what = "its eager form has no number for experts that are elsewhere (experts_implementation grouped_mm has)"
         known = False
-    if not own and not KNOWS_ELSEWHERE:
+    if not unstacked and not KNOWS_ELSEWHERE:
         version = transformers.__version__
         what = f"transformers {version} has no number for experts that are elsewhere (5.18 and newer have)"
-    if own or not known:
+    if unstacked or not known:
         raise PlanError(
             f"{setting}: the experts {experts.fqn} cannot be run in groups: {what}. Set {setting}.experts to tokens",
             settings=(f"{setting}.experts",),
@@ -48,34 +51,36 @@ def check(module: Any, experts: "Experts", setting: str) -> None:
 
 
 def index_of(tokens: Sequence[Tensor], name: str, setting: str) -> Tensor:
-    found = [x for x in tokens[1:] if not x.dtype.is_floating_point]
-    if len(found) != 1 or len(tokens) != 3:
+    integers = [x for x in tokens[1:] if not x.dtype.is_floating_point]
+    if len(integers) != 1 or len(tokens) != 3:
         shapes = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}" for x in tokens)
         raise PlanError(
             f"{setting}: {name} is called with {shapes}, not with tokens, the numbers of their experts and weights; "
             f"leave {setting} out",
             settings=(setting,),
         )
-    return found[0]
+    return integers[0]
 
 
 def call(
     module: Any,
     experts: "Experts",
-    region: Region,
+    region: TiledRegion,
     fn: Callable[..., Tensor],
     tokens: Sequence[Tensor],
     dims: int,
     size: int,
     wide: bool,
 ) -> Tensor:
-    """`size`: how many tokens a tile of tokens would have; groups are as many as such tiles, and as small."""
-    region.watchman.inspect(fn, tokens, dims, "cat")
+    """Return the experts' output, a group at a time. `size`: the tokens of a tile; groups are as many as such tiles."""
+    region.check.inspect(fn, tokens, dims, "cat")
     tiles = len(bounds(tokens[0].shape[:dims].numel(), size))
     each = -(-experts.number // min(tiles, experts.number))
-    held = slots([module])
-    frozen = {p: [(module._parameters, n)] for n, p in module._parameters.items() if p is not None and p not in held}
-    parameters = {**held, **frozen}
+    trainable = slots([module])
+    frozen = {
+        p: [(module._parameters, n)] for n, p in module._parameters.items() if p is not None and p not in trainable
+    }
+    parameters = {**trainable, **frozen}
     which = next(i for i, x in enumerate(tokens) if not x.dtype.is_floating_point)
 
     def body(*inputs: Tensor) -> Tensor:
@@ -92,7 +97,7 @@ def call(
             return fn(*given)
 
     numbers = torch.arange(experts.number, device=tokens[0].device)
-    job = Job(
+    job = TileJob(
         body=body,
         bounds=bounds(experts.number, each),
         tokens=len(tokens),

@@ -1,27 +1,47 @@
-"""Functions of logits that never exist as a whole: cross-entropy, distillation, log-probabilities, values.
+"""Functions of logits that never exist all at once: the run's objective, distillation, log-probabilities, values.
 
-N trained tokens, H hidden width, V vocabulary. `head` is the module that makes logits of hidden states, adapters and
-all; softcap · tanh(scale · head(h) / softcap) is what the losses see. Everything after the head is in float32 or wider.
+N trained tokens, H hidden width, V vocabulary. `head` is the module that computes logits from hidden states, adapters
+included; objectives are evaluated on softcap · tanh(scale · head(h) / softcap), in float32 or wider.
+
+The run's loss calls the model's forward with targets: it runs all modules before the head, selects trained tokens and
+calls the head with these and what the objective needs there; the head's forward evaluates the objective in tiles. Both
+are called as modules, so whatever gathers their weights does so exactly as it does for logits.
 
     -100 as a target: that token is not trained, gives 0 and has no gradient
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from treering.techniques.tiling.region import Region
+from treering.core import module_forward as forwards
+from treering.objectives import IGNORED, INPUTS, CrossEntropy, Objective, ObjectiveRows, objective_values, widened
+from treering.technique import Applied, Site
+from treering.techniques.tiling.mlp import sums_wide
+from treering.techniques.tiling.tile import TiledRegion, tile_length
 
-IGNORED = -100
+if TYPE_CHECKING:
+    from treering.anatomy import Head
+    from treering.technique import Batch
+    from treering.techniques.tiling.settings import TiledLossSettings
+
+Selection = Callable[[Tensor], Tensor]  # of trained positions: [B, S, …] to [N, …]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
-    """What stands between hidden states and logits. `forward`: where it is not the module's own any more."""
+class OutputHead:
+    """What stands between hidden states and logits.
+
+    Attributes:
+        module: Computes logits, before scale and softcap.
+        scale: The factor of its output.
+        softcap: c of c · tanh(z / c), applied after the scale.
+        forward: Called instead of `module`, where that has a forward that was replaced.
+    """
 
     module: nn.Module
     scale: float = 1.0
@@ -29,18 +49,26 @@ class Head:
     forward: Callable[[Tensor], Tensor] | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        z = (self.forward or self.module)(hidden)
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = widened((self.forward or self.module)(hidden))
         if self.scale != 1.0:
             z = z * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
-class Tiled:
+class TiledHead:
     """The functions below for one head, `size` tokens at a time. `wide`: see `tile`."""
 
-    def __init__(self, head: Head, *, name: str = "head", setting: str = "tiledloss"):
-        self.head, self.region = head, Region(name, [head.module], setting)
+    def __init__(self, head: OutputHead, *, name: str = "head", setting: str = "tiledloss"):
+        self.head, self.region = head, TiledRegion(name, [head.module], setting)
+
+    def objective(self, hidden_NH: Tensor, rows: ObjectiveRows, *, size: int, wide: bool = True) -> Tensor:
+        """Return the sum of an objective over all rows, with the gradient of each tile computed along with it."""
+        names = tuple(rows.values)
+
+        def fn(h: Tensor, *values: Tensor) -> Tensor:
+            return rows.objective(self.head.logits(h), dict(zip(names, values)))
+
+        return self._run(fn, hidden_NH, *rows.values.values(), size=size, out="sum", wide=wide)
 
     def cross_entropy(
         self,
@@ -52,21 +80,16 @@ class Tiled:
         z_loss: float = 0.0,
         wide: bool = True,
     ) -> Tensor:
-        """Σ over tokens of −log p(target), and of z_loss · (log Σ exp z)². hidden […, H], targets […]."""
-
-        def fn(h: Tensor, t: Tensor) -> Tensor:
-            z = self.head.logits(h)
-            loss = F.cross_entropy(z, t, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing)
-            if z_loss:
-                loss = loss + z_loss * (z.logsumexp(-1).square() * (t != IGNORED)).sum()
-            return loss
-
-        return self._run(fn, *_flat(hidden, targets), size=size, out="sum", wide=wide)
+        """Return `CrossEntropy` summed over tokens. hidden […, H], targets […]."""
+        hidden, targets = _flat(hidden, targets)
+        objective = CrossEntropy(label_smoothing=label_smoothing, z_loss=z_loss)
+        rows = ObjectiveRows(objective, {"targets": targets})
+        return self.objective(hidden, rows, size=size, wide=wide)
 
     def distillation(
         self,
         hidden: Tensor,
-        teacher: Head,
+        teacher: OutputHead,
         teacher_hidden: Tensor,
         targets: Tensor,
         *,
@@ -75,9 +98,9 @@ class Tiled:
         reverse: bool = False,
         wide: bool = True,
     ) -> Tensor:
-        """Σ over trained tokens of T² · KL(teacher ‖ student), or of (student ‖ teacher) if `reverse`.
+        """Return Σ over trained tokens of T² · KL(teacher ‖ student), or of (student ‖ teacher) if `reverse`.
 
-        Logits of both are made tile by tile; the teacher has no gradient. T²: gradients as large as at T = 1.
+        Logits of both are computed tile by tile; the teacher has no gradient. T²: gradients as large as at T = 1.
         """
 
         def fn(h: Tensor, other: Tensor, t: Tensor) -> Tensor:
@@ -93,7 +116,7 @@ class Tiled:
         return self._run(fn, hidden, other, targets, size=size, out="sum", wide=wide)
 
     def log_probabilities(self, hidden: Tensor, targets: Tensor, *, size: int, wide: bool = True) -> Tensor:
-        """log p(target) of each token, in the shape of `targets`; 0 where that is -100."""
+        """Return log p(target) of each token, in the shape of `targets`; 0 where that is -100."""
 
         def fn(h: Tensor, t: Tensor) -> Tensor:
             return -F.cross_entropy(self.head.logits(h), t, ignore_index=IGNORED, reduction="none")
@@ -101,9 +124,9 @@ class Tiled:
         return self._run(fn, *_flat(hidden, targets), size=size, out="cat", wide=wide).view(targets.shape)
 
     def values(self, hidden: Tensor, *, size: int, wide: bool = True) -> Tensor:
-        """What a value or reward head gives for each token: its outputs as they are, [..., outputs]."""
-        found = self._run(self.head.logits, hidden.reshape(-1, hidden.shape[-1]), size=size, out="cat", wide=wide)
-        return found.view(*hidden.shape[:-1], *found.shape[1:])
+        """Return what a value or reward head gives for each token: its outputs as they are, [..., outputs]."""
+        outputs = self._run(self.head.logits, hidden.reshape(-1, hidden.shape[-1]), size=size, out="cat", wide=wide)
+        return outputs.view(*hidden.shape[:-1], *outputs.shape[1:])
 
     def _run(self, fn: Callable[..., Any], *tokens: Tensor, size: int, out: Any, wide: bool) -> Any:
         return self.region(fn, *tokens, size=size, out=out, wide=wide)
@@ -111,3 +134,85 @@ class Tiled:
 
 def _flat(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+
+
+def install_loss(model: nn.Module, config: "TiledLossSettings", site: Site) -> Applied:
+    """See `TiledLoss`."""
+    anatomy_head = site.anatomy.head
+    assert anatomy_head is not None, "claims refuse a model without a head"
+    head: Any = model.get_submodule(anatomy_head.fqn)
+    body: Any = model.base_model  # type: ignore[union-attr]
+    vocabulary = model.get_parameter(anatomy_head.weight).shape[0]
+    head_forward = _HeadForward(head, config, anatomy_head, vocabulary)
+    undone = [forwards.install(head_forward), forwards.install(_ModelForward(model, body, head))]
+    long = f"{config.budget:g} GiB of logits" if config.tile == "budget" else f"{config.tile} tokens"
+    objective = None
+    if config.label_smoothing or config.z_loss:
+        objective = CrossEntropy(label_smoothing=config.label_smoothing, z_loss=config.z_loss)
+    note = f"head and objective on {long} at a time"
+    return Applied(loss=tiled_loss, objective=objective, undo=forwards.undo_all(undone), notes=(note,))
+
+
+class _HeadForward(forwards.ModuleForward):
+    """Logits; or, given the rows of an objective, their sum, in tiles."""
+
+    def __init__(self, module: nn.Module, config: "TiledLossSettings", anatomy_head: "Head", vocabulary: int):
+        super().__init__(module)
+        self.config, self.vocabulary = config, vocabulary
+        head = OutputHead(
+            module=module, scale=anatomy_head.scale, softcap=anatomy_head.softcap, forward=self.call_former
+        )
+        self.tiled = TiledHead(head, name=anatomy_head.fqn)
+
+    def __call__(self, hidden: Tensor, rows: ObjectiveRows | None = None) -> Tensor:
+        if rows is None:
+            return self.call_former(hidden)
+        config = self.config
+        width = 4 * rows.objective.copies * self.vocabulary
+        return self.tiled.objective(
+            hidden,
+            rows,
+            size=tile_length(config.tile, config.budget, width, hidden.shape[-1]),
+            wide=sums_wide(self.tiled.region, config.accumulate, config.budget),
+        )
+
+
+class _ModelForward(forwards.ModuleForward):
+    """What the model gives; or, given how to select trained positions, the sum of an objective there, by its head."""
+
+    def __init__(self, module: nn.Module, body: nn.Module, head: nn.Module):
+        super().__init__(module)
+        self.body, self.head = body, head
+
+    def __call__(
+        self,
+        *args: Any,
+        treering_select: "Selection | None" = None,
+        treering_values: ObjectiveRows | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if treering_select is None:
+            return self.call_former(*args, **kwargs)
+        hidden_BSH = self.body(*args, **kwargs, use_cache=False).last_hidden_state
+        if treering_values is None:  # the head is still called: other ranks wait for its gathers and reductions
+            return widened(self.head(treering_select(hidden_BSH))[:0]).sum()
+        return self.head(treering_select(hidden_BSH), treering_values.select(treering_select))
+
+
+def tiled_loss(model: nn.Module, batch: "Batch", objective: Objective) -> Tensor:
+    """Return the sum of `objective` over the trained positions of `batch`."""
+    inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
+    targets_BS = batch["targets"]
+    index_N = (targets_BS.reshape(-1) != IGNORED).nonzero().squeeze(1)
+    if index_N.numel() == 0:
+        return model(**inputs, treering_select=lambda x: x[:1, 0])
+    return model(
+        **inputs, treering_select=_selection(targets_BS, index_N), treering_values=objective_values(objective, batch)
+    )
+
+
+def _selection(targets_BS: Tensor, index_N: Tensor) -> Selection:
+    before_last = targets_BS[:, :-1] != IGNORED
+    if index_N.numel() == before_last.numel() and bool(before_last.all()):  # all but the last: no copy by index
+        return lambda x: x[:, :-1].reshape(-1, *x.shape[2:])
+    return lambda x: x.reshape(-1, *x.shape[2:])[index_N]

@@ -1,22 +1,22 @@
-"""Give the feed-forward parts of a model forwards that run in tiles."""
+"""Install forwards that run in tiles on the feed-forward parts of a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from treering.core import module_forward as forwards
+from treering.core.errors import PlanError
 from treering.technique import Applied, Site
-from treering.techniques.tiling import forward, groups
-from treering.techniques.tiling.lengths import GIB, tile_length
-from treering.techniques.tiling.region import Region
+from treering.techniques.tiling import groups
+from treering.techniques.tiling.tile import GIB, TiledRegion, tile_length
 
 if TYPE_CHECKING:
     from treering.anatomy import Anatomy, Experts
     from treering.techniques.tiling.settings import Accumulate, TiledBlockSettings, TiledMLPSettings
 
 
-def attach(model: nn.Module, config: "TiledMLPSettings", site: Site) -> Applied:
+def install_mlps(model: nn.Module, config: "TiledMLPSettings", site: Site) -> Applied:
     anatomy = site.anatomy
     undone = [
         forwards.install(_TiledMLP(model.get_submodule(fqn), config, fqn, token_width(anatomy, fqn)))
@@ -29,26 +29,26 @@ def attach(model: nn.Module, config: "TiledMLPSettings", site: Site) -> Applied:
 def notes(config: "TiledMLPSettings | TiledBlockSettings", dense: int, experts: int) -> tuple[str, ...]:
     long = f"of {config.budget:g} GiB" if config.tile == "budget" else f"of {config.tile} tokens"
     long = "of as many tokens as the model is wide" if config.tile == "hidden" else long
-    found = [f"{dense} MLPs in tiles {long}"] if dense else []
+    lines = [f"{dense} MLPs in tiles {long}"] if dense else []
     if experts:
         by = f"in tiles {long}" if config.experts == "tokens" else "by groups of experts"
-        found.append(f"the experts of {experts} blocks {by}, routers outside")
-    return tuple(found)
+        lines.append(f"the experts of {experts} blocks {by}, routers outside")
+    return tuple(lines)
 
 
 def dense(model: nn.Module, anatomy: "Anatomy") -> list[str]:
-    """MLPs, and beside experts the ones that every token goes through."""
-    found = []
+    """Return the MLPs, and next to experts those that every token goes through."""
+    names = []
     for block in anatomy.blocks:
         if block.mlp is None:
             continue
         stacked = tuple(e.fqn for e in anatomy.experts if e.fqn.startswith(f"{block.mlp}."))
         if not stacked and not any(e.fqn == block.mlp for e in anatomy.experts):
-            found.append(block.mlp)
+            names.append(block.mlp)
             continue
-        beside = (f"{block.mlp}.{name}" for name, _ in model.get_submodule(block.mlp).named_children())
-        found += [fqn for fqn in beside if fqn not in stacked and len(_outputs(anatomy, fqn)) > 1]
-    return found
+        children = (f"{block.mlp}.{name}" for name, _ in model.get_submodule(block.mlp).named_children())
+        names += [fqn for fqn in children if fqn not in stacked and len(_outputs(anatomy, fqn)) > 1]
+    return names
 
 
 def _outputs(anatomy: "Anatomy", fqn: str) -> list[int]:
@@ -56,12 +56,12 @@ def _outputs(anatomy: "Anatomy", fqn: str) -> list[int]:
 
 
 def token_width(anatomy: "Anatomy", fqn: str) -> int:
-    """Elements that one token needs at the peak of its backward: each linear's output, the activation of it or what
-    becomes of it, and a gradient. For a gated MLP of width I that is the 6 I of its well-known formula, and 3 H."""
+    """Return how many elements one token needs at the peak of its backward: each linear's output, what is computed
+    from it, and a gradient. For a gated MLP of width I that is the 6 I of its well-known formula, and 3 H."""
     return 3 * sum(_outputs(anatomy, fqn))
 
 
-def sums_wide(region: Region, accumulate: "Accumulate", budget: float) -> bool:
+def sums_wide(region: TiledRegion, accumulate: "Accumulate", budget: float) -> bool:
     if accumulate == "budget":
         return 4 * sum(p.numel() for m in region.modules for p in m.parameters() if p.requires_grad) <= budget * GIB
     return accumulate == "float32"
@@ -75,11 +75,11 @@ class _TiledMLP(forwards.ModuleForward):
     def __init__(self, module: nn.Module, config: "TiledMLPSettings", fqn: str, width: int):
         super().__init__(module)
         self.config, self.fqn, self.width = config, fqn, width
-        self.region = Region(fqn, [module], self.setting)
+        self.region = TiledRegion(fqn, [module], self.setting)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         config = self.config
-        fn, tokens, dims = forward.of_tokens(self.call_former, args, kwargs, self.fqn, self.setting)
+        fn, tokens, dims = _of_tokens(self.call_former, args, kwargs, self.fqn, self.setting)
         x = tokens[0]
         size = tile_length(config.tile, config.budget, self.width * x.element_size(), x.shape[-1])
         wide = sums_wide(self.region, config.accumulate, config.budget)
@@ -93,13 +93,13 @@ def tile_experts(
     experts: "Experts",
     setting: str,
 ) -> Callable[[], None]:
-    """The call of stacked experts: tokens, their experts' numbers and weights are cut together; the router has seen
-    all tokens before, so a loss on what it gives has the gradient it always had."""
+    """Install tiles on the call of stacked experts: tokens, their experts' numbers and weights are cut together. The
+    router has seen all tokens before, so a loss on its output keeps its gradient."""
     module: Any = model.get_submodule(experts.fqn)
     hidden = model.config.hidden_size  # type: ignore[union-attr]
     rows = sum(p.shape[1] if p.shape[2] == hidden else p.shape[2] for n, p in _stacked(model, experts))
     if config.experts == "groups":
-        groups.check(module, experts, setting)
+        groups.check_groups(module, experts, setting)
     return forwards.install(_TiledExperts(module, config, experts, rows, setting))
 
 
@@ -116,11 +116,11 @@ class _TiledExperts(forwards.ModuleForward):
     ):
         super().__init__(module)
         self.config, self.experts, self.rows, self.setting = config, experts, rows, setting
-        self.region = Region(experts.fqn, [module], setting)
+        self.region = TiledRegion(experts.fqn, [module], setting)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         config, experts, region = self.config, self.experts, self.region
-        fn, tokens, dims = forward.of_tokens(self.call_former, args, kwargs, experts.fqn, self.setting)
+        fn, tokens, dims = _of_tokens(self.call_former, args, kwargs, experts.fqn, self.setting)
         x, index = tokens[0], groups.index_of(tokens, experts.fqn, self.setting)
         width = 3 * index.shape[-1] * (self.rows + x.shape[-1]) * x.element_size()
         size = tile_length(config.tile, config.budget, width, x.shape[-1])
@@ -132,3 +132,38 @@ class _TiledExperts(forwards.ModuleForward):
 
 def _stacked(model: nn.Module, experts: "Experts") -> list[tuple[str, Tensor]]:
     return [(name, model.get_parameter(name)) for name in experts.stacked]
+
+
+def _of_tokens(
+    forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], name: str, setting: str
+) -> tuple[Callable[..., Any], list[Tensor], int]:
+    """Return (a function of token tensors alone, these, how many of their first dimensions count tokens).
+
+    Every tensor among the arguments has to be one row a token, as the first is.
+    """
+    places = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
+    names = [key for key, value in kwargs.items() if isinstance(value, Tensor)]
+    tokens = [*(args[i] for i in places), *(kwargs[key] for key in names)]
+    if not tokens:
+        raise PlanError(f"{setting}: {name} was called without a tensor; leave {setting} out", settings=(setting,))
+    dims = tokens[0].ndim - 1
+    if any(x.shape[:dims] != tokens[0].shape[:dims] for x in tokens):
+        shapes = ", ".join(str(tuple(x.shape)) for x in tokens)
+        raise PlanError(
+            f"{setting}: {name} got tensors of the shapes {shapes}, and not each of them has one row a token; leave "
+            f"{setting} out",
+            settings=(setting,),
+        )
+
+    # Without the tensors: the graph keeps `fn`, and with it all that it refers to, until the backward.
+    others = [None if isinstance(value, Tensor) else value for value in args]
+    words = {key: None if isinstance(value, Tensor) else value for key, value in kwargs.items()}
+
+    def fn(*tiles: Tensor) -> Any:
+        given, named = list(others), dict(words)
+        for i, value in zip(places, tiles):
+            given[i] = value
+        named.update(zip(names, tiles[len(places) :]))
+        return forward(*given, **named)
+
+    return fn, tokens, dims

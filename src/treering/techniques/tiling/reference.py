@@ -1,4 +1,4 @@
-"""The plain truth: what tiles must give, in a few lines, with everything in memory at once."""
+"""The reference: what tiles must compute, in a few lines, with everything in memory at once."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""What a second run of the same code needs to give the same numbers: random states and autocast."""
+"""What a second run of the same code needs to compute the same numbers: random states and autocast."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +22,7 @@ class Replay:
 
     @contextmanager
     def casting(self) -> Iterator[None]:
-        """The same casts, none of them remembered: each tile has aliases of its own, whose casts would pile up."""
+        """Cast as the forward did, without a cache: each tile has new aliases, whose casts would accumulate."""
         with ExitStack() as stack:
             if any(enabled for _, enabled, _ in self.autocast):
                 for kind, enabled, dtype in self.autocast:

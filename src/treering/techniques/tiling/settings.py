@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from treering.core.errors import ConfigError
-from treering.techniques.tiling.lengths import Tile, check
+from treering.objectives import CrossEntropy
 
+Tile = int | Literal["budget", "hidden"]
 Accumulate = Literal["float32", "parameter", "budget"]
 
 
@@ -19,7 +20,7 @@ class TiledMLPSettings:
     accumulate: Accumulate = "float32"
 
     def __post_init__(self) -> None:
-        check(self.tile, self.budget)
+        check_tile(self.tile, self.budget)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +39,13 @@ class TiledLossSettings:
     accumulate: Accumulate = "float32"
 
     def __post_init__(self) -> None:
-        check(self.tile, self.budget)
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(
-                f"label_smoothing is {self.label_smoothing}; it is at least 0 and less than 1", field="label_smoothing"
-            )
-        if not self.z_loss >= 0:
-            raise ConfigError(f"z_loss is {self.z_loss}; it is at least 0", field="z_loss")
+        check_tile(self.tile, self.budget)
+        CrossEntropy(label_smoothing=self.label_smoothing, z_loss=self.z_loss)  # which checks them
+
+
+def check_tile(tile: Tile, budget: float) -> None:
+    """Raise ConfigError unless both are in their range."""
+    if isinstance(tile, int) and (tile < 1 or isinstance(tile, bool)):
+        raise ConfigError(f"tile is {tile}; it is a number of tokens, at least 1, or budget or hidden", field="tile")
+    if not budget > 0:
+        raise ConfigError(f"budget is {budget}; it is a number of GiB greater than 0", field="budget")

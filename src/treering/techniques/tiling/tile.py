@@ -1,14 +1,57 @@
-"""Run any token-wise function in tiles."""
+"""Run any token-wise function in tiles; or modules, whose trainable parameters become inputs of that function.
 
-from collections.abc import Callable, Sequence
+While a tile of modules runs again, they have aliases of their parameters, put straight into the dictionaries that hold
+parameters: no hook and no `__setattr__` sees it, and after the tile the same objects are back. How long a tile is,
+every rank knows from its own shapes, without asking another or the device.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from treering.core.errors import PlanError
-from treering.techniques.tiling.engine import Job, Out, run, run_now
-from treering.techniques.tiling.lengths import bounds
+from treering.techniques.tiling.check import TileCheck
+from treering.techniques.tiling.engine import Out, TileJob, run, run_now
+from treering.techniques.tiling.settings import Tile
+
+GIB = 2**30
+ALIGNED = 64  # longer tiles begin at multiples of it: kernels are slow on ragged rows
+SHORTEST = 256  # shorter ones read the weights more often than they save memory
+
+Slot = tuple[dict[str, Any], str]
+
+
+def tile_length(tile: Tile, budget: float, bytes_per_token: int, hidden: int) -> int:
+    """Return the most tokens that a tile may have.
+
+    budget   what one tile needs at its peak fits into `budget` GiB
+    hidden   as many tokens as the model is wide, so that there are ⌈tokens / hidden⌉ tiles: what other systems do
+    """
+    if tile == "hidden":
+        return hidden
+    if tile == "budget":
+        return max(SHORTEST, int(budget * GIB) // max(1, bytes_per_token))
+    return tile
+
+
+def bounds(total: int, length: int) -> tuple[tuple[int, int], ...]:
+    """Return where tiles of at most `length` begin and end: as few and as equal as possible.
+
+    >>> bounds(10, 4)
+    ((0, 4), (4, 7), (7, 10))
+    """
+    if length < 1:
+        raise ValueError(f"a tile of {length} tokens")
+    unit = ALIGNED if length >= 8 * ALIGNED else 1
+    units, most = -(-total // unit), length // unit
+    tiles = max(1, -(-units // most))
+    each, more = divmod(units, tiles)
+    ends = [min(total, unit * (each * i + min(i, more))) for i in range(tiles + 1)]
+    return tuple(pairwise(ends))
 
 
 @torch.compiler.disable
@@ -21,11 +64,11 @@ def tile(
     dims: int = 1,
     wide: bool = True,
 ) -> Any:
-    """`fn(*tokens, *params)`, computed on at most `size` tokens at a time; exact for every function of single tokens.
+    """Return `fn(*tokens, *params)`, computed on at most `size` tokens at a time; exact for functions of single tokens.
 
     tokens   tensors that agree in their first `dims` dimensions, which count tokens; `fn` gets [t, …], or [1, t, …]
              where dims is 2
-    params   every weight that `fn` reads and that may need a gradient. One that `fn` reads behind its back gets none
+    params   every weight that `fn` reads and that may need a gradient. One that is not listed gets none
     out      cat: `fn` gives one row a token, and is run again in the backward
              sum: `fn` gives a number, whose gradient is taken at once; or a tuple of one and others that are only added
     wide     sum the gradients of `params` over tiles in float32; False: in the dtype of each
@@ -41,12 +84,12 @@ def tile(
     body = _checked(fn, len(tokens), dims if flat or dims == 1 else 0, out)
     cut = (True,) * len(tokens) + (False,) * len(params)
     laid_out = tuple(lead) if flat and out == "cat" else ()
-    job = Job(body=body, bounds=cuts, tokens=len(tokens), cut=cut, out=out, wide=wide, lead=laid_out)
+    job = TileJob(body=body, bounds=cuts, tokens=len(tokens), cut=cut, out=out, wide=wide, lead=laid_out)
     return (run if out == "cat" else run_now)(job, *tokens, *params)
 
 
 def _checked(fn: Callable[..., Any], tokens: int, dims: int, out: Out) -> Callable[..., Any]:
-    """`fn` on rows of tokens. A result that is not one row a token would be cut somewhere else than it was made."""
+    """Return `fn` on rows of tokens, with a check that it gives one row a token, which is what tiles are joined by."""
 
     def body(*inputs: Tensor) -> Any:
         rows = inputs[0].shape[0]
@@ -69,3 +112,60 @@ def _checked(fn: Callable[..., Any], tokens: int, dims: int, out: Out) -> Callab
         return outputs if isinstance(result, tuple) else outputs[0]
 
     return body
+
+
+class TiledRegion:
+    """`fn` of tokens that computes with `modules`; called in tiles."""
+
+    def __init__(self, name: str, modules: Sequence[nn.Module], setting: str):
+        self.modules = tuple(modules)
+        self.check = TileCheck(name, self.modules, setting)
+
+    def __call__(
+        self,
+        fn: Callable[..., Any],
+        *tokens: Tensor,
+        size: int,
+        out: Out = "cat",
+        dims: int = 1,
+        wide: bool = True,
+    ) -> Any:
+        self.check.inspect(fn, tokens, dims, out)
+        places = slots(self.modules)
+        count = len(tokens)
+
+        def body(*inputs: Tensor) -> Any:
+            with put(places.values(), inputs[count:]):
+                return fn(*inputs[:count])
+
+        return tile(body, *tokens, params=list(places), size=size, out=out, dims=dims, wide=wide)
+
+
+def slots(modules: Sequence[nn.Module]) -> dict[Tensor, list[Slot]]:
+    """Return, for each trainable parameter, every place where it is stored. One that is shared is one input."""
+    places: dict[Tensor, list[Slot]] = {}
+    seen = set()
+    for module in modules:
+        for one in module.modules():
+            if id(one) in seen:
+                continue
+            seen.add(id(one))
+            for name, parameter in one._parameters.items():
+                if parameter is not None and parameter.requires_grad:
+                    places.setdefault(parameter, []).append((one._parameters, name))
+    return places
+
+
+@contextmanager
+def put(places: Any, values: Sequence[Tensor]) -> Iterator[None]:
+    """Store `values` at `places`, and afterwards what was there before."""
+    before = [[(holder, name, holder[name]) for holder, name in place] for place in places]
+    try:
+        for place, value in zip(before, values):
+            for holder, name, _ in place:
+                holder[name] = value
+        yield
+    finally:
+        for place in before:
+            for holder, name, parameter in place:
+                holder[name] = parameter

@@ -1,1 +1,1 @@
-"""Checkpoints of a run: files, manifest, what they hold, when they are made."""
+"""Checkpoints of a run: their files and manifest, their tensors, and when they are saved."""

@@ -1,9 +1,9 @@
-"""Checkpoints on disk: a folder of safetensors files, one a rank, and a manifest that says what is in them.
+"""Checkpoints on disk: a folder of safetensors files, one a rank, and a manifest that describes them.
 
     step-120/manifest.json            written last, read first
     step-120/rank-00000.safetensors   this rank's rows of every tensor
 
-A folder is made under another name and renamed when whole; what has no manifest, or files that do not match it, is
+A folder is written under another name and renamed when complete; one without a manifest, or with other files, is
 never loaded. Each tensor's chunks are rows of dimension 0, so any number of ranks can read what any other has written.
 """
 
@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from treering.core.collectives import from_first, together
 from treering.core.errors import CheckpointError
 from treering.core.sharded import local, local_rows
 from treering.store import disk
-from treering.store.tensor_writer import DTYPES
+from treering.store.layout import DTYPES
+from treering.store.tensor_writer import pieces, size
 from treering.train.checkpoints import manifest
-from treering.train.checkpoints.manifest import Chunk, Entry, File, Manifest
+from treering.train.checkpoints.manifest import Chunk, FileEntry, Manifest, TensorEntry
 
 STEP = re.compile(r"step-(\d{1,18})")
 TORN = re.compile(r"step-\d+\.tmp-[0-9a-f]+")
@@ -39,7 +40,7 @@ UNTOUCHED = "; earlier checkpoints are untouched"
 class Piece:
     """This rank's rows of one tensor, on the host."""
 
-    shape: tuple[int, ...]  # of the whole tensor
+    shape: tuple[int, ...]  # of the complete tensor
     start: int
     stop: int
     rows: Tensor
@@ -50,7 +51,7 @@ class SavedTensor:
     """A tensor of a checkpoint, read by rows from whichever files hold them."""
 
     name: str
-    entry: Entry
+    entry: TensorEntry
     folder: Path
 
     @property
@@ -61,60 +62,71 @@ class SavedTensor:
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.entry.dtype)
 
+    @property
+    def stored(self) -> None:
+        """Checkpoints hold values as they train."""
+        return None
+
     def read(self) -> Tensor:
         return self.rows(0, self.entry.rows) if self.shape else self._piece(self.entry.chunks[0], 0, 1)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        pieces, at = [], start
+        parts, at = [], start
         for chunk in sorted(self.entry.chunks, key=lambda c: c.start):
             if chunk.start <= at < chunk.stop and at < stop:
                 until = min(stop, chunk.stop)
-                pieces.append(self._piece(chunk, at - chunk.start, until - chunk.start))
+                parts.append(self._piece(chunk, at - chunk.start, until - chunk.start))
                 at = until
-        if len(pieces) == 1:
-            return pieces[0]
-        return torch.cat(pieces) if pieces else torch.empty((0, *self.shape[1:]), dtype=self.dtype)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else torch.empty((0, *self.shape[1:]), dtype=self.dtype)
 
     def _piece(self, chunk: Chunk, start: int, stop: int) -> Tensor:
         try:
             with safe_open(self.folder / chunk.file, "pt") as file:
-                found = file.get_slice(self.name)[start:stop] if self.shape else file.get_tensor(self.name)
-        except (OSError, SafetensorError) as error:  # a run that goes on removes its old checkpoints
-            raise CheckpointError(
-                f"{self.folder / chunk.file} was found whole and cannot be read now: {error}"
-            ) from None
-        if found.dtype != self.dtype or (self.shape and found.shape != (stop - start, *self.shape[1:])):
+                rows = file.get_slice(self.name)[start:stop] if self.shape else file.get_tensor(self.name)
+        except (OSError, SafetensorError) as error:  # a run that continues removes its old checkpoints
+            raise CheckpointError(f"{self.folder / chunk.file} was complete and cannot be read now: {error}") from None
+        if rows.dtype != self.dtype or (self.shape and rows.shape != (stop - start, *self.shape[1:])):
             raise CheckpointError(f"{self.folder / chunk.file}: {self.name} is not what the manifest says it is")
-        return found
+        return rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A checkpoint that has been found whole."""
+    """A checkpoint whose files have been verified."""
 
     folder: Path
     step: int
     tensors: Mapping[str, SavedTensor]
-    facts: Mapping[str, Any]  # whatever the trainer wrote beside the tensors
+    facts: Mapping[str, Any]  # what the trainer wrote next to the tensors
+    prepared: Mapping[str, str]  # label of a prepared result -> its digest: they hold the rest of the tensors
 
 
 def stage(tensors: Mapping[str, Tensor], copy: bool) -> dict[str, Piece]:
-    """This rank's share on the host. `copy`: apart from the live tensors, which may then change again."""
+    """Return this rank's rows on the host. `copy`: in memory of their own, as the live tensors may change meanwhile."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     staged = {}
     for name, tensor in tensors.items():
         if _first_copy(tensor, rank):
-            held = local(tensor).detach()
+            live = local(tensor).detach()
             start, stop = local_rows(tensor)
-            rows = held.cpu().contiguous()
-            if copy and rows.data_ptr() == held.data_ptr():
+            rows = live.cpu().contiguous()
+            if copy and rows.data_ptr() == live.data_ptr():
                 rows = rows.clone()
             staged[name] = Piece(shape=tuple(tensor.shape), start=start, stop=stop, rows=rows)
     return staged
 
 
-def write(root: Path, step: int, staged: Mapping[str, Piece], facts: Mapping[str, Any], group: Any = None) -> Path:
-    """Write `step-<step>` below `root`. Every rank calls it with what it has staged; rank 0 publishes."""
+def write(
+    root: Path,
+    step: int,
+    staged: Mapping[str, Piece],
+    facts: Mapping[str, Any],
+    group: Any = None,
+    prepared: Mapping[str, str] | None = None,
+) -> Path:
+    """Write `step-<step>` in `root`. Every rank calls it with what it has staged; rank 0 publishes."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     final = root / f"step-{step}"
     token = from_first(uuid.uuid4().hex[:8], group)
@@ -134,65 +146,48 @@ def write(root: Path, step: int, staged: Mapping[str, Piece], facts: Mapping[str
     def publish() -> None:
         chunks: dict[str, list[Chunk]] = {}
         shapes = {}
-        for file, _, own in described:
-            for name, (shape, dtype, start, stop) in own.items():
+        for file, _, entries in described:
+            for name, (shape, dtype, start, stop) in entries.items():
                 shapes[name] = (shape, dtype)
                 chunks.setdefault(name, []).append(Chunk(file=file, start=start, stop=stop))
-        made = Manifest(
+        description = Manifest(
             step=step,
             world=world,
             facts=json.loads(json.dumps(dict(facts))),
             files={file: about for file, about, _ in described},
             tensors={
-                name: Entry(shape=shape, dtype=dtype, chunks=tuple(chunks[name]))
+                name: TensorEntry(shape=shape, dtype=dtype, chunks=tuple(chunks[name]))
                 for name, (shape, dtype) in shapes.items()
             },
+            prepared=dict(prepared or {}),
         )
-        disk.write(temporary / manifest.NAME, [made.dump()], "manifest")
-        disk.sync(temporary, "folder")
+        disk.write(temporary / manifest.NAME, [description.dump()], "manifest")
         if final.exists():  # a damaged one of this step was passed over; it is kept, under a name that nothing loads
             disk.move(final, root / f"{final.name}.damaged-{token}", "damaged")
-        disk.move(temporary, final, "publish")
-        disk.sync(root, "root")
+        disk.publish(temporary, final, ("folder", "publish", "root"))
 
     all_do(lambda: publish() if rank == 0 else None, f"publishing {final}")
     return final
 
 
 def save(root: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-    """Stage and write at once."""
+    """Stage and write in one call."""
     return write(root, step, stage(tensors, copy=False), facts)
 
 
 def _size(staged: Mapping[str, Piece]) -> str:
-    return f"{sum(p.rows.numel() * p.rows.element_size() for p in staged.values()) / 2**20:.1f} MiB"
+    return f"{sum(size(p.rows) for p in staged.values()) / 2**20:.1f} MiB"
 
 
-def _write_own(folder: Path, rank: int, staged: Mapping[str, Piece]) -> tuple[str, File, dict[str, Any]]:
+def _write_own(folder: Path, rank: int, staged: Mapping[str, Piece]) -> tuple[str, FileEntry, dict[str, Any]]:
     file = f"rank-{rank:05d}.safetensors"
-    size, blocks = disk.write(folder / file, _bytes({n: p.rows for n, p in staged.items()}), f"rank {rank}")
-    own = {n: (p.shape, str(p.rows.dtype).removeprefix("torch."), p.start, p.stop) for n, p in staged.items()}
-    return file, File(bytes=size, blocks=blocks), own
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file, piece by piece: the library's own writer wants a second copy of everything in memory."""
-    header, at = {}, 0
-    for name, tensor in tensors.items():
-        end = at + tensor.numel() * tensor.element_size()
-        dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        if tensor.numel():
-            yield tensor.reshape(-1).view(torch.uint8).numpy().data
+    length, blocks = disk.write(folder / file, pieces({n: p.rows for n, p in staged.items()}), f"rank {rank}")
+    entries = {n: (p.shape, str(p.rows.dtype).removeprefix("torch."), p.start, p.stop) for n, p in staged.items()}
+    return file, FileEntry(bytes=length, blocks=blocks), entries
 
 
 def _first_copy(tensor: Tensor, rank: int) -> bool:
-    """Of equal copies one is written: the one at 0 of every axis that replicates."""
+    """Return whether this rank writes the tensor: of equal copies, that at 0 of every axis that replicates."""
     if not isinstance(tensor, DTensor):
         return rank == 0
     mesh = tensor.device_mesh
@@ -200,7 +195,7 @@ def _first_copy(tensor: Tensor, rank: int) -> bool:
 
 
 def newest(root: Path, warn: Callable[[str], None]) -> Saved | None:
-    """The newest whole checkpoint below `root`; each newer one that is not whole is warned about."""
+    """Return the newest complete checkpoint in `root`. `warn` is given the error of each newer one."""
     for step in reversed(steps(root)):
         try:
             return read(root / f"step-{step}")
@@ -210,7 +205,7 @@ def newest(root: Path, warn: Callable[[str], None]) -> Saved | None:
 
 
 def steps(root: Path) -> list[int]:
-    """The steps there are checkpoints of, whole or not."""
+    """Return the steps that there are checkpoints of, complete or damaged."""
     return sorted(int(m[1]) for p in _folders(root) if (m := STEP.fullmatch(p.name)))
 
 
@@ -219,59 +214,61 @@ def _folders(root: Path) -> list[Path]:
 
 
 def read(folder: Path) -> Saved:
-    """Open one checkpoint, proving that it is what was written. All ranks call it; each verifies its share of files."""
+    """Return a checkpoint after verifying that it is what was written. All ranks call it and share the work."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     try:
-        said, problem = manifest.load(folder), ""
-        for number, (file, about) in enumerate(sorted(said.files.items())):
+        described, problem = manifest.load(folder), ""
+        for number, (file, about) in enumerate(sorted(described.files.items())):
             if not problem and number % world == rank:
-                problem = _verify(folder / file, about, said.tensors)
+                problem = _verify(folder / file, about, described.tensors)
         named = STEP.fullmatch(folder.name)
-        if named and int(named[1]) != said.step:
-            problem = problem or f"{folder} holds step {said.step}"
+        if named and int(named[1]) != described.step:
+            problem = problem or f"{folder} holds step {described.step}"
     except CheckpointError as error:
         problem = str(error)
     problems = [text for text in together(lambda: problem, f"reading {folder}") if text]
     if problems:
         raise CheckpointError(problems[0])
-    tensors = {n: SavedTensor(name=n, entry=entry, folder=folder) for n, entry in said.tensors.items()}
-    return Saved(folder=folder, step=said.step, tensors=tensors, facts=said.facts)
+    tensors = {n: SavedTensor(name=n, entry=entry, folder=folder) for n, entry in described.tensors.items()}
+    return Saved(
+        folder=folder, step=described.step, tensors=tensors, facts=described.facts, prepared=described.prepared
+    )
 
 
-def _verify(path: Path, about: File, tensors: Mapping[str, Entry]) -> str:
-    """Why `path` is not the file that was written; empty if it is."""
+def _verify(path: Path, about: FileEntry, tensors: Mapping[str, TensorEntry]) -> str:
+    """Return why `path` is not the file that was written; empty if it is."""
     try:
         if path.is_symlink() or not path.is_file():
             return f"{path} is missing"
         if path.stat().st_size != about.bytes:
             return f"{path} has {path.stat().st_size} bytes instead of {about.bytes}"
-        _, found = disk.digests(path)
+        _, blocks = disk.digests(path)
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
-    if found != about.blocks:
-        first = next((i for i in range(0, len(found), 16) if found[i : i + 16] != about.blocks[i : i + 16]), 0) // 16
+    if blocks != about.blocks:
+        first = next((i for i in range(0, len(blocks), 16) if blocks[i : i + 16] != about.blocks[i : i + 16]), 0) // 16
         return f"{path} is damaged: its block {first} (1 MiB each) is not what was written"
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 — no mapping
     except SafetensorError as error:
         return f"{path} is damaged: {error}"
-    held = {(name, rows.get_dtype(), tuple(rows.get_shape())) for name, rows in slices.items()}
-    said = {
+    present = {(name, rows.get_dtype(), tuple(rows.get_shape())) for name, rows in slices.items()}
+    wanted = {
         (name, DTYPES[entry.dtype], (chunk.stop - chunk.start, *entry.shape[1:]) if entry.shape else ())
         for name, entry in tensors.items()
         for chunk in entry.chunks
         if chunk.file == path.name
     }
-    if held != said:  # a tensor that the manifest lacks would never be missed
-        return f"{path} does not hold what the manifest says it does, as of {min(held ^ said)[0]}"
+    if present != wanted:  # a tensor that the manifest lacks would never be missed
+        return f"{path} does not hold what the manifest says it does: {min(present ^ wanted)[0]}"
     return ""
 
 
 def prune(root: Path, keep: int, best: int | None, newest: int) -> None:
-    """Remove all but the last `keep` up to `newest`, and the best. Torn ones go as well: nothing would ever load them.
+    """Remove all but the last `keep` up to `newest`, and the best. Folders that were never finished go as well.
 
-    Those after `newest` are damaged, as the run would have gone on from them: they are neither kept count of nor lost.
+    Those after `newest` are damaged, or the run would have resumed from them: they are not counted and not removed.
     """
     for path in _folders(root):
         if TORN.fullmatch(path.name):

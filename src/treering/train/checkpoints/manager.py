@@ -1,46 +1,155 @@
-"""Keeps a run: its checkpoints, what must not change between them, and which is the best."""
+"""The checkpoints of a run: when they are opened and saved, what must not change between them, which is the best."""
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from torch import Tensor
 from torch.optim import Optimizer
 
 from treering.core.collectives import is_first
 from treering.core.errors import CheckpointError
+from treering.core.settings import with_current_names
+from treering.curvature import Statistics
 from treering.plan import Plan, Run, StepReport, load
+from treering.plan.prepared import Prepared
+from treering.plan.refill import completed, recorded
 from treering.store.model_folder import fingerprint
-from treering.train import measurements as rings
 from treering.train.checkpoints import files as checkpoint
 from treering.train.checkpoints import state
-from treering.train.checkpoints.saver import Saver
-from treering.train.job import Job
+from treering.train.config import Job
 from treering.train.prepare import RunData
 
 TENSORS = ("techniques", "dtype", "initialise", "optimizer")  # with another of these, the tensors would not fit
+SOURCES = ("model", "weights", "statistics", "seed")  # what prepared results are made from
 
 
-class Keeper:
-    def __init__(self, job: Job, plan: Plan, data: RunData | None):
-        self.job, self.plan, self.data = job, plan, data
-        self.statistics = rings.find(job)
+@dataclass(kw_only=True)
+class Progress:
+    """What a run counts over all its processes; every checkpoint holds a copy."""
+
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best: float | None = None  # the lowest held-out loss
+    best_step: int | None = None
+    without_improvement: int = 0  # evaluations since then
+    owed: int | None = None  # the step whose evaluation a signal interrupted
+
+    @classmethod
+    def restore(cls, saved: checkpoint.Saved) -> "Progress":
+        """Return the counts of a checkpoint; one written before a count existed has its first value."""
+        counts = saved.facts.get("counts")
+        if not isinstance(counts, dict):
+            raise CheckpointError(f"{saved.folder} has no counts; it was not saved by the trainer")
+        known = {f.name for f in fields(cls)} & counts.keys()
+        for name in known:
+            value = counts[name]
+            number = type(value) in (int, float) if name == "best" else type(value) is int
+            if not number and not (value is None and getattr(cls, name) is None):
+                raise CheckpointError(f"{saved.folder} has the count {name} = {value!r}, which is not a number")
+        return cls(**{name: counts[name] for name in known})
+
+    def record_step(self, report: StepReport) -> None:
+        """Count a step that was taken or skipped."""
+        self.skipped += report.skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
+
+    def record_loss(self, step: int, held_out: float) -> None:
+        """Compare an evaluation with the best one before."""
+        if math.isfinite(held_out) and (self.best is None or held_out < self.best):
+            self.best, self.best_step, self.without_improvement = held_out, step, 0
+        else:
+            self.without_improvement += 1
+
+    def forget_best(self) -> None:
+        """A loss on other documents cannot be compared with."""
+        self.best, self.best_step, self.without_improvement = None, None, 0
+
+
+class Saver:
+    """Writes checkpoints, at once or in a thread while training continues, from a copy in host memory.
+
+    At most one save is in flight; its error is raised by the next `save` or `wait`.
+    """
+
+    def __init__(self, asynchronous: bool):
+        self.asynchronous = asynchronous
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+        # Messages of a save must not mix with those of the training that continues meanwhile.
+        self.group = dist.new_group(backend="gloo") if asynchronous and dist.is_initialized() else None
+
+    def save(
+        self,
+        root: Path,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        facts: Mapping[str, Any],
+        then: Callable[[], None],
+        prepared: Mapping[str, str] | None = None,
+    ) -> Path:
+        """Save on every rank; `then` runs once the checkpoint is published. Returns the folder."""
+        self.wait()
+        staged = checkpoint.stage(tensors, copy=self.asynchronous)
+
+        def work() -> None:
+            checkpoint.write(root, step, staged, facts, self.group, prepared)
+            then()
+
+        if not self.asynchronous:
+            work()
+        else:
+            self.thread = threading.Thread(target=self._guard, args=(work,), name=f"save of step {step}", daemon=True)
+            self.thread.start()
+        return root / f"step-{step}"
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # raised again by `wait`
+            self.error = error
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+
+class CheckpointManager:
+    """Opens a run from its newest checkpoint and saves it. Every rank calls every method.
+
+    Args:
+        statistics: those that the run begins with, if any.
+        data: None where a checkpoint is only exported.
+    """
+
+    def __init__(self, job: Job, plan: Plan, data: RunData | None, statistics: Statistics | None = None):
+        self.job, self.plan, self.data, self.statistics = job, plan, data, statistics
         self.root = Path(job.output) / "checkpoints"
+        self.prepared = Path(job.output) / "prepared"
         self.saved: checkpoint.Saved | None = None
         self.saver = Saver(job.train.checkpoint.asynchronous)
-        self.counts: dict[str, Any] = {"skipped": 0, "best": None, "best_step": None, "without_improvement": 0}
+        self.progress = Progress()
 
-    def load(self, warn: Callable[[str], None]) -> Run:
-        """First values, or those of the newest whole checkpoint of this output folder."""
+    def load(self, note: Callable[[str], None]) -> Run:
+        """Return the run with first values, or those of the newest complete checkpoint of the output folder."""
         problems: list[str] = []
         newest = checkpoint.newest(self.root, problems.append)
         for problem in problems:
-            warn(problem)
+            note(problem)
         if newest is None and problems:
             raise CheckpointError(
-                f"none of the {len(problems)} checkpoints in {self.root} is whole ({problems[0]}). "
+                f"none of the {len(problems)} checkpoints in {self.root} is complete ({problems[0]}). "
                 "To start anew, move them away or give this run another output folder"
             )
         if newest is not None and self.job.train.checkpoint.resume == "never":
@@ -48,80 +157,93 @@ class Keeper:
                 f"{self.root} holds checkpoints up to step {newest.step}, and train.checkpoint.resume is never; "
                 "give this run another output folder, or set resume to auto"
             )
-        prepared = Path(self.job.output) / "prepared"
+        prepared = Prepared(self.prepared)
         if newest is None:
             return load(self.plan, statistics=self.statistics, prepared=prepared)
-        for note in check_same(newest, self.identity(), force=self.job.train.checkpoint.force):
-            warn(note)
-        absent = [name for name in self.plan.owned if name not in newest.tensors]
-        if absent:
-            raise CheckpointError(f"{newest.folder} has no {absent[0]} and {len(absent) - 1} more that this run trains")
+        identity = self.identity()
+        for text in check_same(newest, identity, self.plan.techniques, force=self.job.train.checkpoint.force):
+            note(text)
+        tensors = completed(
+            self.plan,
+            newest.tensors,
+            newest.prepared,
+            prepared,
+            checkpoint=str(newest.folder),
+            statistics=self.statistics,
+            changed=changed_sources(newest, identity),
+            note=note,
+        )
         self.saved = newest
-        return load(self.plan, statistics=self.statistics, resume=newest.tensors)
+        return load(self.plan, statistics=self.statistics, prepared=prepared, resume=tensors)
 
     def restore(self, run: Run, optimizers: Sequence[Optimizer]) -> int:
-        """The optimizers' state and the counts; returns the step to go on from."""
+        """Restore the states of optimizers and techniques and the counts. Returns the step after which to resume."""
         if self.saved is None:
             return 0
         state.restore_optimizers(run, optimizers, self.saved.tensors)
         state.restore_techniques(run, self.saved.tensors)
-        self.counts |= self.saved.facts["counts"]
-        if (
-            self._eval() is not None and self.saved.facts.get("eval") != self._eval()
-        ):  # a loss on other documents cannot be compared with
-            self.counts |= {"best": None, "best_step": None, "without_improvement": 0}
+        self.progress = Progress.restore(self.saved)
+        if self._eval() is not None and self.saved.facts.get("eval") != self._eval():
+            self.progress.forget_best()
         run.number = self.saved.step
-        run.skipped_in_a_row = self.counts.get("skipped_in_a_row", 0)
+        run.skipped_in_a_row = self.progress.skipped_in_a_row
         return self.saved.step
 
-    def took(self, report: StepReport) -> None:
-        self.counts["skipped"] += report.skipped
-        self.counts["skipped_in_a_row"] = self.counts.get("skipped_in_a_row", 0) + 1 if report.skipped else 0
-
-    def judge(self, step: int, held_out: float) -> None:
-        best = self.counts["best"]
-        if math.isfinite(held_out) and (best is None or held_out < best):
-            self.counts |= {"best": held_out, "best_step": step, "without_improvement": 0}
-        else:
-            self.counts["without_improvement"] += 1
-
     def wants(self, step: int) -> bool:
-        """Whether `step` has just been judged the best, and the best is to be saved."""
-        return self.job.train.checkpoint.best and self.counts["best_step"] == step
+        """Return whether `step` has just been evaluated as the best, and the best is to be saved."""
+        return self.job.train.checkpoint.best and self.progress.best_step == step
 
     def patience_is_over(self) -> bool:
+        """Return whether training stops early: too many evaluations without improvement."""
         patience = self.job.train.evaluate.patience
-        return patience is not None and self.counts["without_improvement"] >= patience
+        return patience is not None and self.progress.without_improvement >= patience
 
-    def save(self, run: Run, optimizers: Sequence[Optimizer], step: int) -> Path:
+    def save(
+        self, run: Run, optimizers: Sequence[Optimizer], step: int, *, final: bool, note: Callable[[str], None]
+    ) -> None:
+        """Save `step`. With `on_error: warn` a failure before the `final` save is noted, and training continues."""
+        strict = self.job.train.checkpoint.on_error == "stop"
+        try:
+            self.saver.wait()  # the one before, which may still be written
+        except CheckpointError as error:
+            if strict:
+                raise
+            note(f"{error}; training continues without it")
+        try:
+            note(f"saved {self._save(run, optimizers, step)}")
+            if final:
+                self.saver.wait()
+        except CheckpointError as error:
+            if strict or final:
+                raise
+            note(f"{error}; training continues without it")
+
+    def _save(self, run: Run, optimizers: Sequence[Optimizer], step: int) -> Path:
         mesh = self.plan.mesh
         facts = {
             "identity": self.identity(),
-            "counts": dict(self.counts),
+            "counts": asdict(self.progress),
             "eval": self._eval(),
             "position": None if self.data is None else self.data.train.position(step),
             "mesh": None if mesh is None else dict(zip(mesh.mesh_dim_names or (), mesh.shape)),
             "config": hashlib.sha256(self.job.written.encode()).hexdigest(),
         }
-        best, keep = self.counts["best_step"], self.job.train.checkpoint.keep
+        best, keep = self.progress.best_step, self.job.train.checkpoint.keep
+        prepared = {} if self.job.train.checkpoint.self_contained else recorded(run)
 
         def then() -> None:
             if is_first():
                 checkpoint.prune(self.root, keep, best, step)
 
-        return self.saver.save(self.root, step, state.tensors(run, optimizers), facts, then)
-
-    def finish(self) -> None:
-        """Wait for a checkpoint that is still being written; its error is raised here."""
-        self.saver.wait()
+        return self.saver.save(self.root, step, state.tensors(run, optimizers, prepared), facts, then, prepared)
 
     def _eval(self) -> str | None:
         return None if self.data is None or self.data.held_out is None else self.data.held_out.digest
 
     def identity(self) -> dict[str, Any]:
-        """What makes a run this run: going on with any of it changed would be another one."""
+        """Return what makes a run this run: with any of it changed, a resumed run would be another one."""
         settings = self.job.train
-        found: dict[str, Any] = {
+        identity: dict[str, Any] = {
             "model": self.plan.source_name,
             "techniques": [repr(t) for t in self.plan.techniques if t.stage.name in ("QUANTIZE", "ADAPT")],
             "dtype": sorted({str(dtype).removeprefix("torch.") for _, dtype in self.plan.plain.values()}),
@@ -132,27 +254,41 @@ class Keeper:
             "statistics": None if self.statistics is None else self.statistics.digest,
         }
         if self.data is not None:
-            found |= {
+            identity |= {
                 "data": self.data.examples.digest,
                 "tokens_per_step": self.data.tokens_per_step,
                 "max_length": self.job.data.max_length,
                 "packing": self.data.packing,
                 "shuffle": self.job.data.shuffle,
             }
-        return json.loads(json.dumps(found))
+        return json.loads(json.dumps(identity))
 
 
-def check_same(saved: checkpoint.Saved, now: Mapping[str, Any], force: bool = False) -> list[str]:
-    """Refuse to go on as another run. With `force`, what leaves the tensors as they are is noted instead."""
-    then = saved.facts.get("identity", {})
-    noted = []
+def check_same(
+    saved: checkpoint.Saved, now: Mapping[str, Any], techniques: Iterable[object], force: bool = False
+) -> list[str]:
+    """Refuse to resume as another run. With `force`, return notes on changes that leave the tensors as they are.
+
+    Args:
+        techniques: of this run: an earlier version may have written a setting's former name.
+    """
+    then = dict(saved.facts.get("identity", {}))
+    for technique in techniques:
+        then["techniques"] = [with_current_names(type(technique), text) for text in then.get("techniques", ())]
+    notes = []
     for name, value in now.items():
         if then.get(name) == value:
             continue
-        said = f"{saved.folder} was made with another {name}: {then.get(name)!r}, and this run has {value!r}"
+        text = f"{saved.folder} was made with another {name}: {then.get(name)!r}, and this run has {value!r}"
         if force and name not in TENSORS:
-            noted.append(f"forced: {said}")
+            notes.append(f"forced: {text}")
             continue
         remedy = "Restore the setting, or give the new run another output folder"
-        raise CheckpointError(f"{said}. {remedy}" + ("" if name in TENSORS else "; --force goes on all the same"))
-    return noted
+        raise CheckpointError(f"{text}. {remedy}" + ("" if name in TENSORS else "; --force resumes all the same"))
+    return notes
+
+
+def changed_sources(saved: checkpoint.Saved, now: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return which of the things that prepared results are made from are not those of the checkpoint."""
+    then = saved.facts.get("identity", {})
+    return tuple(name for name in SOURCES if then.get(name) != now[name])

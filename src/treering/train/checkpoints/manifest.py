@@ -1,23 +1,26 @@
-"""What a checkpoint says of itself, and why it can be believed: a schema with limits, digests, proof of coverage."""
+"""The manifest of a checkpoint: a schema with limits, digests, and the proof that every row of every tensor is there.
+
+Format 3 differs from 2 by `prepared`: some tensors of the run lie in prepared results, named by their digests. A
+checkpoint that holds everything is written in format 2.
+"""
 
 import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from treering.core.errors import CheckpointError
+from treering.store.layout import BITS, DTYPES
 
-FORMAT = 2
+SELF_CONTAINED, FORMAT = 2, 3
 NAME = "manifest.json"
 LARGEST = 256 << 20  # bytes of a manifest
-DTYPES = {
-    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
-    "bool": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
-}  # fmt: skip
+WIDTHS = {dtype: BITS[name] // 8 for dtype, name in DTYPES.items()}  # bytes of an element
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class TensorEntry:
     shape: tuple[int, ...]
     dtype: str
     chunks: tuple[Chunk, ...]
@@ -41,7 +44,7 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class File:
+class FileEntry:
     bytes: int
     blocks: str  # xxh3-64 of each 1 MiB block, in hex, one after another
 
@@ -51,17 +54,22 @@ class Manifest:
     step: int
     world: int
     facts: Mapping[str, Any]
-    files: Mapping[str, File]
-    tensors: Mapping[str, Entry]
+    files: Mapping[str, FileEntry]
+    tensors: Mapping[str, TensorEntry]
+    prepared: Mapping[str, str] = field(default_factory=dict)  # label of a prepared result -> its digest
 
     def dump(self) -> bytes:
-        """As it lies on the disk: the content with its sha256, so that a manifest cannot be half right either."""
-        body = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True, separators=(",", ":"))
+        """Return the bytes of the file: the content with its sha256, so that a damaged manifest is recognized."""
+        content = {"format": FORMAT, **asdict(self)}
+        if not self.prepared:
+            content["format"] = SELF_CONTAINED
+            del content["prepared"]
+        body = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "content": body}).encode()
 
 
 def load(folder: Path) -> Manifest:
-    """Read and check the manifest of `folder`; anything strange is a CheckpointError that names it."""
+    """Return the manifest of `folder`. One that does not keep to the schema is a CheckpointError that names it."""
     path = folder / NAME
     try:
         if path.stat().st_size > LARGEST:
@@ -71,44 +79,56 @@ def load(folder: Path) -> Manifest:
         if hashlib.sha256(body.encode()).hexdigest() != outer["sha256"]:
             raise CheckpointError(f"{path} is not what was written: its sha256 differs")
         content = json.loads(body)
-        if content["format"] != FORMAT:
-            raise CheckpointError(f"{path} has format {content['format']!r}; this version reads {FORMAT}")
-        made = Manifest(
+        if content["format"] not in (SELF_CONTAINED, FORMAT):
+            raise CheckpointError(
+                f"{path} has format {content['format']!r}; this version reads {SELF_CONTAINED} and {FORMAT}"
+            )
+        manifest = Manifest(
             step=_whole(content["step"]),
             world=_whole(content["world"], least=1),
             facts=dict(content["facts"]),
             files={_basename(name): _file(about) for name, about in content["files"].items()},
             tensors={name: _entry(entry) for name, entry in content["tensors"].items()},
+            prepared=_digests(content["prepared"]) if content["format"] == FORMAT else {},
         )
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {NAME}: it was never finished") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a manifest ({type(error).__name__}: {error})") from None
-    for name, entry in made.tensors.items():
-        _check_covered(folder, name, entry, made.files)
-    return made
+    for name, entry in manifest.tensors.items():
+        _check_covered(folder, name, entry, manifest.files)
+    return manifest
 
 
-def _file(found: Mapping[str, Any]) -> File:
-    return File(bytes=_whole(found["bytes"]), blocks=str(found["blocks"]))
+def _file(value: Mapping[str, Any]) -> FileEntry:
+    return FileEntry(bytes=_whole(value["bytes"]), blocks=str(value["blocks"]))
 
 
-def _entry(found: Mapping[str, Any]) -> Entry:
-    shape = tuple(_whole(size) for size in found["shape"])
-    if found["dtype"] not in DTYPES or math.prod(shape) >= 1 << 50:
-        raise ValueError(f"a tensor of {found['dtype']!r} and shape {shape}")
+def _digests(value: Mapping[str, Any]) -> dict[str, str]:
+    for digest in value.values():
+        if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{32}", digest):
+            raise ValueError(f"{digest!r} is not the digest of a prepared result")
+    return dict(value)
+
+
+def _entry(value: Mapping[str, Any]) -> TensorEntry:
+    shape = tuple(_whole(size) for size in value["shape"])
+    if value["dtype"] not in DTYPES or math.prod(shape) >= 1 << 50:
+        raise ValueError(f"a tensor of {value['dtype']!r} and shape {shape}")
     chunks = tuple(
-        Chunk(file=_basename(c["file"]), start=_whole(c["start"]), stop=_whole(c["stop"])) for c in found["chunks"]
+        Chunk(file=_basename(c["file"]), start=_whole(c["start"]), stop=_whole(c["stop"])) for c in value["chunks"]
     )
-    return Entry(shape=shape, dtype=found["dtype"], chunks=chunks)
+    return TensorEntry(shape=shape, dtype=value["dtype"], chunks=chunks)
 
 
-def _check_covered(folder: Path, name: str, entry: Entry, files: Mapping[str, File]) -> None:
-    """The chunks are the rows 0 to the last, each once: a hole would leave first values, an overlap hide one."""
+def _check_covered(folder: Path, name: str, entry: TensorEntry, files: Mapping[str, FileEntry]) -> None:
+    """Check that the chunks are the rows 0 to the last, each once: a hole would leave first values."""
     at = 0
     for chunk in sorted(entry.chunks, key=lambda c: (c.start, c.stop)):
         if chunk.file not in files:
-            raise CheckpointError(f"{folder}: {name} is said to lie in {chunk.file!r}, which is not of this checkpoint")
+            raise CheckpointError(
+                f"{folder}: {name} should lie in {chunk.file!r}, which is not a file of this checkpoint"
+            )
         if chunk.start != at or chunk.stop < at:
             raise CheckpointError(f"{folder}: rows {at} to {chunk.start} of {name} are in no file, or in two")
         at = chunk.stop

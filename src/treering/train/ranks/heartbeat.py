@@ -1,4 +1,4 @@
-"""What a rank tells the others of itself, and where it tells it: the store of the process group."""
+"""What each rank reports about itself to the others, in the store of the process group."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from treering.train.ranks.lock import whoami
 BEAT = 0.5  # seconds between two entries of a rank
 IDLE = 0.2  # of a processor; a rank that uses more is at work
 INNERMOST = 4  # frames in which a collective shows: the operator's own may lie above it
-Entry = dict[str, Any]
+Beat = dict[str, Any]
 
 
 @dataclass
@@ -34,8 +34,8 @@ class Phase:
         return f"{self.name} of step {self.step}" if self.step else self.name
 
 
-class Pulse:
-    """Entries about this process."""
+class Heartbeat:
+    """Reports about this process: its phase, its collectives, and how long it has waited at one."""
 
     def __init__(self, phase: Phase):
         self.phase = phase
@@ -47,7 +47,7 @@ class Pulse:
         self._since = self._now = time.monotonic()
         self._used = time.process_time()
 
-    def take(self) -> Entry:
+    def take(self) -> Beat:
         now, used = time.monotonic(), time.process_time()
         busy = (used - self._used) / max(now - self._now, 1e-3) > IDLE
         at = (self.phase.name, self.phase.step, counts := issued(), self._place())
@@ -67,7 +67,7 @@ class Pulse:
         }
 
     def _place(self) -> tuple[str, int] | None:
-        """The function and line of torch.distributed at which the loop is; None if it is elsewhere."""
+        """Return the function and line of torch.distributed at which the loop is; None if it is elsewhere."""
         frame = sys._current_frames().get(self.thread)
         for _ in range(INNERMOST):
             if frame is None:
@@ -79,7 +79,7 @@ class Pulse:
 
 
 def issued() -> dict[str, int]:
-    """How many collectives this rank has started, by group."""
+    """Return how many collectives this rank has started, by group."""
     groups: dict[Any, str] = dict(dist.distributed_c10d._world.pg_names)
     return {name: int(group._get_sequence_number_for_group()) for group, name in groups.items()}
 
@@ -92,7 +92,7 @@ class Board:
         self._store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
         self._lock = threading.Lock()
         self.rank, self.world = rank, world
-        self.end: Entry | None = None  # why the first rank ended that did
+        self.end: Beat | None = None  # why the first rank ended that did
         self.lost = False  # the store itself is gone
         self._neighbour: tuple[int, float] = (-1, time.monotonic())
 
@@ -111,7 +111,7 @@ class Board:
                 self.lost = True
                 return False
 
-    def get(self, key: str) -> Entry | None:
+    def get(self, key: str) -> Beat | None:
         if not self.has(key):
             return None
         with self._lock:
@@ -124,11 +124,11 @@ class Board:
     def write(self, entry: Mapping[str, Any]) -> None:
         self.put(str(self.rank), json.dumps(entry))
 
-    def all(self) -> list[Entry | None]:
+    def all(self) -> list[Beat | None]:
         return [self.get(str(rank)) for rank in range(self.world)]
 
     def ended(self, message: str, code: int | None) -> None:
-        """Say why this rank ends, or (without a code) what was found about another. The first word counts."""
+        """Report why this rank ends, or (without a code) what is wrong with another. The first report counts."""
         if self.look() is None:
             entry = {"rank": self.rank, "message": message, "code": code}
             with self._lock:
@@ -137,12 +137,12 @@ class Board:
                 except RuntimeError:
                     self.lost = True
 
-    def look(self) -> Entry | None:
+    def look(self) -> Beat | None:
         self.end = self.end or self.get("end")
         return self.end
 
     def neighbour_gone(self, timeout: float) -> str | None:
-        """Why the rank after this one will not answer any more, if that is so."""
+        """Return why the rank after this one will not answer any more; None if it may."""
         other = (self.rank + 1) % self.world
         entry = self.get(str(other))
         if entry is None or entry.get("done"):
@@ -152,30 +152,31 @@ class Board:
             self._neighbour = (entry["beat"], time.monotonic())
         silent = time.monotonic() - self._neighbour[1]
         if silent > 2 * BEAT and dead(entry):
-            return f"rank {other} is gone without a word in {told(entry)}; it was killed, perhaps for its memory"
+            return f"rank {other} is gone without a message in {phase_of(entry)}; it was killed, perhaps for its memory"
         if silent > timeout:
-            return f"rank {other} has not answered for {silent:.0f} s; it was in {told(entry)}"
+            return f"rank {other} has not answered for {silent:.0f} s; it was in {phase_of(entry)}"
         return None
 
     def table(self) -> str:
-        return ", ".join(f"rank {r} {told(e) if e else 'nothing yet'}" for r, e in enumerate(self.all()))
+        return ", ".join(f"rank {r} {phase_of(e) if e else 'nothing yet'}" for r, e in enumerate(self.all()))
 
 
-def told(entry: Mapping[str, Any]) -> str:
+def phase_of(entry: Mapping[str, Any]) -> str:
+    """Return the phase of a rank, for messages."""
     if entry.get("done"):
         return "done"
     return str(Phase(entry["phase"], entry["step"]))
 
 
 def dead(entry: Mapping[str, Any]) -> bool:
-    """Whether the process is known to be dead, which is so only on its own host."""
+    """Return whether the process is known to be dead; only a rank on its host can know."""
     if entry["host"] != socket.gethostname() or entry["started"] is None:
         return False
     return whoami(entry["pid"])["started"] != entry["started"]
 
 
 def gone(board: Board, seconds: float) -> str:
-    """The ranks from which nothing comes within `seconds`."""
+    """Return the ranks from which no report comes within `seconds`."""
     before = board.all()
     time.sleep(seconds)
     after = board.all()
@@ -188,15 +189,15 @@ def gone(board: Board, seconds: float) -> str:
     return ", ".join(silent)
 
 
-def different_collectives(entries: list[Entry | None], seconds: float) -> str | None:
-    """If all ranks wait and do not wait for the same: who is ahead of whom."""
+def different_collectives(entries: list[Beat | None], seconds: float) -> str | None:
+    """Return which ranks wait at which collective, if all wait and not at the same one; else None."""
     if any(entry is None or entry.get("done") or entry["waiting"] < seconds for entry in entries):
         return None
-    held = {rank: entry for rank, entry in enumerate(entries) if entry is not None}
-    for name in held[0]["issued"]:
-        places = {r: f"{e['issued'][name]} {e['at']}" for r, e in held.items() if name in e["issued"]}
+    reports = {rank: entry for rank, entry in enumerate(entries) if entry is not None}
+    for name in reports[0]["issued"]:
+        places = {r: f"{e['issued'][name]} {e['at']}" for r, e in reports.items() if name in e["issued"]}
         usual = max(sorted(set(places.values())), key=list(places.values()).count)
         if strays := [rank for rank, place in places.items() if place != usual]:
-            which = ", ".join(f"rank {r} is in {told(held[r])} at collective {places[r]}" for r in strays)
+            which = ", ".join(f"rank {r} is in {phase_of(reports[r])} at collective {places[r]}" for r in strays)
             return f"the ranks wait at different collectives: {which}, the others at {usual}; one was left out or added"
     return None

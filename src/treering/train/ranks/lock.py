@@ -1,4 +1,4 @@
-"""One run at a time in an output folder: `run.lock` says which process has it."""
+"""One run at a time in an output folder: `run.lock` names the process that uses it."""
 
 import json
 import os
@@ -20,7 +20,7 @@ STALE = 60.0  # a lock of another host that was not touched for so long belongs 
 
 
 class Clock:
-    """How old a lock is, and waiting. Tests give another one."""
+    """The age of a lock, and waiting. Tests give another one."""
 
     def age(self, path: Path) -> float:
         """Seconds since `path` was touched, by the clock of its file system: those of two hosts need not agree."""
@@ -40,7 +40,7 @@ CLOCK = Clock()
 
 @contextmanager
 def held(folder: Path, clock: Clock = CLOCK) -> Iterator[None]:
-    """Have the lock of `folder`, on rank 0, which answers for all; a second run is a CheckpointError on every rank."""
+    """Hold the lock of `folder` on rank 0, for all ranks; a second run is a CheckpointError on every rank."""
     path, problem = folder / NAME, ""
     over = threading.Event()
     if is_first():
@@ -65,7 +65,7 @@ def held(folder: Path, clock: Clock = CLOCK) -> Iterator[None]:
 
 
 def _take(path: Path, clock: Clock) -> bytes:
-    own = json.dumps({**whoami(os.getpid()), "host": socket.gethostname(), "id": uuid.uuid4().hex}).encode()
+    content = json.dumps({**whoami(os.getpid()), "host": socket.gethostname(), "id": uuid.uuid4().hex}).encode()
     for _ in range(3):
         try:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -73,16 +73,16 @@ def _take(path: Path, clock: Clock) -> bytes:
             _clear_if_stale(path, clock)
             continue
         with os.fdopen(handle, "wb") as file:
-            file.write(own)
-        return own
-    raise CheckpointError(f"{path} is being fought over by several runs; start one of them")
+            file.write(content)
+        return content
+    raise CheckpointError(f"{path} is taken by several runs at once; start one of them")
 
 
 def _clear_if_stale(path: Path, clock: Clock) -> None:
-    """Move a lock that nobody holds out of the way; one that somebody holds is an error."""
+    """Remove a lock whose process is dead; raise CheckpointError for one that is in use."""
     try:
-        found = path.read_bytes()
-        holder = _holder(found)
+        content = path.read_bytes()
+        holder = _holder(content)
         if alive(holder, path, clock):
             raise CheckpointError(
                 f"{path.parent} is in use by another run: process {holder.get('pid', 'unknown')} on "
@@ -93,7 +93,7 @@ def _clear_if_stale(path: Path, clock: Clock) -> None:
         os.rename(path, aside)
     except FileNotFoundError:  # released, or cleared by another run
         return
-    if aside.read_bytes() != found:  # another run has just taken it over; give it back
+    if aside.read_bytes() != content:  # another run has just taken it over; give it back
         with suppress(FileExistsError):
             os.link(aside, path)
     aside.unlink()
@@ -101,14 +101,14 @@ def _clear_if_stale(path: Path, clock: Clock) -> None:
 
 def _holder(content: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(content)
+        holder = json.loads(content)
     except ValueError:
         return {}  # just made and not yet written, or damaged: its age decides
-    return found if isinstance(found, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def alive(holder: dict[str, Any], path: Path, clock: Clock = CLOCK) -> bool:
-    """Whether the process that `holder` describes may still run. Of another host one can only see the lock touched."""
+    """Return whether the process that `holder` describes may still run. On another host, only its touches show that."""
     if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
         return _touched(path, clock)
     now = whoami(holder["pid"])
@@ -120,7 +120,7 @@ def alive(holder: dict[str, Any], path: Path, clock: Clock = CLOCK) -> bool:
 
 
 def whoami(pid: int) -> dict[str, Any]:
-    """What tells a process from any other that had or will have its number; `started` is None if it is dead."""
+    """Return what identifies a process among all that had or will have its number; `started` is None if it is dead."""
     boot = started = None
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,4 +1,4 @@
-"""What SIGTERM, SIGUSR1 and Ctrl-C do to a run: the first asks it to stop where it can go on, a second ends it at once.
+"""What SIGTERM, SIGUSR1 and Ctrl-C do to a run: the first asks it to save and stop, a second ends it at once.
 
 Schedulers send the first two before they kill. Python's own handlers run between two bytecodes of the main thread,
 which may sit in a collective for minutes; so a second signal is seen by a thread, through the wake-up descriptor.
@@ -22,8 +22,8 @@ class Now(BaseException):
 
 
 class Signals:
-    """Handlers for as long as a run lasts; the program's own are back afterwards. Elsewhere than in the main thread,
-    where Python allows no handlers, the program's own stay."""
+    """Handlers for as long as a run lasts; the program's own are back afterwards. In another
+    thread than the main one Python allows no handlers, and the program's own stay."""
 
     def __init__(self) -> None:
         self.got: signal.Signals | None = None

@@ -1,8 +1,8 @@
-"""Ranks that watch each other: when one is gone, stuck or elsewhere, the others end and say which, where and when.
+"""Ranks that watch each other: when one is gone, stuck or elsewhere, the others end and report which, where and when.
 
 Twice a second a thread of each rank writes into the store of the process group where its rank is, and looks at the
 rank after it. A main thread that waits in a collective for somebody who will not come cannot be woken by anything, so
-that the thread then tells what it knows and ends the process.
+that the thread then reports what it knows and ends the process.
 """
 
 import os
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from treering.core.collectives import from_first
 from treering.core.errors import RankLost, TreeringError
 from treering.core.topology import STARTUP
-from treering.train.ranks.heartbeat import BEAT, Board, Phase, Pulse, different_collectives, gone
+from treering.train.ranks.heartbeat import BEAT, Board, Heartbeat, Phase, different_collectives, gone
 from treering.train.ranks.signals import Now, Signals
 
 GRACE = 2.0  # seconds that a main thread has to come out of a collective by itself
@@ -49,30 +49,30 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self.several:
-            self._pulse = Pulse(self.phase)
-            self._board.write(self._pulse.take())
+            self._heartbeat = Heartbeat(self.phase)
+            self._board.write(self._heartbeat.take())
             threading.Thread(target=self._watch, name="treering-watchdog", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if not self.several:
             return
-        said: RankLost | None = None
+        lost: RankLost | None = None
         if error is not None and (_of_ranks(error) or self.signals.nudged):
-            said = self._lost(self._diagnosis(error))
+            lost = self._lost(self._diagnosis(error))
         elif error is not None and not isinstance(error, RankLost) and not self._agreed:
             self._board.ended(_message(error, self.signals), _code(error))
         self._over.set()
-        self._board.write(self._pulse.take() | {"done": True})
+        self._board.write(self._heartbeat.take() | {"done": True})
         for group, timeout in self._lowered:
             group.set_timeout(timeout)
-        if said is not None:
-            raise said from error
+        if lost is not None:
+            raise lost from error
 
     _agreed = False
 
     def stop_asked(self) -> bool:
-        """Whether any rank got a signal. Every rank asks at the same places, so all get the same answer."""
+        """Return whether any rank got a signal. Every rank asks at the same places, so all get the same answer."""
         if not self.several:
             return self.signals.got is not None
         if not self._agreed:
@@ -83,7 +83,7 @@ class Watchdog:
 
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:
-        """Rank 0 does the work and the others then find it done, however long it takes; a signal still ends them."""
+        """Let rank 0 do the work and the others wait for it, however long it takes; a signal still ends them."""
         if not self.several:
             yield
             return
@@ -100,7 +100,7 @@ class Watchdog:
     _turns = 0
 
     def hurry(self) -> None:
-        """From now on no collective is waited for longer than `timeout`: everything has been compiled and loaded."""
+        """Wait at no collective for longer than `timeout` from now on: everything has been compiled and loaded."""
         if self.several and not self._lowered:
             for group in (dist.group.WORLD, self._group, *_groups()):
                 before = _timeout_of(group)
@@ -110,7 +110,7 @@ class Watchdog:
 
     @contextmanager
     def patience(self) -> Iterator[None]:
-        """For saving: one rank's disk may take its time. A rank that is gone or stopped is noticed all the same."""
+        """Wait longer inside: one rank's disk may be slow. A rank that is gone or stopped is noticed all the same."""
         lowered, self._lowered = self._lowered, []
         for group, before in lowered:
             group.set_timeout(before)
@@ -121,16 +121,16 @@ class Watchdog:
     def _watch(self) -> None:
         end_seen = time.monotonic()
         while not self._over.wait(BEAT):
-            own = self._pulse.take()
-            self._board.write(own)
+            report = self._heartbeat.take()
+            self._board.write(report)
             if self._board.look() is None and not self._board.lost:
-                word = self._board.neighbour_gone(self.timeout)
-                if not word and own["waiting"] > TANGLED:
-                    word = different_collectives(self._board.all(), TANGLED)
-                if word:
-                    self._board.ended(word, None)
+                problem = self._board.neighbour_gone(self.timeout)
+                if not problem and report["waiting"] > TANGLED:
+                    problem = different_collectives(self._board.all(), TANGLED)
+                if problem:
+                    self._board.ended(problem, None)
                 end_seen = time.monotonic()
-            elif time.monotonic() - end_seen > GRACE and own["waiting"] > GRACE and not self._over.is_set():
+            elif time.monotonic() - end_seen > GRACE and report["waiting"] > GRACE and not self._over.is_set():
                 self._leave(self._story("and waited for it in a collective"), self._exit_code())
             else:
                 self.signals.nudge()  # it may be at work for hours yet, for a run that is over
@@ -169,7 +169,7 @@ class Watchdog:
 
 
 def _groups() -> list[Any]:
-    """The groups that collectives of the step run on."""
+    """Return the groups that collectives of the step run on."""
     return [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
 
 
@@ -179,7 +179,7 @@ def _timeout_of(group: Any) -> timedelta:
 
 
 def _of_ranks(error: BaseException) -> bool:
-    """Whether `error` is how torch tells that another rank did not take part."""
+    """Return whether `error` is how torch reports that another rank did not take part."""
     if isinstance(error, dist.DistError):
         return True
     text = str(error).lower()
@@ -200,5 +200,5 @@ def _code(error: BaseException) -> int:
 
 def _leave(message: str, code: int) -> None:
     text = "".join(c if c.isprintable() else " " for c in f"[rank {os.environ.get('RANK', '')}] {message}")
-    os.write(2, f"{text}\n".encode(errors="replace"))  # nobody else can say it any more
+    os.write(2, f"{text}\n".encode(errors="replace"))  # nobody else can report it any more
     os._exit(code)

@@ -1,0 +1,150 @@
+"""Techniques put in place, one after the other, and what the first of them reproduce of a weight."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from treering.core.errors import PlanError
+from treering.plan.chain import Chain, join, split
+from treering.plan.conflicts import name_of
+from treering.plan.plan import without
+from treering.technique import Applied, Claim, LazyTensor, Part, Site, Stage, StoredTensor, Technique, TrainedMatrix
+from treering.weights.plain_tensors import Source, plain_tensors
+
+
+def apply_all(
+    model: nn.Module,
+    techniques: Sequence[Technique],
+    claimed: Sequence[Sequence[Claim]],
+    site: Site,
+) -> tuple[tuple[Applied, ...], dict[str, Chain]]:
+    """Apply `techniques`, which are in the order of their stages, to `model` in place, each at `site` with what those
+    before it have added.
+
+    Returns:
+        What each of them returned, and the chain of parts of each plain tensor that has one.
+    """
+    applied: list[Applied] = []
+    parts: dict[str, tuple[Part, ...]] = {}
+    maps: dict[str, tuple[TrainedMatrix, ...]] = {}
+    identities: dict[str, str] = {}
+    for technique, claims in zip(techniques, claimed):
+        before = set(dict(model.named_parameters()))
+        here = replace(
+            site, parts=dict(parts), maps=dict(maps), without=partial(without, tuple(zip(techniques, applied)))
+        )
+        one = technique.apply(model, here)
+        live = dict(model.named_parameters())
+        _check_names(technique, one, before, set(live), claims)
+        for name in live.keys() - before:
+            live[name].requires_grad_(False)  # what is not declared does not learn, however it was made
+        for name in one.trainable:
+            live[name].requires_grad_(True)
+        for name, part in one.parts.items():
+            parts[name] = (*parts.get(name, ()), part)
+            identities[name] = f"{identities.get(name, '')}|{part.identity or f'{site.seed} {technique!r}'}"
+        for name, matrices in one.maps.items():
+            maps[name] = (*maps.get(name, ()), *matrices)
+        applied.append(one)
+    chains = {name: Chain(name=name, parts=links, identity=identities[name]) for name, links in parts.items()}
+    return tuple(applied), chains
+
+
+def _check_names(
+    technique: Technique, applied: Applied, before: set[str], after: set[str], claims: Sequence[Claim]
+) -> None:
+    """A technique may add its own parameters and remove those it stores itself. Anything else is a bug in it."""
+    own = {name for part in applied.parts.values() for name in part.names}
+    stored = {claim.fqn for claim in claims if claim.aspect == "storage"}
+    if technique.stage == Stage.OBSERVE and (wrong := sorted({*(after - before), *applied.trainable, *own})):
+        raise PlanError(
+            f"{name_of(technique)} is of the stage OBSERVE, which comes after sharding, and adds or trains {wrong[0]}: "
+            "it would not be summed over ranks. Give it an earlier stage, or keep what it collects outside the model"
+        )
+    added, removed = after - before - own, before - after - stored
+    if added or removed:
+        raise AssertionError(
+            f"{technique!r} changed names it did not claim: added {sorted(added)}, removed {sorted(removed)}"
+        )
+
+
+def resolve_all(
+    model: nn.Module,
+    techniques: Sequence[Technique],
+    source: Source | None,
+    site: Site,
+) -> tuple[Technique, ...]:
+    """Return `techniques` with choices that depend on data made explicit; `model` is not changed.
+
+    Techniques after the stage QUANTIZE see what those of that stage reproduce of a weight, so that an adapter can be
+    chosen for the residual.
+    """
+
+    def resolved(one: Technique, seen: Source | None) -> Technique:
+        return one.resolve(site.anatomy, seen, site.statistics) if hasattr(one, "resolve") else one
+
+    first = [resolved(t, source) for t in techniques if t.stage == Stage.QUANTIZE]
+    later = [t for t in techniques if t.stage != Stage.QUANTIZE]
+    if source is not None and first and any(hasattr(t, "resolve") for t in later):
+        structure = _structure(model)
+        claimed = [t.claims(site.anatomy, site.mesh) for t in first]
+        _, chains = apply_all(structure, first, claimed, site)
+        live = plain_tensors(structure)
+        tensors: dict[str, Any] = dict(source.tensors)
+        for name, chain in chains.items():
+            own = (site.statistics or {}).get(name)
+            tensors[name] = ReproducedTensor(original=source.tensors[name], chain=chain, live=live, statistics=own)
+        source = replace(source, tensors=tensors)
+    return (*first, *(resolved(t, source) for t in later))
+
+
+def _structure(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` on the meta device."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    memo: dict[int, Any] = {}
+    for key, value in tensors.items():
+        empty = torch.empty_like(value.detach(), device="meta")
+        memo[key] = nn.Parameter(empty, requires_grad=False) if isinstance(value, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproducedTensor:
+    """A plain weight as `chain` reproduces it, join(split(W)), computed when asked for.
+
+    Attributes:
+        original: W itself.
+        live: The tensors of the chain as they will live, for their dtypes.
+    """
+
+    original: LazyTensor
+    chain: Chain
+    live: Mapping[str, Tensor]
+    statistics: Mapping[str, Tensor] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.original.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.original.dtype, torch.float32)
+
+    @property
+    def stored(self) -> StoredTensor | None:
+        return self.original.stored
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        tensors = split(self.chain, self.original, self.live, self.statistics)
+        weight = self.original.read()
+        plain = weight if self.chain.name in self.live else torch.zeros_like(weight)
+        return join(self.chain.parts, tensors, tensors.get(self.chain.name, plain))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.read()[start:stop]

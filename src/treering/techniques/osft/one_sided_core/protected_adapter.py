@@ -1,0 +1,215 @@
+"""Forms `one_sided` and `core`: an adapter in the trainable directions, next to a weight that does not change.
+
+    ΔW = c · B_out Z B_inᵀ        Z trains, from zero; c: see operators.scale
+
+On each end is a basis B of the trainable directions, or, where that would not be smaller, the operator P, applied to Z
+in the forward. one_sided has one basis, on the end where the trainable directions are few and all of them are in it;
+core has both, which for a weight that is not square leaves out what is trainable on the longer end alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from treering.anatomy.matrices import Matrix
+from treering.core import module_forward
+from treering.core.full_precision import exactly
+from treering.technique import Adapter, Applied, Derived, LazyTensor, Part, Site, TrainedMatrix
+from treering.techniques.osft.protection import operators
+from treering.techniques.osft.protection.coverage import frozen
+from treering.techniques.osft.protection.operators import End, Operator, OperatorShape
+
+if TYPE_CHECKING:
+    from treering.techniques.osft.settings import OSFTSettings
+
+PREFIX = "base_model.model."  # peft's wrapper classes show in its keys
+
+
+class ProtectedAdapter(nn.Module):
+    """c · B_out Z B_inᵀ x. What decides which directions train is computed in float32 or wider, the rest as x is.
+
+    Parameters: Z; B or Q and `rest` of each end, and `values`, all frozen.
+    """
+
+    def __init__(self, matrix: Matrix, shapes: Mapping[End, OperatorShape], dtype: torch.dtype):
+        super().__init__()
+        self.shapes = dict(shapes)
+        sizes = {"out": matrix.outputs, "in": matrix.inputs}
+        for end, shape in shapes.items():
+            self._add_frozen(f"B_{end}" if shape.thin else f"Q_{end}", (shape.size, shape.columns), dtype)
+            self._add_frozen(f"values_{end}", (shape.columns,), dtype)
+            if shape.thin:
+                sizes[end] = shape.columns
+            else:
+                self._add_frozen(f"rest_{end}", (1,), dtype)
+        self.Z = nn.Parameter(torch.empty(sizes["out"], sizes["in"], dtype=dtype, device="meta"))
+
+    def _add_frozen(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensors = dict(self.named_parameters())
+        with exactly():
+            Z = projected(self.shapes, tensors)
+            if "in" in self.shapes and self.shapes["in"].thin:
+                # Inputs are large in protected directions: rounded before the basis is applied, they would leak.
+                x_low = x.to(Z.dtype) @ tensors["B_in"]
+            else:
+                x_low = x
+        y = F.linear(x_low.to(x.dtype), Z.to(x.dtype))
+        thin_out = "out" in self.shapes and self.shapes["out"].thin
+        return F.linear(y, tensors["B_out"].to(y.dtype)) if thin_out else y
+
+    def trained(self, name: str, linear: str) -> TrainedMatrix:
+        """Return where the inputs and output gradients of Z, whose live name is `name`, are seen."""
+        ends = {end: partial(self._seen, end) if end in self.shapes else None for end in ("in", "out")}
+        return TrainedMatrix(name=name, module=linear, inputs=ends["in"], outputs=ends["out"])
+
+    def _seen(self, end: End, rows: Tensor) -> Tensor:
+        """Return inputs or output gradients, one token a row, as Z sees them at one end."""
+        tensors = dict(self.named_parameters())
+        values, rows = tensors[f"values_{end}"], rows.to(self.Z.dtype)
+        with exactly():
+            if self.shapes[end].thin:
+                return rows @ tensors[f"B_{end}"] * values
+            return Operator(tensors[f"Q_{end}"], values, tensors[f"rest_{end}"]).right(rows)
+
+
+def projected(shapes: Mapping[End, OperatorShape], tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return Z as it acts between the bases: operators applied, values multiplied in."""
+    Z = tensors["Z"]
+    for end, shape in shapes.items():
+        values = tensors[f"values_{end}"]
+        if shape.thin:
+            Z = Z * values if end == "in" else values[:, None] * Z
+        else:
+            operator = Operator(tensors[f"Q_{end}"], values, tensors[f"rest_{end}"])
+            Z = operator.right(Z) if end == "in" else operator.left(Z)
+    return Z
+
+
+def change(shapes: Mapping[End, OperatorShape], tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return ΔW, outputs × inputs."""
+    with exactly():
+        D = projected(shapes, tensors)
+        if "in" in shapes and shapes["in"].thin:
+            D = D @ tensors["B_in"].mT
+        return tensors["B_out"] @ D if "out" in shapes and shapes["out"].thin else D
+
+
+def install(model: nn.Module, config: "OSFTSettings", site: Site, chosen: Sequence[Matrix]) -> Applied:
+    """Put an adapter next to each of the linear layers `chosen`."""
+    parts, names, undo, maps = {}, [], [], {}
+    added: list[module_forward.AddedForward] = []
+    for matrix in chosen:
+        module = model.get_submodule(matrix.module)
+        weight = getattr(module, "weight", None)
+        dtype = torch.promote_types(torch.float32 if weight is None else weight.dtype, torch.float32)
+        adapter = ProtectedAdapter(matrix, operators.adapter_shapes(config, matrix), dtype)
+        module.add_module("osft", adapter)
+        added.append(module_forward.AddedForward(module, adapter))
+        undo.append(module_forward.install(added[-1]))
+        prefix = f"{matrix.module}.osft"
+        names.append(f"{prefix}.Z")
+        maps[matrix.weight] = (adapter.trained(f"{prefix}.Z", matrix.module),)
+        parts[matrix.weight] = _part(matrix, config, prefix, adapter, dtype)
+
+    return Applied(
+        trainable=tuple(names),
+        parts=parts,
+        adapter=describe(chosen, model),
+        undo=module_forward.undo_all(undo),
+        maps=maps,
+        without=partial(module_forward.switched_off, added),
+        notes=(f"{len(names)} adapters in the trainable directions",),
+    )
+
+
+def _part(matrix: Matrix, config: "OSFTSettings", prefix: str, adapter: ProtectedAdapter, dtype: torch.dtype) -> Part:
+    Z_shape = tuple(adapter.Z.shape)  # of the complete tensor: sharding will replace the parameter
+    shapes = tuple(adapter.shapes.values())
+
+    def split(
+        weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]:
+        bases = operators.bases(shapes, matrix, config.damping, weight.read, statistics)
+        tensors = {f"{prefix}.Z": torch.zeros(Z_shape, dtype=dtype)}
+        c = operators.scale(shapes, bases, matrix, frozen(config, statistics))
+        for shape in shapes:
+            Q, values = bases[shape.end]
+            tensors[f"{prefix}.{'B' if shape.thin else 'Q'}_{shape.end}"] = Q
+            tensors[f"{prefix}.values_{shape.end}"] = c * values
+            if not shape.thin:
+                tensors[f"{prefix}.rest_{shape.end}"] = c
+            c = torch.ones_like(c)  # applied once, at the first end
+        return tensors
+
+    def join(tensors: Mapping[str, Tensor], below: Tensor) -> Tensor:
+        own = {name.rpartition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
+        return below + matrix.oriented(change(adapter.shapes, own)).to(below.device)
+
+    return Part(
+        names=tuple(f"{prefix}.{name}" for name, _ in adapter.named_parameters()),
+        split=split,
+        join=join,
+        compute_dtype=dtype,
+        tolerance=0.0,
+        cost=operators.cost(shapes, matrix),
+        identity=operators.identity(config, shapes),
+        measured=config.protect != "weights",
+    )
+
+
+def describe(chosen: Sequence[Matrix], model: nn.Module) -> Adapter:
+    """Return how the adapters are published as LoRA: A and B of each linear layer, computed from Z and the bases."""
+    derived: dict[str, Derived] = {}
+    ranks: dict[str, int] = {}
+    for matrix in chosen:
+        adapter: ProtectedAdapter = model.get_submodule(f"{matrix.module}.osft")  # type: ignore[assignment]
+        names = tuple(f"{matrix.module}.osft.{name}" for name, _ in adapter.named_parameters())
+        rank = min(adapter.Z.shape)
+        ranks[matrix.module] = rank
+        for half, shape in (("A", (rank, matrix.inputs)), ("B", (matrix.outputs, rank))):
+            derived[f"{PREFIX}{matrix.module}.lora_{half}.weight"] = Derived(
+                names=names,
+                shape=shape,
+                make=lambda tensors, half=half, adapter=adapter: _half(half, adapter, tensors),  # type: ignore[misc]
+            )
+    first = next(iter(ranks.values()))
+    body: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": first,
+        "lora_alpha": first,
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != first},
+        "alpha_pattern": {name: rank for name, rank in ranks.items() if rank != first},
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(matrix.transposed for matrix in chosen),
+        "target_modules": list(ranks),
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    return Adapter(name="osft", keys={}, derived=derived, config=body)
+
+
+def _half(half: str, adapter: ProtectedAdapter, tensors: Mapping[str, Tensor]) -> Tensor:
+    own = {name.rpartition(".")[2]: value for name, value in tensors.items()}
+    Z = projected(adapter.shapes, own)
+    out, into = own.get("B_out"), own.get("B_in")
+    if Z.shape[0] <= Z.shape[1]:  # few rows: A is Z times the basis of inputs, B the basis of outputs
+        if half == "A":
+            return Z if into is None else Z @ into.mT
+        return _identity(Z.shape[0], Z) if out is None else out
+    if half == "B":
+        return Z if out is None else out @ Z
+    return _identity(Z.shape[1], Z) if into is None else into.mT
+
+
+def _identity(size: int, like: Tensor) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)

@@ -1,0 +1,167 @@
+"""What techniques say they send is what collectives carry, to the byte, on real ranks and in any layout of the mesh."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import treering as tr
+from tests.ranks import on_ranks
+from tests.toy import rows
+from tests.zoo import build, save
+from treering.technique import Message, Workload
+
+KINDS = {
+    "_allgather_base_": ("all_gather", 1, 2),
+    "_reduce_scatter_base_": ("reduce_scatter", 1, 2),
+    "allreduce_": ("all_reduce", 0, 1),
+    "alltoall_base_": ("all_to_all", 1, 2),
+    "all_gather_into_tensor": ("all_gather", 0, -1),
+    "reduce_scatter_tensor": ("reduce_scatter", 0, -1),
+    "all_reduce": ("all_reduce", 0, -1),
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Bytes that this rank gives to collectives of several ranks, and calls, by kind and number of ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        if func.namespace in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "_wrap_tensor_autograd"):
+            kind, tensor, group = KINDS[name]
+            given = args[tensor] if isinstance(args[tensor], list | tuple) else [args[tensor]]
+            if func.namespace == "c10d":
+                group = dist.ProcessGroup.unbox(args[group])
+            else:
+                group = torch.distributed.distributed_c10d._resolve_process_group(args[group])
+            size = sum(t.numel() * t.element_size() for t in given)
+            if kind == "all_to_all":  # what stays here is not sent
+                size -= args[4][group.rank()] * given[0].element_size()
+            if group.size() > 1:
+                bytes_, calls = self.seen.get((kind, group.size()), (0, 0))
+                self.seen[kind, group.size()] = bytes_ + size, calls + 1
+        return func(*args, **(kwargs or {}))
+
+
+def recorded(arch, techniques, sizes, micro_batches, folder):
+    """(reported by the techniques, recorded in the second step)."""
+    mesh = tr.mesh(**sizes)
+    run = tr.compose(build(arch), [*techniques], mesh=mesh, prepared=folder)
+    optimizer = run.optimizer(torch.optim.SGD, lr=0.01)
+    for _ in range(2):
+        batches = run.ready([{**b, "count": 10} for b in rows(micro_batches)])
+        with Recorder() as recorder:
+            for batch in batches:
+                run.loss(batch).backward()
+            for applied in run.plan.applied:
+                if applied.gradients is not None:
+                    applied.gradients()
+            for applied in run.plan.applied:
+                if applied.before_step is not None:
+                    applied.before_step([optimizer])
+            optimizer.step()
+            for applied in run.plan.applied:
+                if applied.after_step is not None:
+                    applied.after_step()
+            optimizer.zero_grad()
+    return reported(run, micro_batches), recorder.seen
+
+
+def reported(run, micro_batches):
+    found = {}
+    for _, message in run.plan.messages(Workload(tokens=12, micro_batches=micro_batches)):
+        size, calls = found.get((message.kind, message.ranks), (0, 0))
+        found[message.kind, message.ranks] = size + message.bytes, calls + message.calls
+    return found
+
+
+OSFT = {"protect": "weights", "ratio": 0.4}
+CASES = {
+    "full": ("llama", [tr.Full(), tr.Shard()]),
+    "bfloat16": ("llama", [tr.Full(), tr.Shard(compute="bfloat16")]),
+    "reduced in bfloat16": ("llama", [tr.Full(), tr.Shard(compute="bfloat16", reduce="bfloat16")]),
+    "not freed": ("llama", [tr.Full(), tr.Shard(reshard=False)]),
+    "gradients stay": ("llama", [tr.Full(), tr.Shard(hold="gradients")]),
+    "all stays": ("llama", [tr.Full(), tr.Shard(hold="all")]),
+    "offloaded": ("llama", [tr.Full(), tr.Shard(offload="cpu")]),
+    "tied": ("gemma2", [tr.Full(), tr.Shard()]),
+    "two embeddings": ("gpt2", [tr.Full(), tr.Shard()]),
+    "experts": ("qwen3_moe", [tr.Full(), tr.Shard()]),
+    "adapters": ("llama", [tr.LoRA(rank=3), tr.Shard()]),
+    "adapters in the last block": ("llama", [tr.LoRA(rank=3, targets=("model.layers.1.mlp.*",)), tr.Shard()]),
+    "adapters of a tied model": ("gemma2", [tr.LoRA(rank=3), tr.Shard()]),
+    "pinned adapters": ("llama", [tr.LoRA(rank=3), tr.Shard(compute="bfloat16")]),
+    "pinned adapters, recomputed": ("llama", [tr.LoRA(rank=3), tr.Recompute(), tr.Shard(compute="bfloat16")]),
+    "recomputed, tiled": (
+        "llama",
+        [tr.Full(), tr.TiledBlock(tile=5), tr.TiledLoss(tile=5), tr.Recompute(), tr.Shard()],
+    ),
+    "update": ("llama", [tr.OSFT(**OSFT), tr.Shard()]),
+    "update of experts": ("qwen3_moe", [tr.OSFT(**OSFT), tr.Shard()]),
+    "update, cached": ("llama", [tr.OSFT(**OSFT, communication="cached"), tr.Shard()]),
+    "factors": ("llama", [tr.OSFT(**OSFT, form="factors"), tr.Shard()]),
+    "factors, gathered": ("llama", [tr.OSFT(**OSFT, form="factors", communication="gather"), tr.Shard()]),
+    "factors, cached": ("llama", [tr.OSFT(**OSFT, form="factors", communication="cached"), tr.Shard()]),
+    "one-sided": ("llama", [tr.OSFT(**OSFT, form="one_sided"), tr.Shard()]),
+}
+
+
+def every(cases, sizes, folder):
+    return {name: recorded(*CASES[name], sizes, 3, folder / name.replace(" ", "_")) for name in cases}
+
+
+@pytest.mark.parametrize(
+    ("world", "sizes", "cases"),
+    [
+        (2, {}, tuple(CASES)),
+        (3, {}, ("full", "pinned adapters", "tied", "update", "update, cached", "factors", "factors, gathered")),
+        (4, {"replicate": 2, "shard": 2}, ("full", "adapters", "experts", "update", "factors")),
+    ],
+    ids=["two ranks", "uneven rows", "replicas"],
+)
+def test_what_is_reported_is_what_is_sent(world, sizes, cases, tmp_path):
+    for found in on_ranks(world, every, list(cases), sizes, tmp_path):
+        for name, (reported, seen) in found.items():
+            assert reported == seen and reported, name
+
+
+def forward_only(folder):
+    save("llama", folder)
+    run = tr.compose(folder, [tr.Shard()], mesh=tr.mesh(), frozen=True)
+    with Recorder() as recorder, torch.no_grad():
+        run.model(input_ids=rows(1)[0]["input_ids"], use_cache=False)
+    return reported(run, 1), recorder.seen
+
+
+def test_a_frozen_run_only_gathers(tmp_path):
+    for found, seen in on_ranks(2, forward_only, tmp_path):
+        assert found == seen and [kind for kind, _ in seen] == ["all_gather"]
+
+
+def test_one_rank_sends_nothing():
+    run = tr.compose(build("llama"), [tr.LoRA(rank=2)])
+    assert run.plan.messages(Workload(tokens=12)) == [] and "sent by each rank" not in run.explain()
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent"), [("all_gather", 300), ("reduce_scatter", 75), ("all_reduce", 150), ("all_to_all", 100)]
+)
+def test_a_ring_sends_its_share_of_the_bytes(kind, sent):
+    message = Message(kind=kind, axes=("shard",), ranks=4, bytes=100, calls=1, content="rows")
+    assert message.sent == sent
+
+
+def explained():
+    run = tr.compose(build("llama"), [tr.Full(), tr.Shard()], mesh=tr.mesh())
+    return run.explain(Workload(tokens=12, micro_batches=3))
+
+
+def test_the_plan_shows_the_messages_of_its_techniques():
+    text = " ".join(on_ranks(2, explained)[0].split())
+    assert "sent by each rank in a step of 3 micro-batches of 12 tokens, in a ring" in text
+    assert "shard all_gather 277.7 KiB of parameters in 27 calls over shard" in text
+    assert "shard reduce_scatter 138.9 KiB of gradients in 15 calls over shard" in text
