@@ -40,6 +40,7 @@ def techniques(model):
         "osft (one_sided)": tr.OSFT(protect="weights", ratio=0.4, targets=linears, form="one_sided"),
         "osft (forward)": tr.OSFT(protect="weights", ratio=0.4, targets=WEIGHTS, form="forward"),
         "osft (factors)": tr.OSFT(protect="weights", ratio=0.4, targets=WEIGHTS, form="factors"),
+        "quantize": tr.Quantize(format="int8", targets=WEIGHTS),
         "tiledmlp": tr.TiledMLP(tile=5),
         "tiledblock": tr.TiledBlock(tile=5),
         "tiledloss": tr.TiledLoss(tile=5),
@@ -56,6 +57,8 @@ ALONE = "one of them must be alone in that"
 REPLACED = "both replace the forward"
 NOTHING = "nothing would be trained"
 NO_SUM = "no technique sums their gradients"
+NEEDS = "needs the plain weight"
+STORED = "both own how the weight is stored"
 MEANING = {
     EQUAL: "equal",
     SAME: "refused: one weight cannot be trained twice",
@@ -63,11 +66,13 @@ MEANING = {
     REPLACED: "refused: one forward cannot be replaced twice",
     NOTHING: "refused: nothing would be trained",
     NO_SUM: "refused: nothing sums the gradients; add shard",
+    NEEDS: "refused: the plain weight is needed, and only codes are stored",
+    STORED: "refused: one weight cannot be stored in two forms",
 }
 
 # (on one rank, on two ranks); with and without packing alike
 TILED = ("tiledmlp", "tiledblock", "tiledloss")
-HELPING = (*TILED, "recompute", "shard", "compile")  # they train nothing
+HELPING = ("quantize", *TILED, "recompute", "shard", "compile")  # they train nothing
 ADAPTING = [name for name in TECHNIQUES if name not in HELPING]
 FACTORED = ("osft (forward)", "osft (factors)")
 TABLE: dict[tuple[str, ...], tuple[str, str]] = {
@@ -75,6 +80,13 @@ TABLE: dict[tuple[str, ...], tuple[str, str]] = {
     **{names: (NOTHING, NOTHING) for n in (1, 2) for names in combinations(HELPING, n)},
     **dict.fromkeys(combinations(ADAPTING, 2), (SAME, SAME)),
     ("lora", "lora (pissa)"): (ALONE, ALONE),
+    **{(name, "quantize"): (NEEDS, NEEDS) for name in ("full", "lora (pissa)", "osft")},
+    **{(name, "quantize"): (STORED, STORED) for name in FACTORED},
+    **{(name, "quantize"): (EQUAL, NO_SUM) for name in ("lora", "osft (one_sided)")},
+    **{("lora", "quantize", other, "shard"): (EQUAL, EQUAL) for other in (*TILED, "recompute")},
+    ("lora", "quantize", "shard"): (EQUAL, EQUAL),
+    ("lora", "quantize", "shard", "compile"): (EQUAL, EQUAL),
+    ("lora", "quantize", "tiledblock", "tiledloss", "recompute", "shard"): (EQUAL, EQUAL),
     **{(name, "shard"): (EQUAL, EQUAL) for name in ADAPTING},
     **{(name, "compile"): (EQUAL, NO_SUM) for name in ADAPTING},
     ("tiledmlp", "tiledblock"): (REPLACED, REPLACED),
@@ -87,13 +99,13 @@ TABLE: dict[tuple[str, ...], tuple[str, str]] = {
     ("full", "recompute", "shard", "compile"): (EQUAL, EQUAL),
     **{(name, "shard", "compile"): (EQUAL, EQUAL) for name in ADAPTING},
 }
-# Where a model differs. The weights of experts are made of factors in the forward that tiles want to replace.
+# Where a model differs. Weights of experts are made of factors, or of codes, in the forward that tiles would replace.
 DIFFERENT: dict[str, dict[tuple[str, ...], tuple[str, str]]] = {
     "llama": {},
     "qwen3_moe": {
         names: (REPLACED, REPLACED)
         for names in TABLE
-        if names[0] in FACTORED and {"tiledmlp", "tiledblock"} & set(names)
+        if {*FACTORED, "quantize"} & set(names) and {"tiledmlp", "tiledblock"} & set(names)
     },
 }
 
@@ -203,12 +215,16 @@ def reference(model, plain, live, kind, trainable, layout):
         weight = weight_of(fqn)
         own = {n.rpartition(".")[2]: v.clone() for n, v in live.items() if n.rpartition(".")[0] == fqn}
         learning = {n: own[n].requires_grad_() for n in own if f"{fqn}.{n}" in trainable}
-        value = FORMULAS[kind](own, live.get(weight, torch.zeros(())))
+        # The base of an adapter may be codes: it is what is left of the plain weight without the adapter.
+        base = live.get(weight, torch.zeros(()))
+        if weight not in live and kind not in FACTORED:
+            base = plain[weight] - FORMULAS[kind](own, 0).detach()
+        value = FORMULAS[kind](own, base)
         of_own = torch.autograd.grad((value * dense[weight]).sum(), list(learning.values()))
         gradients |= {f"{fqn}.{n}": g for n, g in zip(learning, of_own)}
         with torch.no_grad():
             new = {n: stepped(kind, own, n, g) for n, g in zip(learning, of_own)}
-            after[weight] = FORMULAS[kind](own | new, live.get(weight, torch.zeros(())))
+            after[weight] = FORMULAS[kind](own | new, base)
     return gradients, after
 
 

@@ -8,6 +8,7 @@ the tests read this list; its order is the one in which they show it. `treering.
 from treering.techniques.full import Full as Full
 from treering.techniques.lora import LoRA as LoRA
 from treering.techniques.osft import OSFT as OSFT
+from treering.techniques.quantize import Quantize as Quantize
 from treering.techniques.tiling import TiledMLP as TiledMLP
 from treering.techniques.tiling import TiledBlock as TiledBlock
 from treering.techniques.tiling import TiledLoss as TiledLoss

@@ -1,0 +1,3 @@
+"""Weights in 3, 4 or 8 bits."""
+
+from treering.techniques.quantize.config import Quantize as Quantize
