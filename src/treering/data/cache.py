@@ -102,10 +102,12 @@ class CacheWriter:
 
     def _pieces(self) -> Iterator[bytes | memoryview]:
         sizes = {name: (self._folder / name).stat().st_size for name in _DTYPES}
-        yield header_of(
+        arrays = (
             (name, kind, (sizes[name] // np.dtype(dtype).itemsize,), sizes[name])
             for name, (kind, dtype) in _DTYPES.items()
-        )[0]
+        )
+        # The digest of the file identifies the data of a run, so its bytes stay as the first version wrote them.
+        yield header_of(arrays, separators=(", ", ": "))[0]
         for name in _DTYPES:
             yield from disk.pieces_of(self._folder / name)
 

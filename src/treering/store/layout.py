@@ -35,11 +35,14 @@ DTYPES = {
 
 
 def header_of(
-    tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] | None = None
+    tensors: Iterable[tuple[str, str, tuple[int, ...], int]],
+    metadata: Mapping[str, str] | None = None,
+    separators: tuple[str, str] = (",", ":"),
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """Return the header of a safetensors file, its length included, and the bytes of the file that each tensor takes.
 
-    `tensors` are (name, the format's name of the dtype, shape, bytes), in the order of their data.
+    `tensors` are (name, the format's name of the dtype, shape, bytes), in the order of their data. `separators` are
+    those of the header's JSON.
     """
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata is not None else {}
     spans, at = {}, 0
@@ -47,7 +50,7 @@ def header_of(
         spans[name] = at, at + length
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + length]}
         at += length
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=separators).encode()
     text += b" " * (-len(text) % 8)  # so that all tensors are aligned if the widest come first
     before = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, {n: (a + before, b + before) for n, (a, b) in spans.items()}
