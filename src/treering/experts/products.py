@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -111,6 +112,8 @@ def _takes(a: Tensor, b: Tensor) -> bool:
     """Return whether grouped_mm can compute this product of a with b."""
     if a.dtype not in _DTYPES or a.dtype != b.dtype or not a.numel() or not b.numel():
         return False
+    if isinstance(a, FakeTensor):  # where memory is planned, on a device of no kind: sizes alone matter
+        return _aligned(a) and _aligned(b)
     if a.device.type == "cuda" and torch.cuda.get_device_capability(a.device) < (8, 0):
         return False
     return a.device.type in ("cpu", "cuda") and _aligned(a) and _aligned(b)
@@ -123,4 +126,6 @@ def _aligned(t: Tensor) -> bool:
         return False
     others = list(t.stride())
     others.remove(1)
-    return all(stride * t.element_size() % _ALIGNMENT == 0 for stride in others) and t.data_ptr() % _ALIGNMENT == 0
+    if any(stride * t.element_size() % _ALIGNMENT for stride in others):
+        return False
+    return isinstance(t, FakeTensor) or t.data_ptr() % _ALIGNMENT == 0

@@ -10,6 +10,7 @@ from tests.same import assert_all_same, assert_same
 from tests.toy import gradients, rows, train, weights
 from tests.zoo import build, save
 from treering import formats
+from treering.cli import entry
 from treering.core.errors import ConfigError, PlanError
 from treering.core.sharded import gather
 from treering.experts.routing import route
@@ -178,3 +179,15 @@ def test_settings_that_mean_nothing_are_refused():
     ):
         with pytest.raises(ConfigError, match=message):
             tr.Quantize(**settings)
+
+
+def test_memory_of_quantized_experts_is_planned_from_shapes(tmp_path, capsys):
+    save("qwen3_moe", tmp_path / "model")
+    (tmp_path / "run.yaml").write_text(
+        f"model: {tmp_path}/model\ndata: {{train: x.jsonl, max_length: 64}}\noutput: {tmp_path}/run\n"
+        "techniques: {quantize: {format: int4, group: 8}, lora: {rank: 2, targets: [q_proj]}, recompute: , shard: }\n"
+    )
+    assert entry.run(["plan", str(tmp_path / "run.yaml"), "--ranks", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "64 tokens need" in shown and "cannot be planned" not in shown
+    assert "12 weights in int4" in shown
