@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import treering as tr
 from tests.ranks import on_ranks
@@ -18,7 +19,7 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "src" / "treering").rglob("README.md")],
 )
 BLOCK = re.compile(
-    r"(?:^<!-- (?P<mark>[\w ]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
+    r"(?:^<!-- (?P<mark>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 NEEDED = {"model": "model: m", "data": "data: d.jsonl", "output": "output: o"}
@@ -46,7 +47,7 @@ def run_page(root, page):
     os.chdir(root)
     folder(root / "Qwen" / "Qwen3-0.6B")
     chats(root / "chat.jsonl")
-    names = {"__name__": "docs"}
+    names = {"__name__": "docs", "torch": torch, "tr": tr, "model": "Qwen/Qwen3-0.6B"}  # what short blocks begin with
     for line, text in runnable(page):
         exec(compile("\n" * (line - 1) + text, shown(page), "exec"), names)
 
@@ -54,6 +55,14 @@ def run_page(root, page):
 @pytest.mark.parametrize("page", [p for p in PAGES if runnable(p)], ids=shown)
 def test_python_on_a_page_runs(page, tmp_path):
     on_ranks(1, run_page, tmp_path, page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=shown)
+def test_python_that_does_not_run_says_why(page):
+    for found in BLOCK.finditer(page.read_text(encoding="utf-8")):
+        if found["language"] == "python":
+            mark = found["mark"] or ""
+            assert mark == "runs" or re.fullmatch(r"not run: .{8,}", mark), f"{shown(page)}: {found['text'][:80]}"
 
 
 def test_the_pages_that_should_run_do():
