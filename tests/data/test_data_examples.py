@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 from treering.core.errors import ConfigError, DataError
 from treering.data import examples as examples_module
 from treering.data.config import Data
+from treering.data.examine import check, printable, show
 from treering.data.examples import build
-from treering.data.inspect import check, printable, show
 
 
 def chat(question, answer):

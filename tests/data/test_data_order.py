@@ -7,11 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treering.core.errors import ConfigError
-from treering.data.batch import collate
 from treering.data.config import Data
-from treering.data.deal import cost, deal
 from treering.data.examples import build
-from treering.data.loader import Loader
+from treering.data.loader import Loader, assign_bins, collate, cost
 from treering.data.order import Order, scrambled
 
 
@@ -109,7 +107,7 @@ def test_a_document_that_fits_nowhere_is_a_config_error():
 def test_every_rank_gets_as_many_bins_and_none_is_lost(lengths, ranks):
     sizes = np.array(lengths, dtype=np.int32)
     bins = [[i] for i in range(len(lengths))]
-    dealt = deal(bins, sizes, ranks)
+    dealt = assign_bins(bins, sizes, ranks)
     assert len(dealt) == ranks and len({len(own) for own in dealt}) == 1
     assert sorted(b[0] for own in dealt for b in own if b) == list(range(len(lengths)))
     for own in dealt:
@@ -121,7 +119,7 @@ def test_dealing_evens_out_attention():
     """One document of a bin's size costs more than many short ones of the same number of tokens."""
     lengths = np.array([8192, 8192, *[128] * 128], dtype=np.int32)
     bins = [[0], [1], list(range(2, 66)), list(range(66, 130))]
-    loads = [sum(cost(documents, lengths) for documents in own) for own in deal(bins, lengths, 2)]
+    loads = [sum(cost(documents, lengths) for documents in own) for own in assign_bins(bins, lengths, 2)]
     assert loads[0] == pytest.approx(loads[1])
 
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treering.data.chat.conversation import left_out, pieces_of, trace
+from treering.data.chat.filters import to_json
 from treering.data.chat.traced import (
     MixedTextsError,
     Source,
@@ -17,7 +18,6 @@ from treering.data.chat.traced import (
     plain_inside,
     traced,
 )
-from treering.data.chat.traced_json import to_json
 
 TEXT = st.text(st.sampled_from("ab \n\t<|é😀\"\\'%"), max_size=12)
 SOME = st.one_of(st.none(), st.sampled_from(["a", " ", "b<", "\n", "ab"]))

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from tokenizers import Encoding
 
 from treering.core.errors import DataError
-from treering.data import completion
 from treering.data.chat.control_tokens import SPECIAL, Control, Renamed
 from treering.data.chat.conversation import TOOLS, Piece
 from treering.data.chat.mask import Chat, Rendered
@@ -21,7 +20,7 @@ from treering.data.chat.traced import Source
 from treering.data.config import Data, Format
 from treering.data.formats import Sample
 from treering.data.sources.records import SampleError, bad
-from treering.data.token_places import Tokens
+from treering.data.token_places import Tokens, behind_cut, check_together, separator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,7 +142,7 @@ class Encoder:
             self.chat = Chat(Template(source=plan.template, variables=plan.variables), self.control)
         if plan.tools_template is not None:
             self.tools_chat = Chat(Template(source=plan.tools_template, variables=plan.variables), self.control)
-        self._separator = completion.separator(self.control.placer(renamed=False))
+        self._separator = separator(self.control.placer(renamed=False))
 
     def encode(self, samples: Sequence[Sample]) -> list[list[Encoded] | SampleError]:
         """For each sample its documents (a cut text has several), or why there is none."""
@@ -234,14 +233,14 @@ class Encoder:
         written = text.text if renamed is None else renamed.text
         cut = text.cut if renamed is None else renamed.at(text.cut)
         placer = self.control.placer(renamed=(name or renamed) is not None)
-        behind = completion.behind_cut(tokens, cut, len(written))
+        behind = behind_cut(tokens, cut, len(written))
         if behind is None:  # this completion needs another separator
-            separator = completion.separator(placer, sample.text)
-            written, cut = separator + sample.text, len(separator)
+            character = separator(placer, sample.text)
+            written, cut = character + sample.text, len(character)
             (tokens,) = placer.place([written], placer.encode([written]))
-            behind = completion.behind_cut(tokens, cut, len(written))
+            behind = behind_cut(tokens, cut, len(written))
         behind = tokens.ids if behind is None else behind
-        completion.check_together(placer, sample.prompt, sample.text, given.ids, behind, sample.where)
+        check_together(placer, sample.prompt, sample.text, given.ids, behind, sample.where)
         return behind
 
     def _mask(self, rendered: Rendered, tokens: Tokens, renamed: Renamed | None) -> NDArray[np.bool_]:

@@ -7,8 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from treering.core.errors import DataError
 from treering.data.chat.messages import check_messages
 from treering.data.config import FIELDS, Data, Format
-from treering.data.sources.records import Record, SampleError, bad
-from treering.data.sources.strings import check_strings, check_text
+from treering.data.sources.records import Record, SampleError, bad, check_strings, check_text
 
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "messages": ("messages",),

@@ -1,15 +1,21 @@
-"""Micro-batches of one rank, step by step, from any step on."""
+"""Micro-batches of one rank, step by step, from any step: bins are assigned to ranks and become tensors."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
-from treering.data.batch import Batch, collate
-from treering.data.deal import QUADRATIC, deal
-from treering.data.examples import Examples
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from treering.data.examples import Document, Examples
 from treering.data.order import Order
 
-if TYPE_CHECKING:
-    import torch
+IGNORED = -100  # the label of a token that is not trained
+Batch = dict[str, Any]
+# Attention's cost of a document of L tokens is L² times this, in units of one token's other work: about
+# 1 / (6 × width) for a model of width 4096. Only the balance depends on it, never a result.
+QUADRATIC = 1 / 24_576
 
 
 class Loader:
@@ -22,7 +28,7 @@ class Loader:
         *,
         rank: int = 0,
         ranks: int = 1,
-        device: "torch.device | str" = "cpu",
+        device: torch.device | str = "cpu",
         packing: Literal["on", "off"] = "on",
         quadratic: float = QUADRATIC,
     ):
@@ -46,7 +52,7 @@ class Loader:
     def step(self, epoch: int, step: int) -> list[Batch]:
         bins = self.order.bins(epoch, step)
         count = int(sum(self._examples.trained[documents].sum() for documents in bins))
-        own = deal(bins, self._examples.lengths, self._ranks, self._quadratic)[self._rank]
+        own = assign_bins(bins, self._examples.lengths, self._ranks, self._quadratic)[self._rank]
         return [
             collate([self._examples.document(i) for i in documents], count, self._device, self._packing)
             for documents in own
@@ -56,3 +62,66 @@ class Loader:
         """Where global step `step` stands, for a checkpoint."""
         epoch, within = self.order.locate(step)
         return {"step": step, "epoch": epoch, "step_in_epoch": within}
+
+
+def cost(documents: Sequence[int], lengths: NDArray[np.int32], quadratic: float = QUADRATIC) -> float:
+    sizes = np.asarray(lengths)[list(documents)].astype(np.float64)
+    return float(sizes.sum() + quadratic * (sizes**2).sum())
+
+
+def assign_bins(
+    bins: Sequence[list[int]], lengths: NDArray[np.int32], ranks: int, quadratic: float = QUADRATIC
+) -> list[list[list[int]]]:
+    """For each rank its bins, as many for every rank: collectives run once a micro-step. An empty bin fills a gap.
+
+    Each rank's are in descending cost, so that the ranks' i-th micro-steps are alike.
+    """
+    each = -(-len(bins) // ranks)
+    costs = [cost(documents, lengths, quadratic) for documents in bins]
+    dealt: list[list[list[int]]] = [[] for _ in range(ranks)]
+    load = [0.0] * ranks
+    for i in sorted(range(len(bins)), key=lambda i: (-costs[i], i)):
+        rank = min((r for r in range(ranks) if len(dealt[r]) < each), key=lambda r: (load[r], r))
+        dealt[rank].append(bins[i])
+        load[rank] += costs[i]
+    return [own + [[] for _ in range(each - len(own))] for own in dealt]
+
+
+def collate(
+    documents: Sequence[Document], count: int, device: torch.device | str, packing: Literal["on", "off"] = "on"
+) -> Batch:
+    """`count` is the number of trained tokens of the whole step. No documents: a batch that trains nothing."""
+    rows = [_tensors(document) for document in documents] or [_nothing()]
+    if packing == "on":
+        ids = torch.cat([row[0] for row in rows])[None]
+        labels = torch.cat([row[1] for row in rows])[None]
+        positions = torch.cat([torch.arange(len(row[0])) for row in rows])[None]
+    else:
+        # Padding stands to the right, where causal attention never lets a real token see it.
+        ids = torch.nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)
+        labels = torch.nn.utils.rnn.pad_sequence([row[1] for row in rows], batch_first=True, padding_value=IGNORED)
+        positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
+    batch: Batch = {
+        "input_ids": ids.to(device, non_blocking=True),
+        "labels": labels.to(device, non_blocking=True),
+        "position_ids": positions.to(device, non_blocking=True),
+        "count": count,
+        "samples": [document.sample_id for document in documents],
+    }
+    if packing == "on":
+        from treering.attention.documents import Documents
+
+        batch["documents"] = Documents.of([len(row[0]) for row in rows], device)
+    return batch
+
+
+def _tensors(document: Document) -> tuple[Tensor, Tensor]:
+    # Copied by astype: torch must not alias a read-only memory map.
+    ids = torch.from_numpy(document.ids.astype("int64"))
+    labels = ids.masked_fill(~torch.from_numpy(document.mask.astype("bool")), IGNORED)
+    return ids, labels
+
+
+def _nothing() -> tuple[Tensor, Tensor]:
+    """Two tokens without a label: a rank without a bin still has to take part in the step's collectives."""
+    return torch.zeros(2, dtype=torch.int64), torch.full((2,), IGNORED)

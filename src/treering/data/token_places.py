@@ -14,8 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
+from treering.data.sources.records import bad
+
 Span = tuple[int, int]
 _NO_TEXT = b"\xff"  # what no UTF-8 text holds: a token that cannot be spelled never proves anything
+_SEPARATORS = ("\n", "\t", ".", "字")
 
 
 class Tokens(Protocol):
@@ -195,3 +198,37 @@ def _alphabet() -> dict[int, int]:
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [byte for byte in range(256) if byte not in printable]
     return dict.fromkeys(others, 0xFFFF) | {0x100 + i: byte for i, byte in enumerate(others)}
+
+
+def separator(placer: Placer, completion: str = "x") -> str:
+    """A character to put before a completion; none for a tokenizer that adds nothing to the beginning of a text."""
+    (alone,) = placer.encode([completion])
+    for character in _SEPARATORS:
+        text = character + completion
+        (tokens,) = placer.place([text], placer.encode([text]))
+        if (behind := behind_cut(tokens, 1, len(text))) is not None:
+            return "" if behind.tolist() == alone.ids else character
+    return ""
+
+
+def behind_cut(tokens: Tokens, cut: int, length: int) -> NDArray[np.uint32] | None:
+    """The tokens behind the first `cut` characters; None if a token lies on both sides."""
+    ((first, _),) = tokens.ranges([(cut, length)], [(cut, length)])
+    if first > 0:
+        _, ends, places = tokens.places(np.array([first - 1]), [cut])
+        if ends[0] > places[0]:
+            return None
+    return tokens.ids[first:]
+
+
+def check_together(placer: Placer, prompt: str, completion: str, given: NDArray, behind: NDArray, where: str) -> None:
+    """Raise SampleError unless the tokens of the two spell both, as the tokens of one text do."""
+    (whole,) = placer.encode([prompt + completion])
+    if placer.decode([*given.tolist(), *behind.tolist()]) != placer.decode(whole.ids):
+        raise bad(
+            where,
+            "tokenizer",
+            "the tokens of the prompt and of the completion do not spell the two one after the other; move the border "
+            "between them to a place between two words",
+            at="completion",
+        )

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from treering.core.errors import DataError
 from treering.data.chat.conversation import Piece
-from treering.data.sources.strings import NAME_CLOSE, NAME_OPEN
+from treering.data.sources.records import NAME_CLOSE, NAME_OPEN
 from treering.data.token_places import Placer, Tokens
 
 _NOTHING = "(?!)"

@@ -3,8 +3,7 @@
 from typing import Any
 
 from treering.data.sources.jsonl import parse_line
-from treering.data.sources.records import SampleError, bad
-from treering.data.sources.strings import check_strings, check_text
+from treering.data.sources.records import SampleError, bad, check_strings, check_text
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")

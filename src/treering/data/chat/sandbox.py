@@ -6,21 +6,29 @@ refused, at the same place on every machine.
 """
 
 import json
-from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
-from datetime import datetime
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
 from functools import update_wrapper
 from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.filters
-import markupsafe
 from jinja2 import nodes
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 from treering.data.chat.conversation import Piece, Span, pieces_of
 from treering.data.chat.cost import Meter, TooExpensiveError
+from treering.data.chat.filters import (
+    DictFunction,
+    TemplateNamespace,
+    add,
+    join,
+    mark_safe,
+    now,
+    refuse,
+    replace,
+    to_json,
+)
 from treering.data.chat.template_code import GenerationTag, MeteredCode, with_payments
 from treering.data.chat.traced import (
     PRODUCING,
@@ -31,7 +39,6 @@ from treering.data.chat.traced import (
     plain,
     plain_inside,
 )
-from treering.data.chat.traced_json import to_json
 
 LONGEST = 1 << 20  # characters of a template
 _LEFT_OUT = ("pprint", "urlize", "random", "xmlattr", "urlencode")
@@ -89,10 +96,15 @@ class Environment(ImmutableSandboxedEnvironment):
         for name in _LEFT_OUT:
             del self.filters[name]
         del self.globals["lipsum"]
-        self.filters |= {"tojson": to_json, "join": _join, "replace": _replace, "safe": _safe}
+        self.filters |= {"tojson": to_json, "join": join, "replace": replace, "safe": mark_safe}
         self.filters = {name: self._metered(name, filter) for name, filter in self.filters.items()}
         self.tests = {n: test if n in _CHEAP else self._metered(n, test) for n, test in self.tests.items()}
-        self.globals |= {"raise_exception": _refuse, "strftime_now": _now, "dict": _Dict(), "namespace": _Namespace}
+        self.globals |= {
+            "raise_exception": refuse,
+            "strftime_now": now,
+            "dict": DictFunction(),
+            "namespace": TemplateNamespace,
+        }
 
     def begin(self, messages: Sequence[Any], tools: Any) -> None:
         """Forget the rendering before."""
@@ -151,7 +163,7 @@ class Environment(ImmutableSandboxedEnvironment):
         if operator == "%" and isinstance(left, str) and holds_traced(right):
             return opaque(plain(left) % plain_inside(right), (left, right))
         if operator == "+" and isinstance(left, str) and isinstance(right, str):
-            return _added(left, right)
+            return add(left, right)
         return self.binop_table[operator](left, right)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -216,7 +228,7 @@ class Environment(ImmutableSandboxedEnvironment):
             if not isinstance(made, str):
                 return self.meter.copied(made)
             text = opaque(plain(made), (whole, kwargs), complete=name in _COMPLETE)
-            return self.meter.copied(_safe(text) if hasattr(made, "__html__") else text)
+            return self.meter.copied(mark_safe(text) if hasattr(made, "__html__") else text)
 
         return update_wrapper(metered, function)
 
@@ -292,84 +304,3 @@ def _size(messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[int, int]:
         written = len(json.dumps([beside, tools]))
         return len(texts) + written // 16, characters + written
     return len(texts), characters
-
-
-class _Dict:
-    """`dict` for templates: a function, not a class with all that hangs on one."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _Namespace(Namespace):
-    def __init__(*args: Any, **kwargs: Any) -> None:  # Jinja's signature: `self` may be a name of the template's
-        self, given = args[0], dict(*args[1:], **kwargs)
-        for name in given:
-            _named(name)
-        Namespace.__init__(self, given)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _named(name)
-        super().__setitem__(name, value)
-
-
-def _named(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace has no place for {name!r}: names must not begin with _")
-
-
-@jinja2.pass_environment
-def _join(environment: Environment, values: Iterable[Any], d: str = "", attribute: Any = None) -> str:
-    if attribute is not None:
-        values = map(jinja2.filters.make_attrgetter(environment, attribute), values)
-    return Traced(str(d)).join([_text(value) for value in values])
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else opaque(str(value), (value,), complete=True)
-
-
-def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
-    subject = str(text)
-    if type(subject) is str and holds_traced(new):
-        subject = Traced(subject)
-    return subject.replace(str(old), str(new), -1 if count is None else count)
-
-
-class _Safe(Traced):
-    """A text that a template declares safe: what is added to it is escaped, as Jinja does even here."""
-
-    __slots__ = ()
-
-    def __html__(self) -> str:
-        return self
-
-
-def _safe(value: Any) -> str:
-    text = str(value)
-    return _Safe(plain(text), text._parts if isinstance(text, Traced) else None)
-
-
-def _added(left: str, right: str) -> str:
-    if not (hasattr(left, "__html__") or hasattr(right, "__html__")):
-        return left + right
-    both = concat([_escaped(left), _escaped(right)])
-    return _Safe(plain(both), both._parts if isinstance(both, Traced) else None)
-
-
-def _escaped(text: str) -> str:
-    if hasattr(text, "__html__"):
-        return text
-    written = plain(markupsafe.escape(plain(text)))
-    return text if written == text else opaque(written, (text,), complete=True)
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.exceptions.TemplateError(message)
-
-
-def _now(format: str) -> str:
-    return opaque(datetime.now().strftime(plain(format)), (format,))

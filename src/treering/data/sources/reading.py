@@ -10,9 +10,8 @@ import xxhash
 
 from treering.core.errors import DataError
 from treering.data.config import Data
-from treering.data.sources.hub import HubSource, is_saved_dataset, open_hub, read_hub
+from treering.data.sources.columnar import HubSource, is_saved_dataset, open_hub, read_hub, read_parquet
 from treering.data.sources.jsonl import read_jsonl
-from treering.data.sources.parquet import read_parquet
 from treering.data.sources.records import Record, SampleError, bad
 
 Kind = Literal["jsonl", "parquet", "txt", "hub"]

@@ -1,8 +1,16 @@
-"""What every source yields: a record with its place, or the error that stands in its place."""
+"""What every source yields, a record with its place or a named error, and the check of the strings in it."""
 
+import re
 from typing import Any, NamedTuple
 
 from treering.core.errors import DataError
+
+# Unicode keeps U+FDD0..U+FDEF out of interchange for good ("noncharacters"), so marks made of them cannot collide
+# with honest text. Private-use characters can: icon fonts use them.
+NAME_OPEN, NAME_CLOSE = "\ufdd4", "\ufdd5"  # the new name of a control token in the renamed tokenizer
+
+_DEPTH = 64
+_FORBIDDEN = re.compile("[\0\ud800-\udfff\ufdd0-\ufdef]")
 
 
 class SampleError(DataError):
@@ -34,3 +42,33 @@ class Record(NamedTuple):
 def bad(where: str, kind: str, message: str, *, at: str = "") -> SampleError:
     """`at` is the field, as in `messages[2].role`."""
     return SampleError(f"{where}: {at + ': ' if at else ''}{message}", kind=kind)
+
+
+def check_text(value: object, where: str, at: str) -> str:
+    if not isinstance(value, str):
+        raise bad(where, "schema", f"must be a string, not {type(value).__name__}", at=at)
+    if value.isascii() and "\0" not in value:  # which is known at once
+        return value
+    found = _FORBIDDEN.search(value)
+    if found is None:
+        return value
+    if found[0] == "\0":
+        raise bad(where, "nul", f"NUL character at character {found.start() + 1}", at=at)
+    code = ord(found[0])
+    what = "half of a surrogate pair" if 0xD800 <= code <= 0xDFFF else "a Unicode noncharacter"
+    raise bad(where, "utf-8", f"U+{code:04X} at character {found.start() + 1} is {what}", at=at)
+
+
+def check_strings(value: Any, where: str, at: str, depth: int = 0) -> None:
+    """Every string inside a JSON value, keys included. Templates walk these values recursively, hence the bound."""
+    if depth > _DEPTH:
+        raise bad(where, "json", f"is nested more than {_DEPTH} levels deep", at=at[:80])
+    if isinstance(value, str):
+        check_text(value, where, at)
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            check_text(key, where, at)
+            check_strings(entry, where, f"{at}.{key}", depth + 1)
+    elif isinstance(value, list):
+        for i, entry in enumerate(value):
+            check_strings(entry, where, f"{at}[{i}]", depth + 1)

@@ -1,7 +1,14 @@
-"""JSON of traced strings: what a template's `tojson` writes, with the origin of its characters."""
+"""Filters and functions of templates, for traced strings: they write what Jinja's own write, with the origin of it."""
 
 import json
+from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
+
+import jinja2
+import jinja2.filters
+import markupsafe
+from jinja2.utils import Namespace
 
 from treering.data.chat.traced import Part, Source, Traced, concat, holds_traced, opaque, plain, plain_inside
 
@@ -81,3 +88,84 @@ def _quoted(text: str, ensure_ascii: bool) -> str:
         edge = Traced('"', (Part(1, source),))
         return concat((edge, text, edge))
     return opaque(written, (text,), complete=True)
+
+
+class DictFunction:
+    """`dict` for templates: a function, not a class with all that hangs on one."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class TemplateNamespace(Namespace):
+    def __init__(*args: Any, **kwargs: Any) -> None:  # Jinja's signature: `self` may be a name of the template's
+        self, given = args[0], dict(*args[1:], **kwargs)
+        for name in given:
+            _named(name)
+        Namespace.__init__(self, given)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _named(name)
+        super().__setitem__(name, value)
+
+
+def _named(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace has no place for {name!r}: names must not begin with _")
+
+
+@jinja2.pass_environment
+def join(environment: jinja2.Environment, values: Iterable[Any], d: str = "", attribute: Any = None) -> str:
+    if attribute is not None:
+        values = map(jinja2.filters.make_attrgetter(environment, attribute), values)
+    return Traced(str(d)).join([_text(value) for value in values])
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else opaque(str(value), (value,), complete=True)
+
+
+def replace(text: Any, old: str, new: str, count: int | None = None) -> str:
+    subject = str(text)
+    if type(subject) is str and holds_traced(new):
+        subject = Traced(subject)
+    return subject.replace(str(old), str(new), -1 if count is None else count)
+
+
+class _Safe(Traced):
+    """A text that a template declares safe: what is added to it is escaped, as Jinja does even here."""
+
+    __slots__ = ()
+
+    def __html__(self) -> str:
+        return self
+
+
+def mark_safe(value: Any) -> str:
+    text = str(value)
+    return _Safe(plain(text), text._parts if isinstance(text, Traced) else None)
+
+
+def add(left: str, right: str) -> str:
+    if not (hasattr(left, "__html__") or hasattr(right, "__html__")):
+        return left + right
+    both = concat([_escaped(left), _escaped(right)])
+    return _Safe(plain(both), both._parts if isinstance(both, Traced) else None)
+
+
+def _escaped(text: str) -> str:
+    if hasattr(text, "__html__"):
+        return text
+    written = plain(markupsafe.escape(plain(text)))
+    return text if written == text else opaque(written, (text,), complete=True)
+
+
+def refuse(message: str) -> None:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def now(format: str) -> str:
+    return opaque(datetime.now().strftime(plain(format)), (format,))
