@@ -10,7 +10,7 @@ from treering.data.chat.conversation import left_out, pieces_of, trace
 from treering.data.chat.filters import to_json
 from treering.data.chat.traced import (
     MixedTextsError,
-    Source,
+    TextSource,
     Traced,
     concat,
     opaque,
@@ -126,4 +126,4 @@ def test_texts_of_two_messages_are_not_mixed_in_one_operation():
     with pytest.raises(MixedTextsError):
         opaque("ab", (source("a", 0), source("b", 1)))
     assert concat((source("a", 0), source("b", 1))) == "ab"
-    assert isinstance(Source(0, ("content",), "a", True).field, tuple)
+    assert isinstance(TextSource(0, ("content",), "a", True).field, tuple)

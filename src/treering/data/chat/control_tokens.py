@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from treering.core.errors import DataError
-from treering.data.chat.conversation import Piece
+from treering.data.chat.conversation import TextPiece
 from treering.data.sources.records import NAME_CLOSE, NAME_OPEN
 from treering.data.token_places import Placer, Tokens
 
@@ -83,7 +83,7 @@ class Control:
         """For each token 0 for text, STRUCTURAL or SPECIAL."""
         return self._kinds.take(tokens.ids, mode="clip")
 
-    def genuine(self, tokens: Tokens, text: str, pieces: Sequence[Piece], writers: Sequence[bool]) -> bool:
+    def genuine(self, tokens: Tokens, text: str, pieces: Sequence[TextPiece], writers: Sequence[bool]) -> bool:
         """Whether the control tokens are those that the template wrote, or structural ones that an assistant wrote."""
         kinds = self.kinds(tokens)
         (at,) = kinds.nonzero()
@@ -111,7 +111,7 @@ class Control:
                 return False
         return True
 
-    def _apart(self, text: str, pieces: Sequence[Piece]) -> bool:
+    def _apart(self, text: str, pieces: Sequence[TextPiece]) -> bool:
         """Whether no control token lies in a text of the data, or reaches into one.
 
         None does where the text holds no character that a token begins or ends with; nor where it holds no token, and
@@ -149,7 +149,7 @@ class Control:
             self._closing[literal] = bool(tokens) and not literal[tokens[-1] :].strip()
         return self._closing[literal]
 
-    def rename(self, text: str, pieces: Sequence[Piece], writers: Sequence[bool]) -> Renamed:
+    def rename(self, text: str, pieces: Sequence[TextPiece], writers: Sequence[bool]) -> Renamed:
         """The text for the renamed backend: what the template wrote by its name, texts of the data as they are."""
         made: list[str] = []
         borders = [(0, 0)]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from treering.data.chat.messages import THOUGHTS
-from treering.data.chat.traced import Part, Source, Traced, traced
+from treering.data.chat.traced import TextSource, Traced, TracedPart, traced
 
 _CONTENT = ("content",)
 TOOLS = -1  # the turn of what belongs to no message
@@ -16,37 +16,37 @@ Span = tuple[int, int]
 class Conversation(NamedTuple):
     messages: list[dict[str, Any]]
     tools: Any
-    sources: list[Source]
+    sources: list[TextSource]
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """The characters [begin, end) of a rendered text, which come from `source`, where they are [start, stop)."""
 
     begin: int
     end: int
-    source: Source
+    source: TextSource
     start: int
     stop: int
     mixed: bool
 
 
 def trace(messages: Sequence[dict[str, Any]], tools: Any) -> Conversation:
-    sources: list[Source] = []
+    sources: list[TextSource] = []
     made = [_traced_message(message, turn, sources) for turn, message in enumerate(messages)]
     return Conversation(
         messages=made, tools=tools and traced(tools, TOOLS, ("tools",), sources, False), sources=sources
     )
 
 
-def _traced_message(message: dict[str, Any], turn: int, sources: list[Source]) -> dict[str, Any]:
+def _traced_message(message: dict[str, Any], turn: int, sources: list[TextSource]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for field, value in message.items():
         if field == "role" or value is None:
             made[field] = value
         elif field == "content" and type(value) is str:
-            source = Source(turn, _CONTENT, value, True)
+            source = TextSource(turn, _CONTENT, value, True)
             sources.append(source)
-            made[field] = Traced(value, (Part(len(value), source, 0, len(value)),))
+            made[field] = Traced(value, (TracedPart(len(value), source, 0, len(value)),))
         elif field == "tool_calls":
             made[field] = [_traced_call(call, turn, (field, i), sources) for i, call in enumerate(value)]
         elif field in THOUGHTS and (same := next((made[f] for f in THOUGHTS if made.get(f) == value), None)):
@@ -56,7 +56,9 @@ def _traced_message(message: dict[str, Any], turn: int, sources: list[Source]) -
     return made
 
 
-def _traced_call(call: dict[str, Any], turn: int, path: tuple[str | int, ...], sources: list[Source]) -> dict[str, Any]:
+def _traced_call(
+    call: dict[str, Any], turn: int, path: tuple[str | int, ...], sources: list[TextSource]
+) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for field, value in call.items():
         if field == "function" and isinstance(value, dict):
@@ -66,9 +68,9 @@ def _traced_call(call: dict[str, Any], turn: int, path: tuple[str | int, ...], s
     return made
 
 
-def pieces_of(texts: Iterable[str]) -> list[Piece]:
+def pieces_of(texts: Iterable[str]) -> list[TextPiece]:
     """Where in these texts, one after another, which texts of the data stand."""
-    pieces: list[Piece] = []
+    pieces: list[TextPiece] = []
     at = 0
     for text in texts:
         if not isinstance(text, Traced):
@@ -78,20 +80,20 @@ def pieces_of(texts: Iterable[str]) -> list[Piece]:
             if source is not None:
                 last = pieces[-1] if pieces else None
                 if last is not None and last.source is source and _continues(last, at, length, start, stop, mixed):
-                    pieces[-1] = Piece(last.begin, at + length, source, last.start, stop, False)
+                    pieces[-1] = TextPiece(last.begin, at + length, source, last.start, stop, False)
                 else:
-                    pieces.append(Piece(at, at + length, source, start, stop, mixed))
+                    pieces.append(TextPiece(at, at + length, source, start, stop, mixed))
             at += length
     return pieces
 
 
-def _continues(last: Piece, at: int, length: int, start: int, stop: int, mixed: bool) -> bool:
+def _continues(last: TextPiece, at: int, length: int, start: int, stop: int, mixed: bool) -> bool:
     """Whether a part of the same text goes on where the last piece ends, both of them unchanged."""
     verbatim = length == stop - start and last.end - last.begin == last.stop - last.start
     return verbatim and last.end == at and last.stop == start and not (mixed or last.mixed)
 
 
-def left_out(sources: Sequence[Source], pieces: Iterable[Piece]) -> Iterator[tuple[Source, list[Span]]]:
+def left_out(sources: Sequence[TextSource], pieces: Iterable[TextPiece]) -> Iterator[tuple[TextSource, list[Span]]]:
     """Each required source that `pieces` do not show whole, with the missing ranges, blanks around them aside."""
     whole: set[int] = set()
     some: dict[int, list[Span]] = {}

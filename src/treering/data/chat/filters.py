@@ -10,7 +10,7 @@ import jinja2.filters
 import markupsafe
 from jinja2.utils import Namespace
 
-from treering.data.chat.traced import Part, Source, Traced, concat, holds_traced, opaque, plain, plain_inside
+from treering.data.chat.traced import TextSource, Traced, TracedPart, concat, holds_traced, opaque, plain, plain_inside
 
 
 def to_json(
@@ -55,9 +55,9 @@ def to_json(
     return concat([_owned(text, *around) if mere else text for (text, mere), *around in zip(made, before, behind)])
 
 
-def _near(made: list[tuple[str, bool]]) -> list[Source | None]:
+def _near(made: list[tuple[str, bool]]) -> list[TextSource | None]:
     """For each text of the JSON the last source before it."""
-    sources: list[Source | None] = []
+    sources: list[TextSource | None] = []
     last = None
     for text, _ in made:
         sources.append(last)
@@ -66,12 +66,12 @@ def _near(made: list[tuple[str, bool]]) -> list[Source | None]:
     return sources
 
 
-def _owned(text: str, before: Source | None, behind: Source | None) -> str:
+def _owned(text: str, before: TextSource | None, behind: TextSource | None) -> str:
     """Syntax between two texts of the same turn belongs to them: numbers and brackets are no text of the template."""
     source = before or behind
     if source is None or (before and behind and before.turn != behind.turn):
         return text
-    return Traced(text, (Part(len(text), source),))
+    return Traced(text, (TracedPart(len(text), source),))
 
 
 def _key(key: Any) -> str:
@@ -85,7 +85,7 @@ def _quoted(text: str, ensure_ascii: bool) -> str:
         return written
     if len(written) == len(text) + 2:  # nothing was escaped, so each character is still itself
         source = next((part.source for part in text._parts if part.source is not None), None)
-        edge = Traced('"', (Part(1, source),))
+        edge = Traced('"', (TracedPart(1, source),))
         return concat((edge, text, edge))
     return opaque(written, (text,), complete=True)
 

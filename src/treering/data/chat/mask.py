@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from treering.data.chat.control_tokens import Control
-from treering.data.chat.conversation import TOOLS, Conversation, Piece, Span, forms, left_out, trace
+from treering.data.chat.conversation import TOOLS, Conversation, Span, TextPiece, forms, left_out, trace
 from treering.data.chat.messages import THOUGHTS
 from treering.data.chat.template import REFUSED, RenderedText, Template
-from treering.data.chat.traced import Source
+from treering.data.chat.traced import TextSource
 from treering.data.chat.turns import Turn, Turns
 from treering.data.formats import Sample
 from treering.data.sources.records import SampleError, bad
@@ -27,7 +27,7 @@ class Rendered(NamedTuple):
     text: str
     trained: list[Span]
     limits: list[Span]
-    pieces: list[Piece]
+    pieces: list[TextPiece]
     writers: list[bool]  # of each piece: whether the assistant wrote it
     endless: bool  # some assistant turn has no end-of-turn token
     unprompted: bool  # some assistant turn does not begin with the whole generation prompt
@@ -97,7 +97,7 @@ class Chat:
             without_tools=bool(conversation.tools) and not any(piece.source.turn == TOOLS for piece in pieces),
         )
 
-    def _check_mixed(self, text: str, pieces: Sequence[Piece], where: str) -> None:
+    def _check_mixed(self, text: str, pieces: Sequence[TextPiece], where: str) -> None:
         for piece in pieces:
             if piece.mixed and self._control.any.search(text, piece.begin, piece.end):
                 raise bad(
@@ -153,7 +153,7 @@ class Chat:
         return self._control.closes(rendered.text[min(inside[-1].end, end) if inside else start : end])
 
 
-def _overlapping(rendered: RenderedText, span: Span) -> list[Piece]:
+def _overlapping(rendered: RenderedText, span: Span) -> list[TextPiece]:
     """The pieces, in order, of which a character is inside of `span`."""
     start, end = span
     pieces = rendered.visible
@@ -163,7 +163,7 @@ def _overlapping(rendered: RenderedText, span: Span) -> list[Piece]:
     return pieces[first:stop]
 
 
-def _are_whole(sources: list[Source], pieces: list[Piece], spans: dict[int, list[Span]]) -> bool:
+def _are_whole(sources: list[TextSource], pieces: list[TextPiece], spans: dict[int, list[Span]]) -> bool:
     """Whether each required text is shown by one piece, the assistant's inside of what is trained: most often it is,
     and nothing else has to be looked at."""
     whole = set()
@@ -175,7 +175,9 @@ def _are_whole(sources: list[Source], pieces: list[Piece], spans: dict[int, list
     return all(not source.required or id(source) in whole for source in sources)
 
 
-def _check_complete(conversation: Conversation, pieces: list[Piece], spans: dict[int, list[Span]], where: str) -> int:
+def _check_complete(
+    conversation: Conversation, pieces: list[TextPiece], spans: dict[int, list[Span]], where: str
+) -> int:
     """Return how many thoughts of earlier turns the rendering leaves out, which some templates do on purpose.
 
     Refuse one that leaves out another text, or that has a text of the assistant outside of its turn's `spans`.
@@ -208,7 +210,7 @@ def _check_complete(conversation: Conversation, pieces: list[Piece], spans: dict
     return len(thoughts)
 
 
-def _is_thought(source: Source, missing: list[Span]) -> bool:
+def _is_thought(source: TextSource, missing: list[Span]) -> bool:
     if source.path[0] in THOUGHTS:
         return True
     if source.path != ("content",):
@@ -217,11 +219,11 @@ def _is_thought(source: Source, missing: list[Span]) -> bool:
     return all(stop <= (thought.end() if thought else 0) for _, stop in missing)
 
 
-def _without_tags(source: Source, missing: list[Span]) -> list[Span]:
+def _without_tags(source: TextSource, missing: list[Span]) -> list[Span]:
     return [(start, stop) for start, stop in missing if _TAG.sub("", source.text[start:stop]).strip()]
 
 
-def _what(source: Source, missing: Span, role: str) -> str:
+def _what(source: TextSource, missing: Span, role: str) -> str:
     text = source.text[slice(*missing)].strip()
     shown = repr(text if len(text) <= 40 else text[:40] + "…")
     whole = text == source.text.strip()
@@ -234,6 +236,6 @@ def _what(source: Source, missing: Span, role: str) -> str:
     return f"this message (role {role})" if whole else f"{shown} of this message (role {role})"
 
 
-def _place(source: Source) -> str:
+def _place(source: TextSource) -> str:
     path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in source.path if step != "key")
     return f"messages[{source.turn}]{path}"

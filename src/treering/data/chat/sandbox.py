@@ -16,7 +16,7 @@ from jinja2 import nodes
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from treering.data.chat.conversation import Piece, Span, pieces_of
+from treering.data.chat.conversation import Span, TextPiece, pieces_of
 from treering.data.chat.cost import Meter, TooExpensiveError
 from treering.data.chat.filters import (
     DictFunction,
@@ -290,7 +290,7 @@ class Written(NamedTuple):
     which characters on the template's loop was at which message."""
 
     text: str
-    pieces: list[Piece]
+    pieces: list[TextPiece]
     tags: list[Span]
     loops: list[tuple[int, int | None]]
 

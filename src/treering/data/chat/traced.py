@@ -12,24 +12,24 @@ import itertools
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from typing import Any, NamedTuple, SupportsIndex
 
-Path = tuple[str | int, ...]
+FieldPath = tuple[str | int, ...]
 
 
-class Source(NamedTuple):
+class TextSource(NamedTuple):
     """One string of a conversation: message `turn` (-1: the tools) has it at `path`."""
 
     turn: int
-    path: Path
+    path: FieldPath
     text: str
     required: bool  # a rendering that leaves it out loses something
 
     @property
-    def field(self) -> Path:
+    def field(self) -> FieldPath:
         """The part of the message that it belongs to: its content, its thought, or a name or arguments of a call."""
         return self.path[:4] if self.path[0] == "tool_calls" else self.path[:1]
 
 
-class Part(NamedTuple):
+class TracedPart(NamedTuple):
     """`length` characters of a traced string. Without a source they are the template's own.
 
     Otherwise they show the characters [start, stop) of the source, one by one if the lengths are equal, else rewritten
@@ -37,12 +37,12 @@ class Part(NamedTuple):
     """
 
     length: int
-    source: Source | None = None
+    source: TextSource | None = None
     start: int = 0
     stop: int = 0
     mixed: bool = False
 
-    def cut(self, low: int, high: int, whole: bool) -> "Part":
+    def cut(self, low: int, high: int, whole: bool) -> "TracedPart":
         """Its characters [low, high). `whole`: nothing is lost, if it was rewritten: what is cut off are blanks."""
         if self.source is None or (self.stop - self.start != self.length and whole):
             return self._replace(length=high - low)
@@ -62,12 +62,12 @@ class Traced(str):
     """A string with the origin of its characters. `_parts` has an underscore to be out of reach for templates."""
 
     __slots__ = ("_ends", "_parts")
-    _parts: tuple[Part, ...]
+    _parts: tuple[TracedPart, ...]
     _ends: list[int]  # where each part ends; made when it is first cut
 
-    def __new__(cls, text: str, parts: tuple[Part, ...] | None = None) -> "Traced":
+    def __new__(cls, text: str, parts: tuple[TracedPart, ...] | None = None) -> "Traced":
         made = super().__new__(cls, text)
-        made._parts = (Part(len(text)),) if parts is None else parts
+        made._parts = (TracedPart(len(text)),) if parts is None else parts
         return made
 
     def __str__(self) -> str:
@@ -235,12 +235,12 @@ _EDGES = " \t\r\n\"'"  # around a value that JSON writes
 PRODUCING = {"join", "replace", "center", "ljust", "rjust", "translate"}  # their results hold what they are given
 
 
-def traced(value: Any, turn: int, path: Path, sources: list[Source], required: bool) -> Any:
+def traced(value: Any, turn: int, path: FieldPath, sources: list[TextSource], required: bool) -> Any:
     """`value` with every string in it traced; their sources are appended to `sources`."""
     if isinstance(value, str):
-        source = Source(turn, path, value, required)
+        source = TextSource(turn, path, value, required)
         sources.append(source)
-        return Traced(value, (Part(len(value), source, 0, len(value)),))
+        return Traced(value, (TracedPart(len(value), source, 0, len(value)),))
     if isinstance(value, dict):
         return {
             traced(key, turn, (*path, "key", key), sources, required): traced(
@@ -272,7 +272,7 @@ def plain_inside(value: Any) -> Any:
 def concat(pieces: Iterable[str]) -> str:
     """The pieces one after another, traced if one of them is."""
     pieces = list(pieces)
-    parts: list[Part] = []
+    parts: list[TracedPart] = []
     literal = 0  # characters without a source, since the last part
     for piece in pieces:
         if not isinstance(piece, Traced):
@@ -283,13 +283,13 @@ def concat(pieces: Iterable[str]) -> str:
                 literal += part.length
                 continue
             if literal:
-                parts.append(Part(literal))
+                parts.append(TracedPart(literal))
                 literal = 0
             _append(parts, part)
     if not parts:
         return "".join(pieces)
     if literal:
-        parts.append(Part(literal))
+        parts.append(TracedPart(literal))
     return Traced("".join(pieces), tuple(parts))
 
 
@@ -299,13 +299,13 @@ def _shown(text: str) -> str:
     return Traced("", tuple(part._replace(length=0) for part in parts if part.source))
 
 
-def _append(parts: list[Part], part: Part) -> None:
+def _append(parts: list[TracedPart], part: TracedPart) -> None:
     """Add a part of the data, as one with the last one where the two continue each other."""
     last = parts[-1] if parts else None
     if last is not None and part.source is last.source:
         verbatim = part.length == part.stop - part.start and last.length == last.stop - last.start
         if verbatim and part.start == last.stop and not (part.mixed or last.mixed):
-            parts[-1] = Part(last.length + part.length, last.source, last.start, part.stop)
+            parts[-1] = TracedPart(last.length + part.length, last.source, last.start, part.stop)
             return
     parts.append(part)
 
@@ -333,16 +333,16 @@ def opaque(text: str, inputs: Iterable[Any], *, complete: bool = False) -> str:
         raise MixedTextsError
     first, *rest = used
     mixed = literal or any(part.mixed for part in used)
-    whole = Part(len(text), first.source, first.start, first.stop, mixed)
+    whole = TracedPart(len(text), first.source, first.start, first.stop, mixed)
     return Traced(text, (whole, *(part._replace(length=0) for part in rest)))
 
 
-def _found(part: Part, text: str) -> bool:
+def _found(part: TracedPart, text: str) -> bool:
     assert part.source is not None
     return part.source.text[part.start : part.stop].strip() in text
 
 
-def _collected(value: Any) -> tuple[list[Part], bool]:
+def _collected(value: Any) -> tuple[list[TracedPart], bool]:
     """The parts of all strings in `value`, and whether some text in them is the template's own."""
     if isinstance(value, Traced):
         return list(value._parts), any(part.source is None and part.length for part in value._parts)
@@ -350,7 +350,7 @@ def _collected(value: Any) -> tuple[list[Part], bool]:
         return [], bool(value.strip())
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
-    parts: list[Part] = []
+    parts: list[TracedPart] = []
     literal = False
     if isinstance(value, _SEVERAL):
         for entry in value:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from treering.data.chat.control_tokens import Control
-from treering.data.chat.conversation import Conversation, Piece, trace
+from treering.data.chat.conversation import Conversation, TextPiece, trace
 from treering.data.chat.template import RenderedText
 from treering.data.sources.records import SampleError, bad
 
@@ -54,7 +54,7 @@ class _Run(NamedTuple):
 
     begin: int
     end: int
-    last: Piece
+    last: TextPiece
     after: int  # index of the first piece behind it
 
 
@@ -67,7 +67,7 @@ class Turns:
 
     def find(self, rendered: RenderedText, conversation: Conversation, render: Render, where: str) -> list[Turn]:
         """The assistant's turns, in order. Raises SampleError where the template does not let them be told apart."""
-        by_turn: dict[int, list[tuple[int, Piece]]] = {}
+        by_turn: dict[int, list[tuple[int, TextPiece]]] = {}
         for i, piece in enumerate(rendered.visible):
             by_turn.setdefault(piece.source.turn, []).append((i, piece))
         found: list[Turn] = []
@@ -94,7 +94,7 @@ class _Finder:
 
     turns: Turns
     rendered: RenderedText
-    own: list[tuple[int, Piece]]  # the pieces of this turn, with their places among all
+    own: list[tuple[int, TextPiece]]  # the pieces of this turn, with their places among all
     conversation: Conversation
     render: Render
     where: str
@@ -105,7 +105,7 @@ class _Finder:
         return self.rendered.text
 
     @property
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TextPiece]:
         return self.rendered.visible
 
     def turn(self) -> Turn:
@@ -303,7 +303,7 @@ class _Finder:
         return length
 
 
-def _runs(own: Sequence[tuple[int, Piece]]) -> list[_Run]:
+def _runs(own: Sequence[tuple[int, TextPiece]]) -> list[_Run]:
     """`own` are pieces of one turn, with their places among all."""
     runs: list[_Run] = []
     for i, piece in own:
