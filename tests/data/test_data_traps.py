@@ -408,7 +408,7 @@ def test_fields_that_a_client_left_null_are_absent(tokenizer):
     assert spans(tokenizer, encode(tokenizer, dumped)) == ["A.<|im_end|>"]
 
 
-def test_long_conversations_with_tools_are_remembered_whatever_numbers_they_hold(tokenizers):
+def test_turns_of_long_conversations_with_tools_are_divided_once_whatever_their_numbers(tokenizers):
     tokenizer = tokenizers["qwen"]
     messages = [user("go")]
     for i in range(150):
@@ -417,4 +417,4 @@ def test_long_conversations_with_tools_are_remembered_whatever_numbers_they_hold
     sample = Sample(kind="chat", where="t", file=0, row=1, messages=[*messages, assistant("done")])
     (result,) = encoder.encode([sample])
     assert len(spans(tokenizer, result[0])) == 151
-    assert len(encoder.chat._turns._known) < 8
+    assert len(encoder.chat._turns._cache) < 8

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding
 
 from treering.core.errors import DataError
-from treering.data.chat.control_tokens import SPECIAL, Control, Renamed
+from treering.data.chat.control_tokens import SPECIAL, ControlTokens, RenamedText
 from treering.data.chat.conversation import TOOLS, TextPiece
 from treering.data.chat.mask import Chat, Rendered
 from treering.data.chat.template import Template
@@ -140,7 +140,7 @@ class Encoder:
 
     def __init__(self, plan: Recipe):
         self.plan = plan
-        self.control = Control(plan.backend, plan.template and plan.template + (plan.tools_template or ""))
+        self.control = ControlTokens(plan.backend, plan.template and plan.template + (plan.tools_template or ""))
         self.chat = self.tools_chat = None
         if plan.template is not None:
             self.chat = Chat(Template(source=plan.template, variables=plan.variables), self.control)
@@ -176,7 +176,7 @@ class Encoder:
             if not self.control.genuine(tokens[i], text.text, text.pieces, text.writers)
         ]  # fmt: skip
         renamed = dict(zip(imitating, self._encode_renamed([texts[i] for i in imitating])))
-        by_sample: dict[int, list[tuple[Text, Tokens, Renamed | None]]] = {}
+        by_sample: dict[int, list[tuple[Text, Tokens, RenamedText | None]]] = {}
         for i, text in enumerate(texts):
             tokens_of_text, renamed_text = renamed.get(i, (tokens[i], None))
             by_sample.setdefault(text.sample, []).append((text, tokens_of_text, renamed_text))
@@ -188,7 +188,7 @@ class Encoder:
                 results[i] = error
         return results
 
-    def _encode_renamed(self, texts: Sequence[Text]) -> list[tuple[Tokens, Renamed]]:
+    def _encode_renamed(self, texts: Sequence[Text]) -> list[tuple[Tokens, RenamedText]]:
         """Return the tokens of texts from the tokenizer with renamed control tokens."""
         if not texts:
             return []
@@ -210,7 +210,7 @@ class Encoder:
             yield _one_text(i, sample.prompt, "")
         yield _one_text(i, sample.text, self._separator if sample.prompt else "")
 
-    def _documents(self, sample: Sample, parts: list[tuple[Text, Tokens, Renamed | None]]) -> list[Encoded]:
+    def _documents(self, sample: Sample, parts: list[tuple[Text, Tokens, RenamedText | None]]) -> list[Encoded]:
         text, tokens, renamed = parts[-1]
         for _, tokens_of_text, renamed_text in parts:
             if renamed_text is not None and np.count_nonzero(self.control.kinds(tokens_of_text)) != renamed_text.names:
@@ -229,7 +229,7 @@ class Encoder:
         mask[: max(1, len(prompt))] = False
         return self._fit(sample, ids, mask)
 
-    def _completion(self, sample: Sample, parts: list[tuple[Text, Tokens, Renamed | None]]) -> NDArray[np.uint32]:
+    def _completion(self, sample: Sample, parts: list[tuple[Text, Tokens, RenamedText | None]]) -> NDArray[np.uint32]:
         """Return the tokens of the completion, without those of the separator before it."""
         (_, prompt, renamed_prompt), (text, tokens, renamed) = parts
         if not text.cut:
@@ -247,7 +247,7 @@ class Encoder:
         check_together(placer, sample.prompt, sample.text, prompt.ids, completion, sample.where)
         return completion
 
-    def _mask(self, rendered: Rendered, tokens: Tokens, renamed: Renamed | None) -> NDArray[np.bool_]:
+    def _mask(self, rendered: Rendered, tokens: Tokens, renamed: RenamedText | None) -> NDArray[np.bool_]:
         spans, limits = rendered.trained, rendered.limits
         if renamed is not None:
             spans, limits = ([(renamed.at(a), renamed.at(b)) for a, b in part] for part in (spans, limits))

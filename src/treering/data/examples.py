@@ -136,7 +136,7 @@ def build(
 def _write(
     folder: Path,
     key: str,
-    files: tuple[sources.File, ...],
+    files: tuple[sources.SourceFile, ...],
     job: EncodingJob,
     which: Which,
     progress: Callable[[int], None] | None,
@@ -193,7 +193,7 @@ def _short(labels: list[str]) -> list[str]:
     return names if len(set(names)) == len(names) else labels
 
 
-def _key(files: tuple[sources.File, ...], job: EncodingJob, which: Which) -> str:
+def _key(files: tuple[sources.SourceFile, ...], job: EncodingJob, which: Which) -> str:
     config = job.config
     options = {
         "columns": dict(config.columns),

@@ -1,4 +1,4 @@
-"""Filters and functions of templates, for traced strings: they write what Jinja's own write, with the origin of it."""
+"""Filters and functions of templates for traced strings: results are those of Jinja's own, and traced."""
 
 import json
 from collections.abc import Iterable
@@ -16,20 +16,20 @@ from treering.data.chat.traced import TextSource, Traced, TracedPart, concat, ho
 def to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """As `json.dumps` writes it, traced. Brackets, commas and numbers belong to the texts beside them."""
+    """Return the JSON of `json.dumps`, traced. Brackets, commas and numbers belong to the texts next to them."""
     if not holds_traced(value):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     if isinstance(indent, int):
         indent = " " * indent
     between, colon = separators or (", " if indent is None else ",", ": ")
-    made: list[tuple[str, bool]] = []  # texts, and whether they are only syntax
+    texts: list[tuple[str, bool]] = []  # with whether each is only syntax
 
     def syntax(text: str) -> None:
-        made.append((text, True))
+        texts.append((text, True))
 
     def write(value: Any, level: int) -> None:
         if isinstance(value, str):
-            made.append((_quoted(value, ensure_ascii), False))
+            texts.append((_quoted(value, ensure_ascii), False))
         elif isinstance(value, dict) and value:
             items = sorted(value.items()) if sort_keys else value.items()
             bracketed("{}", [(key, entry) for key, entry in items], level)
@@ -45,29 +45,31 @@ def to_json(
             if i:
                 syntax(between + line)
             if brackets == "{}":
-                made.append((_quoted(key if isinstance(key, str) else _key(key), ensure_ascii), False))
+                texts.append((_quoted(key if isinstance(key, str) else _key(key), ensure_ascii), False))
                 syntax(colon)
             write(entry, level + 1)
         syntax(("" if indent is None else "\n" + indent * level) + brackets[1])
 
     write(value, 0)
-    before, behind = _near(made), _near(made[::-1])[::-1]
-    return concat([_owned(text, *around) if mere else text for (text, mere), *around in zip(made, before, behind)])
+    before, behind = _preceding(texts), _preceding(texts[::-1])[::-1]
+    return concat(
+        [_assigned(text, *around) if is_syntax else text for (text, is_syntax), *around in zip(texts, before, behind)]
+    )
 
 
-def _near(made: list[tuple[str, bool]]) -> list[TextSource | None]:
-    """For each text of the JSON the last source before it."""
+def _preceding(texts: list[tuple[str, bool]]) -> list[TextSource | None]:
+    """Return for each text of the JSON the last source before it."""
     sources: list[TextSource | None] = []
     last = None
-    for text, _ in made:
+    for text, _ in texts:
         sources.append(last)
         if isinstance(text, Traced):
             last = next((part.source for part in text._parts if part.source), last)
     return sources
 
 
-def _owned(text: str, before: TextSource | None, behind: TextSource | None) -> str:
-    """Syntax between two texts of the same turn belongs to them: numbers and brackets are no text of the template."""
+def _assigned(text: str, before: TextSource | None, behind: TextSource | None) -> str:
+    """Return syntax between two texts of one turn as a part of them: it is not text of the template."""
     source = before or behind
     if source is None or (before and behind and before.turn != behind.turn):
         return text
@@ -83,7 +85,7 @@ def _quoted(text: str, ensure_ascii: bool) -> str:
     written = json.dumps(plain(text), ensure_ascii=ensure_ascii)
     if not isinstance(text, Traced):
         return written
-    if len(written) == len(text) + 2:  # nothing was escaped, so each character is still itself
+    if len(written) == len(text) + 2:  # nothing was escaped: each character is unchanged
         source = next((part.source for part in text._parts if part.source is not None), None)
         edge = Traced('"', (TracedPart(1, source),))
         return concat((edge, text, edge))
@@ -91,7 +93,7 @@ def _quoted(text: str, ensure_ascii: bool) -> str:
 
 
 class DictFunction:
-    """`dict` for templates: a function, not a class with all that hangs on one."""
+    """`dict` for templates: an object without the attributes of the class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -101,24 +103,27 @@ class DictFunction:
 
 
 class TemplateNamespace(Namespace):
+    """`namespace` for templates, without names that begin with an underscore."""
+
     def __init__(*args: Any, **kwargs: Any) -> None:  # Jinja's signature: `self` may be a name of the template's
-        self, given = args[0], dict(*args[1:], **kwargs)
-        for name in given:
-            _named(name)
-        Namespace.__init__(self, given)
+        self, values = args[0], dict(*args[1:], **kwargs)
+        for name in values:
+            _check_name(name)
+        Namespace.__init__(self, values)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        _named(name)
+        _check_name(name)
         super().__setitem__(name, value)
 
 
-def _named(name: Any) -> None:
+def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace has no place for {name!r}: names must not begin with _")
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot have {name!r}: names must not begin with _")
 
 
 @jinja2.pass_environment
 def join(environment: jinja2.Environment, values: Iterable[Any], d: str = "", attribute: Any = None) -> str:
+    """Return `values`, or an attribute of each, joined by `d`, traced."""
     if attribute is not None:
         values = map(jinja2.filters.make_attrgetter(environment, attribute), values)
     return Traced(str(d)).join([_text(value) for value in values])
@@ -129,14 +134,15 @@ def _text(value: Any) -> str:
 
 
 def replace(text: Any, old: str, new: str, count: int | None = None) -> str:
-    subject = str(text)
-    if type(subject) is str and holds_traced(new):
-        subject = Traced(subject)
-    return subject.replace(str(old), str(new), -1 if count is None else count)
+    """Return `text` with `old` replaced by `new`, traced."""
+    string = str(text)
+    if type(string) is str and holds_traced(new):
+        string = Traced(string)
+    return string.replace(str(old), str(new), -1 if count is None else count)
 
 
 class _Safe(Traced):
-    """A text that a template declares safe: what is added to it is escaped, as Jinja does even here."""
+    """A text that a template declares safe: Jinja escapes what is added to it, even without autoescape."""
 
     __slots__ = ()
 
@@ -145,11 +151,13 @@ class _Safe(Traced):
 
 
 def mark_safe(value: Any) -> str:
+    """Return `value` as a text that Jinja does not escape."""
     text = str(value)
     return _Safe(plain(text), text._parts if isinstance(text, Traced) else None)
 
 
 def add(left: str, right: str) -> str:
+    """Return `left + right`, where one that is not safe is escaped if the other is."""
     if not (hasattr(left, "__html__") or hasattr(right, "__html__")):
         return left + right
     both = concat([_escaped(left), _escaped(right)])
@@ -164,8 +172,10 @@ def _escaped(text: str) -> str:
 
 
 def refuse(message: str) -> None:
+    """Raise the error with which a template refuses a conversation."""
     raise jinja2.exceptions.TemplateError(message)
 
 
 def now(format: str) -> str:
+    """Return the current time, formatted by `strftime`."""
     return opaque(datetime.now().strftime(plain(format)), (format,))

@@ -1,4 +1,4 @@
-"""Rendering a chat template in a sandbox like transformers', with a bound on what it may cost."""
+"""Renders a chat template in a sandbox like transformers', with a limit on its cost."""
 
 import bisect
 import re
@@ -23,52 +23,53 @@ class RenderedText:
     """A text with the origins of its characters and the ranges of the template's generation tags."""
 
     def __init__(self, written: Written):
-        self.text, self.pieces, self.tags, self._loops = written  # pieces that show no character are among them
+        self.text, self.pieces, self.tags, self._loops = written  # including pieces without characters
         self.visible = [piece for piece in self.pieces if piece.begin < piece.end]
 
     @cached_property
     def tail(self) -> str:
-        """What the template writes behind the last text of the data."""
+        """The template's text behind the last text of the data."""
         return self.text[self.visible[-1].end if self.visible else 0 :]
 
     def loop_end(self, at: int, turn: int) -> int | None:
-        """How far behind `at` the template's loop was still at message `turn`; None if it was not there at `at`."""
+        """Return where the template's loop leaves message `turn` after `at`; None if it was not at that message."""
         i = bisect.bisect_left(self._loops, at, key=lambda loop: loop[0]) - 1
         if i < 0 or self._loops[i][1] != turn:
             return None
         return self._loops[i + 1][0] if i + 1 < len(self._loops) else len(self.text)
 
     def after_loops(self) -> int:
-        """Where what the template writes behind its loops begins."""
+        """Return where the template's text behind its loops begins."""
         begin, turn = self._loops[-1]
         return begin if turn is None else len(self.text)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """`variables` are the tokenizer's special tokens, which templates read by name."""
+    """A chat template. `variables` are the tokenizer's special tokens, which templates read by name."""
 
     source: str
     variables: Mapping[str, Any]
 
     @cached_property
     def knows_thoughts(self) -> bool:
+        """Whether the template reads a field of thoughts."""
         return any(field in self.source for field in THOUGHTS)
 
     @cached_property
     def tagged(self) -> bool:
-        """Whether the template itself says what the assistant generates."""
+        """Whether the template marks with tags what the assistant generates."""
         return _GENERATION.search(self.source) is not None
 
     def render(
         self, messages: Sequence[dict[str, Any]], tools: Any, where: str, *, prompt: bool = False
     ) -> RenderedText:
-        """The conversation as text. `prompt`: with the generation prompt behind it."""
+        """Return the conversation as text, with the generation prompt behind it if `prompt`."""
         import jinja2
 
         try:
-            given = {"messages": _aliased(messages), "tools": tools, "documents": None}
-            written = self._rendering.render({**given, "add_generation_prompt": prompt, **self.variables})
+            values = {"messages": _aliased(messages), "tools": tools, "documents": None}
+            written = self._rendering.render({**values, "add_generation_prompt": prompt, **self.variables})
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
         except (TooExpensiveError, jinja2.exceptions.SecurityError, RecursionError, MemoryError) as error:
@@ -83,9 +84,9 @@ class Template:
             )
             raise bad(where, "template", message, at="messages") from None
         except MixedTextsError:
-            message = "the chat template puts texts of two messages through one filter, so nobody can tell them apart"
+            message = "the chat template puts texts of two messages through one filter, so their origins are unknown"
             raise bad(where, "template", message, at="messages") from None
-        except Exception as error:  # a template is a program: what it may raise has no common base
+        except Exception as error:  # a template is a program: its errors have no common base class
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise bad(where, REFUSED, f"the chat template refused it: {reason}", at="messages") from error
         return RenderedText(written)
@@ -96,7 +97,7 @@ class Template:
 
 
 def _aliased(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Thoughts under every name that templates read them by, as transformers gives them."""
+    """Return messages with their thoughts under every name that templates read, as transformers does."""
     aliased = []
     for message in messages:
         if not _THOUGHTS.isdisjoint(message):

@@ -1,4 +1,4 @@
-"""Tables: parquet files, a batch of rows at a time, and Hugging Face datasets, with row numbers in every error."""
+"""Parquet files and Hugging Face datasets, row by row, with the row number in each error."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ _MARKS = ("state.json", "dataset_dict.json")
 
 
 def read_parquet(path: Path, label: str) -> Iterator[tuple[int, dict[str, Any] | SampleError]]:
-    """(row number from 1, row or error)."""
+    """Yield (row number from 1, row or error)."""
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
@@ -21,7 +21,7 @@ def read_parquet(path: Path, label: str) -> Iterator[tuple[int, dict[str, Any] |
         raise DataError(f"{label}: reading parquet needs pyarrow; write: pip install 'treering[parquet]'") from None
     row = 0
     try:
-        # pre_buffer off: a damaged file must not be read whole before the first error.
+        # Without pre_buffer, which reads a damaged file completely before the first error.
         for batch in parquet.ParquetFile(path, pre_buffer=False).iter_batches(_ROWS):
             for value in _rows(batch, label, row):
                 row += 1
@@ -30,7 +30,7 @@ def read_parquet(path: Path, label: str) -> Iterator[tuple[int, dict[str, Any] |
         yield row + 1, bad(f"{label}:{row + 1}", "parquet", f"not readable as parquet: {_first_line(error)}")
         return
     if row == 0:
-        yield 1, bad(f"{label}:1", "empty file", "the file holds no row")
+        yield 1, bad(f"{label}:1", "empty file", "the file has no row")
 
 
 def _rows(batch: Any, label: str, before: int) -> Iterator[dict[str, Any] | SampleError]:
@@ -38,7 +38,7 @@ def _rows(batch: Any, label: str, before: int) -> Iterator[dict[str, Any] | Samp
         yield from batch.to_pylist()
         return
     except (ValueError, TypeError, OverflowError):
-        pass  # one value of the batch cannot be read: find out which, row by row
+        pass  # one value of the batch cannot be read: read row by row to find it
     for i in range(batch.num_rows):
         try:
             (value,) = batch.slice(i, 1).to_pylist()
@@ -54,12 +54,13 @@ def _first_line(error: BaseException) -> str:
 
 
 def is_saved_dataset(folder: Path) -> bool:
+    """Whether `save_to_disk` of `datasets` wrote the folder."""
     return any((folder / mark).is_file() for mark in _MARKS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubSource:
-    """An opened dataset and its Arrow files, whose bytes are the data."""
+    """An opened dataset and its Arrow files."""
 
     dataset: Any
     files: tuple[Path, ...]
@@ -67,6 +68,7 @@ class HubSource:
 
 
 def open_hub(name: str, split: str) -> HubSource:
+    """Return a dataset of the hub, or of a folder written by `save_to_disk`."""
     try:
         import datasets
     except ImportError:
@@ -79,7 +81,7 @@ def open_hub(name: str, split: str) -> HubSource:
             loaded = datasets.load_from_disk(name)
         else:
             loaded = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the library raises a dozen unrelated kinds: network, missing split, bad files
+    except Exception as error:  # the library raises many unrelated kinds: network, missing split, bad files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"{name}: neither a file or folder here nor a dataset that could be opened (split {split!r}): {reason}"
@@ -92,9 +94,10 @@ def open_hub(name: str, split: str) -> HubSource:
 
 
 def read_hub(source: HubSource, label: str) -> Iterator[tuple[int, dict[str, Any] | SampleError]]:
+    """Yield (row number from 1, row), or an error if the dataset has no row."""
     row = 0
     for value in source.dataset:
         row += 1
         yield row, value
     if row == 0:
-        yield 1, bad(f"{label}:1", "empty file", f"the split {source.split!r} holds no row")
+        yield 1, bad(f"{label}:1", "empty file", f"the split {source.split!r} has no row")
