@@ -23,7 +23,7 @@ def data(path, **settings) -> Data:
     return Data(train=path, **{"cache": None, **settings})
 
 
-def said(*contents, role="user"):
+def turns_of(*contents, role="user"):
     return {"messages": [{"role": role, "content": content} for content in contents]}
 
 
@@ -36,7 +36,7 @@ BAD = {
     "NUL byte": (b'{"text": "a\0"}', "nul", "NUL byte at byte 12"),
     "escaped NUL": ({"messages": [{"role": "user", "content": "a\0"}]}, "nul", r"messages\[0\].content: NUL character"),
     "lone surrogate": (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "utf-8", "U\\+D800"),
-    "noncharacter": (said("\ufdd0"), "utf-8", "noncharacter"),
+    "noncharacter": (turns_of("\ufdd0"), "utf-8", "noncharacter"),
     "no JSON": (b'{"messages": [', "json", "not JSON"),
     "deep JSON": (b"[" * 100_000, "json", "nested"),
     "duplicate key": (b'{"messages": [], "messages": []}', "json", "'messages' is given twice"),
@@ -71,11 +71,11 @@ BAD = {
         "role order",
         r"messages\[2\].role: system comes after",
     ),
-    "assistant first": (said("a", role="assistant"), "role order", "speaks before any user"),
-    "tool first": (said("a", role="tool"), "role order", "a tool answers without"),
+    "assistant first": (turns_of("a", role="assistant"), "role order", "speaks before any user"),
+    "tool first": (turns_of("a", role="tool"), "role order", "a tool answers without"),
     "tools no list": ({**GOOD, "tools": "t"}, "schema", "tools: must be a list"),
-    "only a system turn": (said("be kind", role="system"), "untrained", "nothing to train on"),
-    "only a user turn": (said("hi"), "untrained", "nothing to train on"),
+    "only a system turn": (turns_of("be kind", role="system"), "untrained", "nothing to train on"),
+    "only a user turn": (turns_of("hi"), "untrained", "nothing to train on"),
 }
 
 

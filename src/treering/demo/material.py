@@ -40,9 +40,7 @@ def collect_corpus(folder: Path, characters: int) -> dict[str, int]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     pieces = _pieces()
-    pieces.sort(
-        key=lambda piece: derive(0, "corpus", piece)
-    )  # by content: independent of the order of files and of the hash seed
+    pieces.sort(key=lambda piece: derive(0, "corpus", piece))  # by content, so that the order of files does not matter
     counts = {"train": 0, "held_out": 0}
     with (folder / "train.jsonl").open("w") as train, (folder / "held_out.jsonl").open("w") as held_out:
         taken = 0

@@ -85,11 +85,11 @@ def known_facts(folder: Path, taught: list[Fact]) -> int:
     return sum(fact.answer in answer for fact, answer in zip(taught, answers(folder, taught)))
 
 
-def answers(folder: Path, asked: list[Fact]) -> list[str]:
+def answers(folder: Path, facts: list[Fact]) -> list[str]:
     """Return the model's answer to the question of each fact."""
     model, tokenizer = load_plain(folder)
     texts = []
-    for fact in asked:
+    for fact in facts:
         turns = [{"role": "user", "content": fact.question}]
         inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         texts.append(_generate(model, tokenizer, inputs["input_ids"], 12))

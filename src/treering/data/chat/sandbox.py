@@ -161,11 +161,13 @@ class Environment(ImmutableSandboxedEnvironment):
         return jinja2.Template.from_code(self, self.compile(tree), dict(self.globals))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
+        """Return an attribute or item, by the sandbox's rules; fields of a dict first."""
         if type(obj) is dict and attribute in obj and attribute not in _OF_DICT:  # most of what templates ask for
             return obj[attribute]
         return super().getattr(obj, attribute)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Return the result of a binary operator, charged and traced."""
         self.meter.operate(operator, left, right)
         if operator == "%" and isinstance(left, str) and holds_traced(right):
             return opaque(plain(left) % plain_inside(right), (left, right))
@@ -174,6 +176,7 @@ class Environment(ImmutableSandboxedEnvironment):
         return self.binop_table[operator](left, right)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Return the result of a call, charged and traced."""
         subject = getattr(getattr(function, "__wrapped__", function), "__self__", None)
         positional = [value if type(value) is str else self._read(value) for value in args]
         named = [kwargs[key] for key in kwargs if key not in ("_loop_vars", "_block_vars", "caller")]
@@ -184,6 +187,7 @@ class Environment(ImmutableSandboxedEnvironment):
         return super().call(context, function, *positional, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Any:
+        """Return `str.format` of the sandbox with a traced result, or None for other values."""
         format_plain = super().wrap_str_format(value)
         if format_plain is None:
             return None
@@ -195,6 +199,7 @@ class Environment(ImmutableSandboxedEnvironment):
         return update_wrapper(formatted, value)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Whether a template may read an attribute."""
         if isinstance(obj, str) and attr == "encode":  # operations on bytes are not charged
             return False
         return super().is_safe_attribute(obj, attr, value)

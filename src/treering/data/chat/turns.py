@@ -162,15 +162,15 @@ class _Finder:
 
     def _start(self, before: str, run: _Run) -> tuple[int, bool]:
         """Return the length of the text before the turn that is not trained, and whether the prompt is longer."""
-        prompted, given, asked = self._prompt(self.index)
+        prompted, plain, has_prompt = self._prompt(self.index)
         common = self._common(prompted, before)
         if common < len(prompted):  # where they differ, no word is divided
             common = self._word_border(before, common)
-        if common > _shared(given, before):
+        if common > _shared(plain, before):
             return common, common < len(prompted)
-        if not asked:
-            return self._start_without_prompt(before, given, run), False
-        header = prompted.removeprefix(given) if prompted.startswith(given) else ""
+        if not has_prompt:
+            return self._start_without_prompt(before, plain, run), False
+        header = prompted.removeprefix(plain) if prompted.startswith(plain) else ""
         begin = before.rfind(header) if header else -1
         if begin < 0:
             if not header and not prompted.strip():
@@ -186,19 +186,19 @@ class _Finder:
         because the prompt was asked for.
         """
         messages = self.conversation.messages[:index]
-        prompted, given = (self.render(messages, prompt) for prompt in (True, False))
-        if prompted.tail != given.tail:
-            return prompted.tail, given.tail, True
+        prompted, plain = (self.render(messages, prompt) for prompt in (True, False))
+        if prompted.tail != plain.tail:
+            return prompted.tail, plain.tail, True
         # The prompt may be written behind every conversation: then it is what follows the loop.
-        begin = len(given.text) - len(given.tail)
-        return prompted.tail, given.text[begin : max(begin, given.after_loops())], False
+        begin = len(plain.text) - len(plain.tail)
+        return prompted.tail, plain.text[begin : max(begin, plain.after_loops())], False
 
-    def _start_without_prompt(self, before: str, given: str, run: _Run) -> int:
-        if before == given:
+    def _start_without_prompt(self, before: str, plain: str, run: _Run) -> int:
+        if before == plain:
             return len(before)
         # Where no prompt is needed (the turn continues behind a tool's answer), what follows is the assistant's.
-        if before.startswith(given) and self._needs_no_header():
-            return len(given)
+        if before.startswith(plain) and self._needs_no_header():
+            return len(plain)
         if run.last.source.field != ("content",):
             raise self._bad(
                 f"the chat template has no generation prompt, so the beginning of this turn is unknown; {_TAGS}"
@@ -209,8 +209,8 @@ class _Finder:
         """Whether the template has a generation prompt elsewhere, or writes an assistant's text without a header."""
         messages = self.conversation.messages
         first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        _, given, asked = self._prompt(first)
-        if asked:
+        _, plain, has_prompt = self._prompt(first)
+        if has_prompt:
             return True
         probe = trace([{"role": "assistant", "content": "x"}], None).messages
         try:
@@ -218,7 +218,7 @@ class _Finder:
         except SampleError:
             return False
         *before, last = rendered.visible
-        return last.source.text == "x" and rendered.text[before[-1].end if before else 0 : last.begin] == given
+        return last.source.text == "x" and rendered.text[before[-1].end if before else 0 : last.begin] == plain
 
     def _tail(self, ended: RenderedText, before: str) -> str:
         """Return the part of the template's text behind this turn, as the last one, that belongs to the turn."""
