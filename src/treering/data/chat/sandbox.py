@@ -8,7 +8,7 @@ template that exceeds it is refused, at the same place on every machine.
 import json
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
 from functools import update_wrapper
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import jinja2.filters
@@ -16,7 +16,7 @@ from jinja2 import nodes
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from treering.data.chat.conversation import Span, TextPiece, pieces_of
+from treering.data.chat.conversation import Span
 from treering.data.chat.cost import Meter, TooExpensiveError
 from treering.data.chat.filters import (
     DictFunction,
@@ -270,45 +270,6 @@ class MisplacedTagError(Exception):
 
 class PythonNotationError(Exception):
     """A template writes a mapping or a list of a message as Python prints it."""
-
-
-class Rendering:
-    """A compiled template, for any number of renderings. Not in two threads at once."""
-
-    def __init__(self, source: str):
-        self.environment = Environment()
-        self.template = self.environment.compiled(source)
-
-    def render(self, values: dict[str, Any]) -> "Written":
-        """Return what the template writes for these variables."""
-        environment = self.environment
-        environment.begin(values["messages"], values["tools"])
-        context = self.template.new_context(values)
-        blocks: list[str] = []
-        turn = None
-        loops: list[tuple[int, int | None]] = [(0, None)]
-        # Not `generate`, which is one more generator around this one.
-        for block in self.template.root_render_func(context):
-            if environment.turn != turn:
-                turn = environment.turn
-                loops.append((environment.length, turn))
-            blocks.append(block)
-            environment.length += len(block)
-        text = "".join(blocks)
-        environment.check_tags(text)
-        return Written(text, pieces_of(blocks), environment.tags, loops)
-
-
-class Written(NamedTuple):
-    """The result of a template: text, pieces of the data's texts in it, ranges of generation tags, and `loops`.
-
-    A loop (i, turn) means that from character i the template's loop was at message `turn`.
-    """
-
-    text: str
-    pieces: list[TextPiece]
-    tags: list[Span]
-    loops: list[tuple[int, int | None]]
 
 
 def _size(messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[int, int]:

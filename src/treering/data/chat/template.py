@@ -5,12 +5,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from treering.core.errors import DataError
+from treering.data.chat.conversation import Span, TextPiece, pieces_of
 from treering.data.chat.cost import TooExpensiveError
 from treering.data.chat.messages import THOUGHTS
-from treering.data.chat.sandbox import MisplacedTagError, PythonNotationError, Rendering, Written
+from treering.data.chat.sandbox import Environment, MisplacedTagError, PythonNotationError
 from treering.data.chat.traced import MixedTextsError
 from treering.data.sources.records import bad
 
@@ -19,10 +20,22 @@ _THOUGHTS = frozenset(THOUGHTS)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
+class WrittenText(NamedTuple):
+    """The result of a template: text, pieces of the data's texts in it, ranges of generation tags, and `loops`.
+
+    A loop (i, turn) means that from character i the template's loop was at message `turn`.
+    """
+
+    text: str
+    pieces: list[TextPiece]
+    tags: list[Span]
+    loops: list[tuple[int, int | None]]
+
+
 class RenderedText:
     """A text with the origins of its characters and the ranges of the template's generation tags."""
 
-    def __init__(self, written: Written):
+    def __init__(self, written: WrittenText):
         self.text, self.pieces, self.tags, self._loops = written  # including pieces without characters
         self.visible = [piece for piece in self.pieces if piece.begin < piece.end]
 
@@ -42,6 +55,33 @@ class RenderedText:
         """Return where the template's text behind its loops begins."""
         begin, turn = self._loops[-1]
         return begin if turn is None else len(self.text)
+
+
+class _CompiledTemplate:
+    """A compiled template, for any number of renderings. Not in two threads at once."""
+
+    def __init__(self, source: str):
+        self.environment = Environment()
+        self.template = self.environment.compiled(source)
+
+    def render(self, values: dict[str, Any]) -> WrittenText:
+        """Return what the template writes for these variables."""
+        environment = self.environment
+        environment.begin(values["messages"], values["tools"])
+        context = self.template.new_context(values)
+        blocks: list[str] = []
+        turn = None
+        loops: list[tuple[int, int | None]] = [(0, None)]
+        # Not `generate`, which is one more generator around this one.
+        for block in self.template.root_render_func(context):
+            if environment.turn != turn:
+                turn = environment.turn
+                loops.append((environment.length, turn))
+            blocks.append(block)
+            environment.length += len(block)
+        text = "".join(blocks)
+        environment.check_tags(text)
+        return WrittenText(text, pieces_of(blocks), environment.tags, loops)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +109,7 @@ class Template:
 
         try:
             values = {"messages": _aliased(messages), "tools": tools, "documents": None}
-            written = self._rendering.render({**values, "add_generation_prompt": prompt, **self.variables})
+            written = self._compiled.render({**values, "add_generation_prompt": prompt, **self.variables})
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
         except (TooExpensiveError, jinja2.exceptions.SecurityError, RecursionError, MemoryError) as error:
@@ -92,8 +132,8 @@ class Template:
         return RenderedText(written)
 
     @cached_property
-    def _rendering(self) -> Rendering:
-        return Rendering(self.source)
+    def _compiled(self) -> _CompiledTemplate:
+        return _CompiledTemplate(self.source)
 
 
 def _aliased(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
