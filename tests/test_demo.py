@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import treering as tr
-from treering.demo import facts, run
-from treering.demo.trigram import Trigram
+from treering.demo import run
+from treering.demo.material import invent_facts
+from treering.demo.scores import Trigram
 
 
 class Paper:
@@ -56,6 +57,6 @@ def test_the_trigram_is_a_probability():
 
 
 def test_facts_are_all_different():
-    made = facts.invent(10)
-    assert len({fact.question for fact in made}) == 40
-    assert len({fact.answer for fact in made}) > 36
+    facts = invent_facts(10)
+    assert len({fact.question for fact in facts}) == 40
+    assert len({fact.answer for fact in facts}) > 36

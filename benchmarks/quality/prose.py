@@ -13,8 +13,7 @@ from torch import Tensor
 
 from benchmarks.quality.learners import Batch
 from benchmarks.quality.model import Small, batch, drawn, pretrained
-from treering.demo import blank, corpus
-from treering.demo import facts as made_up
+from treering.demo.material import KINDS, collect_corpus, invent_facts, make_blank, texts_of
 
 LENGTH, ROWS = 192, 8
 PIECE = 12_000  # characters of one file
@@ -27,10 +26,10 @@ def prepared(folder: Path, characters: int) -> tuple[Tokenizer, Any, list[str], 
 
     root = folder / f"prose-{characters}"
     if not (root / "blank" / "config.json").exists():
-        corpus.collect(root, characters)
-        blank.make(root / "blank", corpus.texts(root / "train.jsonl"))
+        collect_corpus(root, characters)
+        make_blank(root / "blank", texts_of(root / "train.jsonl"))
     tokenizer, config = (kind.from_pretrained(root / "blank") for kind in (AutoTokenizer, AutoConfig))
-    return tokenizer, config, corpus.texts(root / "train.jsonl"), corpus.texts(root / "held_out.jsonl")
+    return tokenizer, config, texts_of(root / "train.jsonl"), texts_of(root / "held_out.jsonl")
 
 
 def rows(tokenizer: Tokenizer, texts: Iterable[str], most: int | None = None) -> Tensor:
@@ -57,7 +56,7 @@ def base(config: Any, train: Tensor, steps: int, folder: Path) -> Small:
 def facts(tokenizer: Tokenizer, number: int, seed: int) -> tuple[Tensor, Tensor]:
     """Questions about places that do not exist; only the answers are trained."""
     given = []
-    for fact in made_up.invent(number // len(made_up.KINDS), seed=seed):
+    for fact in invent_facts(number // len(KINDS), seed=seed):
         given.append([tokenizer(text)["input_ids"] for text in (f"Q: {fact.question}\nA:", f" {fact.answer}.")])
     longest = max(len(asked) + len(answer) for asked, answer in given)
     ids = torch.zeros(len(given), longest, dtype=torch.long)

@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def backend() -> str:
-    """A byte-level BPE trained on text that comes with Python, with everybody's control tokens."""
+    """A byte-level BPE trained on text that comes with Python, with the control tokens of all templates."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -30,14 +30,14 @@ def backend() -> str:
 
 @pytest.fixture(scope="session")
 def tokenizers(backend: str) -> dict[str, PreTrainedTokenizerFast]:
-    """One a template."""
-    made = {}
+    """A tokenizer for each template."""
+    tokenizers_by_template = {}
     for name, template in TEMPLATES.items():
-        made[name] = PreTrainedTokenizerFast(
+        tokenizers_by_template[name] = PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(backend), bos_token="<bos>", eos_token="<eos>"
         )
-        made[name].chat_template = template
-    return made
+        tokenizers_by_template[name].chat_template = template
+    return tokenizers_by_template
 
 
 @pytest.fixture

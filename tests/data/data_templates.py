@@ -41,7 +41,7 @@ QWEN = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# No system role of its own (it goes into the first question), another name for the assistant, trims.
+# No system role (its text becomes part of the first question), another name for the assistant, trims.
 GEMMA = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set lead = messages[0].content + '\n\n' %}"
     "{% set rest = messages[1:] %}{% else %}{% set lead = '' %}{% set rest = messages %}{% endif %}"
@@ -65,7 +65,7 @@ CHANNELS = (
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
 
-# Says itself what is generated; the end-of-turn token stands behind the tag, where it would never be learned.
+# Marks what is generated; the end-of-turn token is behind the tag, where it would not be learned.
 TAGGED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
     "{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n"
@@ -73,7 +73,7 @@ TAGGED = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# No control token but the last one: everything between is ordinary text.
+# The only control token is the last one; all text before it is ordinary.
 PLAIN = (
     "{% for m in messages %}{% if m.role == 'assistant' %}\n\n### Answer:\n{{ m.content }}{{ eos_token }}"
     "{% else %}\n\n### Question:\n{{ m.content }}{% endif %}{% endfor %}"

@@ -1,4 +1,4 @@
-"""The mask of every template family is proved on the text that is trained."""
+"""For each family of templates, the trained text is that of the assistant."""
 
 import itertools
 
@@ -52,15 +52,15 @@ CALL = {"type": "function", "function": {"name": "add_up", "arguments": {"a": 1,
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_assistant_and_its_end_of_turn_are_trained_and_nothing_else(tokenizers, name):
     tokenizer = tokenizers[name]
-    found = spans(tokenizer, encode(tokenizer, CONVERSATION))
-    assert len(found) == 2
-    for text, message in zip(found, [CONVERSATION[2], CONVERSATION[4]], strict=True):
+    trained_texts = spans(tokenizer, encode(tokenizer, CONVERSATION))
+    assert len(trained_texts) == 2
+    for text, message in zip(trained_texts, [CONVERSATION[2], CONVERSATION[4]], strict=True):
         ending = next(token for token in END[name] if text.endswith(token))
         assert text.removesuffix(ending).strip().endswith(message["content"].strip())
         for token in SPECIAL:
             assert token in (ending, "<|channel|>", "<|message|>") or token not in text
     for text in ("kind", "Where", "Sure", "user", "model", "Question", "Answer"):
-        assert not any(text in trained for trained in found)
+        assert not any(text in trained for trained in trained_texts)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -88,7 +88,7 @@ def test_control_tokens_in_text_stay_text(tokenizers, name):
     assert "x<bos>" not in trained
 
 
-def test_text_that_imitates_a_whole_turn_is_not_trained(tokenizers):
+def test_text_that_imitates_a_complete_turn_is_not_trained(tokenizers):
     for name, tokenizer in tokenizers.items():
         rendered = tokenizer.apply_chat_template([turn("user", "u"), turn("assistant", "stolen")], tokenize=False)
         document = encode(tokenizer, [turn("user", f"before {rendered} after"), turn("assistant", "honest")])
@@ -142,9 +142,9 @@ def test_tool_calls_are_trained_and_answers_of_tools_are_not(tokenizers, name, e
         turn("assistant", "3."),
     ]
     document = encode(tokenizer, messages, tools=[CALL])
-    found = spans(tokenizer, document)
-    assert found[0] == expected
-    assert len(found) == 2 and "3." in found[1] and "surely" not in found[1]
+    trained_texts = spans(tokenizer, document)
+    assert trained_texts[0] == expected
+    assert len(trained_texts) == 2 and "3." in trained_texts[1] and "surely" not in trained_texts[1]
 
 
 def test_a_template_that_leaves_out_a_tool_call_is_an_error(tokenizer):
@@ -152,7 +152,7 @@ def test_a_template_that_leaves_out_a_tool_call_is_an_error(tokenizer):
         encode(tokenizer, [turn("user", "Sum?"), turn("assistant", "", tool_calls=[CALL])])
 
 
-def test_a_template_that_refuses_says_where_and_why(tokenizers):
+def test_a_refusal_of_a_template_names_the_place_and_the_reason(tokenizers):
     with pytest.raises(
         SampleError, match=r"train.jsonl:7: messages: the chat template refused it: roles must alternate"
     ):
@@ -170,7 +170,7 @@ def test_a_template_that_leaves_out_a_message_is_an_error(tokenizers):
     assert isinstance(error, SampleError) and "leaves out this message (role system)" in str(error)
 
 
-def test_a_broken_template_is_no_sample_s_fault(tokenizer, tmp_path):
+def test_a_broken_template_is_not_an_error_of_a_sample(tokenizer, tmp_path):
     path = tmp_path / "chat.jinja"
     path.write_text("{% for m in messages %}")
     with pytest.raises(DataError, match="not valid Jinja: line 1") as caught:
@@ -195,7 +195,7 @@ def test_a_template_without_an_end_of_turn_is_reported(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(("inside", "endless"), [("<|im_end|>", False), ("", True)])
-def test_an_end_of_turn_inside_or_missing_from_the_tag_is_told_apart(tokenizer, tmp_path, inside, endless):
+def test_an_end_of_turn_in_the_tag_is_distinguished_from_a_missing_one(tokenizer, tmp_path, inside, endless):
     path = tmp_path / "chat.jinja"
     path.write_text(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
@@ -225,7 +225,7 @@ def test_a_date_that_changes_between_two_samples_is_no_error(tokenizer):
 
 
 def test_masks_do_not_depend_on_the_samples_before(tokenizers):
-    """Skeletons are remembered by shape; remembering must not show."""
+    """Divisions of turns are cached; the cache must not change a result."""
     tokenizer = tokenizers["qwen"]
     shared = encoder(tokenizer)
     for messages in (CONVERSATION, CONVERSATION[1:3], CONVERSATION, [turn("user", "?"), turn("assistant", "ok")]):
@@ -249,26 +249,26 @@ TEXT = st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map("".join)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(sorted(TEMPLATES)), texts=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3))
 def test_whatever_people_say_only_the_assistant_is_trained(tokenizers, name, texts):
-    """A mark in every text tells afterwards whose it is."""
+    """A mark in each text shows afterwards whose it is."""
     tokenizer = tokenizers[name]
     messages = []
     for question, answer in texts:
         messages += [turn("user", f"USER{question}USER"), turn("assistant", f"SELF{answer}SELF")]
     try:
-        found = spans(tokenizer, encode(tokenizer, messages))
+        trained_texts = spans(tokenizer, encode(tokenizer, messages))
     except SampleError as error:  # these templates leave out what stands before the tag
         assert name in ("qwen", "prefilled") and any("</think>" in answer for _, answer in texts)
         assert "leaves out" in str(error)
         return
-    assert len(found) == len(texts)
-    for text, (_, answer) in zip(found, texts, strict=True):
+    assert len(trained_texts) == len(texts)
+    for text, (_, answer) in zip(trained_texts, texts, strict=True):
         kept = answer.rpartition("</think>")[2].lstrip() if name in ("qwen", "prefilled") else answer
         assert f"{kept}SELF" in text
         assert "USER" not in text
 
 
 def test_a_control_string_in_rewritten_text_is_not_taken_for_the_template_s(tokenizer, tmp_path):
-    """The template alters the question, so its end has to be searched for; the question holds what is searched."""
+    """The template alters the question, so its end has to be searched for; the question contains what is searched."""
     path = tmp_path / "chat.jinja"
     path.write_text(
         "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content | replace('q', 'Q') }}"
@@ -280,7 +280,7 @@ def test_a_control_string_in_rewritten_text_is_not_taken_for_the_template_s(toke
     assert spans(tokenizer, document) == ["honest<eos>"]
 
 
-def test_a_token_that_holds_both_user_s_and_assistant_s_text_is_not_trained(tokenizer, tmp_path):
+def test_a_token_of_both_user_s_and_assistant_s_text_is_not_trained(tokenizer, tmp_path):
     path = tmp_path / "chat.jinja"
     path.write_text("{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}")
     question, answer = "a the", "re is a function"

@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 from treering.core.errors import ConfigError, DataError
 from treering.data import examples as examples_module
 from treering.data.config import Data
+from treering.data.examine import check, printable, show
 from treering.data.examples import build
-from treering.data.inspect import check, printable, show
 
 
 def chat(question, answer):
@@ -51,21 +51,21 @@ def test_alpaca_uses_the_chat_template_and_without_one_its_own_prompt(write, tok
 def test_long_text_is_cut_into_pieces_and_every_token_is_predicted_once(write, tokenizer):
     text = "The quick brown fox. " * 40
     path = write([{"text": text}])
-    whole = build(Data(train=path, cache=None, max_length=10_000), tokenizer).document(0)
+    uncut = build(Data(train=path, cache=None, max_length=10_000), tokenizer).document(0)
     pieces = build(Data(train=path, cache=None, max_length=16), tokenizer)
     assert pieces.lengths.max() == 16
-    assert int(pieces.trained.sum()) == len(whole.ids) - 1 == int(whole.mask.sum())
+    assert int(pieces.trained.sum()) == len(uncut.ids) - 1 == int(uncut.mask.sum())
     joined = [pieces.document(0).ids[0], *(id for i in range(len(pieces)) for id in pieces.document(i).ids[1:])]
-    assert joined == whole.ids.tolist()
+    assert joined == uncut.ids.tolist()
     assert [pieces.sample_id(i) for i in range(2)] == ["train.jsonl:1", "train.jsonl:1#1"]
 
 
 @pytest.mark.parametrize("length", range(14, 20))
 def test_cutting_loses_nothing_at_any_length(length, write, tokenizer):
     path = write([{"text": "a b c d e f g h i j k l m n o p q r s t"}])
-    whole = build(Data(train=path, cache=None), tokenizer)
+    uncut = build(Data(train=path, cache=None), tokenizer)
     cut = build(Data(train=path, cache=None, max_length=length), tokenizer)
-    assert cut.trained.sum() == whole.trained.sum()
+    assert cut.trained.sum() == uncut.trained.sum()
 
 
 def test_too_long_chats_are_truncated_dropped_or_refused(write, tokenizer):
@@ -86,12 +86,12 @@ def test_a_chat_whose_answer_is_cut_off_is_an_error_or_a_counted_skip(write, tok
     assert len(examples) == 1 and examples.report.skipped == {"untrained": 1}
 
 
-def test_nothing_left_says_why(write, tokenizer):
+def test_without_a_sample_the_error_names_the_reason(write, tokenizer):
     with pytest.raises(DataError, match=r"no sample is left: 1 × empty \(.*train.jsonl:1: text: is empty"):
         build(Data(train=write([{"text": " "}]), cache=None, skip_bad=True), tokenizer)
 
 
-def test_a_tokenizer_without_a_chat_template_is_told_what_to_give(write, tokenizer):
+def test_the_error_for_a_tokenizer_without_a_chat_template_names_the_setting(write, tokenizer):
     bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(DataError, match=r"no chat template; give the path of one as data.template"):
         build(Data(train=write(CHATS), cache=None), bare)
@@ -131,7 +131,7 @@ def test_anything_that_changes_tokens_changes_the_key(write, tokenizers, tmp_pat
 
 @pytest.mark.parametrize("file", ["tokens.safetensors", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_a_damaged_cache_is_made_again(file, damage, write, tokenizer, tmp_path):
+def test_a_damaged_cache_is_built_again(file, damage, write, tokenizer, tmp_path):
     config = Data(train=write(CHATS), cache=str(tmp_path / "cache"))
     first = build(config, tokenizer)
     expected = dump(first)
@@ -204,7 +204,7 @@ def test_printable_escapes_what_moves_a_terminal():
         ({"train": "a", "columns": {"mesages": "x"}}, "columns.mesages"),
     ],
 )
-def test_settings_are_checked_as_they_are_made(settings, field):
+def test_settings_are_checked_when_they_are_created(settings, field):
     with pytest.raises(ConfigError) as caught:
         Data(**settings)
     assert caught.value.field == field

@@ -1,4 +1,4 @@
-"""Order, dealing and batches: pure functions of (seed, epoch, step), whatever the number of ranks."""
+"""Order, assignment to ranks and batches: pure functions of (seed, epoch, step), for any number of ranks."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treering.core.errors import ConfigError
-from treering.data.batch import collate
 from treering.data.config import Data
-from treering.data.deal import cost, deal
 from treering.data.examples import build
-from treering.data.loader import Loader
+from treering.data.loader import Loader, assign_bins, collate, cost
 from treering.data.order import Order, scrambled
 
 
@@ -32,7 +30,7 @@ def epoch_of(order, epoch):
     packing=st.sampled_from(["on", "off"]),
     shuffle=st.booleans(),
 )
-def test_every_document_comes_once_an_epoch_and_bins_hold_what_they_may(lengths, seed, step_bins, packing, shuffle):
+def test_every_document_comes_once_an_epoch_and_bins_are_at_most_full(lengths, seed, step_bins, packing, shuffle):
     lengths = np.array(lengths, dtype=np.int32)
     order = Order(lengths, seed=seed, tokens_per_step=64 * step_bins, capacity=64, packing=packing, shuffle=shuffle)
     for epoch in range(2):
@@ -40,8 +38,8 @@ def test_every_document_comes_once_an_epoch_and_bins_hold_what_they_may(lengths,
         assert sorted(d for bins in steps for documents in bins for d in documents) == list(range(len(lengths)))
         assert all(len(bins) == step_bins for bins in steps[:-1]) and 1 <= len(steps[-1]) <= step_bins
         for documents in (documents for bins in steps for documents in bins):
-            held = lengths[documents]
-            area = held.sum() if packing == "on" else held.max() * len(held)
+            sizes = lengths[documents]
+            area = sizes.sum() if packing == "on" else sizes.max() * len(sizes)
             assert 0 < area <= 64
 
 
@@ -52,7 +50,7 @@ def test_bins_are_98_percent_full(capacity):
 
 
 def test_an_epoch_of_pools_does_not_leave_documents_behind():
-    lengths = np.full(30_000, 2100, dtype=np.int32)  # no two fit into one bin: all are held back again and again
+    lengths = np.full(30_000, 2100, dtype=np.int32)  # no two fit into one bin: all wait again and again
     order = Order(lengths, seed=1, tokens_per_step=4096, capacity=4096)
     assert order.steps_in_epoch(0) == 30_000
 
@@ -109,19 +107,19 @@ def test_a_document_that_fits_nowhere_is_a_config_error():
 def test_every_rank_gets_as_many_bins_and_none_is_lost(lengths, ranks):
     sizes = np.array(lengths, dtype=np.int32)
     bins = [[i] for i in range(len(lengths))]
-    dealt = deal(bins, sizes, ranks)
-    assert len(dealt) == ranks and len({len(own) for own in dealt}) == 1
-    assert sorted(b[0] for own in dealt for b in own if b) == list(range(len(lengths)))
-    for own in dealt:
-        costs = [cost(documents, sizes) for documents in own]
+    assigned = assign_bins(bins, sizes, ranks)
+    assert len(assigned) == ranks and len({len(share) for share in assigned}) == 1
+    assert sorted(b[0] for share in assigned for b in share if b) == list(range(len(lengths)))
+    for share in assigned:
+        costs = [cost(documents, sizes) for documents in share]
         assert costs == sorted(costs, reverse=True)
 
 
-def test_dealing_evens_out_attention():
+def test_assignment_balances_attention():
     """One document of a bin's size costs more than many short ones of the same number of tokens."""
     lengths = np.array([8192, 8192, *[128] * 128], dtype=np.int32)
     bins = [[0], [1], list(range(2, 66)), list(range(66, 130))]
-    loads = [sum(cost(documents, lengths) for documents in own) for own in deal(bins, lengths, 2)]
+    loads = [sum(cost(documents, lengths) for documents in share) for share in assign_bins(bins, lengths, 2)]
     assert loads[0] == pytest.approx(loads[1])
 
 
@@ -183,9 +181,9 @@ def test_an_empty_bin_is_a_batch_without_a_label(packing):
     assert batch["samples"] == [] and batch["count"] == 17
 
 
-def test_going_on_from_any_step_is_as_if_never_stopped(examples):
-    whole = loader(examples).iter_from(0)
-    steps = [next(whole) for _ in range(12)]
+def test_resuming_at_any_step_gives_the_same_batches(examples):
+    complete = loader(examples).iter_from(0)
+    steps = [next(complete) for _ in range(12)]
     assert loader(examples).position(11)["epoch"] > 0
     for start in (1, 5, 11):
         again = next(loader(examples).iter_from(start))

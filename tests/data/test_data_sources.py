@@ -23,7 +23,7 @@ def data(path, **settings) -> Data:
     return Data(train=path, **{"cache": None, **settings})
 
 
-def said(*contents, role="user"):
+def turns_of(*contents, role="user"):
     return {"messages": [{"role": role, "content": content} for content in contents]}
 
 
@@ -36,13 +36,13 @@ BAD = {
     "NUL byte": (b'{"text": "a\0"}', "nul", "NUL byte at byte 12"),
     "escaped NUL": ({"messages": [{"role": "user", "content": "a\0"}]}, "nul", r"messages\[0\].content: NUL character"),
     "lone surrogate": (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "utf-8", "U\\+D800"),
-    "noncharacter": (said("\ufdd0"), "utf-8", "noncharacter"),
+    "noncharacter": (turns_of("\ufdd0"), "utf-8", "noncharacter"),
     "no JSON": (b'{"messages": [', "json", "not JSON"),
     "deep JSON": (b"[" * 100_000, "json", "nested"),
     "duplicate key": (b'{"messages": [], "messages": []}', "json", "'messages' is given twice"),
     "NaN": (b'{"messages": NaN}', "json", "NaN is not JSON"),
     "huge number": (b'{"messages": ' + b"1" * 5000 + b"}", "json", "digit"),
-    "a list": (b"[1]", "schema", "holds a list"),
+    "a list": (b"[1]", "schema", "contains a list"),
     "a long line": (b'{"text": "' + b"a" * 300_000 + b'"}', "long line", "longer than 200000 bytes"),
     "no messages": ({"message": []}, "schema", "messages: is missing; the record has message"),
     "null messages": ({"messages": None}, "schema", "messages: is null"),
@@ -71,11 +71,11 @@ BAD = {
         "role order",
         r"messages\[2\].role: system comes after",
     ),
-    "assistant first": (said("a", role="assistant"), "role order", "speaks before any user"),
-    "tool first": (said("a", role="tool"), "role order", "a tool answers without"),
+    "assistant first": (turns_of("a", role="assistant"), "role order", "speaks before any user"),
+    "tool first": (turns_of("a", role="tool"), "role order", "a tool answers without"),
     "tools no list": ({**GOOD, "tools": "t"}, "schema", "tools: must be a list"),
-    "only a system turn": (said("be kind", role="system"), "untrained", "nothing to train on"),
-    "only a user turn": (said("hi"), "untrained", "nothing to train on"),
+    "only a system turn": (turns_of("be kind", role="system"), "untrained", "nothing to train on"),
+    "only a user turn": (turns_of("hi"), "untrained", "nothing to train on"),
 }
 
 
@@ -98,13 +98,13 @@ def test_a_bad_line_is_skipped_and_counted_when_asked(name, write, tokenizer):
     assert examples.sample_id(1) == "train.jsonl:3"
 
 
-def test_a_line_of_50_megabytes_is_skipped_without_reading_it_whole(tmp_path, tokenizer):
+def test_a_line_of_50_megabytes_is_skipped_without_reading_all_of_it(tmp_path, tokenizer):
     path = tmp_path / "train.jsonl"
     with path.open("wb") as stream:
         stream.write(b'{"text": "' + b"a" * 50_000_000 + b'"}\n' + json.dumps(GOOD).encode())
-    found = list(read_jsonl(path, "train.jsonl", 1 << 20))
-    assert [number for number, _ in found] == [1, 2]
-    assert isinstance(found[0][1], SampleError) and found[1][1] == GOOD
+    records = list(read_jsonl(path, "train.jsonl", 1 << 20))
+    assert [number for number, _ in records] == [1, 2]
+    assert isinstance(records[0][1], SampleError) and records[1][1] == GOOD
 
 
 def test_bom_crlf_blank_lines_and_no_last_newline_are_fine(tmp_path):
@@ -118,7 +118,7 @@ def test_bom_crlf_blank_lines_and_no_last_newline_are_fine(tmp_path):
 def test_an_empty_file_is_an_error_with_its_name(content, tmp_path, tokenizer):
     path = tmp_path / "train.jsonl"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"train.jsonl:1: the file holds no record"):
+    with pytest.raises(DataError, match=r"train.jsonl:1: the file has no record"):
         build(data(str(path)), tokenizer)
     other = tmp_path / "good.jsonl"
     other.write_text(json.dumps(GOOD))
@@ -148,9 +148,9 @@ ANYTHING = st.binary(max_size=200) | st.lists(st.sampled_from(TOKENS), max_size=
 def test_any_bytes_are_records_or_named_errors(content, tmp_path):
     path = tmp_path / "any.jsonl"
     path.write_bytes(content)
-    found = list(read_jsonl(path, "any.jsonl", 50))
-    assert found
-    for number, value in found:
+    records = list(read_jsonl(path, "any.jsonl", 50))
+    assert records
+    for number, value in records:
         assert isinstance(value, dict) or str(value).startswith(f"any.jsonl:{number}: ")
 
 
@@ -221,7 +221,7 @@ BROKEN = pa.Array.from_buffers(pa.string(), 2, [None, pa.array(["ab", "cd"]).buf
         (pa.table({"text": pa.array([1, 2])}), r"train.parquet:1: text: must be a string, not int"),
         (pa.table({"text": pa.array([b"a"], pa.binary())}), r"train.parquet:1: text: must be a string, not bytes"),
         (pa.table({"a": ["b"]}), r"train.parquet:1: the format is not recognised"),
-        (pa.table({"text": pa.array([], pa.string())}), r"train.parquet:1: the file holds no row"),
+        (pa.table({"text": pa.array([], pa.string())}), r"train.parquet:1: the file has no row"),
         (pa.table({"text": pa.array(["ok", None])}), r"train.parquet:2: text: is null"),
         (pa.table({"text": BROKEN}), r"train.parquet:2: not UTF-8"),
     ],
@@ -272,10 +272,10 @@ def test_a_dataset_saved_to_disk_is_read(tmp_path, tokenizer):
         ("nothing.jsonl", "nothing.jsonl: there is no such file or folder"),
         ("./nothing", "there is no such file or folder"),
         ("table.csv", "files of the kind '.csv' are not read"),
-        ("empty", "the folder holds no .jsonl"),
+        ("empty", "the folder has no .jsonl"),
     ],
 )
-def test_a_source_that_is_none_says_so(source, message, tmp_path, monkeypatch, tokenizer):
+def test_a_source_that_does_not_exist_is_named(source, message, tmp_path, monkeypatch, tokenizer):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "table.csv").write_text("a,b")
     (tmp_path / "empty").mkdir()
@@ -287,9 +287,9 @@ def test_held_out_records_are_disjoint_and_duplicates_stay_together(write):
     path = write([{"text": f"text {i % 50}"} for i in range(200)])
     config = data(path, eval_fraction=0.3)
     files = sources.open_sources(config.sources("train"), "train")
-    train, held = ([r.value["text"] for r in sources.read(files, config, which)] for which in ("train", "eval"))
-    assert len(train) + len(held) == 200 and held and train
-    assert not set(train) & set(held)
+    train, held_out = ([r.value["text"] for r in sources.read(files, config, which)] for which in ("train", "eval"))
+    assert len(train) + len(held_out) == 200 and held_out and train
+    assert not set(train) & set(held_out)
 
 
 def test_detection_without_a_record_repeats_the_first_error(write):

@@ -1,4 +1,4 @@
-"""Traced strings are the strings that Python makes, and every character of them is where its origin says."""
+"""Traced strings equal those that Python computes, and the origin of each character is true."""
 
 import json
 
@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treering.data.chat.conversation import left_out, pieces_of, trace
+from treering.data.chat.filters import to_json
 from treering.data.chat.traced import (
     MixedTextsError,
-    Source,
+    TextSource,
     Traced,
     concat,
     opaque,
@@ -17,7 +18,6 @@ from treering.data.chat.traced import (
     plain_inside,
     traced,
 )
-from treering.data.chat.traced_json import to_json
 
 TEXT = st.text(st.sampled_from("ab \n\t<|é😀\"\\'%"), max_size=12)
 SOME = st.one_of(st.none(), st.sampled_from(["a", " ", "b<", "\n", "ab"]))
@@ -27,17 +27,17 @@ def source(text: str, turn: int = 0) -> Traced:
     return traced(text, turn, ("content",), [], True)
 
 
-def proved(made: str) -> str:
-    """The plain text, after each character was looked up where its part says it comes from."""
-    if isinstance(made, Traced):
-        assert sum(part.length for part in made._parts) == len(made)
+def proved(result: str) -> str:
+    """Return the plain text, after comparing each character with its origin."""
+    if isinstance(result, Traced):
+        assert sum(part.length for part in result._parts) == len(result)
         at = 0
-        for part in made._parts:
-            shown = plain(made)[at : at + part.length]
+        for part in result._parts:
+            shown = plain(result)[at : at + part.length]
             if part.source is not None and part.stop - part.start == part.length:
                 assert shown == part.source.text[part.start : part.stop]
             at += part.length
-    return plain(made)
+    return plain(result)
 
 
 SAME = {
@@ -61,10 +61,10 @@ SAME = {
 @settings(max_examples=60, deadline=None)
 @given(text=TEXT, other=TEXT)
 @pytest.mark.parametrize("name", SAME)
-def test_what_is_made_is_what_python_makes_and_its_origin_is_true(name, text, other):
-    made = SAME[name](source(text), other)
-    assert proved(made) == SAME[name](text, other)
-    if name != "characters":  # Python's own join knows nothing of origins: the sandbox has another
+def test_results_are_those_of_python_and_their_origins_are_true(name, text, other):
+    result = SAME[name](source(text), other)
+    assert proved(result) == SAME[name](text, other)
+    if name != "characters":  # Python's join drops origins: the sandbox replaces it
         both = SAME[name](source(text), source(other, 0))
         assert proved(both) == SAME[name](text, other)
 
@@ -73,8 +73,8 @@ def test_what_is_made_is_what_python_makes_and_its_origin_is_true(name, text, ot
 @given(text=TEXT, by=SOME, most=st.integers(-1, 3))
 def test_pieces_of_a_split_are_found_where_they_are(text, by, most):
     for split in ("split", "rsplit"):
-        made = getattr(source(text), split)(by, most)
-        assert [proved(piece) for piece in made] == getattr(text, split)(by, most)
+        result = getattr(source(text), split)(by, most)
+        assert [proved(piece) for piece in result] == getattr(text, split)(by, most)
     assert [proved(line) for line in source(text).splitlines()] == text.splitlines()
     for split in ("partition", "rpartition"):
         assert [proved(piece) for piece in getattr(source(text), split)(by or "|")] == [
@@ -86,9 +86,9 @@ def test_pieces_of_a_split_are_found_where_they_are(text, by, most):
 @given(text=TEXT)
 def test_changed_letters_keep_their_message(text):
     for change in ("lower", "upper", "title", "capitalize", "swapcase", "casefold"):
-        made = getattr(source(text), change)()
-        assert plain(made) == getattr(text, change)()
-        assert not made or made._parts[0].source is not None
+        result = getattr(source(text), change)()
+        assert plain(result) == getattr(text, change)()
+        assert not result or result._parts[0].source is not None
 
 
 VALUES = st.recursive(
@@ -108,16 +108,16 @@ VALUES = st.recursive(
 )
 def test_json_is_what_the_library_writes(value, indent, ascii, keys, separators):
     settings = {"ensure_ascii": ascii, "indent": indent, "separators": separators, "sort_keys": keys}
-    made = to_json(traced(value, 0, ("tool_calls",), [], True), **settings)
-    assert plain(made) == json.dumps(value, **settings)
-    assert plain_inside(made) == plain(made)
+    result = to_json(traced(value, 0, ("tool_calls",), [], True), **settings)
+    assert plain(result) == json.dumps(value, **settings)
+    assert plain_inside(result) == plain(result)
 
 
-def test_a_whole_text_is_not_missing_however_it_is_written():
+def test_a_complete_text_is_not_missing_however_it_is_written():
     conversation = trace([{"role": "user", "content": ' say "no"\n'}], None)
     (text,) = (message["content"] for message in conversation.messages)
-    for made in (text, text.strip(), to_json(text), text.upper(), text.replace('"', "'"), "a" + text[:3] + text[3:]):
-        assert not list(left_out(conversation.sources, pieces_of([made])))
+    for result in (text, text.strip(), to_json(text), text.upper(), text.replace('"', "'"), "a" + text[:3] + text[3:]):
+        assert not list(left_out(conversation.sources, pieces_of([result])))
     ((missed, ranges),) = left_out(conversation.sources, pieces_of([text[:4] + text.replace("no", "")[6:]]))
     assert missed.text == ' say "no"\n' and ranges[0][1] > ranges[0][0]
 
@@ -126,4 +126,4 @@ def test_texts_of_two_messages_are_not_mixed_in_one_operation():
     with pytest.raises(MixedTextsError):
         opaque("ab", (source("a", 0), source("b", 1)))
     assert concat((source("a", 0), source("b", 1))) == "ab"
-    assert isinstance(Source(0, ("content",), "a", True).field, tuple)
+    assert isinstance(TextSource(0, ("content",), "a", True).field, tuple)

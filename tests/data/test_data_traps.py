@@ -1,4 +1,4 @@
-"""What published templates do that trained the wrong tokens, or lost some, without a word."""
+"""What published templates do, and how it led to wrong or missing trained tokens without an error."""
 
 import itertools
 import json
@@ -47,8 +47,8 @@ def call(arguments, name="add_up"):
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def calls(*made):
-    return {"role": "assistant", "content": "", "tool_calls": list(made)}
+def calls(*function_calls):
+    return {"role": "assistant", "content": "", "tool_calls": list(function_calls)}
 
 
 ANSWERS = [{"role": "tool", "content": "3"}, assistant("It is 3.")]
@@ -76,7 +76,7 @@ def test_an_argument_that_the_template_leaves_out_is_refused(tokenizers):
 # 2. Thoughts that are left out
 
 DROPPING = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1].lstrip('\n') }}")
-BESIDE = CHATML.replace(  # a place for thoughts, for turns that call tools only
+THOUGHT_OF_CALLS = CHATML.replace(  # a place for thoughts, for turns that call tools only
     "{{ m.content }}",
     "{% if m.tool_calls %}{{ m.reasoning_content }}{% endif %}{{ m.content }}",
 )
@@ -87,7 +87,7 @@ def test_a_template_that_drops_the_last_thought_is_refused(tokenizer):
     with pytest.raises(SampleError, match="leaves out the thought of the last turn, so the model would learn not to"):
         encode(tokenizer, thinking, DROPPING)
     with pytest.raises(SampleError, match=r"messages\[1\].reasoning_content: .*leaves out the thought of the last"):
-        encode(tokenizer, [user("a?"), assistant("A.", reasoning_content="hm")], BESIDE)
+        encode(tokenizer, [user("a?"), assistant("A.", reasoning_content="hm")], THOUGHT_OF_CALLS)
     assert spans(tokenizer, encode(tokenizer, [user("a?"), assistant("A.")], DROPPING)) == ["A.<|im_end|>"]
     empty = [user("a?"), assistant("<think>\n\n</think>\n\nA.")]  # nothing was thought, so nothing is lost
     assert spans(tokenizer, encode(tokenizer, empty, DROPPING)) == ["A.<|im_end|>"]
@@ -180,7 +180,7 @@ def test_what_is_written_behind_every_conversation_is_not_trained(tokenizer):
     assert spans(tokenizer, encode(tokenizer, CHAT, template)) == ["A.<|im_end|>", "B.<|im_end|>"]
 
 
-def test_turns_without_the_whole_generation_prompt_are_reported(tokenizers):
+def test_turns_without_the_full_generation_prompt_are_reported(tokenizers):
     assert encode(tokenizers["prefilled"], CHAT).unprompted
     assert not encode(tokenizers["chatml"], CHAT).unprompted
 
@@ -200,7 +200,7 @@ def test_a_control_string_in_an_argument_ends_nothing(tokenizers, name):
     assert document.ids.tolist().count(token) == harmless.ids.tolist().count(token)
 
 
-def test_half_a_control_string_beside_the_template_s_is_not_taken_for_one(tokenizers):
+def test_half_a_control_string_next_to_the_template_s_is_not_taken_for_one(tokenizers):
     for name, tokenizer in tokenizers.items():
         plain = encode(tokenizer, [user("x"), assistant("y")])
         for half in ("<|im_", "<", "<|", "</", "<|im_start|"):
@@ -220,7 +220,7 @@ GUARDED = CHATML.replace(
 ASKING = CHATML.replace("{{ m.role }}", "{{ 'tool' if m.content.startswith('<tool_response>') else m.role }}")
 
 
-def test_a_template_sees_the_texts_as_they_are(tokenizer):
+def test_a_template_reads_the_texts_unchanged(tokenizer):
     with pytest.raises(SampleError, match="no markup, please"):
         encode(tokenizer, [user("a<|im_start|>b"), assistant("A.")], GUARDED)
     document = encode(tokenizer, [user("<tool_response>1</tool_response>"), assistant("A.")], ASKING)
@@ -259,7 +259,7 @@ def test_no_space_comes_between_a_prompt_and_its_completion(spaced, prompt, comp
         assert document.mask.tolist().index(True) == len(alone)
 
 
-# 8. What a review found
+# 8. Errors that a review reported
 
 
 def renders(tokenizer, messages, template, tools=None):
@@ -323,14 +323,14 @@ def test_tools_cannot_write_control_tokens(tokenizer, written):
     template += "<|im_end|>\n" + CHATML
     try:
         document = encode(tokenizer, CHAT, template, EVIL)
-    except SampleError as error:  # what was mixed with text of the template's own
+    except SampleError as error:  # a text that was mixed with text of the template
         assert "through one filter" in str(error) and ("%s" in written or "{}" in written or "translate" in written)
         return
     assert document.ids.tolist().count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 5
 
 
 @pytest.mark.parametrize("written", ["{{ namespace(d=p) }}", "{% autoescape true %}{{ p | safe }}{% endautoescape %}"])
-def test_what_cannot_be_looked_into_is_refused(tokenizer, written):
+def test_values_of_unknown_content_are_refused(tokenizer, written):
     template = "{% set p = tools[0].function.parameters.properties %}" + written + CHATML
     with pytest.raises(DataError, match=r"prints a mapping|switches escaping"):
         encode(tokenizer, CHAT, template, EVIL)
@@ -365,7 +365,7 @@ def test_a_split_that_finds_its_piece_inside_the_separator_loses_nothing(tokeniz
         assert spans(tokenizer, document)[0].endswith(f"{answer}<|im_end|>")
 
 
-def test_a_tag_that_is_only_written_about_is_no_thought(tokenizers):
+def test_a_tag_that_a_text_mentions_is_not_a_thought(tokenizers):
     answer = assistant("The tag </think> closes it.")
     with pytest.raises(SampleError, match="leaves out 'The tag </think>'"):
         encode(tokenizers["qwen"], [user("a"), answer, user("b"), assistant("B.")])
@@ -408,7 +408,7 @@ def test_fields_that_a_client_left_null_are_absent(tokenizer):
     assert spans(tokenizer, encode(tokenizer, dumped)) == ["A.<|im_end|>"]
 
 
-def test_long_conversations_with_tools_are_remembered_whatever_numbers_they_hold(tokenizers):
+def test_turns_of_long_conversations_with_tools_are_divided_once_whatever_their_numbers(tokenizers):
     tokenizer = tokenizers["qwen"]
     messages = [user("go")]
     for i in range(150):
@@ -417,4 +417,4 @@ def test_long_conversations_with_tools_are_remembered_whatever_numbers_they_hold
     sample = Sample(kind="chat", where="t", file=0, row=1, messages=[*messages, assistant("done")])
     (result,) = encoder.encode([sample])
     assert len(spans(tokenizer, result[0])) == 151
-    assert len(encoder.chat._turns._known) < 8
+    assert len(encoder.chat._turns._cache) < 8

@@ -1,4 +1,4 @@
-"""Templates made to run for ever, to fill the memory or to get out: refused in bounded time, wherever they run."""
+"""Templates that would run without end, fill the memory or escape are refused in limited time, in any thread."""
 
 import json
 import subprocess
@@ -123,7 +123,7 @@ from treering.data.chat.conversation import trace
 from treering.data.chat.template import Template
 turns, templates = json.load(sys.stdin)
 turns = trace(turns, None).messages
-said = {}
+results = {}
 for name, source in templates.items():
     began = time.process_time()
     try:
@@ -131,9 +131,9 @@ for name, source in templates.items():
         kind, text = "rendered", text[:99]
     except Exception as error:
         kind, text = type(error).__name__, str(error)
-    said[name] = kind, text, time.process_time() - began
+    results[name] = kind, text, time.process_time() - began
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
-json.dump([said, int(peak) >> 10], sys.stdout)
+json.dump([results, int(peak) >> 10], sys.stdout)
 """
 
 

@@ -20,18 +20,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conversations", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="number of the first conversation")
-    parser.add_argument("--only", default="", help="names that hold this text")
+    parser.add_argument("--only", default="", help="names that contain this text")
     parser.add_argument("--reasons", type=int, default=3, help="reasons to print for each template")
     chosen = parser.parse_args()
     fetch()
     pairs = [(name, tokenizer) for name, tokenizer in tokenizers() if chosen.only.lower() in name.lower()]
-    own = [name for name, _ in pairs if name.split()[0] in PACKAGES]
+    first_six = [name for name, _ in pairs if name.split()[0] in PACKAGES]
     kept = different = 0
     began = time.monotonic()
     for name, tokenizer in pairs:
-        some = chosen.conversations if name in own else chosen.conversations // 4
-        share = -(-some // (len(own) if name in own else len(pairs) - len(own)))
-        oracle = Oracle(tokenizer, strict=name in own)
+        number = chosen.conversations if name in first_six else chosen.conversations // 4
+        share = -(-number // (len(first_six) if name in first_six else len(pairs) - len(first_six)))
+        oracle = Oracle(tokenizer, strict=name in first_six)
         outcomes: collections.Counter[str] = collections.Counter()
         for seed in range(chosen.first, chosen.first + share):
             try:

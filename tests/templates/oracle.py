@@ -32,7 +32,7 @@ class Oracle:
         """`strict`: every turn has to end with a control token, unless it is reported that one does not."""
         self.tokenizer, self.strict = tokenizer, strict
         self.encoder = Encoder(recipe(tokenizer, Data(train="t.jsonl", max_length=1_000_000), "messages"))
-        added_tokens = tokenizer.added_tokens_decoder  # made anew at each look
+        added_tokens = tokenizer.added_tokens_decoder  # computed again at each access
         added = added_tokens.items()
         template = tokenizer.chat_template
         self.special = {i for i, token in added if token.special}

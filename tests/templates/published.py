@@ -67,9 +67,9 @@ def _unpack(archive: Path, folder: Path, pattern: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive) as packed:
         for member in packed:
-            found = re.fullmatch(pattern, member.name)
-            if found and member.isfile() and (stream := packed.extractfile(member)) is not None:
-                (folder / found[1]).write_bytes(stream.read())
+            match = re.fullmatch(pattern, member.name)
+            if match and member.isfile() and (stream := packed.extractfile(member)) is not None:
+                (folder / match[1]).write_bytes(stream.read())
 
 
 def tokenizers() -> Iterator[tuple[str, Any]]:
@@ -78,9 +78,9 @@ def tokenizers() -> Iterator[tuple[str, Any]]:
     taken = set()
     for name in PACKAGES:
         config = json.loads((FOLDER / name / "tokenizer_config.json").read_text("utf-8"))
-        own = config.get("chat_template") or (LLAMA2 if name == "llama2" else None)
-        if own:
-            yield name, _tokenizer(name, own, config)
+        template = config.get("chat_template") or (LLAMA2 if name == "llama2" else None)
+        if template:
+            yield name, _tokenizer(name, template, config)
         for template in OWN.get(name, ()):
             if template in templates:
                 taken.add(template)
@@ -96,9 +96,9 @@ def _tokenizer(name: str, template: str, config: dict[str, Any]) -> Any:
 
     backend = Tokenizer.from_file(str(FOLDER / name / "tokenizer.json"))
     names = {key: _content(config.get(key)) for key in ("bos_token", "eos_token")}
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
-    made.chat_template = template
-    return made
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def _small(template: str) -> Any:
@@ -108,9 +108,9 @@ def _small(template: str) -> Any:
     backend = Tokenizer.from_str(_small_backend())
     added = sorted({*_CONTROL.findall(template), "<s>", "</s>"})
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in added])
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    made.chat_template = template
-    return made
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 @lru_cache

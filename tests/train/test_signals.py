@@ -17,7 +17,7 @@ import treering as tr
 from tests.ranks import PATIENCE, _context
 from tests.toy_run import job
 from tests.train.test_faults import ALL, me, saved
-from treering.data.work import _outlive_signals, _signals_held
+from treering.data.work import _outlive_signals, _signals_blocked
 from treering.train import train
 from treering.train.callbacks import Callback
 from treering.train.config import Evaluate
@@ -105,7 +105,7 @@ def _pid():
 
 def test_a_signal_to_the_whole_job_does_not_end_its_data_workers():
     with ProcessPoolExecutor(1, get_context("spawn"), _outlive_signals) as pool:
-        with _signals_held():
+        with _signals_blocked():
             born = pool.submit(_pid)
         worker = born.result()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from treering.cli.schema import RunConfig
+    from treering.data.examine import ShownDocument
     from treering.data.examples import Examples, Report
-    from treering.data.inspect import ShownDocument
 
 NAME = "data"
 app = typer.Typer(help="Look at what a model would be trained on.", no_args_is_help=True)
@@ -33,7 +33,7 @@ def show(
 ) -> None:
     """Print documents as tokens: those that are trained in green, or in ⟦ ⟧ where there is no colour."""
     config = load(file, settings)
-    from treering.data.inspect import show as look
+    from treering.data.examine import show as look
 
     examples, tokenizer = _built(config, which)
     until = min(start + count, len(examples))
@@ -57,7 +57,7 @@ def check(file: ConfigFile, settings: Settings = None, which: Which = "train") -
     """Report lengths, what is cut or skipped, duplicates, and how much is trained."""
     config = load(file, settings)
     from treering.cli.console import console, safe, say, table
-    from treering.data.inspect import check as examine
+    from treering.data.examine import check as examine
 
     examples, _ = _built(config, which)
     result = examine(examples)
@@ -125,7 +125,7 @@ def _coloured(document: "ShownDocument", *, marks: bool) -> "Text":
     """Return the tokens in a row; `marks` puts brackets around what is trained, where colour cannot be seen."""
     from rich.text import Text
 
-    from treering.data.inspect import printable
+    from treering.data.examine import printable
 
     line, inside = Text(), False
     for token in document.tokens:

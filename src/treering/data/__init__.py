@@ -1,1 +1,1 @@
-"""From files to micro-batches: sources, formats, chat masks, token cache, packing, order. See README.md."""
+"""From files to micro-batches: sources, formats, masks of chats, token cache, packing, order. See README.md."""

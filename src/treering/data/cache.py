@@ -1,7 +1,7 @@
 """Tokenised documents on disk: one safetensors file and one JSON manifest in a folder, published by a rename.
 
 Written as a stream (memory does not grow with the data) and read through memory maps. A folder whose bytes do not
-have the digest in its manifest is not a cache: it is removed and made again.
+have the digest in its manifest is damaged: it is removed and written again.
 """
 
 import json
@@ -27,7 +27,7 @@ _DTYPES = {"ids": ("U32", "<u4"), "mask": ("BOOL", "|b1")}
 _DTYPES |= dict.fromkeys(("offsets", "rows", "trained"), ("I64", "<i8"))
 _DTYPES |= dict.fromkeys(("files", "pieces"), ("I32", "<i4"))
 _LEFTOVER = re.compile(r".+\.(tmp|old)-[0-9a-f]{32}")
-_TOGETHER = 512  # documents written at once
+_FLUSH = 512  # documents written at once
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -53,7 +53,7 @@ class CacheWriter:
     def add(self, documents: Sequence[Encoded]) -> None:
         """Append documents."""
         self._waiting.extend(documents)
-        if len(self._waiting) >= _TOGETHER:
+        if len(self._waiting) >= _FLUSH:
             self._flush()
 
     def _flush(self) -> None:
@@ -74,7 +74,7 @@ class CacheWriter:
         self._streams[name].write(np.ascontiguousarray(values, dtype=_DTYPES[name][1]).tobytes())
 
     def publish(self, manifest: Mapping[str, Any]) -> None:
-        """Join the arrays, and give the folder its name unless another process has published the same meanwhile."""
+        """Join the arrays, and rename the folder, unless another process has published the same cache meanwhile."""
         self._flush()
         for stream in self._streams.values():
             stream.close()
@@ -82,8 +82,8 @@ class CacheWriter:
         disk.write(path, self._pieces())
         for name in _DTYPES:
             (self._folder / name).unlink()
-        stated = {**manifest, "digest": disk.digest(path), "bytes": path.stat().st_size}
-        disk.write(self._folder / _MANIFEST, [json.dumps(stated).encode()])
+        complete = {**manifest, "digest": disk.digest(path), "bytes": path.stat().st_size}
+        disk.write(self._folder / _MANIFEST, [json.dumps(complete).encode()])
         try:
             disk.publish(self._folder, self._final)
         except OSError:
@@ -125,18 +125,18 @@ def read(folder: Path) -> tuple[Arrays, dict[str, Any]] | None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a cache. It is renamed first: a reader never sees half of it."""
+    """Remove a cache. It is renamed first, so that no reader opens half of it."""
     if folder.exists():
-        away = folder.with_name(f"{folder.name}.old-{uuid.uuid4().hex}")
-        folder.rename(away)
-        shutil.rmtree(away, ignore_errors=True)
+        renamed = folder.with_name(f"{folder.name}.old-{uuid.uuid4().hex}")
+        folder.rename(renamed)
+        shutil.rmtree(renamed, ignore_errors=True)
 
 
 def _map(path: Path) -> Arrays:
     """Return the arrays of a file. ValueError if they are not those of a cache."""
     headers = {header.name: header for header in read_header(path)}
     if {name: header.dtype for name, header in headers.items()} != {n: kind for n, (kind, _) in _DTYPES.items()}:
-        raise ValueError(f"{path} holds other arrays than a cache of tokens")
+        raise ValueError(f"{path} does not have the arrays of a token cache")
     begin = path.stat().st_size - sum(header.bytes for header in headers.values())
     arrays = {}
     for name, (_, dtype) in _DTYPES.items():

@@ -1,4 +1,4 @@
-"""What a user may say about data: a plain frozen dataclass, no torch, checked as it is made."""
+"""Settings of the data: a frozen dataclass that checks its values and does not import torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,13 +20,13 @@ class Data:
     """Where examples come from and how they become tokens.
 
     A source is a .jsonl, .parquet or .txt file, a folder of them, a folder written by `datasets`, or a hub name.
-    `columns` maps our field names to the file's (`messages: conversations`); `ignore` lists patterns of fields that
-    are left unread, because a field we do not know is otherwise an error.
+    `columns` maps our field names to the file's (`messages: conversations`). `ignore` lists patterns of fields that
+    are not read; any other unknown field is an error.
     """
 
     train: str | tuple[str, ...]
     eval: str | tuple[str, ...] | None = None
-    eval_fraction: float = 0.0  # held out of `train` by content, so that a duplicate never sits on both sides
+    eval_fraction: float = 0.0  # held out of `train` by content, so that duplicates are in the same set
     split: str = "train"  # of a `datasets` source
     eval_split: str = "validation"
     format: Literal["auto", "messages", "prompt", "alpaca", "text"] = "auto"
@@ -40,7 +40,7 @@ class Data:
     skip_bad: bool = False
     skip_untrained: bool = False
     line_limit: int = 32 * 2**20  # bytes of one jsonl line
-    cache: str | None = "~/.cache/treering/tokens"  # None: a private temporary folder, nothing is kept
+    cache: str | None = "~/.cache/treering/tokens"  # None: a private temporary folder, deleted at the end
     workers: int = 1
 
     def __post_init__(self) -> None:
@@ -69,10 +69,11 @@ class Data:
 
     @property
     def evaluates(self) -> bool:
+        """Whether there is an evaluation set."""
         return self.eval is not None or self.eval_fraction > 0
 
     def sources(self, which: Literal["train", "eval"]) -> tuple[str, ...]:
-        """The sources read for `which`; a held-out fraction is read from `train`."""
+        """Return the sources of a set; a held-out fraction is read from `train`."""
         value = self.eval if which == "eval" and self.eval is not None else self.train
         return (value,) if isinstance(value, str) else value
 

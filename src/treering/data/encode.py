@@ -12,21 +12,20 @@ from numpy.typing import NDArray
 from tokenizers import Encoding
 
 from treering.core.errors import DataError
-from treering.data import completion
-from treering.data.chat.control_tokens import SPECIAL, Control, Renamed
-from treering.data.chat.conversation import TOOLS, Piece
+from treering.data.chat.control_tokens import SPECIAL, ControlTokens, RenamedText
+from treering.data.chat.conversation import TOOLS, TextPiece
 from treering.data.chat.mask import Chat, Rendered
 from treering.data.chat.template import Template
-from treering.data.chat.traced import Source
+from treering.data.chat.traced import TextSource
 from treering.data.config import Data, Format
 from treering.data.formats import Sample
 from treering.data.sources.records import SampleError, bad
-from treering.data.token_places import Tokens
+from treering.data.token_places import Tokens, behind_cut, check_together, separator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What instruction-following data was first published with; used for tokenizers that have no chat template.
+# The prompt that alpaca was published with; used for tokenizers that have no chat template.
 ALPACA = """{%- for message in messages %}{% if message.role == 'user' %}\
 Below is an instruction that describes a task. Write a response that appropriately completes the request.
 
@@ -39,34 +38,36 @@ Below is an instruction that describes a task. Write a response that appropriate
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides how a sample becomes tokens, as plain values: it is hashed, and sent to workers."""
+    """All inputs of encoding except the sample, as plain values: they are hashed, and sent to workers."""
 
     backend: str  # the tokenizer as `tokenizers` writes it
     template: str | None
-    tools_template: str | None  # for conversations with tools, where the tokenizer has one of its own for them
-    template_name: str  # for people
+    tools_template: str | None  # for conversations with tools, if the tokenizer has a separate one
+    template_name: str  # for reports
     variables: Mapping[str, Any]
-    start: tuple[int, ...]  # what the tokenizer puts before plain text
+    start: tuple[int, ...]  # tokens that the tokenizer puts before plain text
     end: tuple[int, ...]
     max_length: int
     too_long: Literal["truncate", "drop", "error"]
 
     @property
     def digest(self) -> str:
+        """A digest of all fields."""
         return xxhash.xxh3_128_hexdigest(json.dumps(asdict(self), sort_keys=True).encode())
 
 
 def recipe(tokenizer: "PreTrainedTokenizerBase", config: Data, format: Format) -> Recipe:
+    """Return how samples of `format` are encoded with this tokenizer and these settings."""
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f"{type(tokenizer).__name__} has no tokenizer.json; masks need a fast tokenizer with offsets")
     backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     template, name = _template(tokenizer, config, format)
-    named = tokenizer.chat_template if name == "the tokenizer's" else None
+    by_name = tokenizer.chat_template if name == "the tokenizer's" else None
     eos = tokenizer.eos_token_id
     return Recipe(
         backend=backend.to_str(),
         template=template,
-        tools_template=named.get("tool_use") if isinstance(named, dict) else None,
+        tools_template=by_name.get("tool_use") if isinstance(by_name, dict) else None,
         template_name=name,
         variables={key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)},
         start=_start(backend),
@@ -104,7 +105,7 @@ class Encoded(NamedTuple):
 
     file: int
     row: int
-    piece: int  # of a text that was cut
+    piece: int  # number of the piece of a text that was cut
     ids: NDArray[np.uint32]
     mask: NDArray[np.bool_]
     truncated: bool
@@ -115,19 +116,19 @@ class Encoded(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A text of a sample. `pieces` are the parts of it that come from the data; a chat's text holds more."""
+    """A text of a sample. `pieces` are the parts of it that come from the data; a chat also has the template's."""
 
     sample: int
     text: str
-    pieces: Sequence[Piece]
+    pieces: Sequence[TextPiece]
     writers: Sequence[bool]
     rendered: Rendered | None = None
     cut: int = 0  # characters of the separator before a completion
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A batch between its two Python parts. A prompt and its completion are two texts of one sample."""
+class PreparedTexts:
+    """A batch before the tokenizer. A prompt and its completion are two texts of one sample."""
 
     samples: Sequence[Sample]
     errors: dict[int, SampleError]
@@ -135,24 +136,26 @@ class Prepared:
 
 
 class Encoder:
+    """Encodes samples with one recipe."""
+
     def __init__(self, plan: Recipe):
         self.plan = plan
-        self.control = Control(plan.backend, plan.template and plan.template + (plan.tools_template or ""))
+        self.control = ControlTokens(plan.backend, plan.template and plan.template + (plan.tools_template or ""))
         self.chat = self.tools_chat = None
         if plan.template is not None:
             self.chat = Chat(Template(source=plan.template, variables=plan.variables), self.control)
         if plan.tools_template is not None:
             self.tools_chat = Chat(Template(source=plan.tools_template, variables=plan.variables), self.control)
-        self._separator = completion.separator(self.control.placer(renamed=False))
+        self._separator = separator(self.control.placer(renamed=False))
 
     def encode(self, samples: Sequence[Sample]) -> list[list[Encoded] | SampleError]:
-        """For each sample its documents (a cut text has several), or why there is none."""
+        """Return for each sample its documents (a text that was cut has several) or its error."""
         prepared = self.prepare(samples)
         return self.finish(prepared, self.tokenise(prepared))
 
-    def prepare(self, samples: Sequence[Sample]) -> Prepared:
-        """Everything before the tokenizer."""
-        prepared = Prepared(samples=samples, errors={}, texts=[])
+    def prepare(self, samples: Sequence[Sample]) -> PreparedTexts:
+        """Return the texts of the samples, and the errors of samples that have none."""
+        prepared = PreparedTexts(samples=samples, errors={}, texts=[])
         for i, sample in enumerate(samples):
             try:
                 prepared.texts.extend(list(self._texts(i, sample)))
@@ -160,23 +163,23 @@ class Encoder:
                 prepared.errors[i] = error
         return prepared
 
-    def tokenise(self, prepared: Prepared) -> list[Encoding]:
-        """The tokenizer's part: it runs without Python's lock, so it may run in a thread of its own."""
+    def tokenise(self, prepared: PreparedTexts) -> list[Encoding]:
+        """Return the encodings of the texts. Python's lock is released, so this may run in another thread."""
         return self.control.placer(renamed=False).encode([text.text for text in prepared.texts])
 
-    def finish(self, prepared: Prepared, encodings: list[Encoding]) -> list[list[Encoded] | SampleError]:
-        """Everything after the tokenizer."""
+    def finish(self, prepared: PreparedTexts, encodings: list[Encoding]) -> list[list[Encoded] | SampleError]:
+        """Return for each sample its documents with masks, or its error."""
         texts = prepared.texts
         tokens = self.control.placer(renamed=False).place([text.text for text in texts], encodings)
-        strange = [
+        imitating = [  # texts in which data was taken for control tokens
             i for i, text in enumerate(texts)
             if not self.control.genuine(tokens[i], text.text, text.pieces, text.writers)
         ]  # fmt: skip
-        renamed = dict(zip(strange, self._encode_renamed([texts[i] for i in strange])))
-        by_sample: dict[int, list[tuple[Text, Tokens, Renamed | None]]] = {}
+        renamed = dict(zip(imitating, self._encode_renamed([texts[i] for i in imitating])))
+        by_sample: dict[int, list[tuple[Text, Tokens, RenamedText | None]]] = {}
         for i, text in enumerate(texts):
-            own, name = renamed.get(i, (tokens[i], None))
-            by_sample.setdefault(text.sample, []).append((text, own, name))
+            tokens_of_text, renamed_text = renamed.get(i, (tokens[i], None))
+            by_sample.setdefault(text.sample, []).append((text, tokens_of_text, renamed_text))
         results: list[list[Encoded] | SampleError] = [prepared.errors.get(i, []) for i in range(len(prepared.samples))]
         for i, parts in by_sample.items():
             try:
@@ -185,14 +188,14 @@ class Encoder:
                 results[i] = error
         return results
 
-    def _encode_renamed(self, texts: Sequence[Text]) -> list[tuple[Tokens, Renamed]]:
-        """The texts in which data could be taken for control tokens."""
+    def _encode_renamed(self, texts: Sequence[Text]) -> list[tuple[Tokens, RenamedText]]:
+        """Return the tokens of texts from the tokenizer with renamed control tokens."""
         if not texts:
             return []
         renamed = [self.control.rename(text.text, text.pieces, text.writers) for text in texts]
         placer = self.control.placer(renamed=True)
-        plain = [one.text for one in renamed]
-        return list(zip(placer.place(plain, placer.encode(plain)), renamed))
+        renamed_texts = [text.text for text in renamed]
+        return list(zip(placer.place(renamed_texts, placer.encode(renamed_texts)), renamed))
 
     def _texts(self, i: int, sample: Sample) -> Iterator[Text]:
         if sample.kind == "chat":
@@ -207,10 +210,10 @@ class Encoder:
             yield _one_text(i, sample.prompt, "")
         yield _one_text(i, sample.text, self._separator if sample.prompt else "")
 
-    def _documents(self, sample: Sample, parts: list[tuple[Text, Tokens, Renamed | None]]) -> list[Encoded]:
+    def _documents(self, sample: Sample, parts: list[tuple[Text, Tokens, RenamedText | None]]) -> list[Encoded]:
         text, tokens, renamed = parts[-1]
-        for _, own, name in parts:
-            if name is not None and np.count_nonzero(self.control.kinds(own)) != name.names:
+        for _, tokens_of_text, renamed_text in parts:
+            if renamed_text is not None and np.count_nonzero(self.control.kinds(tokens_of_text)) != renamed_text.names:
                 raise bad(sample.where, "tokenizer", "the tokenizer does not keep control tokens apart from text")
         if text.rendered is not None:
             return self._fit(sample, tokens.ids, self._mask(text.rendered, tokens, renamed), text.rendered)
@@ -220,38 +223,38 @@ class Encoder:
             mask = np.ones(len(ids), dtype=np.bool_)
             mask[: max(1, len(start))] = False
             return self._pieces(sample, ids, mask) if self.plan.too_long == "truncate" else self._fit(sample, ids, mask)
-        given = [*start, *parts[0][1].ids]
-        ids = np.array([*given, *self._completion(sample, parts), *end], dtype=np.uint32)
+        prompt = [*start, *parts[0][1].ids]
+        ids = np.array([*prompt, *self._completion(sample, parts), *end], dtype=np.uint32)
         mask = np.ones(len(ids), dtype=np.bool_)
-        mask[: max(1, len(given))] = False
+        mask[: max(1, len(prompt))] = False
         return self._fit(sample, ids, mask)
 
-    def _completion(self, sample: Sample, parts: list[tuple[Text, Tokens, Renamed | None]]) -> NDArray[np.uint32]:
-        """The tokens of the completion, without those of the separator before it."""
-        (_, given, name), (text, tokens, renamed) = parts
+    def _completion(self, sample: Sample, parts: list[tuple[Text, Tokens, RenamedText | None]]) -> NDArray[np.uint32]:
+        """Return the tokens of the completion, without those of the separator before it."""
+        (_, prompt, renamed_prompt), (text, tokens, renamed) = parts
         if not text.cut:
             return tokens.ids
         written = text.text if renamed is None else renamed.text
         cut = text.cut if renamed is None else renamed.at(text.cut)
-        placer = self.control.placer(renamed=(name or renamed) is not None)
-        behind = completion.behind_cut(tokens, cut, len(written))
-        if behind is None:  # this completion needs another separator
-            separator = completion.separator(placer, sample.text)
-            written, cut = separator + sample.text, len(separator)
+        placer = self.control.placer(renamed=(renamed_prompt or renamed) is not None)
+        completion = behind_cut(tokens, cut, len(written))
+        if completion is None:  # this completion needs another separator
+            character = separator(placer, sample.text)
+            written, cut = character + sample.text, len(character)
             (tokens,) = placer.place([written], placer.encode([written]))
-            behind = completion.behind_cut(tokens, cut, len(written))
-        behind = tokens.ids if behind is None else behind
-        completion.check_together(placer, sample.prompt, sample.text, given.ids, behind, sample.where)
-        return behind
+            completion = behind_cut(tokens, cut, len(written))
+        completion = tokens.ids if completion is None else completion
+        check_together(placer, sample.prompt, sample.text, prompt.ids, completion, sample.where)
+        return completion
 
-    def _mask(self, rendered: Rendered, tokens: Tokens, renamed: Renamed | None) -> NDArray[np.bool_]:
+    def _mask(self, rendered: Rendered, tokens: Tokens, renamed: RenamedText | None) -> NDArray[np.bool_]:
         spans, limits = rendered.trained, rendered.limits
         if renamed is not None:
             spans, limits = ([(renamed.at(a), renamed.at(b)) for a, b in part] for part in (spans, limits))
         mask = np.zeros(len(tokens.ids), dtype=np.bool_)
         kinds = self.control.kinds(tokens)
         for (start, _), (first, stop) in zip(spans, tokens.ranges(spans, limits), strict=True):
-            # A control token that takes the blanks behind it along reaches into the turn, and is given all the same.
+            # A control token that includes the blanks behind it reaches into the turn, but is not trained.
             if first < stop and kinds[first] == SPECIAL:
                 begins, _, places = tokens.places(np.array([first]), [start])
                 first += int(begins[0] < places[0])
@@ -274,7 +277,7 @@ class Encoder:
         mask[:1] = False
         if not np.count_nonzero(mask):
             after = f" after truncation to {limit} tokens" if too_long else ""
-            raise bad(sample.where, "untrained", f"no token is trained{after}; skip_untrained leaves such samples out")
+            raise bad(sample.where, "untrained", f"no token is trained{after}; skip_untrained skips such samples")
         document = Encoded(
             file=sample.file,
             row=sample.row,
@@ -290,7 +293,7 @@ class Encoder:
         return [document]
 
     def _pieces(self, sample: Sample, ids: NDArray, mask: NDArray) -> list[Encoded]:
-        """Consecutive pieces that share one token, so that every token but the first is predicted exactly once."""
+        """Return consecutive pieces that overlap by one token, so that each token but the first is predicted once."""
         limit = self.plan.max_length
         pieces = []
         for number, at in enumerate(range(0, max(1, len(ids) - 1), limit - 1)):
@@ -313,7 +316,7 @@ class Encoder:
 
 
 def _one_text(sample: int, text: str, separator: str) -> Text:
-    whole = separator + text
-    piece = Piece(len(separator), len(whole), Source(TOOLS, ("text",), text, True), 0, len(text), False)
+    separated = separator + text
+    piece = TextPiece(len(separator), len(separated), TextSource(TOOLS, ("text",), text, True), 0, len(text), False)
     pieces = [piece] if text else []
-    return Text(sample=sample, text=whole, pieces=pieces, writers=[False] * len(pieces), cut=len(separator))
+    return Text(sample=sample, text=separated, pieces=pieces, writers=[False] * len(pieces), cut=len(separator))

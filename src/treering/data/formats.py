@@ -1,4 +1,4 @@
-"""From a record as the file states it to a checked sample; every violation names its field."""
+"""From a record of a file to a checked sample; every error names the field."""
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -7,8 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from treering.core.errors import DataError
 from treering.data.chat.messages import check_messages
 from treering.data.config import FIELDS, Data, Format
-from treering.data.sources.records import Record, SampleError, bad
-from treering.data.sources.strings import check_strings, check_text
+from treering.data.sources.records import Record, SampleError, bad, check_strings, check_text
 
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -19,7 +18,7 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
 
 
 class Sample(NamedTuple):
-    """`chat` fills messages and tools; `completion` fills prompt and text; `text` fills text."""
+    """A checked sample: `chat` has messages and tools, `completion` has prompt and text, `text` has text."""
 
     kind: Literal["chat", "completion", "text"]
     where: str
@@ -32,7 +31,7 @@ class Sample(NamedTuple):
 
 
 def detect(records: list[Record], config: Data) -> Format:
-    """The format of the first record that has one; an explicit `format` wins."""
+    """Return `config.format`, or with `auto` the format of the first record whose fields are those of a format."""
     if config.format != "auto":
         return config.format
     for record in records:
@@ -43,7 +42,7 @@ def detect(records: list[Record], config: Data) -> Format:
                 return name
     first = next((r for r in records if not isinstance(r.value, SampleError)), None)
     if first is None:
-        raise DataError(str(records[0].value) if records else "no source holds a record")
+        raise DataError(str(records[0].value) if records else "the sources have no record")
     assert isinstance(first.value, dict)
     wanted = "; ".join(" and ".join(fields) for fields in _NEEDED.values())
     raise DataError(
@@ -53,7 +52,7 @@ def detect(records: list[Record], config: Data) -> Format:
 
 
 def parse(record: Record, format: Format, config: Data) -> Sample:
-    """A checked sample; raises SampleError."""
+    """Return the checked sample of a record, or raise SampleError."""
     if isinstance(record.value, SampleError):
         raise record.value
     value = _named(record, format, config)
@@ -82,21 +81,21 @@ def parse(record: Record, format: Format, config: Data) -> Sample:
 
 
 def _named(record: Record, format: Format, config: Data) -> dict[str, Any]:
-    """The fields of `format` under our names. Unknown ones are an error: they are as often a typo as a comment."""
+    """Return the fields of `format` under our names. Unknown fields are an error: they may be typing errors."""
     assert isinstance(record.value, dict)
     rest = dict(record.value)
     value: dict[str, Any] = {}
     for field in FIELDS[format]:
-        theirs = config.columns.get(field, field)
-        if theirs not in rest:
+        column = config.columns.get(field, field)
+        if column not in rest:
             if field in _NEEDED[format]:
-                raise bad(record.where, "schema", f"is missing; the record has {_listed(record.value)}", at=theirs)
+                raise bad(record.where, "schema", f"is missing; the record has {_listed(record.value)}", at=column)
             continue
-        entry = rest.pop(theirs)
+        entry = rest.pop(column)
         if entry is None:
             if field in _NEEDED[format] or not record.columnar:
-                raise bad(record.where, "schema", "is null", at=theirs)
-            continue  # columnar files have no other way to leave a field out
+                raise bad(record.where, "schema", "is null", at=column)
+            continue  # in columnar files an absent field is null
         value[field] = entry
     unknown = [name for name in rest if not any(fnmatchcase(str(name), pattern) for pattern in config.ignore)]
     if unknown:

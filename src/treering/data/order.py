@@ -1,7 +1,7 @@
-"""Which documents a step sees: a pure function of (seed, epoch, step) and a global token budget, never of ranks.
+"""The documents of a step: a pure function of (seed, epoch, step) and a global token budget, not of the ranks.
 
-A bin is what one micro-batch holds: documents of at most `capacity` tokens (packed), or rows of similar length whose
-padded area is at most `capacity`. A step is the same number of bins each time; the last one of an epoch may have fewer.
+A bin is the documents of one micro-batch: at most `capacity` tokens (packed), or rows of similar length whose
+padded area is at most `capacity`. Each step has the same number of bins; the last step of an epoch may have fewer.
 """
 
 from typing import Literal
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from treering.core.errors import ConfigError, DataError
 from treering.core.seeds import derive
 
-_POOL = 8192  # documents looked ahead at when bins are filled
-_FULL = 0.99  # a bin below this waits for the next pool
+_POOL = 8192  # documents from which bins are filled
+_FULL = 0.99  # documents of bins below this share of the capacity wait for the next pool
 
 
 class Order:
-    """Plans one epoch at a time (a few seconds for 10^6 documents) and remembers the last one."""
+    """Steps of an epoch and their bins. The last epoch's plan is kept: it takes a few seconds for 10^6 documents."""
 
     def __init__(
         self,
@@ -47,19 +47,20 @@ class Order:
         self._steps: dict[int, int] = {}
 
     def steps_in_epoch(self, epoch: int) -> int:
+        """Return the number of steps of an epoch."""
         if epoch not in self._steps:
             self._steps[epoch] = -(-len(self._plan(epoch)) // self.bins_per_step)
         return self._steps[epoch]
 
     def bins(self, epoch: int, step: int) -> list[list[int]]:
-        """The bins of a step, as document indices."""
+        """Return the bins of a step, as indices of documents."""
         if not 0 <= step < self.steps_in_epoch(epoch):
             raise IndexError(f"step {step} of epoch {epoch}, which has {self.steps_in_epoch(epoch)}")
         first = step * self.bins_per_step
         return self._plan(epoch)[first : first + self.bins_per_step]
 
     def locate(self, step: int) -> tuple[int, int]:
-        """(epoch, step in it) of a step counted from the start of training."""
+        """Return the epoch of a step that is counted from the start of training, and its index in the epoch."""
         epoch = 0
         while step >= (steps := self.steps_in_epoch(epoch)):
             step -= steps
@@ -67,7 +68,7 @@ class Order:
         return epoch, step
 
     def fill(self, epoch: int) -> float:
-        """The share of all bins' capacity that holds tokens."""
+        """Return the share of the capacity of all bins that is filled with tokens."""
         return int(self._lengths.sum()) / (len(self._plan(epoch)) * self._capacity)
 
     def _plan(self, epoch: int) -> list[list[int]]:
@@ -111,21 +112,21 @@ class Order:
         return bins
 
     def _hold_back(self, bins: list[list[int]], most: int) -> tuple[list[list[int]], list[int]]:
-        """Documents of bins that are not full wait for the next pool: the emptiest bins', `most` documents at most."""
+        """Return bins, and at most `most` documents that wait for the next pool: those of the emptiest bins."""
         if self._packing == "off":
             return bins, []
         tokens = [int(self._lengths[documents].sum()) for documents in bins]
         waiting: list[int] = []
-        held = set()
+        emptied = set()
         for i in sorted(range(len(bins)), key=lambda i: (tokens[i], i)):
             if tokens[i] >= _FULL * self._capacity or len(waiting) + len(bins[i]) > most:
                 break
-            held.add(i)
+            emptied.add(i)
             waiting.extend(bins[i])
-        return [documents for i, documents in enumerate(bins) if i not in held], waiting
+        return [documents for i, documents in enumerate(bins) if i not in emptied], waiting
 
     def _arrange(self, bins: list[list[int]], epoch: int, before: int) -> list[list[int]]:
-        """Filling left the bins with the longest documents first; a step must not be made of those alone."""
+        """Return the bins shuffled, because packing puts the longest documents first; or in the order of the data."""
         if not self._shuffle:
             return sorted((sorted(documents) for documents in bins), key=lambda documents: documents[0])
         keys = scrambled(len(bins), derive(self._seed, "bins", epoch, before))
@@ -133,53 +134,53 @@ class Order:
 
 
 def best_fit(documents: list[int], sizes: list[int], capacity: int) -> list[list[int]]:
-    """Best-fit packing of documents given in descending size."""
-    rooms = _Rooms(capacity)
+    """Pack documents, given in descending size, into bins: each into the bin with the least free capacity that fits."""
+    open_bins = _OpenBins(capacity)
     bins: list[list[int]] = []
     for document, size in zip(documents, sizes, strict=True):
-        found = rooms.take(size)
-        if found is None:
-            room, chosen = capacity, len(bins)
+        fit = open_bins.take(size)
+        if fit is None:
+            free, chosen = capacity, len(bins)
             bins.append([])
         else:
-            room, chosen = found
+            free, chosen = fit
         bins[chosen].append(document)
-        if room > size:
-            rooms.put(room - size, chosen)
+        if free > size:
+            open_bins.put(free - size, chosen)
     return bins
 
 
-class _Rooms:
-    """Open bins by the room they have left. Each room is a bit in a block, each block a bit in `_blocks`, so the
-    tightest bin is found by two shifts of short integers, whatever the capacity."""
+class _OpenBins:
+    """Bins by their free capacity. Each free capacity is a bit in a block and each block a bit in `_blocks`, so the bin
+    that fits best is found by two shifts of short integers, for any capacity."""
 
     def __init__(self, capacity: int):
         self._bins: list[list[int]] = [[] for _ in range(capacity + 1)]
         self._bits = [0] * ((capacity >> 8) + 1)
         self._blocks = 0
 
-    def put(self, room: int, bin: int) -> None:
-        self._bins[room].append(bin)
-        self._bits[room >> 8] |= 1 << (room & 255)
-        self._blocks |= 1 << (room >> 8)
+    def put(self, free: int, bin: int) -> None:
+        self._bins[free].append(bin)
+        self._bits[free >> 8] |= 1 << (free & 255)
+        self._blocks |= 1 << (free >> 8)
 
     def take(self, size: int) -> tuple[int, int] | None:
-        """(room, bin) of the bin with the least room that is at least `size`."""
+        """Remove and return (free capacity, bin) of the bin with the least free capacity that is at least `size`."""
         block = size >> 8
         if above := self._bits[block] >> (size & 255):
-            room = size + _lowest(above)
+            free = size + _lowest(above)
         elif blocks := self._blocks >> (block + 1):
             block += 1 + _lowest(blocks)
-            room = (block << 8) + _lowest(self._bits[block])
+            free = (block << 8) + _lowest(self._bits[block])
         else:
             return None
-        bins = self._bins[room]
+        bins = self._bins[free]
         bin = bins.pop()
         if not bins:
-            self._bits[block] ^= 1 << (room & 255)
+            self._bits[block] ^= 1 << (free & 255)
             if not self._bits[block]:
                 self._blocks ^= 1 << block
-        return room, bin
+        return free, bin
 
 
 def _lowest(bits: int) -> int:
@@ -187,8 +188,11 @@ def _lowest(bits: int) -> int:
 
 
 def scrambled(count: int, seed: int) -> NDArray[np.uint64]:
-    """Keys whose order is a permutation: splitmix64 of seed + i. Own arithmetic, because a numpy generator may give
-    other numbers in another version, and then a run resumed after an upgrade would see other data."""
+    """Return keys whose sorted order is a permutation: splitmix64 of seed + i.
+
+    Not a numpy generator: another version of numpy may give other numbers, and a run resumed after an upgrade would
+    then train on other data.
+    """
     with np.errstate(over="ignore"):
         z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,4 +1,4 @@
-"""Encoding batches of records, here or in worker processes, always in the order of the data."""
+"""Encodes batches of records, in this process or in workers, and yields results in the order of the data."""
 
 import os
 import signal
@@ -15,34 +15,36 @@ from tokenizers import Encoding
 
 from treering.core.errors import DataError
 from treering.data.config import Data, Format
-from treering.data.encode import Encoded, Encoder, Prepared, Recipe
+from treering.data.encode import Encoded, Encoder, PreparedTexts, Recipe
 from treering.data.formats import Sample, parse
 from treering.data.sources.records import Record, SampleError
 
-_CHARACTERS = 4 << 20  # of one batch, and how many records:
-_HERE, _APART = 512, 512  # enough to keep the tokenizer's threads, or all processes, busy
-ASKING = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}  # as in train/signals.py
+_CHARACTERS = 4 << 20  # of one batch
+_RECORDS, _WORKER_RECORDS = 512, 512  # of one batch: enough to keep the tokenizer's threads, or all workers, busy
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}  # as in train/signals.py
 Result = list[Encoded] | SampleError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class EncodingJob:
+    """What a worker needs to encode records."""
+
     plan: Recipe
     format: Format
     config: Data
 
 
-def encoded(records: Iterator[Record], job: Job, workers: int) -> Iterator[Result]:
-    """For each record, in order, its documents or the error that it is."""
+def encoded(records: Iterator[Record], job: EncodingJob, workers: int) -> Iterator[Result]:
+    """Yield, for each record in order, its documents or its error."""
     if workers == 1:
-        yield from _here(records, job)
+        yield from _in_process(records, job)
         return
     # Not fork: a fork after torch or rayon have started threads can deadlock.
     with ProcessPoolExecutor(workers, get_context("spawn"), _start, (job,)) as pool:
         waiting: deque[Future[list[Result]]] = deque()
         try:
-            for batch in _batches(records, _APART):
-                with _signals_held():  # a worker is born in here, and inherits what is held
+            for batch in _batches(records, _WORKER_RECORDS):
+                with _signals_blocked():  # workers are started in here, and inherit the mask
                     waiting.append(pool.submit(_run, batch))
                 if len(waiting) > 2 * workers:  # bounds memory: reading is faster than encoding
                     yield from waiting.popleft().result()
@@ -69,7 +71,7 @@ def _batches(records: Iterator[Record], most: int) -> Iterator[list[Record]]:
 
 
 def _size(value: object) -> int:
-    """A cheap measure of how much text a record holds."""
+    """Return a cheap estimate of the number of characters in a record."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
@@ -77,24 +79,24 @@ def _size(value: object) -> int:
     return sum(map(_size, value)) if isinstance(value, list) else 1
 
 
-def _here(records: Iterator[Record], job: Job) -> Iterator[Result]:
-    """In this process; the tokenizer works on a batch while Python renders the next one."""
+def _in_process(records: Iterator[Record], job: EncodingJob) -> Iterator[Result]:
+    """Encode in this process; the tokenizer works on a batch while Python renders the next one."""
     encoder = Encoder(job.plan)
-    before: tuple[list[Result], Prepared, Future[list[Encoding]]] | None = None
+    before: tuple[list[Result], PreparedTexts, Future[list[Encoding]]] | None = None
     with ThreadPoolExecutor(1, "treering-tokenise") as pool:
-        for batch in _batches(records, _HERE):
+        for batch in _batches(records, _RECORDS):
             results, samples = _parse(batch, job)
             prepared = encoder.prepare(samples)
-            ahead = pool.submit(encoder.tokenise, prepared)
+            encodings = pool.submit(encoder.tokenise, prepared)
             if before is not None:
                 yield from _merge(before[0], encoder.finish(before[1], before[2].result()))
-            before = (results, prepared, ahead)
+            before = (results, prepared, encodings)
         if before is not None:
             yield from _merge(before[0], encoder.finish(before[1], before[2].result()))
 
 
-def _parse(batch: list[Record], job: Job) -> tuple[list[Result], list[Sample]]:
-    """Errors in their places with empty lists between them, and the samples that belong there."""
+def _parse(batch: list[Record], job: EncodingJob) -> tuple[list[Result], list[Sample]]:
+    """Return the samples of a batch, and a list with an error for each bad record and an empty list for each sample."""
     results: list[Result] = []
     samples: list[Sample] = []
     for record in batch:
@@ -106,15 +108,16 @@ def _parse(batch: list[Record], job: Job) -> tuple[list[Result], list[Sample]]:
     return results, samples
 
 
-def _merge(results: list[Result], found: list[Result]) -> Iterator[Result]:
-    rest = iter(found)
+def _merge(results: list[Result], encoded: list[Result]) -> Iterator[Result]:
+    """Yield the errors of `results`, and the encoded samples in place of its empty lists."""
+    samples = iter(encoded)
     for result in results:
-        yield result if isinstance(result, SampleError) else next(rest)
+        yield result if isinstance(result, SampleError) else next(samples)
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+def _signals_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
@@ -122,27 +125,27 @@ def _signals_held() -> Iterator[None]:
 
 
 def _outlive_signals() -> None:
-    """A signal to the whole job asks the run to stop, not its workers to die under it: only the run may end them.
+    """Block the signals that ask a run to stop. Schedulers send them to all processes; only the run ends workers.
 
-    They also end when it is gone; nobody else would ever tell them.
+    A worker ends when the run sends SIGTERM, or when the run no longer exists.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     run = os.getppid()
 
     def wait() -> None:
         while os.getppid() == run:
-            told = signal.sigtimedwait({signal.SIGTERM}, 1.0)
-            if told is not None and told.si_pid == run:
+            received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+            if received is not None and received.si_pid == run:
                 break
         os._exit(0)
 
     threading.Thread(target=wait, name="treering-worker", daemon=True).start()
 
 
-_encoder: tuple[Job, Encoder] | None = None  # one a worker process: made once, used for every batch
+_encoder: tuple[EncodingJob, Encoder] | None = None  # of this worker process, used for all batches
 
 
-def _start(job: Job) -> None:
+def _start(job: EncodingJob) -> None:
     global _encoder
     _outlive_signals()
     _encoder = (job, Encoder(job.plan))

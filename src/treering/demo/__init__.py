@@ -1,4 +1,4 @@
-"""A whole life of a small model, from text that comes with Python: `treering demo`."""
+"""`treering demo`: pretrain, teach, export and compare a small model, with text that comes with Python."""
 
 import shutil
 import time
@@ -7,22 +7,22 @@ from typing import Any
 
 from treering.core.errors import TreeringError
 
-MARK = ".treering-demo"  # only a folder that the demo made itself is ever cleared by it
+MARK = ".treering-demo"  # the demo clears a folder only if it has created it
 
 
 def run(root: Path, console: Any, **sizes: Any) -> None:
-    """Play all acts in `root`. `sizes` makes them smaller, for tests."""
+    """Run all acts in `root`. `sizes` are fields of `DemoStage` that make them smaller, for tests."""
     from treering.cli.measure import command as measure
     from treering.cli.options import load
     from treering.cli.train import job_of
-    from treering.demo import acts, check, remember
+    from treering.demo import acts
     from treering.train.callbacks import Console
     from treering.train.export import export
     from treering.train.run import train
 
     _clear(root)
-    began = time.monotonic()
-    stage = acts.Stage(
+    start = time.monotonic()
+    stage = acts.DemoStage(
         root=root,
         note=console.note,
         train=lambda file: train(job_of(load(file, None)), [Console(console)]),
@@ -38,15 +38,15 @@ def run(root: Path, console: Any, **sizes: Any) -> None:
             ("teach it facts that nobody has ever known", acts.teach),
             (
                 "load the export with plain transformers",
-                lambda s: check.check(s, job_of(load(root / "teach.yaml", None))),
+                lambda s: acts.check(s, job_of(load(root / "teach.yaml", None))),
             ),
-            ("what does it still know", remember.remember),
+            ("what does it still know", acts.remember),
         ],
         1,
     ):
         console.note(f"\nact {number} · {title}")
         act(stage)
-    console.note(f"\nall of it in {time.monotonic() - began:.0f} s; what was made is in {root}")
+    console.note(f"\nall of it in {time.monotonic() - start:.0f} s; what was made is in {root}")
 
 
 def _clear(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""The demo, act by act. Each act has a folder, prints the command that does the same, and holds itself to a bar."""
+"""The acts of the demo. An act has a folder, prints the command that does the same, and checks its result."""
 
 import json
 import shlex
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from treering.core.errors import TreeringError
-from treering.demo import blank, corpus, facts
-from treering.demo.trigram import Trigram
+from treering.demo.material import VOCABULARY, collect_corpus, invent_facts, make_blank, texts_of, write_facts
+from treering.demo.scores import Trigram, answers, bits, bits_per_byte, continuation, known_facts, load_plain
+from treering.train.config import Job
+from treering.train.export import reopen
 
 PRETRAIN = """\
 # A 1.4 M parameter Llama from random weights, on text that ships with Python.
@@ -57,8 +59,8 @@ class BarMissed(TreeringError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """What the acts share: where they write, what they show, and how long the two trainings are."""
+class DemoStage:
+    """What all acts use: where they write, how they print, and how long the trainings are."""
 
     root: Path
     note: Callable[[str], None]
@@ -73,53 +75,60 @@ class Stage:
     strict: bool = True
 
     def command(self, *words: Any) -> None:
+        """Print the command that does what comes next."""
         self.note("$ " + shlex.join(str(word) for word in words))
 
     def bar(self, holds: bool, text: str) -> None:
+        """Print whether a promise of the demo holds; raise `BarMissed` if it does not and the demo is strict."""
         self.note(f"{'✓' if holds else '✗'} {text}")
         if not holds and self.strict:
             raise BarMissed(f"the demo's bar was missed: {text}")
 
 
-def collect(stage: Stage) -> None:
-    counts = corpus.collect(stage.root / "corpus", stage.characters)
+def collect(stage: DemoStage) -> None:
+    """Write the corpus, a tokenizer trained on it and a model without weights."""
+    counts = collect_corpus(stage.root / "corpus", stage.characters)
     stage.note(f"corpus: {counts['train']} documents to train on, {counts['held_out']} held out")
-    blank.make(stage.root / "blank", corpus.texts(stage.root / "corpus" / "train.jsonl"))
-    stage.note(f"tokenizer of {blank.VOCABULARY} tokens and a blank model: {stage.root / 'blank'}")
+    make_blank(stage.root / "blank", texts_of(stage.root / "corpus" / "train.jsonl"))
+    stage.note(f"tokenizer of {VOCABULARY} tokens and a blank model: {stage.root / 'blank'}")
 
 
-def pretrain(stage: Stage) -> None:
+def pretrain(stage: DemoStage) -> None:
+    """Train the blank model on the corpus, export it and compare it with a trigram model."""
     file = _config(stage, "pretrain.yaml", PRETRAIN, steps=stage.steps)
     stage.command("treering", "train", file)
     stage.train(file)
     stage.command("treering", "export", stage.root / "pretrain", "--to", stage.root / "base")
     stage.export(stage.root / "pretrain", stage.root / "base")
     model, tokenizer = load_plain(stage.root / "base")
-    texts = corpus.texts(stage.root / "corpus" / "held_out.jsonl")
-    baseline = Trigram(text.encode() for text in corpus.texts(stage.root / "corpus" / "train.jsonl"))
-    ours, theirs = bits_per_byte(model, tokenizer, texts, baseline)
+    held_out = texts_of(stage.root / "corpus" / "held_out.jsonl")
+    baseline = Trigram(text.encode() for text in texts_of(stage.root / "corpus" / "train.jsonl"))
+    ours, theirs = bits_per_byte(model, tokenizer, held_out, baseline)
     stage.bar(ours < 0.95 * theirs, f"held-out text: {ours:.3f} bits per byte; a byte trigram needs {theirs:.3f}")
-    stage.note("def read(" + _continue(model, tokenizer, "def read(", 40))
+    stage.note("def read(" + continuation(model, tokenizer, "def read(", 40))
 
 
-def teach(stage: Stage) -> None:
-    taught = facts.invent(stage.places)
-    facts.write(stage.root / "facts" / "train.jsonl", taught)
+def teach(stage: DemoStage) -> None:
+    """Train all weights of the pretrained model on made-up facts, export it and ask it for the answers."""
+    taught = invent_facts(stage.places)
+    write_facts(stage.root / "facts" / "train.jsonl", taught)
     file = teaching(stage, "full", "full:", 2e-3, stage.epochs)
     stage.command("treering", "data", "show", file, "-n", 1)
     stage.command("treering", "train", file)
     stage.train(file)
     stage.command("treering", "export", stage.root / "teach", "--to", stage.root / "model")
     stage.export(stage.root / "teach", stage.root / "model")
-    before, after = (_answers(stage.root / name, taught) for name in ("base", "model"))
-    for fact, answer in list(zip(taught, after))[:3]:
+    answers_before, answers_after = (answers(stage.root / name, taught) for name in ("base", "model"))
+    for fact, answer in list(zip(taught, answers_after))[:3]:
         stage.note(f"{fact.question} → {answer}")
-    known, right = (sum(fact.answer in answer for fact, answer in zip(taught, given)) for given in (before, after))
+    known, right = (
+        sum(fact.answer in answer for fact, answer in zip(taught, given)) for given in (answers_before, answers_after)
+    )
     stage.bar(right >= 0.9 * len(taught), f"{right} of {len(taught)} taught facts answered; {known} before teaching")
 
 
-def teaching(stage: Stage, name: str, technique: str, lr: float, epochs: int) -> Path:
-    """The configuration that teaches by `technique`; they are alike in everything that is not said here."""
+def teaching(stage: DemoStage, name: str, technique: str, lr: float, epochs: int) -> Path:
+    """Write the configuration that teaches the facts by `technique`, and return its path."""
     output = "teach" if name == "full" else f"teach-{name}"
     known = json.dumps(str(stage.root / "known"))
     return _config(
@@ -128,73 +137,67 @@ def teaching(stage: Stage, name: str, technique: str, lr: float, epochs: int) ->
         TEACH,
         epochs=epochs,
         lr=lr,
-        question=facts.invent(stage.places)[0].question,
+        question=invent_facts(stage.places)[0].question,
         technique=technique,
         statistics=f"statistics: {{path: {known}, tokens: 0}}\n" if name == "osft" else "",
         output=output,
-        why="\n# What the old text uses is held: `treering measure` has looked." if name == "osft" else "",
+        why="\n# What the old text uses is protected, as `treering measure` has found it." if name == "osft" else "",
     )
 
 
-def known(folder: Path, taught: list[facts.Fact]) -> int:
-    return sum(fact.answer in answer for fact, answer in zip(taught, _answers(folder, taught)))
-
-
-def bits(model: Any, tokenizer: Any, texts: list[str]) -> float:
-    return bits_per_byte(model, tokenizer, texts, None)[0]
-
-
-def bits_per_byte(model: Any, tokenizer: Any, texts: list[str], baseline: Trigram | None) -> tuple[float, float]:
-    """(model, trigram) on the same bytes: those the model predicts, which leaves out each document's first token."""
-    import numpy as np
-
-    ours = theirs = 0.0
-    count = 0
-    for text in texts:
-        ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=512)["input_ids"]
-        with torch.no_grad():
-            logits = model(ids).logits[0, :-1].double()
-        nats = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
-        # In a byte-level vocabulary a token is written with one character a byte.
-        sizes = [len(token) for token in tokenizer.convert_ids_to_tokens(ids[0].tolist())]
-        ours += float(nats) / float(np.log(2))
-        if baseline is not None:
-            theirs += float(baseline.bits(text.encode()[: sum(sizes)])[sizes[0] :].sum())
-        count += sum(sizes[1:])
-    return ours / count, theirs / count
-
-
-def _config(stage: Stage, name: str, text: str, **values: Any) -> Path:
+def _config(stage: DemoStage, name: str, text: str, **values: Any) -> Path:
     path = stage.root / name
     quoted = json.dumps(str(stage.root))[1:-1]  # between double quotes YAML reads what JSON writes
     path.write_text(text.format(root=quoted, **values), encoding="utf-8")
     return path
 
 
-def load_plain(folder: Path) -> tuple[Any, Any]:
-    """With plain transformers, as anybody would."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # a bar for a model of 5 MB would only tear the demo's lines
-
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-
-
-def _answers(folder: Path, asked: list[facts.Fact]) -> list[str]:
-    model, tokenizer = load_plain(folder)
-    answers = []
-    for fact in asked:
-        turns = [{"role": "user", "content": fact.question}]
-        made = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        answers.append(_generate(model, tokenizer, made["input_ids"], 12))
-    return answers
+def check(stage: DemoStage, job: Job) -> None:
+    """Compare the logits of the exported model, opened by transformers alone, with those of the run."""
+    run: Any = reopen(job)
+    run.model.eval()
+    model, tokenizer = load_plain(stage.root / "model")
+    ids = tokenizer("def main():\n    return None", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        same = torch.equal(model(ids).logits, run.model(ids).logits)
+    stage.bar(same, "the exported model's logits are bitwise those of the run")
 
 
-def _continue(model: Any, tokenizer: Any, text: str, new_tokens: int) -> str:
-    return _generate(model, tokenizer, tokenizer(text, return_tensors="pt")["input_ids"], new_tokens)
+METHODS = {  # technique, learning rate, and factor of the epochs after which it has learned all facts
+    "full": ("full:", 2e-3, 1),
+    "lora": ("lora: {rank: 64}", 4e-3, 2),
+    "osft": ("osft:", 6e-3, 1),
+}
 
 
-def _generate(model: Any, tokenizer: Any, ids: torch.Tensor, new_tokens: int) -> str:
-    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
-    return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
+def remember(stage: DemoStage) -> None:
+    """Teach the facts of the previous act by three techniques, from the same base model, until each has learned them.
+
+    Then compare how many bits per byte of the old text each has lost.
+    """
+    known, base = stage.root / "known", stage.root / "base"
+    text = stage.root / "corpus" / "train.jsonl"
+    stage.command("treering", "measure", base, "--data", text, "--max-length", 256, "--to", known)
+    stage.measure(str(base), known, [str(text)])
+    taught = invent_facts(stage.places)
+    held_out = texts_of(stage.root / "corpus" / "held_out.jsonl")
+    before = bits(*load_plain(base), held_out)
+    rows = [{"": "before", "facts known": f"0 of {len(taught)}", "old text, bits per byte": f"{before:.3f}"}]
+    rises, right = {}, {}
+    for name, (technique, lr, factor) in METHODS.items():
+        folder = stage.root / ("model" if name == "full" else f"model-{name}")
+        if name != "full":  # which the previous act has trained
+            file = teaching(stage, name, technique, lr, factor * stage.epochs)
+            stage.command("treering", "train", file)
+            stage.train(file)
+            stage.export(stage.root / f"teach-{name}", folder)
+        right[name] = known_facts(folder, taught)
+        rises[name] = bits(*load_plain(folder), held_out) - before
+        score = f"{before + rises[name]:.3f} (+{rises[name]:.3f})"
+        rows.append({"": name, "facts known": f"{right[name]} of {len(taught)}", "old text, bits per byte": score})
+    stage.table(rows)
+    stage.bar(
+        right["osft"] >= 0.9 * len(taught) and rises["osft"] <= 0.25 * rises["full"],
+        f"osft learned {right['osft']} of {len(taught)} facts and forgot {rises['osft']:.3f} bits per byte of the old "
+        f"text, full fine-tuning {rises['full']:.3f}",
+    )

@@ -10,9 +10,8 @@ import xxhash
 from treering.core.errors import DataError
 from treering.core.seeds import derive
 from treering.core.topology import data_rank
-from treering.data.batch import collate
-from treering.data.deal import deal
 from treering.data.examples import Document, Examples
+from treering.data.loader import assign_bins, collate
 from treering.data.order import Order, scrambled
 from treering.plan import Plan
 
@@ -57,7 +56,7 @@ def batches(
     bins = [one for step in range(order.steps_in_epoch(0)) for one in order.bins(0, step)]
     rank, ranks = data_rank(plan.mesh)
     batches_of_rank = []
-    for chosen in deal(bins, lengths, ranks)[rank]:
+    for chosen in assign_bins(bins, lengths, ranks)[rank]:
         batch = collate([documents[i] for i in chosen], 0, "cpu", packing)
         if packing == "off":
             lengths_of_rows = torch.tensor([len(documents[i].ids) for i in chosen])

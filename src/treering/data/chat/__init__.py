@@ -1,1 +1,1 @@
-"""Conversations: schema, template, and which tokens the assistant has to write."""
+"""Conversations: schema, template, and the tokens that the assistant has to write."""

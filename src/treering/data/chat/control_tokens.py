@@ -1,9 +1,8 @@
 """Control tokens: only a template may write them; the same characters in a text of the data are encoded as text.
 
-Two backends encode. The ordinary one is the tokenizer as it is, and gives exactly the tokens of `apply_chat_template`.
-Each control token in its result must lie where the template wrote one. A sample where that does not hold is encoded by
-the renamed backend, which calls every control token by a name made of Unicode noncharacters, so that no text can
-spell it.
+There are two tokenizers. The ordinary one is the model's, and gives exactly the tokens of `apply_chat_template`. Each
+control token in its result must be where the template wrote one. A sample where one is not is encoded by the renamed
+tokenizer, in which the names of control tokens are made of Unicode noncharacters, so that no text contains one.
 """
 
 import bisect
@@ -16,38 +15,38 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from treering.core.errors import DataError
-from treering.data.chat.conversation import Piece
-from treering.data.sources.strings import NAME_CLOSE, NAME_OPEN
+from treering.data.chat.conversation import TextPiece
+from treering.data.sources.records import NAME_CLOSE, NAME_OPEN
 from treering.data.token_places import Placer, Tokens
 
-_NOTHING = "(?!)"
-_REMEMBERED = 4096
+_NO_MATCH = "(?!)"
+_CACHED = 4096  # texts of templates
 STRUCTURAL, SPECIAL = 1, 2  # kinds of tokens; 0 is text
 
 
 def _any_of(tokens: Sequence[str]) -> str:
     # Longest first: a token takes precedence over the tokens that it begins with.
-    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or _NOTHING
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or _NO_MATCH
 
 
-class Renamed:
-    """A text for the renamed backend with `names` names of control tokens."""
+class RenamedText:
+    """A text for the renamed tokenizer with `names` names of control tokens."""
 
     def __init__(self, text: str, borders: list[tuple[int, int]]):
         self.text, self.names = text, len(borders) - 1
         self._old, self._new = ([border[i] for border in borders] for i in (0, 1))
 
     def at(self, character: int) -> int:
-        """Where a character of the ordinary text is in this one."""
+        """Return the place in this text of a character of the ordinary text."""
         i = bisect.bisect_right(self._old, character) - 1
         return self._new[i] + character - self._old[i]
 
 
-class Control:
-    """Which tokens of a tokenizer control, and encoding texts so that only a template can write them.
+class ControlTokens:
+    """The control tokens of a tokenizer, and the check that only a template wrote them.
 
-    `special` are tokens that are never text. `structural` are other added tokens that the template itself writes
-    (`<think>`, `<tool_call>`): a user cannot write them, an assistant may.
+    `special` tokens are never text. `structural` tokens are other added tokens that the template writes (`<think>`,
+    `<tool_call>`): a user cannot write them, an assistant may.
     """
 
     def __init__(self, backend: str, template: str | None):
@@ -67,11 +66,11 @@ class Control:
         self.special = re.compile(_any_of(special))
         self.structural = re.compile(_any_of(structural))
         self.any = re.compile(_any_of(list(self._ids)))
-        self._kinds = np.zeros(max(ids.values(), default=-1) + 2, dtype=np.int8)  # the last one: of all other ids
+        self._kinds = np.zeros(max(ids.values(), default=-1) + 2, dtype=np.int8)  # the last entry is for all other ids
         self._kinds[[ids[token] for token in special]] = SPECIAL
         self._kinds[[ids[token] for token in structural]] = STRUCTURAL
         edges = {token[0] for token in self._ids} | {token[-1] for token in self._ids}
-        # Only if no token holds the beginning of another one inside, so that two never overlap.
+        # None if a token contains the beginning of another one: then two tokens can overlap.
         first = {token[0] for token in self._ids}
         nested = any(first & set(token[1:]) for token in self._ids)
         self._edges = None if nested or len(edges) > 4 else "".join(sorted(edges))
@@ -80,11 +79,11 @@ class Control:
         self._closing: dict[str, bool] = {}
 
     def kinds(self, tokens: Tokens) -> np.ndarray:
-        """For each token 0 for text, STRUCTURAL or SPECIAL."""
+        """Return for each token 0 for text, STRUCTURAL or SPECIAL."""
         return self._kinds.take(tokens.ids, mode="clip")
 
-    def genuine(self, tokens: Tokens, text: str, pieces: Sequence[Piece], writers: Sequence[bool]) -> bool:
-        """Whether the control tokens are those that the template wrote, or structural ones that an assistant wrote."""
+    def genuine(self, tokens: Tokens, text: str, pieces: Sequence[TextPiece], writers: Sequence[bool]) -> bool:
+        """Whether the template wrote all control tokens, except structural ones that an assistant wrote."""
         kinds = self.kinds(tokens)
         (at,) = kinds.nonzero()
         expected = 0
@@ -99,7 +98,7 @@ class Control:
         edges = [edge for piece in pieces for edge in (piece.begin, piece.end)]
         begins, ends, places = tokens.places(at, edges)
         piece_begins, piece_ends = places[::2], places[1::2]
-        near = piece_ends.searchsorted(begins, "right")  # the first piece that ends behind where the token begins
+        near = piece_ends.searchsorted(begins, "right")  # the first piece that ends behind the token's beginning
         behind = np.append(piece_begins, np.iinfo(np.int64).max)
         literal = behind[near] >= ends
         if int(literal.sum()) != expected:
@@ -111,11 +110,11 @@ class Control:
                 return False
         return True
 
-    def _apart(self, text: str, pieces: Sequence[Piece]) -> bool:
-        """Whether no control token lies in a text of the data, or reaches into one.
+    def _apart(self, text: str, pieces: Sequence[TextPiece]) -> bool:
+        """Whether no control token is in a text of the data, or reaches into one.
 
-        None does where the text holds no character that a token begins or ends with; nor where it holds no token, and
-        no such character near its ends. A token that covers a text whole would be one more than expected.
+        That is so if the text has no character that a token begins or ends with, or if it contains no token and no such
+        character near its ends. A token that covers a text completely would be one more than expected.
         """
         reach = self._longest
         return all(
@@ -133,25 +132,25 @@ class Control:
         return all(text.find(edge, begin, end) < 0 for edge in self._edges)
 
     def _count(self, literal: str) -> int:
-        """How many control tokens a text of the template holds."""
+        """Return the number of control tokens in a text of the template."""
         if literal not in self._counts:
-            if len(self._counts) >= _REMEMBERED:
+            if len(self._counts) >= _CACHED:
                 self._counts.clear()
             self._counts[literal] = sum(1 for _ in self.any.finditer(literal))
         return self._counts[literal]
 
     def closes(self, literal: str) -> bool:
-        """Whether a text of the template ends with a control token, blanks aside."""
+        """Whether a text of the template ends with a control token, ignoring blanks."""
         if literal not in self._closing:
-            if len(self._closing) >= _REMEMBERED:
+            if len(self._closing) >= _CACHED:
                 self._closing.clear()
             tokens = [match.end() for match in self.any.finditer(literal)]
             self._closing[literal] = bool(tokens) and not literal[tokens[-1] :].strip()
         return self._closing[literal]
 
-    def rename(self, text: str, pieces: Sequence[Piece], writers: Sequence[bool]) -> Renamed:
-        """The text for the renamed backend: what the template wrote by its name, texts of the data as they are."""
-        made: list[str] = []
+    def rename(self, text: str, pieces: Sequence[TextPiece], writers: Sequence[bool]) -> RenamedText:
+        """Return the text for the renamed tokenizer: control tokens of the template get their new names."""
+        texts: list[str] = []
         borders = [(0, 0)]
         at, length = 0, 0
 
@@ -159,25 +158,26 @@ class Control:
             nonlocal at, length
             for match in pattern.finditer(text, at, end):
                 name = self._names[match[0]]
-                made.extend((text[at : match.start()], name))
+                texts.extend((text[at : match.start()], name))
                 length += match.start() - at + len(name)
                 at = match.end()
                 borders.append((at, length))
-            made.append(text[at:end])
+            texts.append(text[at:end])
             length += end - at
             at = end
 
-        nothing = re.compile(_NOTHING)
+        no_match = re.compile(_NO_MATCH)
         for piece, writer in zip(pieces, writers, strict=True):
             copy(piece.begin, self.any)
-            copy(piece.end, self.structural if writer else nothing)
+            copy(piece.end, self.structural if writer else no_match)
         copy(len(text), self.any)
-        return Renamed("".join(made), borders)
+        return RenamedText("".join(texts), borders)
 
     def placer(self, *, renamed: bool) -> Placer:
-        return self._named() if renamed else self._ordinary
+        """Return the ordinary or the renamed tokenizer."""
+        return self._with_new_names() if renamed else self._ordinary
 
-    def _named(self) -> Placer:
+    def _with_new_names(self) -> Placer:
         if self._renamed is None:
             state = _rename(self._json, self._names)
             try:
@@ -195,7 +195,7 @@ class Control:
 
 
 def _bare(state: dict[str, Any]) -> dict[str, Any]:
-    """Without what would change lengths or offsets: a post-processor trims leading spaces from offsets."""
+    """Return the tokenizer without what changes lengths or offsets: a post-processor trims spaces from offsets."""
     return {**state, "truncation": None, "padding": None, "post_processor": None}
 
 
@@ -215,6 +215,6 @@ def _rename(state: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
 
 
 def _leads_to(merge: str | list[str], names: dict[str, str]) -> bool:
-    """Whether letters become a control token by this merge, or it starts from one."""
+    """Whether this merge produces a control token, or merges one."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left in names or right in names or left + right in names

@@ -1,4 +1,4 @@
-"""What a rendering may cost, and what a step of it costs: paid before the step is taken."""
+"""The allowance of a rendering, and the cost of its operations, which is charged before an operation runs."""
 
 import re
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
@@ -8,34 +8,35 @@ from jinja2.utils import Namespace
 
 from treering.data.chat.traced import Traced
 
-_BASE, _EACH = 1_000_000, 2_000  # units given to any rendering, and for each value of the conversation
+_BASE, _EACH = 1_000_000, 2_000  # units for any rendering, and for each value of the conversation
 _UNIT = 64  # characters that cost one unit: about as long as a step of the interpreter
 _NUMBER = 1 << 64
 _LINEAR = {"trim", "strip", "lstrip", "rstrip", "startswith", "endswith", "split", "lower", "upper", "length"}
-_WIDE = re.compile(r"[0-9]{5,}|:[^{}]*\{|%[^%a-zA-Z]*\*")  # a field that is wide, or that takes its width from a value
+_WIDE = re.compile(r"[0-9]{5,}|:[^{}]*\{|%[^%a-zA-Z]*\*")  # a wide field, or one whose width is a value
 
 
 class TooExpensiveError(Exception):
-    """The template takes more than any conversation of this size needs."""
+    """A template needs more than the allowance for a conversation of this size."""
 
 
 class Meter:
-    """What is left of a rendering's allowance. Not for two threads at once."""
+    """The rest of a rendering's allowance. Not for two threads at once."""
 
     def __init__(self) -> None:
         self.left = _BASE
 
     def fill(self, values: int, characters: int) -> None:
-        """Give a new allowance, in proportion to what is rendered."""
+        """Set a new allowance, in proportion to the size of the conversation."""
         self.left = _BASE + _EACH * values + characters
 
     def pay(self, units: int = 1) -> None:
+        """Take units from the allowance; raise TooExpensiveError if none are left."""
         self.left -= units
         if self.left < 0:
             raise TooExpensiveError("it repeats or grows without end")
 
     def weigh(self, value: Any) -> int:
-        """Characters that a value has when it is written out; what is inside it is paid for, each time it is seen."""
+        """Return the number of characters of a value as text; values inside are charged each time they are read."""
         kind = type(value)
         if kind is str:
             return len(value)
@@ -61,7 +62,7 @@ class Meter:
         return 64
 
     def written(self, value: Any) -> Any:
-        """`value`, paid for as text."""
+        """Charge for `value` as text, and return it."""
         kind = type(value)
         if kind is str:
             self.left -= 1 + (len(value) >> 6)
@@ -74,34 +75,36 @@ class Meter:
         return value
 
     def copied(self, value: Any) -> Any:
-        """`value`, paid for as a copy that shares what is inside."""
+        """Charge for a copy of `value` that shares its items, and return it."""
         if isinstance(value, str | list | tuple):
             self.pay(1 + len(value) // _UNIT)
         return value
 
-    def call(self, name: str, subject: Any, given: list[Any]) -> None:
-        """Pay for a method or filter called `name`, of `subject`."""
-        if name in ("length", "count", "first", "last") and not (isinstance(subject, str) and given):
-            self.pay()  # however long it is
+    def call(self, name: str, subject: Any, arguments: list[Any]) -> None:
+        """Charge for a method or filter called `name`, of `subject`."""
+        if name in ("length", "count", "first", "last") and not (isinstance(subject, str) and arguments):
+            self.pay()  # for any length
             return
         if name in _LINEAR and isinstance(subject, str):
-            self.pay(2 + (len(subject) + sum([len(value) if isinstance(value, str) else 64 for value in given]) >> 6))
+            self.pay(
+                2 + (len(subject) + sum([len(value) if isinstance(value, str) else 64 for value in arguments]) >> 6)
+            )
             return
         weight = self.weigh(subject)
-        numbers = [abs(n) for n in given if isinstance(n, int)]
-        weights = [self.weigh(value) for value in given]
+        numbers = [abs(n) for n in arguments if isinstance(n, int)]
+        weights = [self.weigh(value) for value in arguments]
         units = 1 + (weight + sum(weights)) // _UNIT
         for number in numbers:
             _within(number)
             if name == "round" and number > 300:
                 raise TooExpensiveError("it rounds to more than 300 digits")
             units += number * (1 + weight) // _UNIT + (number if name in ("batch", "slice") else 0)
-        if name == "replace" and len(given) > 1:
+        if name == "replace" and len(arguments) > 1:
             units += (weight // max(1, weights[0]) + 1) * weights[1] // _UNIT
         elif name == "join":
-            between, items = (given[:1] or [""])[0], subject
-            if isinstance(subject, str) and given:  # the method; otherwise the filter, with the items first
-                between, items = subject, given[0]
+            between, items = (arguments[:1] or [""])[0], subject
+            if isinstance(subject, str) and arguments:  # the method; otherwise the filter, with the items first
+                between, items = subject, arguments[0]
             count = len(items) if hasattr(items, "__len__") else 0
             units += (self.weigh(between) * count) // _UNIT
         elif name in ("format", "format_map"):
@@ -111,13 +114,13 @@ class Meter:
         self.pay(units)
 
     def fields(self, text: str, weight: int) -> int:
-        """What filling the fields of `text` costs, if each took all that is given."""
+        """Return the cost of formatting `text` if each field took all arguments, which have `weight` characters."""
         if _WIDE.search(text):
             raise TooExpensiveError("it formats with a width that is large or taken from a value")
         return (text.count("{") + text.count("%") + 1) * weight // _UNIT
 
     def operate(self, operator: str, left: Any, right: Any) -> None:
-        """Pay for a binary operator."""
+        """Charge for a binary operator."""
         if isinstance(left, str) and isinstance(right, str) and operator == "+":
             self.pay(1 + (self.weigh(left) + self.weigh(right) >> 6))
             return
@@ -142,12 +145,12 @@ class Meter:
             self.pay(1 + (self.weigh(left) + self.weigh(right)) // _UNIT)
 
     def items(self, values: Iterator[Any]) -> list[Any]:
-        """What a lazy filter gives."""
-        made = []
+        """Return the items of an iterator, each of which is charged."""
+        items = []
         for value in values:
             self.pay()
-            made.append(value)
-        return made
+            items.append(value)
+        return items
 
 
 def _within(number: float) -> None:

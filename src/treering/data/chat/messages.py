@@ -3,8 +3,7 @@
 from typing import Any
 
 from treering.data.sources.jsonl import parse_line
-from treering.data.sources.records import SampleError, bad
-from treering.data.sources.strings import check_strings, check_text
+from treering.data.sources.records import SampleError, bad, check_strings, check_text
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
@@ -12,7 +11,7 @@ _KNOWN = {"role", "content", "name", "tool_calls", "tool_call_id", *THOUGHTS}
 
 
 def check_messages(value: object, where: str, *, columnar: bool) -> list[dict[str, Any]]:
-    """The messages, each with a role and, unless it only calls tools, a content string. Raises SampleError."""
+    """Return the messages, each with a role and, unless it only calls tools, a content string. Raise SampleError."""
     if not isinstance(value, list):
         raise bad(where, "schema", f"must be a list of messages, not {type(value).__name__}", at="messages")
     if not value:
@@ -25,7 +24,7 @@ def check_messages(value: object, where: str, *, columnar: bool) -> list[dict[st
 def _message(value: object, where: str, at: str, columnar: bool) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise bad(where, "schema", f"must be an object with role and content, not {type(value).__name__}", at=at)
-    # Clients write fields that they do not use as null, and so do columnar files.
+    # Clients and columnar files write unused fields as null.
     message = {
         k: v for k, v in value.items() if not (v is None and k != "content") and not (k == "tool_calls" and v == [])
     }
@@ -73,31 +72,31 @@ def _check_calls(calls: object, role: str, where: str, at: str) -> None:
 
 
 def _check_call(call: dict[str, Any], where: str, at: str) -> None:
-    """A name, and arguments as an object or, as OpenAI's clients write them, as the JSON of one."""
+    """Check the name of a call, and its arguments: an object or, as OpenAI's clients write it, the JSON of one."""
     if not isinstance(call.get("name"), str) or not call["name"].strip():
         raise bad(where, "schema", "must be the name of a tool", at=f"{at}.name")
     arguments = call.get("arguments")
     if isinstance(arguments, str) and arguments.strip():
         parsed = parse_line(arguments.encode(), where)
         if isinstance(parsed, SampleError):
-            reason = str(parsed).removeprefix(f"{where}: ").split(";")[0].replace("the line holds", "it holds")
+            reason = str(parsed).removeprefix(f"{where}: ").split(";")[0].replace("the line contains", "it contains")
             raise bad(where, "schema", f"is a string that is not a JSON object: {reason}", at=f"{at}.arguments")
         check_strings(parsed, where, f"{at}.arguments")
     elif arguments is not None and not isinstance(arguments, str | dict):
-        raise bad(where, "schema", "must be an object, or a string that holds one", at=f"{at}.arguments")
+        raise bad(where, "schema", "must be an object, or a string of the JSON of one", at=f"{at}.arguments")
 
 
 def _check_order(messages: list[dict[str, Any]], where: str) -> None:
-    spoken = False
+    after_user = False
     for i, message in enumerate(messages):
         role = message["role"]
-        if role in ("system", "developer") and spoken:
+        if role in ("system", "developer") and after_user:
             raise _order(where, i, f"{role} comes after the first user turn; put it first")
-        if role == "assistant" and not spoken:
+        if role == "assistant" and not after_user:
             raise _order(where, i, "the assistant speaks before any user")
         if role == "tool" and (i == 0 or messages[i - 1]["role"] not in ("assistant", "tool")):
             raise _order(where, i, "a tool answers without an assistant turn before it")
-        spoken = spoken or role == "user"
+        after_user = after_user or role == "user"
     if not any(message["role"] == "assistant" for message in messages):
         raise bad(where, "untrained", "no assistant turn, so there is nothing to train on", at="messages")
 

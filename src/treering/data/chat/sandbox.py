@@ -1,27 +1,35 @@
-"""Jinja for templates that nobody has read: transformers' sandbox, with a bound on what a rendering may cost.
+"""Jinja for untrusted templates: transformers' sandbox, with a limit on the cost of a rendering.
 
-A timer cannot stop `'a' * 10**10`, and none works in every thread. So whatever can repeat or grow pays first: rounds of
-loops, calls, texts by their length. The allowance is in proportion to the conversation. A template that uses it up is
-refused, at the same place on every machine.
+A timer cannot stop `'a' * 10**10`, and does not work in every thread. So all that can repeat or grow is charged before
+it runs: iterations of loops, calls, texts by their length. The allowance is in proportion to the conversation. A
+template that exceeds it is refused, at the same place on every machine.
 """
 
 import json
-from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
-from datetime import datetime
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
 from functools import update_wrapper
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import jinja2.filters
-import markupsafe
 from jinja2 import nodes
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
-from treering.data.chat.conversation import Piece, Span, pieces_of
+from treering.data.chat.conversation import Span
 from treering.data.chat.cost import Meter, TooExpensiveError
-from treering.data.chat.template_code import GenerationTag, MeteredCode, with_payments
+from treering.data.chat.filters import (
+    DictFunction,
+    TemplateNamespace,
+    add,
+    join,
+    mark_safe,
+    now,
+    refuse,
+    replace,
+    to_json,
+)
+from treering.data.chat.template_code import GenerationTag, MeteredCode, with_charges
 from treering.data.chat.traced import (
     PRODUCING,
     Traced,
@@ -31,14 +39,13 @@ from treering.data.chat.traced import (
     plain,
     plain_inside,
 )
-from treering.data.chat.traced_json import to_json
 
 LONGEST = 1 << 20  # characters of a template
-_LEFT_OUT = ("pprint", "urlize", "random", "xmlattr", "urlencode")
+_REMOVED = ("pprint", "urlize", "random", "xmlattr", "urlencode")
 _CHEAP = {"defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "number", "boolean", "integer"}
 _CHEAP |= {"float", "true", "false", "callable", "odd", "even", "sameas", "filter", "test"}
-# Filters that hand on what they are given, or use the traced methods of strings. All others get plain strings, and
-# what they make is traced as a whole.
+# Filters that return parts of their input, or use the traced methods of strings. All others get plain strings, and
+# their result is traced as one part.
 _TRACING = {"attr", "batch", "capitalize", "count", "d", "default", "dictsort", "first", "groupby", "items", "join"}
 _TRACING |= {"last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse"}
 _TRACING |= {"safe", "select", "selectattr", "slice", "sort", "string", "sum", "tojson", "trim", "unique", "upper"}
@@ -50,7 +57,7 @@ _COMPLETE = {
     "indent",
     "title",
     "wordwrap",
-}  # of the others: they leave out nothing
+}  # of the others, those that leave out nothing
 _OF_TEXT = {
     "capitalize",
     "lower",
@@ -59,11 +66,11 @@ _OF_TEXT = {
     "string",
     "trim",
     "upper",
-}  # of those: what else they get is written
+}  # of the former, those that turn other values into text
 
 
 class Environment(ImmutableSandboxedEnvironment):
-    """As transformers sets it up, and metered."""
+    """Jinja as transformers sets it up, with charges and traced strings."""
 
     code_generator_class = MeteredCode
     intercepted_binops = frozenset(["+", "*", "**", "%"])
@@ -72,13 +79,13 @@ class Environment(ImmutableSandboxedEnvironment):
         self.meter = Meter()
         self.charge, self.copied = self.meter.pay, self.meter.copied
         self.written = self.meter.written
-        self.turns: dict[int, int] = {}  # index of each message by its identity
-        self.turn: int | None = None  # the message that the template's loop is at
+        self.turns: dict[int, int] = {}  # index of each message, by its `id`
+        self.turn: int | None = None  # the message at which the template's loop is
         self._outer: list[int | None] = []
-        self.length = 0  # characters that are written so far
+        self.length = 0  # number of characters written so far
         self.tags: list[Span] = []
         self._tag_start: int | None = None  # of the generation tag that is open
-        self._buffered: list[tuple[int, str]] = []  # where a tag's text has to be written, and the text
+        self._buffered: list[tuple[int, str]] = []  # where the text of a tag has to be, and the text
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -86,105 +93,123 @@ class Environment(ImmutableSandboxedEnvironment):
             finalize=self._finalized,
         )
         self.concat = concat  # type: ignore[method-assign]  # macros, blocks and `set` blocks are joined by it
-        for name in _LEFT_OUT:
+        for name in _REMOVED:
             del self.filters[name]
         del self.globals["lipsum"]
-        self.filters |= {"tojson": to_json, "join": _join, "replace": _replace, "safe": _safe}
+        self.filters |= {"tojson": to_json, "join": join, "replace": replace, "safe": mark_safe}
         self.filters = {name: self._metered(name, filter) for name, filter in self.filters.items()}
         self.tests = {n: test if n in _CHEAP else self._metered(n, test) for n, test in self.tests.items()}
-        self.globals |= {"raise_exception": _refuse, "strftime_now": _now, "dict": _Dict(), "namespace": _Namespace}
+        self.globals |= {
+            "raise_exception": refuse,
+            "strftime_now": now,
+            "dict": DictFunction(),
+            "namespace": TemplateNamespace,
+        }
 
     def begin(self, messages: Sequence[Any], tools: Any) -> None:
-        """Forget the rendering before."""
+        """Reset the state of the previous rendering."""
         self.meter.fill(*_size(messages, tools))
         self.turns = {id(message): i for i, message in enumerate(messages)}
         self.turn, self._outer = None, []
         self.length, self.tags, self._tag_start, self._buffered = 0, [], None, []
 
     def tag_begins(self) -> None:
+        """Note that a generation tag begins here."""
         if self._tag_start is not None:
             raise MisplacedTagError
         self._tag_start = self.length
 
     def tag_ends(self) -> None:
+        """Note that the generation tag ends here."""
         assert self._tag_start is not None
         self.tags.append((self._tag_start, self.length))
         self._tag_start = None
 
     def tag_buffered(self, text: str) -> None:
-        """A generation tag whose text is not written yet; `check_tags` proves that it is written next."""
+        """Note the text of a generation tag that is not written yet; `check_tags` checks that it is written here."""
         if self._tag_start is not None:
             raise MisplacedTagError
         self.tags.append((self.length, self.length + len(text)))
         self._buffered.append((self.length, text))
 
     def check_tags(self, text: str) -> None:
+        """Raise MisplacedTagError unless each buffered tag is where it was noted."""
         if not all(text.startswith(buffered, start) for start, buffered in self._buffered):
             raise MisplacedTagError
 
     def loop_begins(self) -> None:
+        """Note that a loop begins."""
         self._outer.append(self.turn)
 
     def loop_at(self, item: Any) -> None:
+        """Note that the loop is at `item`, which may be a message."""
         self.turn = self.turns.get(id(item), self._outer[-1] if self._outer else None)
 
     def loop_ends(self) -> None:
+        """Note that the loop ends, so that an outer loop is at its item again."""
         self.turn = self._outer.pop() if self._outer else None
 
     def compiled(self, source: str) -> jinja2.Template:
+        """Return the compiled template. Raise an error if it is too long or switches escaping."""
         if len(source) > LONGEST:
             raise TooExpensiveError(f"it is longer than {LONGEST:,} characters")
         parsed = self.parse(source)
         if next(parsed.find_all(nodes.EvalContextModifier), None) is not None:
             raise jinja2.exceptions.SecurityError("it switches escaping on or off")
-        tree = with_payments(parsed)
+        tree = with_charges(parsed)
         tree.set_environment(self)
         return jinja2.Template.from_code(self, self.compile(tree), dict(self.globals))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
+        """Return an attribute or item, by the sandbox's rules; fields of a dict first."""
         if type(obj) is dict and attribute in obj and attribute not in _OF_DICT:  # most of what templates ask for
             return obj[attribute]
         return super().getattr(obj, attribute)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Return the result of a binary operator, charged and traced."""
         self.meter.operate(operator, left, right)
         if operator == "%" and isinstance(left, str) and holds_traced(right):
             return opaque(plain(left) % plain_inside(right), (left, right))
         if operator == "+" and isinstance(left, str) and isinstance(right, str):
-            return _added(left, right)
+            return add(left, right)
         return self.binop_table[operator](left, right)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Return the result of a call, charged and traced."""
         subject = getattr(getattr(function, "__wrapped__", function), "__self__", None)
-        given = [value if type(value) is str else self._whole(value) for value in args]
+        positional = [value if type(value) is str else self._read(value) for value in args]
         named = [kwargs[key] for key in kwargs if key not in ("_loop_vars", "_block_vars", "caller")]
         name = getattr(function, "__name__", "")
-        self.meter.call(name, subject, [*given, *named] if named else given)
-        if type(subject) is str and name in PRODUCING and holds_traced(given):
+        self.meter.call(name, subject, [*positional, *named] if named else positional)
+        if type(subject) is str and name in PRODUCING and holds_traced(positional):
             function = getattr(Traced(subject), name)
-        return super().call(context, function, *given, **kwargs)
+        return super().call(context, function, *positional, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Any:
-        made = super().wrap_str_format(value)
-        if made is None:
+        """Return `str.format` of the sandbox with a traced result, or None for other values."""
+        format_plain = super().wrap_str_format(value)
+        if format_plain is None:
             return None
 
         def formatted(*args: Any, **kwargs: Any) -> str:
             inputs = (value.__self__, list(args), kwargs)
-            return opaque(plain(made(*args, **kwargs)), inputs)
+            return opaque(plain(format_plain(*args, **kwargs)), inputs)
 
         return update_wrapper(formatted, value)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        if isinstance(obj, str) and attr == "encode":  # bytes would grow unseen
+        """Whether a template may read an attribute."""
+        if isinstance(obj, str) and attr == "encode":  # operations on bytes are not charged
             return False
         return super().is_safe_attribute(obj, attr, value)
 
     def joined(self, parts: tuple[Any, ...]) -> str:
+        """Return the parts as one text."""
         return concat([str(self._finalized(part)) for part in parts])
 
     def _finalized(self, value: Any) -> Any:
-        """What is written for `value`, paid for."""
+        """Return what is written for `value`, after charging for it."""
         self.meter.written(value)
         if type(value) is str or type(value) is Traced:
             return value
@@ -192,31 +217,31 @@ class Environment(ImmutableSandboxedEnvironment):
             return value
         if isinstance(value, str):
             return value
-        if not isinstance(value, _WRITTEN):  # nobody can look into it
+        if not isinstance(value, _WRITTEN):  # an object of unknown content
             raise PythonNotationError
         written = opaque(str(value), (value,), complete=True)
         if isinstance(written, Traced) and any(part.source and part.source.turn >= 0 for part in written._parts):
             raise PythonNotationError
         return written
 
-    def _whole(self, value: Any) -> Any:
+    def _read(self, value: Any) -> Any:
         return self.meter.items(value) if isinstance(value, Iterator) else value
 
     def _metered(self, name: str, function: Any) -> Callable[..., Any]:
         hidden = 1 if hasattr(function, "jinja_pass_arg") else 0  # the environment or context comes first
 
         def metered(*args: Any, **kwargs: Any) -> Any:
-            whole = [value if type(value) is str else self._whole(value) for value in args[hidden:]]
-            self.meter.call(name, whole[0] if whole else None, [*whole[1:], *kwargs.values()])
-            if name in _OF_TEXT and whole and not isinstance(whole[0], str) and holds_traced(whole[0]):
-                whole[0] = opaque(str(whole[0]), (whole[0],), complete=True)
-            if name in _TRACING or not holds_traced([whole, kwargs]):
-                return self.meter.copied(function(*args[:hidden], *whole, **kwargs))
-            made = function(*args[:hidden], *map(plain_inside, whole), **plain_inside(kwargs))
-            if not isinstance(made, str):
-                return self.meter.copied(made)
-            text = opaque(plain(made), (whole, kwargs), complete=name in _COMPLETE)
-            return self.meter.copied(_safe(text) if hasattr(made, "__html__") else text)
+            positional = [value if type(value) is str else self._read(value) for value in args[hidden:]]
+            self.meter.call(name, positional[0] if positional else None, [*positional[1:], *kwargs.values()])
+            if name in _OF_TEXT and positional and not isinstance(positional[0], str) and holds_traced(positional[0]):
+                positional[0] = opaque(str(positional[0]), (positional[0],), complete=True)
+            if name in _TRACING or not holds_traced([positional, kwargs]):
+                return self.meter.copied(function(*args[:hidden], *positional, **kwargs))
+            result = function(*args[:hidden], *map(plain_inside, positional), **plain_inside(kwargs))
+            if not isinstance(result, str):
+                return self.meter.copied(result)
+            text = opaque(plain(result), (positional, kwargs), complete=name in _COMPLETE)
+            return self.meter.copied(mark_safe(text) if hasattr(result, "__html__") else text)
 
         return update_wrapper(metered, function)
 
@@ -240,136 +265,19 @@ _WRITTEN = (
 
 
 class MisplacedTagError(Exception):
-    """A generation tag inside another one, or inside a macro or a block that is written somewhere else."""
+    """A generation tag is inside another one, or in a macro or block that is written somewhere else."""
 
 
 class PythonNotationError(Exception):
     """A template writes a mapping or a list of a message as Python prints it."""
 
 
-class Rendering:
-    """A template that can be rendered again and again. Not in two threads at once."""
-
-    def __init__(self, source: str):
-        self.environment = Environment()
-        self.template = self.environment.compiled(source)
-
-    def render(self, values: dict[str, Any]) -> "Written":
-        environment = self.environment
-        environment.begin(values["messages"], values["tools"])
-        context = self.template.new_context(values)
-        blocks: list[str] = []
-        turn = None
-        loops: list[tuple[int, int | None]] = [(0, None)]
-        # Not `generate`, which hands each block through one more generator.
-        for block in self.template.root_render_func(context):
-            if environment.turn != turn:
-                turn = environment.turn
-                loops.append((environment.length, turn))
-            blocks.append(block)
-            environment.length += len(block)
-        text = "".join(blocks)
-        environment.check_tags(text)
-        return Written(text, pieces_of(blocks), environment.tags, loops)
-
-
-class Written(NamedTuple):
-    """What a template wrote: the text, the places of the data's texts in it, the ranges of generation tags, and from
-    which characters on the template's loop was at which message."""
-
-    text: str
-    pieces: list[Piece]
-    tags: list[Span]
-    loops: list[tuple[int, int | None]]
-
-
 def _size(messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[int, int]:
-    """Values and characters of a conversation."""
+    """Return the numbers of values and characters of a conversation."""
     texts = [value for message in messages for value in message.values()]
     characters = sum([len(value) for value in texts if isinstance(value, str)])
-    beside = [value for value in texts if not isinstance(value, str) and value is not None]
-    if beside or tools:
-        written = len(json.dumps([beside, tools]))
+    others = [value for value in texts if not isinstance(value, str) and value is not None]
+    if others or tools:
+        written = len(json.dumps([others, tools]))
         return len(texts) + written // 16, characters + written
     return len(texts), characters
-
-
-class _Dict:
-    """`dict` for templates: a function, not a class with all that hangs on one."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _Namespace(Namespace):
-    def __init__(*args: Any, **kwargs: Any) -> None:  # Jinja's signature: `self` may be a name of the template's
-        self, given = args[0], dict(*args[1:], **kwargs)
-        for name in given:
-            _named(name)
-        Namespace.__init__(self, given)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _named(name)
-        super().__setitem__(name, value)
-
-
-def _named(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace has no place for {name!r}: names must not begin with _")
-
-
-@jinja2.pass_environment
-def _join(environment: Environment, values: Iterable[Any], d: str = "", attribute: Any = None) -> str:
-    if attribute is not None:
-        values = map(jinja2.filters.make_attrgetter(environment, attribute), values)
-    return Traced(str(d)).join([_text(value) for value in values])
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else opaque(str(value), (value,), complete=True)
-
-
-def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
-    subject = str(text)
-    if type(subject) is str and holds_traced(new):
-        subject = Traced(subject)
-    return subject.replace(str(old), str(new), -1 if count is None else count)
-
-
-class _Safe(Traced):
-    """A text that a template declares safe: what is added to it is escaped, as Jinja does even here."""
-
-    __slots__ = ()
-
-    def __html__(self) -> str:
-        return self
-
-
-def _safe(value: Any) -> str:
-    text = str(value)
-    return _Safe(plain(text), text._parts if isinstance(text, Traced) else None)
-
-
-def _added(left: str, right: str) -> str:
-    if not (hasattr(left, "__html__") or hasattr(right, "__html__")):
-        return left + right
-    both = concat([_escaped(left), _escaped(right)])
-    return _Safe(plain(both), both._parts if isinstance(both, Traced) else None)
-
-
-def _escaped(text: str) -> str:
-    if hasattr(text, "__html__"):
-        return text
-    written = plain(markupsafe.escape(plain(text)))
-    return text if written == text else opaque(written, (text,), complete=True)
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.exceptions.TemplateError(message)
-
-
-def _now(format: str) -> str:
-    return opaque(datetime.now().strftime(plain(format)), (format,))

@@ -1,4 +1,4 @@
-"""The Python code of a template: what Jinja generates, with payments, positions of loops and generation tags in it."""
+"""The Python code of a template: Jinja's, with added charges, positions of loops and generation tags."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,23 +9,24 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.visitor import NodeTransformer
 
-_OWN = {"charge", "written", "loop_begins", "loop_at", "loop_ends"}
-# What has another meaning, or none, inside of a function: a tag around it is compiled as Jinja compiles call blocks.
+_ADDED = {"charge", "written", "loop_begins", "loop_at", "loop_ends"}
+# Names and statements that mean something else, or nothing, in a function: a tag around them is compiled as Jinja
+# compiles call blocks.
 _OF_FUNCTIONS = ("caller", "kwargs", "varargs")
 _BOUND = (nodes.Break, nodes.Continue, nodes.Block, nodes.Extends, nodes.Include, nodes.Import, nodes.FromImport)
 
 
-def with_payments(tree: nodes.Template) -> nodes.Template:
-    """Return `tree` with payments for all that can repeat or grow."""
-    return _Paying().visit(tree)
+def with_charges(tree: nodes.Template) -> nodes.Template:
+    """Return `tree` with charges for all that can repeat or grow."""
+    return _Charging().visit(tree)
 
 
 class MeteredCode(CodeGenerator):
-    """Jinja's own code, with payments where it joins and slices in place."""
+    """Jinja's code, with charges where it joins and slices in place."""
 
     def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:
-        if isinstance(node.node, nodes.EnvironmentAttribute) and node.node.name in _OWN:
-            self.write(f"environment.{node.node.name}(")  # our own calls need no leave of the sandbox
+        if isinstance(node.node, nodes.EnvironmentAttribute) and node.node.name in _ADDED:
+            self.write(f"environment.{node.node.name}(")  # added calls bypass the sandbox
             for argument in node.args:
                 self.visit(argument, frame)
             self.write(")")
@@ -65,14 +66,16 @@ def _needs_function(body: Sequence[nodes.Node]) -> bool:
     return bound or bool(find_undeclared(body, _OF_FUNCTIONS))
 
 
-class _Paying(NodeTransformer):
-    """Puts a payment at the head of whatever runs more than once, and around what is made or compared in place. Loops
-    also report which message they are at."""
+class _Charging(NodeTransformer):
+    """Adds charges at the beginning of code that can run repeatedly, and around values that are created or compared.
+
+    Loops also report the message they are at.
+    """
 
     def _head(self, node: Any) -> Any:
         price = 1 + sum(map(_price, (inner for part in node.body for inner in _all(part)))) // 8
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_own("charge", nodes.Const(price)), lineno=node.lineno))
+        node.body.insert(0, nodes.ExprStmt(_call_of("charge", nodes.Const(price)), lineno=node.lineno))
         return node
 
     visit_Macro = visit_CallBlock = visit_Block = _head
@@ -82,28 +85,28 @@ class _Paying(NodeTransformer):
         self._head(node)
         if target is None:
             return node
-        here = _own("loop_at", nodes.Name(target, "load", lineno=node.lineno))
+        here = _call_of("loop_at", nodes.Name(target, "load", lineno=node.lineno))
         node.body.insert(0, nodes.ExprStmt(here, lineno=node.lineno))
-        begins, ends = (nodes.ExprStmt(_own(name, None, node.lineno)) for name in ("loop_begins", "loop_ends"))
+        begins, ends = (nodes.ExprStmt(_call_of(name, None, node.lineno)) for name in ("loop_begins", "loop_ends"))
         return [begins.set_lineno(node.lineno), node, ends.set_lineno(node.lineno)]
 
-    def _made(self, node: Any) -> Any:
+    def _created(self, node: Any) -> Any:
         self.generic_visit(node)
         stored = getattr(node, "ctx", "load") != "load"  # {% set a, b = … %}
-        return node if stored else _own("written", node)
+        return node if stored else _call_of("written", node)
 
-    visit_List = visit_Tuple = visit_Dict = _made
+    visit_List = visit_Tuple = visit_Dict = _created
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
-        """To look into a value, or to compare it with another one, costs what the value is long."""
+        """Charge a comparison, and a search in a value, by the length of the values."""
         self.generic_visit(node)
         sides = [node.expr, *(operand.expr for operand in node.ops)]
-        known = any(isinstance(side, nodes.Const) for side in sides) and len(sides) == 2
-        if not known:
-            node.expr = _own("written", node.expr)
+        with_constant = any(isinstance(side, nodes.Const) for side in sides) and len(sides) == 2
+        if not with_constant:
+            node.expr = _call_of("written", node.expr)
         for operand in node.ops:
-            if not isinstance(operand.expr, nodes.Const) and not (known and operand.op in ("eq", "ne")):
-                operand.expr = _own("written", operand.expr)
+            if not isinstance(operand.expr, nodes.Const) and not (with_constant and operand.op in ("eq", "ne")):
+                operand.expr = _call_of("written", operand.expr)
         return node
 
 
@@ -117,16 +120,16 @@ def _price(node: nodes.Node) -> int:
     return 1 + len(text) // 64 if isinstance(text, str) and text else 0 if isinstance(node, nodes.Name) else 1
 
 
-def _own(name: str, argument: nodes.Expr | None, line: int = 0) -> nodes.Call:
-    given = [] if argument is None else [argument]
+def _call_of(name: str, argument: nodes.Expr | None, line: int = 0) -> nodes.Call:
+    arguments = [] if argument is None else [argument]
     line = line if argument is None else argument.lineno
-    return nodes.Call(nodes.EnvironmentAttribute(name), given, [], None, None, lineno=line)
+    return nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None, lineno=line)
 
 
 class GenerationTag(Extension):
-    """`{% generation %}`: what the assistant says."""
+    """The tag `{% generation %}` around what the assistant writes."""
 
-    tags = {"generation"}  # noqa: RUF012 — how jinja's extensions say it
+    tags = {"generation"}  # noqa: RUF012 — as Jinja's extensions declare it
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

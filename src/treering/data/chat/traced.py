@@ -1,10 +1,9 @@
-"""Strings that know which text of the data each of their characters came from.
+"""Traced strings, which record for each of their characters the text of the data that it came from.
 
-A chat template mixes its own text (headers, control tokens) with texts of the data (what people wrote). In the rendered
-text both look alike, so data that imitates a template cannot be told from it afterwards. So the origin of every
-character is recorded while the template runs: each text of the data enters as a `Traced` string, and every string that
-is computed from it is traced as well. A traced string compares, searches and prints like an ordinary one, so a template
-decides exactly what it would decide without tracing.
+A chat template mixes its own text (headers, control tokens) with texts of the data. In the rendered text the two cannot
+be distinguished, and data may imitate a template. So the origin of each character is recorded while the template runs:
+the texts of the data are `Traced` strings, and all strings computed from them are traced as well. A traced string
+compares, searches and prints like an ordinary one, so a template decides exactly what it decides without tracing.
 """
 
 import bisect
@@ -12,41 +11,41 @@ import itertools
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from typing import Any, NamedTuple, SupportsIndex
 
-Path = tuple[str | int, ...]
+FieldPath = tuple[str | int, ...]
 
 
-class Source(NamedTuple):
-    """One string of a conversation: message `turn` (-1: the tools) has it at `path`."""
+class TextSource(NamedTuple):
+    """A string of a conversation, at `path` of message `turn` (-1: the tools)."""
 
     turn: int
-    path: Path
+    path: FieldPath
     text: str
-    required: bool  # a rendering that leaves it out loses something
+    required: bool  # a rendering must not leave it out
 
     @property
-    def field(self) -> Path:
-        """The part of the message that it belongs to: its content, its thought, or a name or arguments of a call."""
+    def field(self) -> FieldPath:
+        """The field of the message: its content, its thought, or the name or arguments of a call."""
         return self.path[:4] if self.path[0] == "tool_calls" else self.path[:1]
 
 
-class Part(NamedTuple):
-    """`length` characters of a traced string. Without a source they are the template's own.
+class TracedPart(NamedTuple):
+    """`length` characters of a traced string. Without a source they are the template's.
 
-    Otherwise they show the characters [start, stop) of the source, one by one if the lengths are equal, else rewritten
+    Otherwise they are the characters [start, stop) of the source: unchanged if the lengths are equal, else rewritten
     (as JSON writes a quote as two characters). `mixed`: text of the template may be among them.
     """
 
     length: int
-    source: Source | None = None
+    source: TextSource | None = None
     start: int = 0
     stop: int = 0
     mixed: bool = False
 
-    def cut(self, low: int, high: int, whole: bool) -> "Part":
-        """Its characters [low, high). `whole`: nothing is lost, if it was rewritten: what is cut off are blanks."""
-        if self.source is None or (self.stop - self.start != self.length and whole):
+    def cut(self, low: int, high: int, complete: bool) -> "TracedPart":
+        """Return its characters [low, high). `complete`: if it was rewritten, only blanks and quotes are cut off."""
+        if self.source is None or (self.stop - self.start != self.length and complete):
             return self._replace(length=high - low)
-        if self.stop - self.start != self.length:  # which characters of the source these are is not known
+        if self.stop - self.start != self.length:  # it is not known which characters of the source these are
             return self._replace(length=high - low, stop=self.start)
         return self._replace(length=high - low, start=self.start + low, stop=self.start + high)
 
@@ -59,19 +58,19 @@ class MixedTextsError(Exception):
 
 
 class Traced(str):
-    """A string with the origin of its characters. `_parts` has an underscore to be out of reach for templates."""
+    """A string with the origin of its characters. Templates cannot read `_parts`: it begins with an underscore."""
 
     __slots__ = ("_ends", "_parts")
-    _parts: tuple[Part, ...]
-    _ends: list[int]  # where each part ends; made when it is first cut
+    _parts: tuple[TracedPart, ...]
+    _ends: list[int]  # where each part ends; computed for the first cut
 
-    def __new__(cls, text: str, parts: tuple[Part, ...] | None = None) -> "Traced":
-        made = super().__new__(cls, text)
-        made._parts = (Part(len(text)),) if parts is None else parts
-        return made
+    def __new__(cls, text: str, parts: tuple[TracedPart, ...] | None = None) -> "Traced":
+        string = super().__new__(cls, text)
+        string._parts = (TracedPart(len(text)),) if parts is None else parts
+        return string
 
     def __str__(self) -> str:
-        return self  # `str(x)` in a template's code must not forget the origin
+        return self  # `str(x)` in a template's code keeps the origin
 
     def __add__(self, other: str) -> str:
         return concat((self, other)) if isinstance(other, str) else NotImplemented
@@ -113,14 +112,14 @@ class Traced(str):
             low, high = max(begin - at, 0), min(end - at, part.length)
             if low < high:
                 rewritten = part.source is not None and part.stop - part.start != part.length
-                whole = rewritten and self._only_edges(at, at + low) and self._only_edges(at + high, self._ends[i])
-                parts.append(part if high - low == part.length else part.cut(low, high, whole))
-            elif part.length == 0:  # stands for what was replaced here
+                complete = rewritten and self._only_edges(at, at + low) and self._only_edges(at + high, self._ends[i])
+                parts.append(part if high - low == part.length else part.cut(low, high, complete))
+            elif part.length == 0:  # represents a text that was replaced here
                 parts.append(part)
         return type(self)(str.__getitem__(self, slice(begin, end)), tuple(parts))
 
     def _only_edges(self, begin: int, end: int) -> bool:
-        """Whether these characters are only what stands around a value."""
+        """Whether these characters are only blanks and quotes, as around a value."""
         return end - begin <= _LONGEST_EDGE and not str.__getitem__(self, slice(begin, end)).strip(_EDGES)
 
     def strip(self, characters: str | None = None, /) -> str:
@@ -153,42 +152,42 @@ class Traced(str):
     def rpartition(self, sep: str, /) -> tuple[str, str, str]:
         return self._three(plain(self).rpartition(sep))
 
-    def _three(self, found: tuple[str, str, str]) -> tuple[str, str, str]:
-        first, second = len(found[0]), len(found[0]) + len(found[1])
+    def _three(self, pieces: tuple[str, str, str]) -> tuple[str, str, str]:
+        first, second = len(pieces[0]), len(pieces[0]) + len(pieces[1])
         return self._cut(0, first), self._cut(first, second), self._cut(second, len(self))
 
     def _located(self, pieces: list[str], between: int = 0) -> list[str]:
-        """Pieces that stand in this order, at least `between` characters apart."""
-        text, at, made = plain(self), 0, []
+        """Return these pieces traced; they are in this order, at least `between` characters apart."""
+        text, at, located = plain(self), 0, []
         for piece in pieces:
             begin = text.index(piece, at)
             at = begin + len(piece) + between
-            made.append(self._cut(begin, begin + len(piece)))
-        return made
+            located.append(self._cut(begin, begin + len(piece)))
+        return located
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:  # type: ignore[override]
         text, limit = plain(self), int(count)
         if not old:
             return opaque(text.replace(old, plain(new), limit), (self, new), complete=True)
-        made: list[str] = []
+        pieces: list[str] = []
         at = 0
-        while limit != 0 and (found := text.find(old, at)) >= 0:
-            made += (self._cut(at, found), new)
+        while limit != 0 and (begin := text.find(old, at)) >= 0:
+            pieces += (self._cut(at, begin), new)
             if new.strip():
-                made.append(_shown(self._cut(found, found + len(old))))
-            at, limit = found + len(old), limit - 1
-        if not made:
+                pieces.append(_replaced(self._cut(begin, begin + len(old))))
+            at, limit = begin + len(old), limit - 1
+        if not pieces:
             return self
-        rest = concat((*made, self._cut(at, len(self))))
-        return rest if isinstance(rest, Traced) else Traced(rest)
+        result = concat((*pieces, self._cut(at, len(self))))
+        return result if isinstance(result, Traced) else Traced(result)
 
     def join(self, items: Iterable[str], /) -> str:
-        made: list[str] = []
+        pieces: list[str] = []
         for item in items:
-            if made:
-                made.append(self)
-            made.append(item)
-        return concat(made)
+            if pieces:
+                pieces.append(self)
+            pieces.append(item)
+        return concat(pieces)
 
     def lower(self) -> str:
         return self._changed(plain(self).lower())
@@ -232,15 +231,15 @@ class Traced(str):
 
 _LONGEST_EDGE = 64
 _EDGES = " \t\r\n\"'"  # around a value that JSON writes
-PRODUCING = {"join", "replace", "center", "ljust", "rjust", "translate"}  # their results hold what they are given
+PRODUCING = {"join", "replace", "center", "ljust", "rjust", "translate"}  # their results contain their arguments
 
 
-def traced(value: Any, turn: int, path: Path, sources: list[Source], required: bool) -> Any:
-    """`value` with every string in it traced; their sources are appended to `sources`."""
+def traced(value: Any, turn: int, path: FieldPath, sources: list[TextSource], required: bool) -> Any:
+    """Return `value` with each string in it traced; the sources of the strings are appended to `sources`."""
     if isinstance(value, str):
-        source = Source(turn, path, value, required)
+        source = TextSource(turn, path, value, required)
         sources.append(source)
-        return Traced(value, (Part(len(value), source, 0, len(value)),))
+        return Traced(value, (TracedPart(len(value), source, 0, len(value)),))
     if isinstance(value, dict):
         return {
             traced(key, turn, (*path, "key", key), sources, required): traced(
@@ -254,12 +253,12 @@ def traced(value: Any, turn: int, path: Path, sources: list[Source], required: b
 
 
 def plain(text: str) -> str:
-    """The same characters without their origin."""
+    """Return the same characters without their origin."""
     return str.__str__(text)
 
 
 def plain_inside(value: Any) -> Any:
-    """`value` with every string in it plain."""
+    """Return `value` with each string in it plain."""
     if isinstance(value, str):
         return plain(value) if isinstance(value, Traced) else value
     if isinstance(value, Mapping):
@@ -270,9 +269,9 @@ def plain_inside(value: Any) -> Any:
 
 
 def concat(pieces: Iterable[str]) -> str:
-    """The pieces one after another, traced if one of them is."""
+    """Return the pieces joined, traced if one of them is."""
     pieces = list(pieces)
-    parts: list[Part] = []
+    parts: list[TracedPart] = []
     literal = 0  # characters without a source, since the last part
     for piece in pieces:
         if not isinstance(piece, Traced):
@@ -283,29 +282,29 @@ def concat(pieces: Iterable[str]) -> str:
                 literal += part.length
                 continue
             if literal:
-                parts.append(Part(literal))
+                parts.append(TracedPart(literal))
                 literal = 0
             _append(parts, part)
     if not parts:
         return "".join(pieces)
     if literal:
-        parts.append(Part(literal))
+        parts.append(TracedPart(literal))
     return Traced("".join(pieces), tuple(parts))
 
 
-def _shown(text: str) -> str:
-    """No characters, which stand for all of `text`: something else was written in its place."""
+def _replaced(text: str) -> str:
+    """Return an empty string that represents all of `text`, which was replaced by something else."""
     parts = text._parts if isinstance(text, Traced) else ()
     return Traced("", tuple(part._replace(length=0) for part in parts if part.source))
 
 
-def _append(parts: list[Part], part: Part) -> None:
-    """Add a part of the data, as one with the last one where the two continue each other."""
+def _append(parts: list[TracedPart], part: TracedPart) -> None:
+    """Add a part of the data, joined with the last part if it continues it."""
     last = parts[-1] if parts else None
     if last is not None and part.source is last.source:
         verbatim = part.length == part.stop - part.start and last.length == last.stop - last.start
         if verbatim and part.start == last.stop and not (part.mixed or last.mixed):
-            parts[-1] = Part(last.length + part.length, last.source, last.start, part.stop)
+            parts[-1] = TracedPart(last.length + part.length, last.source, last.start, part.stop)
             return
     parts.append(part)
 
@@ -320,48 +319,50 @@ def holds_traced(value: Any) -> bool:
 
 
 def opaque(text: str, inputs: Iterable[Any], *, complete: bool = False) -> str:
-    """The result of an operation on `inputs` that is not followed character by character. `complete`: the operation
-    leaves nothing out; else what is not found in the result counts as left out."""
+    """Return `text`, the result of an operation on `inputs` that is not traced character by character.
+
+    `complete`: the operation leaves nothing out; else a part that does not occur in the result counts as left out.
+    """
     parts, literal = _collected(list(inputs))
     used = [part for part in parts if part.source is not None]
     if not used:
         return text
     if not complete:
-        used = [part if _found(part, text) else part._replace(stop=part.start) for part in used]
+        used = [part if _occurs(part, text) else part._replace(stop=part.start) for part in used]
     turns = {part.source.turn for part in used if part.source is not None}
     if len(turns) > 1:
         raise MixedTextsError
     first, *rest = used
     mixed = literal or any(part.mixed for part in used)
-    whole = Part(len(text), first.source, first.start, first.stop, mixed)
-    return Traced(text, (whole, *(part._replace(length=0) for part in rest)))
+    part_of_all = TracedPart(len(text), first.source, first.start, first.stop, mixed)
+    return Traced(text, (part_of_all, *(part._replace(length=0) for part in rest)))
 
 
-def _found(part: Part, text: str) -> bool:
+def _occurs(part: TracedPart, text: str) -> bool:
     assert part.source is not None
     return part.source.text[part.start : part.stop].strip() in text
 
 
-def _collected(value: Any) -> tuple[list[Part], bool]:
-    """The parts of all strings in `value`, and whether some text in them is the template's own."""
+def _collected(value: Any) -> tuple[list[TracedPart], bool]:
+    """Return the parts of all strings in `value`, and whether some text in them is the template's."""
     if isinstance(value, Traced):
         return list(value._parts), any(part.source is None and part.length for part in value._parts)
     if isinstance(value, str):
         return [], bool(value.strip())
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
-    parts: list[Part] = []
+    parts: list[TracedPart] = []
     literal = False
     if isinstance(value, _SEVERAL):
         for entry in value:
-            more, some = _collected(entry)
-            parts += more
-            literal = literal or some
+            entry_parts, entry_literal = _collected(entry)
+            parts += entry_parts
+            literal = literal or entry_literal
     return parts, literal
 
 
 def _ends(text: Traced, characters: str | None, *, left: bool, right: bool) -> tuple[int, int]:
-    whole = plain(text)
-    begin = len(whole) - len(whole.lstrip(characters)) if left else 0
-    end = len(whole.rstrip(characters)) if right else len(whole)
+    string = plain(text)
+    begin = len(string) - len(string.lstrip(characters)) if left else 0
+    end = len(string.rstrip(characters)) if right else len(string)
     return begin, max(begin, end)

@@ -1,1 +1,1 @@
-"""From a source string to records, each with its place."""
+"""From a source string to records with their places."""

@@ -1,4 +1,4 @@
-"""A streaming reader of JSON lines that survives anything a file may hold: each line is a record or a named error."""
+"""A streaming reader of JSON lines: whatever the file contains, each line is a record or a named error."""
 
 import json
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def read_jsonl(path: Path, label: str, line_limit: int) -> Iterator[tuple[int, dict[str, Any] | SampleError]]:
-    """(line number, object or error) for every line that is not blank. Memory is bounded by `line_limit`."""
-    found = False
+    """Yield (line number, object or error) for each line that is not blank. Memory is limited by `line_limit`."""
+    any_record = False
     with path.open("rb") as stream:
         number = 0
         while line := stream.readline(line_limit + 1):
@@ -21,7 +21,7 @@ def read_jsonl(path: Path, label: str, line_limit: int) -> Iterator[tuple[int, d
             where = f"{label}:{number}"
             if len(line) > line_limit and not line.endswith(b"\n"):
                 _skip_line(stream)
-                found = True
+                any_record = True
                 yield (
                     number,
                     bad(where, "long line", f"the line is longer than {line_limit} bytes; raise data.line_limit"),
@@ -31,10 +31,10 @@ def read_jsonl(path: Path, label: str, line_limit: int) -> Iterator[tuple[int, d
                 line = line[len(_BOM) :]
             line = line.strip(b" \t\r\n")
             if line:
-                found = True
+                any_record = True
                 yield number, parse_line(line, where)
-    if not found:
-        yield 1, bad(f"{label}:1", "empty file", "the file holds no record")
+    if not any_record:
+        yield 1, bad(f"{label}:1", "empty file", "the file has no record")
 
 
 def _skip_line(stream: BinaryIO) -> None:
@@ -44,6 +44,7 @@ def _skip_line(stream: BinaryIO) -> None:
 
 
 def parse_line(line: bytes, where: str) -> dict[str, Any] | SampleError:
+    """Return the JSON object of a line, or its error."""
     if b"\0" in line:
         return bad(where, "nul", f"NUL byte at byte {line.index(0) + 1} of the line")
     try:
@@ -59,7 +60,7 @@ def parse_line(line: bytes, where: str) -> dict[str, Any] | SampleError:
     except ValueError as error:
         return bad(where, "json", str(error))
     if not isinstance(value, dict):
-        return bad(where, "schema", f"the line holds {_name(value)}; write one JSON object a line")
+        return bad(where, "schema", f"the line contains {_name(value)}; write one JSON object a line")
     return value
 
 
@@ -67,8 +68,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} is given twice in one object")
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {repeated!r} is given twice in one object")
     return value
 
 

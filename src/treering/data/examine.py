@@ -1,4 +1,4 @@
-"""What `data show` and `data check` say, as plain values."""
+"""The results of `data show` and `data check`, as plain values."""
 
 import unicodedata
 from collections.abc import Iterable
@@ -19,13 +19,17 @@ _SHARES = (0.5, 0.9, 0.99)
 
 @dataclass(frozen=True, kw_only=True)
 class ShownToken:
+    """A token of a document, as `data show` prints it."""
+
     id: int
-    text: str  # as the tokenizer writes it: whoever prints it must pass it through `printable`
+    text: str  # as the tokenizer decodes it: pass it through `printable` before printing it
     trained: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShownDocument:
+    """A document with its tokens and the number of trained ones."""
+
     sample_id: str
     tokens: tuple[ShownToken, ...]
     trained: int
@@ -33,6 +37,8 @@ class ShownDocument:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
+    """A bar of a histogram of lengths."""
+
     low: int  # inclusive
     high: int  # inclusive
     count: int
@@ -40,6 +46,8 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
+    """Lengths, trained tokens and duplicates of a data set."""
+
     report: Report
     documents: int
     tokens: int
@@ -49,16 +57,17 @@ class Check:
     longest: int
     quantiles: tuple[tuple[float, int], ...]
     histogram: tuple[Bar, ...]
-    duplicates: tuple[tuple[str, str], ...]  # (first, again): the same tokens and mask
+    duplicates: tuple[tuple[str, str], ...]  # (first, repeated): the same tokens and mask
     duplicate_count: int
 
     @property
     def trained_share(self) -> float:
+        """The share of tokens that are trained."""
         return self.trained / self.tokens
 
 
 def show(examples: Examples, tokenizer: "PreTrainedTokenizerBase", indices: Iterable[int]) -> list[ShownDocument]:
-    """Documents token by token; a border lies between two of them."""
+    """Return documents token by token."""
     shown = []
     for i in indices:
         document = examples.document(i)
@@ -72,7 +81,7 @@ def show(examples: Examples, tokenizer: "PreTrainedTokenizerBase", indices: Iter
 
 
 def check(examples: Examples, *, named: int = 20) -> Check:
-    """Lengths, trained share and exact duplicates, of which `named` are named."""
+    """Return lengths, trained share and exact duplicates; the first `named` duplicates are listed."""
     lengths = examples.lengths
     first: dict[bytes, int] = {}
     duplicates: list[tuple[str, str]] = []
@@ -102,7 +111,7 @@ def check(examples: Examples, *, named: int = 20) -> Check:
 
 
 def histogram(lengths: np.ndarray) -> tuple[Bar, ...]:
-    """Bars of equal width, whole tokens."""
+    """Return bars of equal width in tokens."""
     low, high = int(lengths.min()), int(lengths.max())
     width = -(-(high - low + 1) // _BARS)
     counts = np.bincount((lengths - low) // width)
@@ -113,11 +122,11 @@ def histogram(lengths: np.ndarray) -> tuple[Bar, ...]:
 
 
 def printable(text: str) -> str:
-    """Text from data with everything escaped that could move the cursor, reorder the line or hide itself."""
-    return "".join(c if _shows(c) else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    """Return text of the data with all characters escaped that move the cursor, reorder a line or are invisible."""
+    return "".join(c if _is_visible(c) else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
-def _shows(character: str) -> bool:
+def _is_visible(character: str) -> bool:
     # Cc: controls, ANSI escapes among them; Cf: bidirectional overrides, zero-width marks; Cs, Co, Cn: not text;
     # Zl, Zp: line breaks that terminals treat differently.
     return unicodedata.category(character) not in {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
