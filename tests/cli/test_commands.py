@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from treering.cli import entry
+from treering.cli.config import recipes
 from treering.cli.parsing import read_file, read_text, validate
-from treering.cli.recipes import recipes
 from treering.cli.schema import RunConfig
 from treering.core.errors import PlanError
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.ranks import PATIENCE
 from treering.cli import doctor
-from treering.cli.machine import Finding
+from treering.cli.env import Finding
 from treering.cli.ranks_probe import two_ranks
 
 
@@ -25,7 +25,7 @@ def test_disk_space_is_judged(monkeypatch, tmp_path, free, status):
 
 
 def test_disk_space_of_a_folder_that_is_yet_to_be_made(tmp_path):
-    from treering.cli.machine import free_space
+    from treering.cli.env import free_space
 
     assert free_space(tmp_path / "a" / "b") > 0
 

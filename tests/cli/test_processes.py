@@ -91,7 +91,7 @@ if "well" not in sys.argv:
 START = """
 import os, sys
 from pathlib import Path
-from treering.cli.elastic import RanksFailed, start
+from treering.cli.launch import RanksFailed, start
 os.environ["PYTHONPATH"] = sys.argv[1]  # in the ranks, the stand-in is treering; in this process it is not
 try:
     for word in sys.argv[2:]:

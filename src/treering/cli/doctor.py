@@ -10,10 +10,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from treering.cli.machine import Finding, free_space, memory, versions
+from treering.cli.env import Finding, free_space, memory, versions
 from treering.cli.text import size
 
-NAME = "doctor"
 _STYLES = {"ok": "green", "warn": "yellow", "bad": "bold red"}
 GIB = 2**30
 REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "pydantic", "typer", "rich", "PyYAML", "xxhash")

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from treering.cli.elastic import write_outcome
+from treering.cli.launch import write_outcome
 from treering.core.errors import TreeringError
 
 CRASHED = 70  # EX_SOFTWARE; 1 to 8 are of TreeringError, 2 is also a wrong argument

@@ -15,7 +15,6 @@ from treering.cli.text import count, masked, plain, short, size
 from treering.core.errors import CheckpointError
 from treering.store.untrusted import Header, basename, read_header, read_json
 
-NAME = "inspect"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".distcp")
 Kind = Literal["model", "adapter", "checkpoint", "run", "folder of safetensors", "folder"]
 

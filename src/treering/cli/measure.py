@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from treering.cli.launch import export, ranks_from
+from treering.cli import launch
 from treering.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ def command(
         raise ConfigError("give text to measure: --data FILE, or --generate to let the model write it; one of the two")
     if trained and generate:
         raise ConfigError("--trained counts answers in data, and --generate has none; leave one of them out")
-    ranks = ranks_from(os.environ)
+    ranks = launch.ranks_from(os.environ)
     if ranks is not None:
-        export(ranks, os.environ)
+        launch.set_environment(ranks, os.environ)
     elif nproc is not None and nproc > 1:
         _start_ranks(nproc)
         return
@@ -63,10 +63,8 @@ def command(
 def _start_ranks(nproc: int) -> None:
     import sys
 
-    from treering.cli.elastic import start
-
     arguments = sys.argv[sys.argv.index(NAME) :]
-    start(nproc, arguments, Path(tempfile.gettempdir()) / "treering-logs")
+    launch.start(nproc, arguments, Path(tempfile.gettempdir()) / "treering-logs")
 
 
 def _few(found: int, asked: int, trained: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treering.cli.options import ConfigFile, Settings, load
+from treering.cli.config import ConfigFile, Settings, load
 from treering.core.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from treering.plan import Run
     from treering.technique import Variant
 
-NAME = "plan"
 UNITS = {"GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6}
 MOST_RANKS = 1024  # no more are proposed
 

@@ -7,7 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from treering.cli.machine import Finding
+from treering.cli.env import Finding
 from treering.cli.text import short
 
 TIMEOUT = 60.0  # seconds; importing torch on a cold disk is most of it

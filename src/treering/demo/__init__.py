@@ -12,8 +12,8 @@ MARK = ".treering-demo"  # only a folder that the demo made itself is ever clear
 
 def run(root: Path, console: Any, **sizes: Any) -> None:
     """Play all acts in `root`. `sizes` makes them smaller, for tests."""
+    from treering.cli.config import load
     from treering.cli.measure import command as measure
-    from treering.cli.options import load
     from treering.cli.train import job_of
     from treering.demo import acts, check, remember
     from treering.train.callbacks import Console
