@@ -12,8 +12,8 @@ from treering.cli.ranks_probe import two_ranks
 
 
 def test_missing_packages_are_bad(monkeypatch):
-    found = doctor.versions()
-    monkeypatch.setattr(doctor, "versions", lambda: found | {"xxhash": "not installed"})
+    installed = doctor.versions()
+    monkeypatch.setattr(doctor, "versions", lambda: installed | {"xxhash": "not installed"})
     finding = doctor.packages()
     assert (finding.status, finding.result) == ("bad", "xxhash not installed")
 

@@ -48,7 +48,7 @@ def check(file: ConfigFile, settings: Settings = None) -> None:
 
 @app.command("show")
 def show(file: ConfigFile, settings: Settings = None) -> None:
-    """Print FILE with every default written out: what a run would save as its configuration."""
+    """Print FILE with every default, as a run would save it."""
     from treering.cli.console import say
     from treering.cli.parsing import to_yaml
 

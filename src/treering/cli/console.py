@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+_REFRESH = 0.2  # seconds between two draws of the line: a step may be faster than a terminal
+
 
 def console(*, stderr: bool = False) -> "Console":
-    """Return a console whose strings are not markup: a `[red]` in somebody's data stays as it is."""
+    """Return a console whose strings are not markup: a `[red]` in data is printed as it is."""
     from rich.console import Console
 
-    # Rich guesses 80 columns for pipes; a log line must not be broken there.
+    # Rich assumes 80 columns for pipes; a log line must not be wrapped there.
     width = None if (sys.stderr if stderr else sys.stdout).isatty() else 200
     return Console(markup=False, highlight=False, emoji=False, stderr=stderr, width=width, soft_wrap=False)
 
@@ -48,9 +50,6 @@ def table(*columns: str, right: tuple[str, ...] = ()) -> "Table":
     for name in columns:
         result.add_column(name, justify="right" if name in right else "left", overflow="fold")
     return result
-
-
-_REFRESH = 0.2  # seconds between two draws of the line: a step may be faster than a terminal
 
 
 class Live:

@@ -1,4 +1,4 @@
-"""`treering data`: look at what a model would be trained on."""
+"""`treering data`: show, tokenise or check what a model would be trained on."""
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal

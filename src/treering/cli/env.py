@@ -70,6 +70,7 @@ def versions() -> dict[str, str]:
 
 
 def system() -> dict[str, str]:
+    """Return Python, operating system, cores and memory of this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
     prefix = sys.prefix.replace(str(Path.home()), "~")  # without the name of the user
     facts = {
@@ -115,7 +116,7 @@ def environment() -> dict[str, str]:
 
 
 def free_space(folder: Path) -> int:
-    """Return the free bytes where `folder` is, or would be made."""
+    """Return the free bytes on the disk of `folder`, which need not exist yet."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
@@ -123,7 +124,7 @@ def free_space(folder: Path) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """The result of one check; `remedy` is for a result that is not ok."""
+    """The result of one check of `treering doctor`; `remedy` is for a result that is not ok."""
 
     name: str
     status: Literal["ok", "warn", "bad"]

@@ -19,6 +19,11 @@ from typing import Any, Literal, NoReturn
 from treering.cli.text import plain_lines
 from treering.core.errors import CheckpointError, ConfigError, TreeringError
 
+SAVING = 3600  # seconds that ranks have for their checkpoint after a signal; a second signal ends them at once
+SAVING_2_11 = 30  # the same where torch cannot be asked for more: version 2.11
+OUTCOME = "TORCHELASTIC_ERROR_FILE"  # names the file for how a rank ended; set for each rank by the agent
+TAIL = 4000  # characters of a failed rank's log that are shown
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
@@ -51,7 +56,7 @@ def ranks_from(environ: Mapping[str, str]) -> Ranks | None:
 
 
 def _in_srun(environ: Mapping[str, str]) -> bool:
-    # A batch script has SLURM_PROCID=0 and SLURM_NTASKS too, though nobody started the other tasks: joining there
+    # A batch script has SLURM_PROCID=0 and SLURM_NTASKS too, but the other tasks were not started: joining there
     # would wait for them without end. Only srun makes a step with tasks.
     tasks = environ.get("SLURM_STEP_NUM_TASKS") or (
         environ.get("SLURM_NTASKS") if "SLURM_STEP_ID" in environ or "SLURM_STEPID" in environ else None
@@ -87,10 +92,10 @@ def first_host(nodes: str) -> str:
 
 
 def forgotten_srun(environ: Mapping[str, str]) -> int | None:
-    """Return how many tasks a SLURM job asked for that nobody has started, because its script does not use srun."""
+    """Return how many tasks a SLURM job asked for that were not started, because its script does not use srun."""
     tasks = environ.get("SLURM_NTASKS", "1")
-    lonely = "SLURM_JOB_ID" in environ and "SLURM_STEP_ID" not in environ and "SLURM_STEPID" not in environ
-    return int(tasks) if lonely and tasks.isdecimal() and int(tasks) > 1 else None
+    outside_step = "SLURM_JOB_ID" in environ and "SLURM_STEP_ID" not in environ and "SLURM_STEPID" not in environ
+    return int(tasks) if outside_step and tasks.isdecimal() and int(tasks) > 1 else None
 
 
 def set_environment(ranks: Ranks, environ: MutableMapping[str, str]) -> None:
@@ -120,14 +125,8 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     return int(value)
 
 
-SAVING = 3600  # seconds that ranks have for their checkpoint after a signal; a second signal ends them at once
-SAVING_2_11 = 30  # the same where torch cannot be asked for more: version 2.11
-OUTCOME = "TORCHELASTIC_ERROR_FILE"  # names the file for how a rank ended; set for each rank by the agent
-TAIL = 4000  # characters of a failed rank's log that are shown
-
-
 class RanksFailed(TreeringError):
-    """A rank ended with an error; `exit_code` is its own if that is one of ours."""
+    """A rank ended with an error; `exit_code` is that of the rank if it is one of ours."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -135,7 +134,7 @@ class RanksFailed(TreeringError):
 
 
 def saving_time() -> int:
-    """Return the seconds after a signal at whose end torch's agent kills ranks that still write their checkpoint."""
+    """Return how many seconds after a signal torch's agent kills ranks that still write their checkpoint."""
     from torch.distributed.launcher.api import LaunchConfig
 
     return SAVING if any(field.name == "shutdown_timeout" for field in fields(LaunchConfig)) else SAVING_2_11
@@ -185,7 +184,7 @@ def start(nproc: int, arguments: list[str], logs: Path) -> None:
 
 
 def write_outcome(message: str, code: int) -> None:
-    """Write how this rank ends for the agent, which otherwise knows only the order in which it saw ranks end."""
+    """Write this rank's message and exit code to a file for the agent, which knows only in which order ranks ended."""
     if OUTCOME in os.environ:
         outcome = {"message": message, "timestamp": str(int(time.time())), "exit_code": code}
         Path(os.environ[OUTCOME]).write_text(json.dumps(outcome), encoding="utf-8")
@@ -207,9 +206,9 @@ def _share_cores(nproc: int) -> None:
 def _failed(error: Any, logs: Path) -> NoReturn:
     """Raise RanksFailed about the rank that failed first, with the end of its log."""
     rank, failure = error.get_first_failure()
-    own = error.failures.get(0)
-    if own is not None and own.exitcode == failure.exitcode:
-        rank, failure = 0, own  # the same reason on all ranks, and rank 0 has reported it already
+    first_rank = error.failures.get(0)
+    if first_rank is not None and first_rank.exitcode == failure.exitcode:
+        rank, failure = 0, first_rank  # the same reason on all ranks, and rank 0 has reported it already
     code = failure.exitcode
     if code < 0:
         name = signal.Signals(-code).name

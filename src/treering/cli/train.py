@@ -1,6 +1,6 @@
 """`treering train` and `treering export`: run a configuration, and write what was trained for other programs.
 
-A run uses the ranks of a launcher or starts its own.
+A run uses the ranks that a launcher started, or starts them.
 """
 
 import os
@@ -24,7 +24,7 @@ def command(
     file: ConfigFile,
     settings: Settings = None,
     nproc: Annotated[
-        int | None, typer.Option(min=1, help="Start so many ranks on this machine; no torchrun needed.")
+        int | None, typer.Option(min=1, help="Start this many ranks on this machine; no torchrun needed.")
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Break the time of a step down.")] = False,
     force: Annotated[
@@ -71,7 +71,7 @@ def job_of(config: "RunConfig") -> "Job":
 
 
 def _unforced(config: "RunConfig") -> "RunConfig":
-    """Return what is saved with the run: `force` holds for one start, and not for those that follow."""
+    """Return what is saved with the run: `force` applies to one start, and not to those that follow."""
     settings = replace(config.train, checkpoint=replace(config.train.checkpoint, force=False))
     return replace(config, train=settings)
 
