@@ -21,7 +21,7 @@ from tests.zoo import build
 from treering.anatomy import examine
 from treering.core.seeds import generator
 from treering.curvature.observe import observe
-from treering.plan.loss import with_targets
+from treering.plan.batches import with_targets
 
 TARGETS = ("q_proj", "down_proj")
 LORA = tr.LoRA(targets=TARGETS, rank=4, dtype="float64")

@@ -10,8 +10,8 @@ import pytest
 from tests.ranks import on_ranks
 from tests.toy_run import chats, folder
 from treering.cli import entry
+from treering.cli.config import recipes
 from treering.cli.parsing import read_file, validate
-from treering.cli.recipes import recipes
 from treering.cli.schema import RunConfig
 from treering.train.checkpoints.files import read
 

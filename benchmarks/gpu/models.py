@@ -19,7 +19,7 @@ def build(context: Context, config: Any, techniques: Sequence[Any], *, dtype: to
     from transformers import AutoModelForCausalLM
 
     from treering.plan import Run, draft
-    from treering.plan.materialise import materialise
+    from treering.plan.load import materialise
 
     device = context.device.torch_device
     with torch.device("meta"):

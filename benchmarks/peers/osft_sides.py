@@ -74,7 +74,7 @@ class Theirs:
         self.optimizer: Any = osft_utils.optim_wrapper(optimizer, model)
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
-        from treering.plan.loss import cross_entropy, with_targets
+        from treering.plan.batches import cross_entropy, with_targets
 
         return cross_entropy(self.model, with_targets(batch)) / batch["count"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import treering as tr
-from treering.plan.loss import cross_entropy, with_targets
+from treering.plan.batches import cross_entropy, with_targets
 
 Batch = dict[str, Any]
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.0}

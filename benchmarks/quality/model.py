@@ -12,7 +12,7 @@ from torch import Tensor
 import treering as tr
 from benchmarks.quality.learners import Batch, Learner, Method, decayed
 from treering.core.seeds import generator
-from treering.plan.loss import cross_entropy, with_targets
+from treering.plan.batches import cross_entropy, with_targets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Objectives: a run minimizes the sum, over its trained positions, of a function of one row of logits each.
 
-An objective is a value that the plain head (`plan/loss.py`) and the tiled head (`techniques/tiling/losses.py`) both
+An objective is a value that the plain head (`plan/batches.py`) and the tiled head (`techniques/tiling/losses.py`) both
 evaluate: the first on all rows at once, the second on a tile of rows at a time, with the gradient of each tile.
 
 B sequences, S positions, N trained positions, V vocabulary.

@@ -1,4 +1,4 @@
-"""A folder with a model's config, a tokenizer and a chat template, data beside it, and a configuration of both."""
+"""A folder with a model's config, a tokenizer and a chat template, data next to it, and a configuration of both."""
 
 import json
 

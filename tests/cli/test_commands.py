@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from treering.cli import entry
+from treering.cli.config import recipes
 from treering.cli.parsing import read_file, read_text, validate
-from treering.cli.recipes import recipes
 from treering.cli.schema import RunConfig
 from treering.core.errors import PlanError
 
@@ -34,11 +34,11 @@ def test_a_valid_configuration_is_called_valid(small, capsys):
 def test_an_invalid_one_ends_with_2_and_its_problems(small, capsys):
     small.write_text(SMALL + "train: {stps: 3}\n")
     assert run("config", "check", small, "--set", "seed=x") == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert "run.yaml:4: train.stps" in said.err
-    assert "--set seed" in said.err
-    assert "Traceback" not in said.err
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "run.yaml:4: train.stps" in output.err
+    assert "--set seed" in output.err
+    assert "Traceback" not in output.err
 
 
 def test_a_former_name_is_valid_with_a_notice_on_rank_0(small, capsys, caplog, monkeypatch):
@@ -86,11 +86,11 @@ def test_an_unexpected_error_leaves_its_traceback_in_a_file(small, capsys, monke
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("treering.cli.config.load", fall)
     assert run("config", "check", small) == entry.CRASHED
-    said = capsys.readouterr().err
-    assert "ZeroDivisionError: oh no" in said
-    assert "Traceback (most" not in said
+    output = capsys.readouterr().err
+    assert "ZeroDivisionError: oh no" in output
+    assert "Traceback (most" not in output
     (file,) = tmp_path.glob("treering-*.txt")
-    assert str(file) in said
+    assert str(file) in output
     assert "in fall" in file.read_text()
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cli.sections import SMALL, Inner, Outer, config, only, problems
-from treering.cli.parsing import ConfigErrors, Document, json_schema, read_text, validate
+from treering.cli.parsing import ConfigDocument, ConfigErrors, json_schema, read_text, validate
 from treering.cli.parsing.problems import dotted
 from treering.cli.parsing.sections import describe, paths
 from treering.cli.parsing.suggest import OTHER_TRAINERS
@@ -120,11 +120,11 @@ def test_words_of_other_trainers_lead_to_settings_that_exist():
 
 
 def test_everything_is_said_at_once_in_the_order_of_the_file():
-    found = problems(
+    reported = problems(
         "train:\n  log_every: 2\n  stps: 1\n  optimizer: {lr: -1, momentun: 0}\nseed: 3\nmesh: {shard: 0}\n",
         "data.max_length=1",
     )
-    assert [(p.where, p.path[-1]) for p in found] == [
+    assert [(p.where, p.path[-1]) for p in reported] == [
         ("run.yaml:6", "stps"),
         ("run.yaml:7", "lr"),
         ("run.yaml:7", "momentun"),
@@ -134,15 +134,15 @@ def test_everything_is_said_at_once_in_the_order_of_the_file():
 
 
 def test_a_config_error_of_a_section_with_an_unknown_key_is_not_hidden():
-    found = problems("train:\n  epochs: -1\n  stps: 1\n")
-    assert [p.path for p in found] == [("train", "epochs"), ("train", "stps")]
-    assert "must be greater than 0" in found[0].message
+    reported = problems("train:\n  epochs: -1\n  stps: 1\n")
+    assert [p.path for p in reported] == [("train", "epochs"), ("train", "stps")]
+    assert "must be greater than 0" in reported[0].message
 
 
 def test_what_is_missing_is_named():
-    found = problems("seed: 1", start="")
-    assert [p.path for p in found] == [("model",), ("data",), ("output",)]
-    assert all(p.where == "run.yaml" and "missing" in p.message for p in found)
+    reported = problems("seed: 1", start="")
+    assert [p.path for p in reported] == [("model",), ("data",), ("output",)]
+    assert all(p.where == "run.yaml" and "missing" in p.message for p in reported)
     (problem,) = problems("model: {dtype: auto}", start="data: x\noutput: y\n")
     assert (problem.path, problem.where) == (("model", "path"), "run.yaml:3")
 
@@ -172,8 +172,8 @@ def test_null_turns_off_what_is_on_by_default_and_on_what_is_off():
 
 
 def test_errors_inside_lists_and_mappings_are_located():
-    found = problems("many: [{}, {size: -1}]\nnamed: {a: {size: x}}\nnames: {b: [1, y]}\n", cls=Outer, start="")
-    assert [p.path for p in found] == [("many", 1, "size"), ("named", "a", "size"), ("names", "b", 1)]
+    reported = problems("many: [{}, {size: -1}]\nnamed: {a: {size: x}}\nnames: {b: [1, y]}\n", cls=Outer, start="")
+    assert [p.path for p in reported] == [("many", 1, "size"), ("named", "a", "size"), ("names", "b", 1)]
 
 
 def test_a_union_of_scalars_is_one_problem():
@@ -222,6 +222,6 @@ anything = st.recursive(
 @given(st.dictionaries(keys, anything, max_size=6))
 def test_any_tree_of_values_is_a_configuration_or_its_problems(values):
     try:
-        assert isinstance(validate(RunConfig, Document(name="run.yaml", values=values)), RunConfig)
+        assert isinstance(validate(RunConfig, ConfigDocument(name="run.yaml", values=values)), RunConfig)
     except ConfigErrors as error:
         assert all(p.message for p in error.problems)

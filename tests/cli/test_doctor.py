@@ -7,13 +7,13 @@ import pytest
 
 from tests.ranks import PATIENCE
 from treering.cli import doctor
-from treering.cli.machine import Finding
+from treering.cli.env import Finding
 from treering.cli.ranks_probe import two_ranks
 
 
 def test_missing_packages_are_bad(monkeypatch):
-    found = doctor.versions()
-    monkeypatch.setattr(doctor, "versions", lambda: found | {"xxhash": "not installed"})
+    installed = doctor.versions()
+    monkeypatch.setattr(doctor, "versions", lambda: installed | {"xxhash": "not installed"})
     finding = doctor.packages()
     assert (finding.status, finding.result) == ("bad", "xxhash not installed")
 
@@ -25,7 +25,7 @@ def test_disk_space_is_judged(monkeypatch, tmp_path, free, status):
 
 
 def test_disk_space_of_a_folder_that_is_yet_to_be_made(tmp_path):
-    from treering.cli.machine import free_space
+    from treering.cli.env import free_space
 
     assert free_space(tmp_path / "a" / "b") > 0
 

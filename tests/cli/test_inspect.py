@@ -59,8 +59,8 @@ def test_headers_agree_with_the_library(tmp_path):
         "c": torch.zeros(0, 4, dtype=torch.int8),
     }
     save_file(tensors, tmp_path / "x.safetensors")
-    found = {h.name: (h.shape, h.bytes) for h in read_header(tmp_path / "x.safetensors")}
-    assert found == {n: (tuple(t.shape), t.numel() * t.element_size()) for n, t in tensors.items()}
+    headers = {h.name: (h.shape, h.bytes) for h in read_header(tmp_path / "x.safetensors")}
+    assert headers == {n: (tuple(t.shape), t.numel() * t.element_size()) for n, t in tensors.items()}
 
 
 def test_pickles_and_code_are_named_and_never_read(model):
@@ -136,15 +136,15 @@ def test_an_adapter_a_checkpoint_and_a_run_are_told_apart(tmp_path):
         folder.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
     write(adapter / "adapter_model.safetensors", {"q_proj.lora_A.weight": (8, 4)})
-    said = Manifest(step=12, world=1, facts={}, files={}, tensors={})
-    (checkpoint / "manifest.json").write_bytes(said.dump())
+    manifest = Manifest(step=12, world=1, facts={}, files={}, tensors={})
+    (checkpoint / "manifest.json").write_bytes(manifest.dump())
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 3.5}\n{"step": 2, "loss": 3.25}\n')
     (run / "step-2").mkdir()
     (run / "step-2.tmp-1").mkdir()
     assert (describe(adapter).kind, describe(adapter).facts["r"]) == ("adapter", "8")
     assert (describe(checkpoint).kind, describe(checkpoint).facts["step"]) == ("checkpoint", "12")
-    found = describe(run)
-    assert (found.kind, found.facts["checkpoints"], found.facts["last loss"]) == ("run", "2", "3.25")
+    report = describe(run)
+    assert (report.kind, report.facts["checkpoints"], report.facts["last loss"]) == ("run", "2", "3.25")
 
 
 def test_what_is_not_there_is_said(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treering.cli import elastic
-from treering.cli.launch import Ranks, export, first_host, forgotten_srun, ranks_from
+from treering.cli import launch
+from treering.cli.launch import Ranks, first_host, forgotten_srun, ranks_from, set_environment
 from treering.cli.train import _start_ranks
 from treering.core.errors import ConfigError
 
@@ -106,14 +106,14 @@ def test_any_list_gives_a_plain_host_or_is_refused(nodes):
 def test_ranks_are_said_the_way_torch_reads_them():
     environ: dict[str, str] = {}
     ranks = ranks_from(SRUN)
-    export(ranks, environ)
+    set_environment(ranks, environ)
     again = ranks_from(environ)
     assert (again.rank, again.world, again.local_rank, again.address) == (9, 16, 1, "node01")
 
 
-@pytest.mark.parametrize(("seconds", "notice"), [(elastic.SAVING, False), (elastic.SAVING_2_11, True)])
+@pytest.mark.parametrize(("seconds", "notice"), [(launch.SAVING, False), (launch.SAVING_2_11, True)])
 def test_a_torch_that_cannot_wait_for_a_checkpoint_is_reported(monkeypatch, capsys, tmp_path, seconds, notice):
-    monkeypatch.setattr(elastic, "saving_time", lambda: seconds)
-    monkeypatch.setattr(elastic, "start", lambda nproc, arguments, logs: None)
+    monkeypatch.setattr(launch, "saving_time", lambda: seconds)
+    monkeypatch.setattr(launch, "start", lambda nproc, arguments, logs: None)
     _start_ranks(SimpleNamespace(output=str(tmp_path)), 2, [])
     assert ("kills ranks that need more than 30 s" in capsys.readouterr().out) == notice

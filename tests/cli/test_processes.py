@@ -91,7 +91,7 @@ if "well" not in sys.argv:
 START = """
 import os, sys
 from pathlib import Path
-from treering.cli.elastic import RanksFailed, start
+from treering.cli.launch import RanksFailed, start
 os.environ["PYTHONPATH"] = sys.argv[1]  # in the ranks, the stand-in is treering; in this process it is not
 try:
     for word in sys.argv[2:]:
@@ -124,8 +124,8 @@ def test_a_terminated_launcher_takes_its_ranks_with_it(stand_in):
     with subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         rank = int(process.stdout.readline().split()[-1])
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=PATIENCE)
-    assert said.endswith("143: stopped by SIGTERM\n")
+        _, stderr_text = process.communicate(timeout=PATIENCE)
+    assert stderr_text.endswith("143: stopped by SIGTERM\n")
     with pytest.raises(ProcessLookupError):
         os.kill(rank, 0)
 

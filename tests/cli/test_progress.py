@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from treering.cli import progress
-from treering.cli.progress import Live, duration
+from treering.cli import console as console_module
+from treering.cli.console import Live, duration
 
 
 def plain_console() -> Console:
@@ -16,7 +16,7 @@ def plain_console() -> Console:
 def test_a_file_gets_one_plain_line_a_step(monkeypatch):
     console = plain_console()
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: now[0])
     live = Live(console, rank=0)
     live.start(10)
     for step in (1, 2, 3):

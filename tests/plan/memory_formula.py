@@ -76,7 +76,7 @@ def formula(
     sharded = any(isinstance(p, DTensor) for p in plan.model.parameters())
     return Formula(
         blocks=len(anatomy.blocks),
-        states=0 if host else n.held + n.optimizer,
+        states=0 if host else n.stored + n.optimizer,
         gradients=0 if host else n.gradients,
         unit=unit,
         head=vocabulary * hidden,

@@ -14,7 +14,7 @@ from treering.memory.timeline import Timeline
 from treering.memory.trace import batch, watch
 from treering.memory.tracker import Tracker
 from treering.plan import draft
-from treering.plan.materialise import materialise
+from treering.plan.load import materialise
 from treering.plan.run import Run
 
 CPU = torch.device("cpu")
@@ -60,12 +60,12 @@ def subject(config: Any, techniques: Sequence[Any], *, on: str = pretend.NAME, *
     return Subject(config=config, techniques=techniques, mesh=lambda: mesh(device=on), **settings)
 
 
-def really(made: Subject, length: int) -> Timeline:
+def really(settings: Subject, length: int) -> Timeline:
     """A step with real memory, all blocks, on the CPU; messages of several ranks go nowhere, their buffers are real."""
-    with pretend.ranks(made.world):
+    with pretend.ranks(settings.world):
         with torch.device("meta"):
-            model = hf.AutoModelForCausalLM.from_config(made.config, dtype=made.dtype)
-        plan = draft(model, made.techniques, mesh=made.mesh(), weights=False)
+            model = hf.AutoModelForCausalLM.from_config(settings.config, dtype=settings.dtype)
+        plan = draft(model, settings.techniques, mesh=settings.mesh(), weights=False)
         materialise(plan.model, CPU, CPU)
         for parameter in plan.model.parameters():
             torch.nn.init.constant_(parameter.data, 0.01)
@@ -74,4 +74,6 @@ def really(made: Subject, length: int) -> Timeline:
             tokens = batch(length, CPU, packed=plan.unpackable is None)
             if "documents" in tokens:
                 tokens["documents"] = tr.attention.Documents.of([length])
-            return watch(Run(plan, lost={}), [tokens], optimizers=made.optimizers, tracker=tracker, clip=made.clip)
+            return watch(
+                Run(plan, lost={}), [tokens], optimizers=settings.optimizers, tracker=tracker, clip=settings.clip
+            )

@@ -14,8 +14,8 @@ from tests.same import assert_same
 from tests.toy import packed, rows, train
 from tests.zoo import build, save
 from treering.core.module_forward import ModuleForward, install
-from treering.plan.compose import Drafting
-from treering.plan.loss import with_targets
+from treering.plan.batches import with_targets
+from treering.plan.compose import DraftSettings
 from treering.technique import Applied, Claim, LazyTensor, Part, Stage, StoredTensor, Variant
 from treering.techniques import TECHNIQUES
 from treering.train.evaluate import held_out_loss
@@ -277,6 +277,6 @@ def test_a_packed_row_is_whole_as_well():
 
 
 def test_compose_takes_the_keywords_of_draft_and_no_others():
-    assert set(Drafting.__annotations__) < set(inspect.signature(tr.plan.draft).parameters)
+    assert set(DraftSettings.__annotations__) < set(inspect.signature(tr.plan.draft).parameters)
     with pytest.raises(TypeError, match="sed"):
         tr.compose(build("llama"), [tr.Full()], sed=3)

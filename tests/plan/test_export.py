@@ -34,9 +34,9 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def assert_same_files(found, wanted):
-    assert found.keys() == wanted.keys()
-    assert not [name for name, content in wanted.items() if found[name] != content]
+def assert_same_files(written, wanted):
+    assert written.keys() == wanted.keys()
+    assert not [name for name, content in wanted.items() if written[name] != content]
 
 
 # --- live and streamed exports are the same bytes
@@ -168,8 +168,8 @@ def fails_on_first(folder):
 
 
 def test_what_fails_on_one_rank_is_said_by_all(tmp_path):
-    told = on_ranks(2, fails_on_first, tmp_path / "out")
-    assert told[0] == told[1] and "on rank 0: No space left" in told[0]
+    errors = on_ranks(2, fails_on_first, tmp_path / "out")
+    assert errors[0] == errors[1] and "on rank 0: No space left" in errors[0]
     assert left(tmp_path) == []
 
 

@@ -289,7 +289,9 @@ def test_rows_of_a_matrix_are_split_some_at_a_time(world, tmp_path, monkeypatch)
 
 
 def test_a_part_whose_tensors_have_other_rows_is_a_mistake_of_its_technique():
-    with pytest.raises(AssertionError, match=r"up_proj.weight have independent rows, and .*right has not the 48 rows"):
+    with pytest.raises(
+        AssertionError, match=r"up_proj.weight have independent rows, and .*right does not have the 48 rows"
+    ):
         tr.compose(build("llama"), [Halves(short=1)])
 
 

@@ -53,21 +53,21 @@ def watched(run):
         for batch in batches:
             run.loss(batch).backward()
         gradients = {name: p.grad.detach().clone() for name, p in run.trainable() if p.grad is not None}
-        found = {name: value.clone() for name, value in sums.items()}
+        moments = {name: value.clone() for name, value in sums.items()}
         run.step(optimizer)
-    return found, gradients
+    return moments, gradients
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_gradient_is_made_of_inputs_and_output_gradients(case):
     arch, techniques = CASES[case]
     run = tr.compose(build(arch, dtype=torch.float64), techniques)
-    found, gradients = watched(run)
+    moments, gradients = watched(run)
     linears = {linear.weight for linear in run.plan.anatomy.linears}
     wanted = {n: g for n, g in gradients.items() if n not in run.plan.plain or n in linears}
     if arch == "gpt2":
         wanted.pop(run.plan.anatomy.head.tied_to, None)
-    assert_all_same(found, wanted, 1e-12)
+    assert_all_same(moments, wanted, 1e-12)
     assert all(float(gradient.abs().max()) > 0 for gradient in wanted.values())
 
 
@@ -75,11 +75,11 @@ def sharded():
     run = tr.compose(
         build("llama", dtype=torch.float64), [tr.LoRA(rank=3, dtype="float64"), tr.Shard()], mesh=tr.mesh()
     )
-    found, gradients = watched(run)
-    for name, value in found.items():
+    moments, gradients = watched(run)
+    for name, value in moments.items():
         torch.distributed.all_reduce(value)
         assert_same(value, gather(gradients[name]), 1e-12, name)
-    return len(found)
+    return len(moments)
 
 
 def test_the_sum_over_ranks_is_the_gradient_of_the_sharded_parameter():

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import treering as tr
 from tests.zoo import ARCHITECTURES, build, save
-from treering.plan.materialise import materialise
+from treering.plan.load import materialise
 
 CPU = torch.device("cpu")
 
@@ -22,10 +22,10 @@ def on_meta(arch):
 def test_buffers_that_no_file_holds_are_those_of_from_pretrained(arch, dtype, tmp_path):
     build(arch, dtype=dtype).save_pretrained(tmp_path / "m")
     wanted = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto").named_buffers())
-    found = dict(tr.compose(tmp_path / "m", [tr.Full()]).model.named_buffers())
-    assert found.keys() == wanted.keys()
+    buffers = dict(tr.compose(tmp_path / "m", [tr.Full()]).model.named_buffers())
+    assert buffers.keys() == wanted.keys()
     for name, value in wanted.items():
-        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+        assert buffers[name].dtype == value.dtype and torch.equal(buffers[name], value), name
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float16, torch.float32], ids=str)

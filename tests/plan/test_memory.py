@@ -21,7 +21,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_predicted_is_what_a_step_holds(name):
     config, techniques, world = CASES[name]
-    made = subject(config, techniques, world=world, on="cpu")
-    foreseen = forecast(made, LENGTH, device=CPU).at(LENGTH).device
-    held = really(made, LENGTH).peak(LENGTH)
-    assert foreseen == pytest.approx(held, rel=0.03), f"{foreseen / held:.4f}"
+    settings = subject(config, techniques, world=world, on="cpu")
+    foreseen = forecast(settings, LENGTH, device=CPU).at(LENGTH).device
+    measured = really(settings, LENGTH).peak(LENGTH)
+    assert foreseen == pytest.approx(measured, rel=0.03), f"{foreseen / measured:.4f}"

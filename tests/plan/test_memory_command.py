@@ -16,12 +16,14 @@ from treering.memory.tracker import CATEGORIES
 
 @pytest.fixture
 def file(tmp_path):
-    made = tmp_path / "run.yaml"
+    config_file = tmp_path / "run.yaml"
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     model = folder(tmp_path / "model", **sizes)
     techniques = "techniques: {full: , shard: }\n"
-    made.write_text(f"model: {model}\ndata: {{train: x.jsonl, max_length: 2000}}\n{techniques}output: {tmp_path}/run\n")
-    return made
+    config_file.write_text(
+        f"model: {model}\ndata: {{train: x.jsonl, max_length: 2000}}\n{techniques}output: {tmp_path}/run\n"
+    )
+    return config_file
 
 
 def plan(capsys, *arguments: object) -> str:
@@ -30,16 +32,16 @@ def plan(capsys, *arguments: object) -> str:
 
 
 def test_it_says_what_a_step_of_the_configured_length_needs(file, capsys):
-    said = plan(capsys, file)
-    assert "2,000 tokens need" in said and "at its peak, in" in said and said.count("GiB on each rank") == 1
-    assert "fits" not in said  # nobody said how large the device is
+    output = plan(capsys, file)
+    assert "2,000 tokens need" in output and "at its peak, in" in output and output.count("GiB on each rank") == 1
+    assert "fits" not in output  # nobody said how large the device is
     assert "300 tokens need" in plan(capsys, file, "--length", 300)
 
 
 def test_what_fits_is_said_to_fit_and_how_long_it_could_be(file, capsys):
-    said = plan(capsys, file, "--world", 4, "--gpu", "8GiB")
-    assert "of 8.0: fits" in said and "would fit" not in said
-    (longest,) = re.findall(r"longest that fits: ([\d,]+) tokens", said)
+    output = plan(capsys, file, "--world", 4, "--gpu", "8GiB")
+    assert "of 8.0: fits" in output and "would fit" not in output
+    (longest,) = re.findall(r"longest that fits: ([\d,]+) tokens", output)
     assert int(longest.replace(",", "")) > 20_000
 
 
@@ -54,14 +56,14 @@ def test_what_does_not_fit_is_told_what_to_write(file, capsys, monkeypatch):
             t.recompute is not None,
             t.recompute is not None and t.recompute.offload == "cpu",
         ]
-        held = dict.fromkeys(CATEGORIES, 2**33 / 2 ** sum(on) / state.ranks)
-        peak = Peak(phases=dict.fromkeys(PHASES, held), host=0.0, reserved=0.0)
+        categories = dict.fromkeys(CATEGORIES, 2**33 / 2 ** sum(on) / state.ranks)
+        peak = Peak(phases=dict.fromkeys(PHASES, categories), host=0.0, reserved=0.0)
         return SimpleNamespace(at=lambda length: peak, longest=lambda room: 0)
 
     monkeypatch.setattr(command, "_forecast", forecast)
-    said = plan(capsys, file, "--gpu", "17GiB", "--length", 16000)
-    assert "need 64.0 GiB on each rank of 17.0: does NOT fit" in said
-    assert "would fit with a tiled loss, recompute:\n      tiledloss:\n      recompute:" in said
+    output = plan(capsys, file, "--gpu", "17GiB", "--length", 16000)
+    assert "need 64.0 GiB on each rank of 17.0: does NOT fit" in output
+    assert "would fit with a tiled loss, recompute:\n      tiledloss:\n      recompute:" in output
     assert "would fit with 2 ranks, a tiled loss, recompute, activations" in plan(capsys, file, "--gpu", "4GiB")
 
 

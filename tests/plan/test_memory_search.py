@@ -56,9 +56,9 @@ def test_a_run_is_tried_once():
     assert len(tried) == len(set(tried))
 
 
-def peak(**held: float) -> Peak:
-    whole = {name: held.get(name, 0.0) * GIB for name in CATEGORIES}
-    return Peak(phases=dict.fromkeys(("forward", "loss", "backward", "step"), whole), host=0.0, reserved=GIB)
+def peak(**gigabytes: float) -> Peak:
+    categories = {name: gigabytes.get(name, 0.0) * GIB for name in CATEGORIES}
+    return Peak(phases=dict.fromkeys(("forward", "loss", "backward", "step"), categories), host=0.0, reserved=GIB)
 
 
 def test_a_bar_is_as_long_as_what_is_held_and_ends_where_the_device_does():

@@ -24,7 +24,7 @@ from treering.technique import Applied, Stage
 SHORT = llama(num_hidden_layers=2)
 
 
-def held(tracker: Tracker) -> int:
+def live_bytes(tracker: Tracker) -> int:
     return sum(by for by, record, _ in tracker.events if not record.host)
 
 
@@ -32,19 +32,19 @@ def test_a_storage_counts_once_from_the_first_tensor_on_it_to_the_last():
     with Tracker(CPU) as tracker:
         x = torch.empty(1024)
         view, other = x[10:], x.view(32, 32)
-        assert held(tracker) == 4096
+        assert live_bytes(tracker) == 4096
         del x, view
-        assert held(tracker) == 4096
+        assert live_bytes(tracker) == 4096
         other.add_(1)
-        assert held(tracker) == 4096
+        assert live_bytes(tracker) == 4096
         del other
-        assert held(tracker) == 0
+        assert live_bytes(tracker) == 0
 
 
 def test_sizes_are_rounded_as_an_allocator_does():
     with Tracker(CPU) as tracker:
         x = torch.ones(1)
-        assert held(tracker) == 512
+        assert live_bytes(tracker) == 512
         del x
 
 
@@ -53,13 +53,13 @@ def test_a_storage_that_is_freed_and_filled_again_by_resizing_is_followed():
         x = torch.empty(1024)
         x.untyped_storage().resize_(0)
         y = torch.ones(1)
-        assert held(tracker) == 512
+        assert live_bytes(tracker) == 512
         x.untyped_storage().resize_(4096)
         x.copy_(y)
-        assert held(tracker) == 4096 + 512
+        assert live_bytes(tracker) == 4096 + 512
         del x, y
         gc.collect()
-        assert held(tracker) == 0
+        assert live_bytes(tracker) == 0
         assert tracker.events[0][1].category == "gathered"
 
 
@@ -95,10 +95,10 @@ def test_attention_keeps_its_inputs_its_output_and_a_log_sum_exp():
     with FakeTensorMode(), Tracker(device) as tracker:
         make = lambda heads: torch.empty(1, T, heads, D, device=device, dtype=torch.bfloat16).transpose(1, 2)  # noqa: E731
         q, k, v = (make(n).requires_grad_() for n in (H, K, K))
-        before = held(tracker)
+        before = live_bytes(tracker)
         out, _ = attention.attention(nn.Module(), q, k, v)
         result, kept, norms = 2 * T * H * D, 2 * T * H * D, 4 * T * H
-        assert held(tracker) - before == result + kept + norms
+        assert live_bytes(tracker) - before == result + kept + norms
         out.sum().backward()
         assert all(x.grad.shape == x.shape for x in (q, k, v))
 
@@ -110,23 +110,23 @@ def test_a_length_is_a_prime_whose_predecessor_is_twice_one():
 
 
 def test_a_step_of_any_length_is_read_from_one_trace():
-    made = subject(SHORT, [tr.Full(), tr.TiledLoss(tile=64), tr.Shard()], world=2)
-    short, long = forecast(made, 400), forecast(made, 1500)
+    settings = subject(SHORT, [tr.Full(), tr.TiledLoss(tile=64), tr.Shard()], world=2)
+    short, long = forecast(settings, 400), forecast(settings, 1500)
     for length in (300, 1000, 5000):
         assert short.at(length).device == pytest.approx(long.at(length).device, rel=0.01)
 
 
 def test_the_longest_that_fits_fits_and_one_step_more_does_not():
-    found = forecast(subject(SHORT, [tr.Full()]), 400)
-    room = found.at(3000).device
-    longest = found.longest(room, step=8)
+    predicted = forecast(subject(SHORT, [tr.Full()]), 400)
+    limit = predicted.at(3000).device
+    longest = predicted.longest(limit, step=8)
     assert 2992 <= longest <= 3008
-    assert found.at(longest).device <= room < found.at(longest + 8).device
-    assert found.longest(found.at(1).device) == 0
+    assert predicted.at(longest).device <= limit < predicted.at(longest + 8).device
+    assert predicted.longest(predicted.at(1).device) == 0
 
 
 @pytest.mark.parametrize(
-    "made",
+    "settings",
     [
         pytest.param(subject(llama(), [tr.Full(), tr.Recompute(), tr.Shard()], world=4), marks=pytest.mark.slow),
         pytest.param(
@@ -140,19 +140,19 @@ def test_the_longest_that_fits_fits_and_one_step_more_does_not():
     ],
     ids=["even", "every second block of experts", "tiled"],
 )
-def test_a_deep_model_is_read_from_its_first_blocks(made):
-    few, all_of_them = forecast(made, 200), forecast(replace(made, whole=True), 200)
+def test_a_deep_model_is_read_from_its_first_blocks(settings):
+    few, all_of_them = forecast(settings, 200), forecast(replace(settings, all_blocks=True), 200)
     assert len(few.traces) == 2 and len(all_of_them.traces) == 1
     for length in (200, 2000):
-        found, wanted = few.at(length), all_of_them.at(length)
+        predicted, wanted = few.at(length), all_of_them.at(length)
         for phase, categories in wanted.phases.items():
-            assert sum(found.phases[phase].values()) == pytest.approx(sum(categories.values()), rel=0.005), phase
+            assert sum(predicted.phases[phase].values()) == pytest.approx(sum(categories.values()), rel=0.005), phase
 
 
 def test_blocks_that_differ_are_traced_with_all_of_them():
     train = tr.Full(train=("*layers.[0-3].*",))
-    found = forecast(subject(llama(), [train]), 100)
-    assert found.layout == RepeatedBlocks(depth=6, prefix=0, period=6) and len(found.traces) == 1
+    predicted = forecast(subject(llama(), [train]), 100)
+    assert predicted.layout == RepeatedBlocks(depth=6, prefix=0, period=6) and len(predicted.traces) == 1
     named = forecast(subject(llama(), [tr.Full(train=("*layers.5.*",))]), 100)
     assert len(named.traces) == 1
 
@@ -182,22 +182,22 @@ def test_offloaded_states_are_in_host_memory_and_leave_the_device():
 
 
 def test_every_category_of_a_sharded_run_is_there():
-    found = forecast(subject(SHORT, [tr.LoRA(rank=4), tr.Recompute(), tr.Shard(compute="bfloat16")], world=2), 100)
-    held = {c: max(found.at(100).phases[p][c] for p in found.at(100).phases) for c in CATEGORIES}
-    assert all(held.values()), held
+    predicted = forecast(subject(SHORT, [tr.LoRA(rank=4), tr.Recompute(), tr.Shard(compute="bfloat16")], world=2), 100)
+    peaks = {c: max(predicted.at(100).phases[p][c] for p in predicted.at(100).phases) for c in CATEGORIES}
+    assert all(peaks.values()), peaks
     lora = sum(r * (i + o) for r, i, o in [(4, 64, 64)] * 4 + [(4, 64, 176)] * 3) * 2
-    assert held["technique"] == pytest.approx(4 * lora / 2, rel=0.1)
+    assert peaks["technique"] == pytest.approx(4 * lora / 2, rel=0.1)
     steps = 512 * 2 * 7 * 2  # how many there were: a number for each tensor, in the smallest piece of memory
-    assert held["optimizer"] == pytest.approx(2 * held["technique"] + steps, rel=0.01)
+    assert peaks["optimizer"] == pytest.approx(2 * peaks["technique"] + steps, rel=0.01)
 
 
 def test_the_formula_agrees_with_the_trace_of_a_llama():
     techniques = [tr.Full(), tr.Recompute(), tr.Shard(compute="bfloat16")]
-    made = subject(llama_8b(), techniques, world=8)
-    traced = forecast(made, 2000).at(32768)
+    settings = subject(llama_8b(), techniques, world=8)
+    traced = forecast(settings, 2000).at(32768)
     with pretend.ranks(8):
         with torch.device("meta"):
-            model = hf.LlamaForCausalLM(made.config)
+            model = hf.LlamaForCausalLM(settings.config)
         plan = draft(model, techniques, mesh=tr.mesh(device="cpu"), weights=False)
         foreseen = formula(
             plan, width=2, recompute=True, offload=False, tiles="none", tiled_loss=False, host=False
@@ -223,9 +223,9 @@ class Curious:
 
 
 def test_what_depends_on_values_cannot_be_planned_and_says_so():
-    made: Subject = subject(SHORT, [tr.Full(), Curious()])
+    settings: Subject = subject(SHORT, [tr.Full(), Curious()])
     with pytest.raises(PlanError, match="depends on values"):
-        forecast(made, 100)
+        forecast(settings, 100)
 
 
 class Counted:

@@ -72,11 +72,11 @@ def recorded(arch, techniques, sizes, micro_batches, folder):
 
 
 def reported(run, micro_batches):
-    found = {}
+    totals = {}
     for _, message in run.plan.messages(Workload(tokens=12, micro_batches=micro_batches)):
-        size, calls = found.get((message.kind, message.ranks), (0, 0))
-        found[message.kind, message.ranks] = size + message.bytes, calls + message.calls
-    return found
+        size, calls = totals.get((message.kind, message.ranks), (0, 0))
+        totals[message.kind, message.ranks] = size + message.bytes, calls + message.calls
+    return totals
 
 
 OSFT = {"protect": "weights", "ratio": 0.4}
@@ -124,8 +124,8 @@ def every(cases, sizes, folder):
     ids=["two ranks", "uneven rows", "replicas"],
 )
 def test_what_is_reported_is_what_is_sent(world, sizes, cases, tmp_path):
-    for found in on_ranks(world, every, list(cases), sizes, tmp_path):
-        for name, (reported, seen) in found.items():
+    for totals in on_ranks(world, every, list(cases), sizes, tmp_path):
+        for name, (reported, seen) in totals.items():
             assert reported == seen and reported, name
 
 
@@ -138,8 +138,8 @@ def forward_only(folder):
 
 
 def test_a_frozen_run_only_gathers(tmp_path):
-    for found, seen in on_ranks(2, forward_only, tmp_path):
-        assert found == seen and [kind for kind, _ in seen] == ["all_gather"]
+    for totals, seen in on_ranks(2, forward_only, tmp_path):
+        assert totals == seen and [kind for kind, _ in seen] == ["all_gather"]
 
 
 def test_one_rank_sends_nothing():

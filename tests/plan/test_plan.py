@@ -116,8 +116,8 @@ def test_a_live_model_and_its_folder_give_the_same_run(tmp_path):
     from_folder = tr.compose(tmp_path / "m", [tr.Full()])
     live = tr.compose(build("qwen3_moe"), [tr.Full()])
     assert_all_same(weights(from_folder), weights(live))
-    found, wanted = train(from_folder, [rows(3)]), train(live, [rows(3)])
-    assert found == wanted
+    losses, wanted = train(from_folder, [rows(3)]), train(live, [rows(3)])
+    assert losses == wanted
 
 
 def test_a_batch_that_was_not_counted_is_refused():

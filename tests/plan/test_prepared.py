@@ -82,7 +82,7 @@ def cache(tmp_path):
     return tmp_path / "prepared"
 
 
-def held(log, cache, model=None, **how):
+def loaded(log, cache, model=None, **how):
     settings = {k: how.pop(k) for k in ("factor", "fails_on") if k in how}
     run = tr.compose(
         model if model is not None else build("llama"), [Halves(log=str(log), **settings)], prepared=cache, **how
@@ -91,11 +91,11 @@ def held(log, cache, model=None, **how):
 
 
 def test_a_second_time_nothing_is_split_and_every_bit_is_the_same(log, cache):
-    first = held(log, cache)
+    first = loaded(log, cache)
     assert splits(log) == sorted(TARGETS)
     files = {p: p.stat().st_mtime_ns for p in cache.iterdir()}
     assert len(files) == 3
-    assert_all_same(held(log, cache), first)
+    assert_all_same(loaded(log, cache), first)
     assert splits(log) == sorted(TARGETS)
     assert {p: p.stat().st_mtime_ns for p in cache.iterdir()} == files
 
@@ -108,19 +108,19 @@ def test_the_loss_at_load_is_remembered(log, cache):
 
 
 def test_one_changed_bit_of_one_weight_is_split_again_alone(log, cache):
-    held(log, cache)
+    loaded(log, cache)
     model = build("llama")
     with torch.no_grad():
         weight = model.get_submodule(TARGETS[0]).weight
         weight[3, 4] = torch.nextafter(weight[3, 4], torch.tensor(9.0))
-    held(log, cache, model)
+    loaded(log, cache, model)
     assert splits(log) == sorted([*TARGETS, TARGETS[0]])
 
 
 @pytest.mark.parametrize("how", [{"factor": 0.5}, {"seed": 1}], ids=str)
 def test_other_settings_or_another_seed_miss(log, cache, how):
-    held(log, cache)
-    held(log, cache, **how)
+    loaded(log, cache)
+    loaded(log, cache, **how)
     assert len(splits(log)) == 6
 
 
@@ -128,9 +128,9 @@ def test_other_settings_or_another_seed_miss(log, cache, how):
 def test_another_dtype_of_the_same_file_misses(log, cache, tmp_path, order):
     folder = save("llama", tmp_path / "m")
     for dtype in order:
-        found = held(log, cache, folder, dtype=dtype)
-        alone = held(log, tmp_path / f"only {dtype}", folder, dtype=dtype)
-        assert_all_same(found, alone)
+        values = loaded(log, cache, folder, dtype=dtype)
+        alone = loaded(log, tmp_path / f"only {dtype}", folder, dtype=dtype)
+        assert_all_same(values, alone)
 
 
 def test_a_base_that_moves_is_kept_in_the_dtype_it_will_live_in(cache, tmp_path):
@@ -146,11 +146,11 @@ def test_a_base_that_moves_is_kept_in_the_dtype_it_will_live_in(cache, tmp_path)
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
 def test_a_file_that_was_cut_short_is_made_again(log, cache, keep):
-    first = held(log, cache)
+    first = loaded(log, cache)
     victim = sorted(cache.iterdir())[0]
     whole = victim.read_bytes()
     victim.write_bytes(whole[:keep])
-    assert_all_same(held(log, cache), first)
+    assert_all_same(loaded(log, cache), first)
     assert len(splits(log)) == 4 and victim.read_bytes() == whole
 
 
@@ -166,7 +166,7 @@ def notes(log, cache, **settings):
 
 @pytest.mark.parametrize("where", ["first value", "last value", "loss", "header", "length"])
 def test_a_flipped_bit_is_found_and_the_result_made_again(where, log, cache):
-    first = held(log, cache)
+    first = loaded(log, cache)
     victim = sorted(cache.iterdir())[0]
     whole = victim.read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")
@@ -182,45 +182,45 @@ def test_a_flipped_bit_is_found_and_the_result_made_again(where, log, cache):
     }
     flipped(victim, places[where])
     [note] = notes(log, cache)
-    assert "1 of 3 prepared results had to be made again" in note and victim.name in note and "damaged" in note
+    assert "1 of 3 prepared results had to be computed again" in note and victim.name in note and "damaged" in note
     assert len(splits(log)) == 4 and victim.read_bytes() == whole
-    assert_all_same(held(log, cache), first)
+    assert_all_same(loaded(log, cache), first)
     assert notes(log, cache) == ()
 
 
 def test_any_bit_of_a_file_may_flip(log, cache):
     """None of them is believed; a few of the header's are blanks and do no harm."""
-    first = held(log, cache)
+    first = loaded(log, cache)
     victim = sorted(cache.iterdir())[0]
     whole = victim.read_bytes()
     for i in range(0, len(whole), len(whole) // 60):
         flipped(victim, i, bit=i % 8)
-        assert_all_same(held(log, cache), first)
+        assert_all_same(loaded(log, cache), first)
         victim.write_bytes(whole)
 
 
 def test_a_file_of_an_earlier_version_is_made_again_and_said_so(log, cache):
-    first = held(log, cache)
+    first = loaded(log, cache)
     for path in cache.iterdir():
         save_file(load_file(path), path)  # as they were written: no digests
     flipped(sorted(cache.iterdir())[0], -1)
     [note] = notes(log, cache)
     assert "3 of 3 prepared results" in note and "earlier version, without digests" in note and "and 2 more" in note
     assert len(splits(log)) == 6
-    assert_all_same(held(log, cache), first)
+    assert_all_same(loaded(log, cache), first)
     assert len(splits(log)) == 6
 
 
 def test_the_result_of_another_weight_under_this_name_is_not_believed(log, cache):
-    first = held(log, cache)
+    first = loaded(log, cache)
     one, other, _ = sorted(cache.iterdir())
     one.write_bytes(other.read_bytes())
     assert "does not belong to it" in notes(log, cache)[0]
-    assert_all_same(held(log, cache), first)
+    assert_all_same(loaded(log, cache), first)
 
 
 def test_a_note_is_part_of_what_is_explained(log, cache):
-    held(log, cache)
+    loaded(log, cache)
     flipped(sorted(cache.iterdir())[0], -1)
     run = tr.compose(build("llama"), [Halves(log=str(log))], prepared=cache)
     assert run.notes[0] in run.explain()
@@ -231,7 +231,7 @@ def test_a_result_is_on_the_disk_before_it_has_its_name(log, cache, monkeypatch)
     fsync, link = os.fsync, os.link
     monkeypatch.setattr(os, "fsync", lambda handle: (seen.append("fsync"), fsync(handle))[1])
     monkeypatch.setattr(os, "link", lambda *names: (seen.append("name"), link(*names))[1])
-    held(log, cache)
+    loaded(log, cache)
     assert seen == ["fsync", "name", "fsync"] * 3
 
 
@@ -240,15 +240,15 @@ def test_a_full_disk_is_a_message(log, cache, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(TensorWriter, "open", full)
-    with pytest.raises(tr.CheckpointError, match="cannot be written: No space left on device; make room"):
-        held(log, cache)
+    with pytest.raises(tr.CheckpointError, match="cannot be written: No space left on device; free some space"):
+        loaded(log, cache)
     assert not list(cache.iterdir())
 
 
 def test_a_folder_that_cannot_be_made_is_a_message(log, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(tr.CheckpointError, match="for prepared tensors cannot be made"):
-        held(log, tmp_path / "file" / "prepared")
+    with pytest.raises(tr.CheckpointError, match="for prepared tensors cannot be created"):
+        loaded(log, tmp_path / "file" / "prepared")
 
 
 def on_a_rank_with_notes(log, cache):
@@ -257,23 +257,23 @@ def on_a_rank_with_notes(log, cache):
 
 
 def test_ranks_check_their_share_and_all_know_of_the_damage(log, cache):
-    wanted = held(log, cache)
+    wanted = loaded(log, cache)
     for path in cache.iterdir():
         flipped(path, -1)
-    for found, told in on_ranks(2, on_a_rank_with_notes, log, cache):
-        assert_all_same(found, wanted)
-        assert len(told) == 1 and "3 of 3 prepared results had to be made again" in told[0]
+    for values, messages in on_ranks(2, on_a_rank_with_notes, log, cache):
+        assert_all_same(values, wanted)
+        assert len(messages) == 1 and "3 of 3 prepared results had to be computed again" in messages[0]
 
 
 def test_nothing_half_written_is_left_behind(log, cache):
-    held(log, cache)
+    loaded(log, cache)
     assert all(p.suffix == ".safetensors" and not p.name.startswith(".") for p in cache.iterdir())
 
 
 def test_what_a_crash_left_behind_is_not_read(log, cache):
     cache.mkdir()
     (cache / ".abc.def.tmp").write_bytes(b"half")
-    held(log, cache)
+    loaded(log, cache)
     assert len(splits(log)) == 3
 
 
@@ -284,16 +284,16 @@ def on_a_rank(log, cache, settings):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_split_each_weight_once_and_slice_the_same_bits(log, cache, world, tmp_path):
-    wanted = held(tmp_path / "other log", tmp_path / "other")
-    for found in on_ranks(world, on_a_rank, log, cache, {}):
-        assert_all_same(found, wanted)
+    wanted = loaded(tmp_path / "other log", tmp_path / "other")
+    for values in on_ranks(world, on_a_rank, log, cache, {}):
+        assert_all_same(values, wanted)
     assert splits(log) == sorted(TARGETS)
 
 
 def test_what_one_rank_prepared_two_ranks_read(log, cache):
-    wanted = held(log, cache)
-    for found in on_ranks(2, on_a_rank, log, cache, {}):
-        assert_all_same(found, wanted)
+    wanted = loaded(log, cache)
+    for values in on_ranks(2, on_a_rank, log, cache, {}):
+        assert_all_same(values, wanted)
     assert splits(log) == sorted(TARGETS)
 
 
@@ -308,7 +308,7 @@ def test_a_split_that_fails_on_one_rank_ends_all_with_its_message(log, cache):
     first, second = on_ranks(2, failing, log, cache)
     assert first == second and "ValueError: the split of model.layers.0.mlp.gate_proj went wrong" in first
     assert "rank 0" in first or "rank 1" in first
-    held(log, cache)  # what the other splits made is not lost, and the failed one left nothing
+    loaded(log, cache)  # what the other splits made is not lost, and the failed one left nothing
     assert splits(log).count(TARGETS[1]) == 1
 
 
@@ -327,7 +327,7 @@ def test_starts_that_read_nothing_cache_nothing(cache):
 
 
 def test_files_are_plain_safetensors(log, cache):
-    held(log, cache)
-    found = load_file(sorted(cache.iterdir())[0])
-    assert sorted(name.rpartition(".")[2] for name in found) == ["left", "lost", "right"]
-    save_file(found, cache / "copy.safetensors")
+    loaded(log, cache)
+    values = load_file(sorted(cache.iterdir())[0])
+    assert sorted(name.rpartition(".")[2] for name in values) == ["left", "lost", "right"]
+    save_file(values, cache / "copy.safetensors")

@@ -55,44 +55,44 @@ def trained(case, world, kind, arch, dtype, folder, uneven=False, sharding=None)
 @pytest.mark.parametrize("case", TECHNIQUES)
 def test_two_ranks_train_like_one(case, tmp_path):
     losses, wanted = trained(case, 1, torch.optim.SGD, "llama", torch.float32, tmp_path)
-    for found_losses, found in on_ranks(2, trained, case, 2, torch.optim.SGD, "llama", torch.float32, tmp_path):
-        assert found_losses == pytest.approx(losses, rel=1e-6)
-        assert_all_same(found, wanted, 1e-6)
+    for losses_of_rank, parameters in on_ranks(2, trained, case, 2, torch.optim.SGD, "llama", torch.float32, tmp_path):
+        assert losses_of_rank == pytest.approx(losses, rel=1e-6)
+        assert_all_same(parameters, wanted, 1e-6)
 
 
 @pytest.mark.parametrize("case", ["full", "lora"])
 @pytest.mark.parametrize("world", [3, 4])
 def test_adamw_in_fp64_on_three_and_four_ranks(case, world, tmp_path):
     _, wanted = trained(case, 1, torch.optim.AdamW, "llama", torch.float64, tmp_path)
-    for _, found in on_ranks(world, trained, case, world, torch.optim.AdamW, "llama", torch.float64, tmp_path):
-        assert_all_same(found, wanted, 1e-10)
+    for _, parameters in on_ranks(world, trained, case, world, torch.optim.AdamW, "llama", torch.float64, tmp_path):
+        assert_all_same(parameters, wanted, 1e-10)
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3_moe", "gemma2", "gpt_oss"])
 def test_other_architectures_tied_and_mixed(arch, tmp_path):
     _, wanted = trained("full", 1, torch.optim.SGD, arch, torch.float32, tmp_path)
-    _, found = on_ranks(2, trained, "full", 2, torch.optim.SGD, arch, torch.float32, tmp_path)[0]
-    assert_all_same(found, wanted, 1e-6)
+    _, parameters = on_ranks(2, trained, "full", 2, torch.optim.SGD, arch, torch.float32, tmp_path)[0]
+    assert_all_same(parameters, wanted, 1e-6)
 
 
 def test_a_rank_with_fewer_micro_batches_runs_empty_ones(tmp_path):
     _, wanted = trained("full", 1, torch.optim.SGD, "llama", torch.float32, tmp_path)
-    _, found = on_ranks(2, trained, "full", 2, torch.optim.SGD, "llama", torch.float32, tmp_path, True)[0]
-    assert_all_same(found, wanted, 1e-6)
+    _, parameters = on_ranks(2, trained, "full", 2, torch.optim.SGD, "llama", torch.float32, tmp_path, True)[0]
+    assert_all_same(parameters, wanted, 1e-6)
 
 
 @pytest.mark.parametrize("sharding", [{"replicate": 2, "shard": 2}, {"replicate": -1, "shard": 1}], ids=str)
 def test_hybrid_and_plain_replication(sharding, tmp_path):
     _, wanted = trained("lora and norms", 1, torch.optim.AdamW, "llama", torch.float64, tmp_path)
-    for _, found in on_ranks(
+    for _, parameters in on_ranks(
         4, trained, "lora and norms", 4, torch.optim.AdamW, "llama", torch.float64, tmp_path, False, sharding
     ):
-        assert_all_same(found, wanted, 1e-10)
+        assert_all_same(parameters, wanted, 1e-10)
 
 
 def test_sharding_on_one_rank_without_a_launcher_changes_nothing(tmp_path):
     _, wanted = trained("full", 1, torch.optim.SGD, "llama", torch.float32, tmp_path)
-    [(_, found)] = on_ranks(
+    [(_, parameters)] = on_ranks(
         1, trained, "full", 1, torch.optim.SGD, "llama", torch.float32, tmp_path, False, {"shard": 1}
     )
-    assert_all_same(found, wanted, 0.0)
+    assert_all_same(parameters, wanted, 0.0)

@@ -29,7 +29,7 @@ def test_older_names_in_the_source_are_no_reason_to_refuse(tmp_path):
 
 
 def test_a_rehearsal_finds_what_would_fail_at_the_end(tmp_path, monkeypatch):
-    from treering.plan import rehearse as room
+    from treering.plan import rehearse as module
 
     run = tr.compose(save("qwen3_moe", tmp_path / "m"), [tr.Full()])
     with monkeypatch.context() as patch:
@@ -39,14 +39,14 @@ def test_a_rehearsal_finds_what_would_fail_at_the_end(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     with pytest.raises(tr.CheckpointError, match="is a file"):
         rehearse(run.plan, tmp_path / "file" / "out")
-    translate = room.to_file_layout
+    translate = module.to_file_layout
     with monkeypatch.context() as patch:
-        patch.setattr(room, "to_file_layout", lambda *a: {n: v[:1] for n, v in translate(*a).items()})
+        patch.setattr(module, "to_file_layout", lambda *a: {n: v[:1] for n, v in translate(*a).items()})
         with pytest.raises(tr.CheckpointError, match="would be exported as"):
             rehearse(run.plan, tmp_path / "out")
-    whole = room.layout
+    layout = module.layout
     with monkeypatch.context() as patch:
-        patch.setattr(room, "layout", lambda plan: {n: v for n, v in whole(plan).items() if "experts.1" not in n})
+        patch.setattr(module, "layout", lambda plan: {n: v for n, v in layout(plan).items() if "experts.1" not in n})
         with pytest.raises(tr.CheckpointError, match="no export of it would be read as that"):
             rehearse(run.plan, tmp_path / "out")
     with torch.no_grad():
@@ -55,10 +55,10 @@ def test_a_rehearsal_finds_what_would_fail_at_the_end(tmp_path, monkeypatch):
         rehearse(run.plan, tmp_path / "out")
 
 
-def test_an_adapter_alone_needs_room_for_itself_only(tmp_path, monkeypatch):
+def test_an_adapter_alone_needs_space_for_itself_only(tmp_path, monkeypatch):
     folder = save("llama", tmp_path / "m")
-    whole = (folder / "model.safetensors").stat().st_size
-    monkeypatch.setattr(publish, "free", lambda path: whole // 2 + publish.SPARE)
+    size = (folder / "model.safetensors").stat().st_size
+    monkeypatch.setattr(publish, "free", lambda path: size // 2 + publish.SPARE)
     rehearse(tr.compose(folder, [tr.LoRA(rank=1)]).plan, tmp_path / "out")
     with pytest.raises(tr.CheckpointError, match="are free"):
         rehearse(tr.compose(folder, [tr.LoRA(rank=2, init="pissa", targets=("q_proj",))]).plan, tmp_path / "out")

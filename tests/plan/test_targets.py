@@ -9,7 +9,7 @@ import torch
 import treering as tr
 from tests.toy import packed, rows
 from tests.zoo import build
-from treering.plan.loss import IGNORED, trained_tokens, with_targets
+from treering.plan.batches import IGNORED, trained_tokens, with_targets
 from treering.technique import Applied, Claim, Stage
 
 

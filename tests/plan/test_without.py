@@ -47,7 +47,7 @@ def test_without_its_adapters_a_model_is_the_base_model_bit_for_bit(case):
         with run.without():
             nested = logits(run.model)
         again = logits(run.model)
-    assert all(torch.equal(found, wanted) for found in (inside, nested, again))
+    assert all(torch.equal(results, wanted) for results in (inside, nested, again))
     assert not torch.equal(before, wanted) and torch.equal(logits(run.model), before)
 
 
@@ -86,7 +86,7 @@ def test_a_model_that_keeps_nothing_of_its_beginning_says_so(technique):
 
 def interleaved(folder):
     """Teacher and student take turns in a sharded run; the training is that of a run without a teacher."""
-    found = {}
+    results = {}
     for case in ("lora", "recomputed", "one-sided"):
         for compute in ("stored", "bfloat16"):
             sharding = [tr.Shard(compute=compute)]
@@ -103,10 +103,10 @@ def interleaved(folder):
                     run.step(optimizer)
             alone, other = ({n: v.clone() for n, v in run.plain()} for run in runs)
             assert all(torch.equal(alone[name], other[name]) for name in alone)
-            found[case, compute] = bool(torch.isfinite(logits(runs[0].model)).all())
-    return found
+            results[case, compute] = bool(torch.isfinite(logits(runs[0].model)).all())
+    return results
 
 
 def test_a_sharded_teacher_takes_turns_with_its_student(tmp_path):
-    for found in on_ranks(2, interleaved, tmp_path):
-        assert len(found) == 6 and all(found.values())
+    for results in on_ranks(2, interleaved, tmp_path):
+        assert len(results) == 6 and all(results.values())

@@ -372,7 +372,7 @@ def test_one_document_over_many_epochs_on_more_ranks_than_bins(tmp_path):
 
 
 def test_the_demo_takes_a_folder_of_any_name_and_no_file(tmp_path):
-    from treering.cli.options import load
+    from treering.cli.config import load
     from treering.demo import acts
     from treering.demo import run as demo
 

@@ -92,7 +92,7 @@ def test_a_checkpoint_without_operators_resumes_bitwise_and_is_smaller_by_them(r
     interrupted(root, "cut")
     train(settings(root, "cut"))
     assert_all_same(tensors(root, "cut"), tensors(root, "complete"))
-    assert "resumes after step 5" in notes(root, "cut") and "made again" not in notes(root, "cut")
+    assert "resumes after step 5" in notes(root, "cut") and "computed again" not in notes(root, "cut")
 
 
 def test_a_moved_run_folder_resumes_bitwise(root):
@@ -100,7 +100,7 @@ def test_a_moved_run_folder_resumes_bitwise(root):
     interrupted(root, "cut").rename(root / "elsewhere")
     train(settings(root, "elsewhere"))
     assert_all_same(tensors(root, "elsewhere"), tensors(root, "complete"))
-    assert "made again" not in notes(root, "elsewhere")
+    assert "computed again" not in notes(root, "elsewhere")
 
 
 def test_a_result_is_found_by_its_digest_under_any_library_version(root, monkeypatch):
@@ -175,7 +175,7 @@ def test_results_are_not_made_again_from_other_weights(root):
     shutil.rmtree(interrupted(root, "cut") / "prepared")
     one = settings(root, "cut")
     forced = replace(one, train=replace(one.train, checkpoint=Checkpoint(force=True)), seed=1)
-    with pytest.raises(tr.CheckpointError, match="cannot be made again: this run has another seed"):
+    with pytest.raises(tr.CheckpointError, match="cannot be computed again: this run has another seed"):
         train(forced)
 
 
@@ -187,7 +187,7 @@ def test_a_checkpoint_with_operators_opens_and_its_successors_stay_so(root):
     assert json.loads(json.loads((folder / "checkpoints/step-5/manifest.json").read_text())["content"])["format"] == 2
     train(settings(root, "cut"))
     assert_all_same(tensors(root, "cut"), tensors(root, "complete"))
-    assert "made again" not in notes(root, "cut") and not saved(root, "cut").prepared
+    assert "computed again" not in notes(root, "cut") and not saved(root, "cut").prepared
 
 
 def test_a_checkpoint_without_operators_is_continued_by_self_contained_ones(root):
@@ -295,7 +295,7 @@ def test_an_export_takes_a_frozen_base_from_its_result(root, prepared, caplog):
     before = load_file(root / "model" / "model.safetensors")
     assert torch.equal(exported[f"{Packed.name}.weight"], before[f"{Packed.name}.weight"])
     assert not torch.equal(exported["model.norm.weight"], before["model.norm.weight"])
-    assert ("made again" in caplog.text) == (prepared == "gone")
+    assert ("computed again" in caplog.text) == (prepared == "gone")
 
 
 def trained(root, output):

@@ -61,7 +61,7 @@ def test_a_flipped_bit_of_a_prepared_result_does_not_reach_training(tmp_path):
         path.write_bytes(content)
     train(job(tmp_path, "cut", techniques=technique, train=settings))
     assert losses(tmp_path, "cut") == losses(tmp_path, "whole")
-    assert "prepared results had to be made again" in (tmp_path / "cut" / "metrics.jsonl").read_text()
+    assert "prepared results had to be computed again" in (tmp_path / "cut" / "metrics.jsonl").read_text()
 
 
 class Stop(Exception):

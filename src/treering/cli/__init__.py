@@ -1,8 +1,8 @@
-"""The command line: one file a command, the configuration's schema, and the door that it is read through."""
+"""The command line: one file a command, the configuration's schema, and the parsing of configuration files."""
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script `treering`."""
     from treering.cli.entry import main
 
     main()

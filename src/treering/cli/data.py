@@ -1,11 +1,11 @@
-"""`treering data`: look at what a model would be trained on."""
+"""`treering data`: show, tokenise or check what a model would be trained on."""
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from treering.cli.options import ConfigFile, Settings, load
+from treering.cli.config import ConfigFile, Settings, load
 from treering.cli.text import count as number
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from treering.data.examine import ShownDocument
     from treering.data.examples import Examples, Report
 
-NAME = "data"
 app = typer.Typer(help="Look at what a model would be trained on.", no_args_is_help=True)
 Which = Annotated[Literal["train", "eval"], typer.Option(help="Which of the two sets.")]
 

@@ -1,4 +1,4 @@
-"""`treering doctor`: whether runs will work on this machine. Each check looks at one thing and names a remedy."""
+"""`treering doctor`: whether runs will work on this machine. Each check examines one thing and names a remedy."""
 
 import os
 import shutil
@@ -10,10 +10,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from treering.cli.machine import Finding, free_space, memory, versions
+from treering.cli.env import Finding, free_space, memory, versions
 from treering.cli.text import size
 
-NAME = "doctor"
 _STYLES = {"ok": "green", "warn": "yellow", "bad": "bold red"}
 GIB = 2**30
 REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "pydantic", "typer", "rich", "PyYAML", "xxhash")
@@ -29,7 +28,7 @@ def command(
 
 
 def show(findings: Iterable[Finding]) -> bool:
-    """Print findings as they come. Returns whether none is bad."""
+    """Print `findings` one after the other, and return whether none is bad."""
     from treering.cli.console import console, safe
 
     out, good = console(), True
@@ -68,6 +67,7 @@ def everything(output: Path, *, ranks: bool) -> Iterator[Finding]:
 
 
 def packages() -> Finding:
+    """Check that the required packages are installed."""
     installed = versions()
     missing = [name for name in REQUIRED if installed[name] == "not installed"]
     text = ", ".join(f"{name} {installed[name]}" for name in ("torch", "transformers", "safetensors"))
@@ -84,6 +84,7 @@ def cache() -> Path:
 
 
 def disk(folder: Path) -> Finding:
+    """Check the free space on the disk of `folder`."""
     free = free_space(folder)
     status: Literal["ok", "warn", "bad"] = "bad" if free < GIB else "warn" if free < 20 * GIB else "ok"
     remedy = "a checkpoint of a 7B model with its optimizer takes up to 84 GiB; free some space or choose another disk"
@@ -91,6 +92,7 @@ def disk(folder: Path) -> Finding:
 
 
 def writable(folder: Path) -> Finding:
+    """Check that a file in `folder` can be written, flushed and renamed."""
     name = f"writing to {folder}"
     existing = folder.expanduser()
     while not existing.exists() and existing != existing.parent:
@@ -109,6 +111,7 @@ def writable(folder: Path) -> Finding:
 
 
 def memory_available() -> Finding:
+    """Check the memory of the machine that is not in use."""
     available = memory("MemAvailable")
     if available is None:
         remedy = "compare the model's size with the machine's memory yourself"
@@ -123,6 +126,7 @@ def memory_available() -> Finding:
 
 
 def open_files() -> Finding:
+    """Check the limit of open files."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -138,6 +142,7 @@ def open_files() -> Finding:
 
 
 def file_size() -> Finding:
+    """Check the limit of the size of a file."""
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -153,6 +158,7 @@ def file_size() -> Finding:
 
 
 def shared_memory() -> Finding:
+    """Check the free space in /dev/shm."""
     folder = Path("/dev/shm")
     if not folder.is_dir():
         return Finding(name="shared memory", status="ok", result="no /dev/shm on this system")
@@ -163,6 +169,7 @@ def shared_memory() -> Finding:
 
 
 def tokenizer_threads() -> Finding:
+    """Check that tokenizers may use all cores."""
     value = os.environ.get("TOKENIZERS_PARALLELISM", "").lower()
     if value in ("false", "0", "off", "no", "n", "f"):
         remedy = "tokenising uses one core; unset TOKENIZERS_PARALLELISM"
@@ -171,6 +178,7 @@ def tokenizer_threads() -> Finding:
 
 
 def clock() -> Finding:
+    """Check that the date is possible."""
     now = time.time()
     if now < 1_735_689_600:  # the start of 2025, before the oldest torch that runs us
         remedy = "TLS and file times will be wrong; set the clock"
@@ -179,6 +187,7 @@ def clock() -> Finding:
 
 
 def torch_build() -> Finding:
+    """Check that torch can be imported and has torch.distributed."""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -192,6 +201,7 @@ def torch_build() -> Finding:
 
 
 def devices() -> Finding:
+    """Check that torch can use the GPUs of the machine."""
     try:
         import torch
     except (ImportError, OSError):

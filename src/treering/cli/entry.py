@@ -1,4 +1,4 @@
-"""How a command ends: an exit code, a message for an error that is explained, a file for one that is not."""
+"""The end of a command: an exit code, a message for an error of ours, a file with the traceback for any other."""
 
 import os
 import sys
@@ -7,15 +7,15 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from treering.cli.elastic import write_outcome
+from treering.cli.launch import write_outcome
 from treering.core.errors import TreeringError
 
-CRASHED = 70  # EX_SOFTWARE; 1 to 8 are of TreeringError, 2 is also a wrong argument
+CRASHED = 70  # EX_SOFTWARE; 1 to 8 are those of TreeringError, 2 is also a wrong argument
 INTERRUPTED = 130
 
 
 def main() -> NoReturn:
-    """Run the command of this process's arguments and leave."""
+    """Run the command of this process's arguments, and end the process."""
     code = run(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         try:

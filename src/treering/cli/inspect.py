@@ -1,4 +1,4 @@
-"""`treering inspect`: what a folder is (a model, adapter, checkpoint, run) and holds, from headers and JSON alone."""
+"""`treering inspect`: what a folder is (model, adapter, checkpoint, run) and its contents, from headers and JSON."""
 
 import json
 import re
@@ -10,12 +10,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from treering.cli.saved import SavedTensor, damage, describe_saved
+from treering.cli.saved import CheckpointTensor, damage, describe_saved
 from treering.cli.text import count, masked, plain, short, size
 from treering.core.errors import CheckpointError
 from treering.store.untrusted import Header, basename, read_header, read_json
 
-NAME = "inspect"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".distcp")
 Kind = Literal["model", "adapter", "checkpoint", "run", "folder of safetensors", "folder"]
 
@@ -33,7 +32,7 @@ class TensorGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class FolderReport:
-    """What a folder is and holds."""
+    """The kind of a folder and its contents."""
 
     kind: Kind
     facts: dict[str, str]
@@ -47,7 +46,7 @@ def command(
     full: Annotated[bool, typer.Option("--full", help="Every group of tensors, however many.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read all of a checkpoint and compare its digests.")] = False,
 ) -> None:
-    """Show what FOLDER is and what it holds. Reads headers and JSON only (--verify: every byte), and never pickle."""
+    """Show what FOLDER is and contains. Reads headers and JSON only (--verify: every byte), and never pickle."""
     from treering.cli.console import console, safe, say, table
 
     report = describe(folder, verify)
@@ -72,7 +71,7 @@ def command(
 
 
 def describe(folder: Path, verify: bool = False) -> FolderReport:
-    """Return what `folder` is. `verify`: read every byte of a checkpoint, and compare with what was written."""
+    """Return a report on `folder`. `verify`: read every byte of a checkpoint, and compare it with the digests."""
     if not folder.is_dir():
         missing = "it is a file" if folder.exists() else "there is no such folder"
         raise CheckpointError(f"{plain(str(folder))}: {missing}; give the folder of a model, an adapter or a run")
@@ -197,7 +196,7 @@ def _safetensors(folder: Path) -> list[Path]:
     return [f for f in sorted(folder.glob("*.safetensors")) if _regular(f)]
 
 
-def _totals(tensors: Iterable[Header | SavedTensor]) -> dict[str, str]:
+def _totals(tensors: Iterable[Header | CheckpointTensor]) -> dict[str, str]:
     tensors = list(tensors)
     if not tensors:
         return {}
@@ -210,8 +209,8 @@ def _totals(tensors: Iterable[Header | SavedTensor]) -> dict[str, str]:
     }
 
 
-def _rows(tensors: Iterable[Header | SavedTensor]) -> tuple[TensorGroup, ...]:
-    groups: dict[tuple[str, str, tuple[int, ...]], list[Header | SavedTensor]] = {}
+def _rows(tensors: Iterable[Header | CheckpointTensor]) -> tuple[TensorGroup, ...]:
+    groups: dict[tuple[str, str, tuple[int, ...]], list[Header | CheckpointTensor]] = {}
     for tensor in tensors:
         # `model.layers.17.mlp` and `model.layers.3.mlp` are one row.
         name = re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", tensor.name)

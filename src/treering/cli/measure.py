@@ -1,4 +1,4 @@
-"""`treering measure`: what a model's layers see of text that stands for what must be kept."""
+"""`treering measure`: the second moments of each layer's inputs, for text that represents what must be kept."""
 
 import os
 import tempfile
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from treering.cli.launch import export, ranks_from
+from treering.cli import launch
 from treering.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub name.", show_default=False)],
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to write.", show_default=False)],
     data: Annotated[
-        list[str] | None, typer.Option("--data", metavar="FILE", help="Text that stands for what must be kept.")
+        list[str] | None, typer.Option("--data", metavar="FILE", help="Text that represents what must be kept.")
     ] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Let the model write the text itself.")] = False,
     format: Annotated[
         Literal["auto", "messages", "prompt", "alpaca", "text"], typer.Option(help="Of the records in FILE.")
     ] = "auto",
-    tokens: Annotated[int, typer.Option(min=1, help="So many are measured.")] = 32768,
+    tokens: Annotated[int, typer.Option(min=1, help="How many are measured.")] = 32768,
     max_length: Annotated[int, typer.Option(min=2, help="The longest document, in tokens.")] = 2048,
     trained: Annotated[bool, typer.Option("--trained", help="Count only where an answer is predicted.")] = False,
     add: Annotated[
@@ -37,16 +37,16 @@ def command(
     ] = None,
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="To compute in.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Decides which documents, and what is written.")] = 0,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Start so many ranks on this machine.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Start this many ranks on this machine.")] = None,
 ) -> None:
     """Measure which directions the inputs of each layer use: what `osft` keeps, and the next task adds to."""
     if bool(data) == generate:
         raise ConfigError("give text to measure: --data FILE, or --generate to let the model write it; one of the two")
     if trained and generate:
         raise ConfigError("--trained counts answers in data, and --generate has none; leave one of them out")
-    ranks = ranks_from(os.environ)
+    ranks = launch.ranks_from(os.environ)
     if ranks is not None:
-        export(ranks, os.environ)
+        launch.set_environment(ranks, os.environ)
     elif nproc is not None and nproc > 1:
         _start_ranks(nproc)
         return
@@ -54,41 +54,39 @@ def command(
     run = _composed(model, dtype)
     _refuse_longer(run, max_length)
     documents, packing = _documents(run, data, format, generate, tokens, max_length, seed)
-    made = _measured(run, documents, packing, data, trained, add or [], max_length, to)
-    _table(made)
-    _few(made.rings[-1].tokens, tokens, trained)
-    _warn(made)
+    statistics = _measured(run, documents, packing, data, trained, add or [], max_length, to)
+    _table(statistics)
+    _report_missing(statistics.rings[-1].tokens, tokens, trained)
+    _warn(statistics)
 
 
 def _start_ranks(nproc: int) -> None:
     import sys
 
-    from treering.cli.elastic import start
-
     arguments = sys.argv[sys.argv.index(NAME) :]
-    start(nproc, arguments, Path(tempfile.gettempdir()) / "treering-logs")
+    launch.start(nproc, arguments, Path(tempfile.gettempdir()) / "treering-logs")
 
 
-def _few(found: int, asked: int, trained: bool) -> None:
+def _report_missing(counted: int, asked: int, trained: bool) -> None:
     from treering.cli.console import say
     from treering.core.collectives import is_first
 
-    if found < asked and not trained and is_first():
-        say(f"! only {found:,} of {asked:,} tokens: there is no more text", "yellow")
+    if counted < asked and not trained and is_first():
+        say(f"! only {counted:,} of {asked:,} tokens: there is no more text", "yellow")
 
 
-def _warn(made: "Statistics") -> None:
+def _warn(statistics: "Statistics") -> None:
     from treering.cli.console import say
     from treering.core.collectives import is_first
     from treering.techniques.osft.protection.coverage import warnings_on
 
     if is_first():
-        for text in warnings_on(made):
+        for text in warnings_on(statistics):
             say(f"! {text}", "yellow")
 
 
 def _composed(model: str, dtype: str) -> "Run":
-    """The plain model, sharded where there are several ranks. Nothing is trained."""
+    """Return the plain model, sharded where there are several ranks. Nothing is trained."""
     from treering.plan import compose
     from treering.techniques.shard import Shard
 
@@ -97,7 +95,7 @@ def _composed(model: str, dtype: str) -> "Run":
 
 
 def _refuse_taken(to: Path, add: list[Path]) -> None:
-    """Before anything is loaded: rings that are there already are not to be lost."""
+    """Refuse, before anything is loaded, a folder whose statistics would be overwritten."""
     from treering.core.errors import CheckpointError
     from treering.curvature.disk import NAME as JSON
     from treering.curvature.disk import refuse_foreign
@@ -136,13 +134,13 @@ def _documents(
     packing: Literal["on", "off"] = "off" if run.plan.unpackable else "on"
     with console(stderr=True).status("writing" if generate else "reading") as status:
         if generate:
-            say = lambda done, of: status.update(f"writing: {done:,} of {of:,} tokens")  # noqa: E731
-            made = generated(run, tokenizer, tokens=tokens, length=max_length, seed=seed, progress=say)
-            return calibration.first(made, tokens), packing
+            show = lambda done, of: status.update(f"writing: {done:,} of {of:,} tokens")  # noqa: E731
+            documents = generated(run, tokenizer, tokens=tokens, length=max_length, seed=seed, progress=show)
+            return calibration.first(documents, tokens), packing
         config = Data(train=tuple(data or ()), format=format, max_length=max_length)  # type: ignore[arg-type]
         count = lambda done: status.update(f"reading: {done:,} records")  # noqa: E731
         if is_first():
-            build(config, tokenizer, progress=count)  # the others then find the cache
+            build(config, tokenizer, progress=count)  # the other ranks then read the cache
         together(lambda: None, "reading")
         return calibration.sample(build(config, tokenizer), tokens, seed), packing
 
@@ -177,8 +175,8 @@ def _measured(
         )
 
 
-def _table(made: "Statistics") -> None:
-    """One row for all matrices of a kind. Effective rank: (Σ e)² / Σ e² of the eigenvalues, without computing them."""
+def _table(statistics: "Statistics") -> None:
+    """Print a row for each kind of matrix. Effective rank: (Σ e)² / Σ e² of the eigenvalues, without computing them."""
     from treering.cli.console import console, safe, say, table
     from treering.cli.text import count, size
     from treering.core.collectives import is_first
@@ -186,28 +184,28 @@ def _table(made: "Statistics") -> None:
     if not is_first():
         return
     kinds: dict[str, list[str]] = {}
-    for key in made.tensors:
-        shared = [w for w, entry in made.entries.items() if entry.key == key]
+    for key in statistics.tensors:
+        shared = [w for w, entry in statistics.entries.items() if entry.key == key]
         names = [w.removesuffix(".weight").rpartition(".")[2] for w in shared]
         kinds.setdefault(" ".join(names), []).append(key)
     listing = table("inputs of", "times", "width", "tokens", "effective rank", "size", right=("times", "width"))
     for kind, keys in kinds.items():
-        entries = [made.tensors[key] for key in keys]
+        entries = [statistics.tensors[key] for key in keys]
         tokens = sorted(t for e in entries for t in (e.tokens if isinstance(e.tokens, tuple) else (e.tokens,)))
-        ranks = sorted(rank for key in keys for rank in _ranks(made, key))
+        ranks = sorted(rank for key in keys for rank in _ranks(statistics, key))
         widths = sorted({entry.shape[-1] for entry in entries})
         listing.add_row(
             safe(kind), str(len(keys)), ", ".join(map(str, widths)), _range(tokens), _range([round(r) for r in ranks]),
             size(sum(4 * _elements(entry.shape) for entry in entries)),
         )  # fmt: skip
     console().print(listing)
-    for ring in made.rings:
-        say(f"ring {ring.name}: {ring.tokens:,} tokens{f', {ring.date}' if ring.date else ''}")
-    say(f"wrote {made.where}: {count(len(made.entries), 'weight')}, {size(made.bytes)}")
+    for ring in statistics.rings:
+        say(f"measurement {ring.name}: {ring.tokens:,} tokens{f', {ring.date}' if ring.date else ''}")
+    say(f"wrote {statistics.where}: {count(len(statistics.entries), 'weight')}, {size(statistics.bytes)}")
 
 
-def _ranks(made: "Statistics", key: str) -> list[float]:
-    matrix = made[key]["inputs"].double()
+def _ranks(statistics: "Statistics", key: str) -> list[float]:
+    matrix = statistics[key]["inputs"].double()
     traces, squares = matrix.diagonal(dim1=-2, dim2=-1).sum(-1), matrix.square().sum((-2, -1))
     return (traces.square() / squares.clamp_min(1e-300)).reshape(-1).tolist()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treering.cli.options import ConfigFile, Settings, load
+from treering.cli.config import ConfigFile, Settings, load
 from treering.core.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
@@ -20,16 +20,15 @@ if TYPE_CHECKING:
     from treering.plan import Run
     from treering.technique import Variant
 
-NAME = "plan"
 UNITS = {"GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6}
-MOST_RANKS = 1024  # no more are proposed
+MOST_RANKS = 1024  # that are proposed
 
 
 def command(
     file: ConfigFile,
     settings: Settings = None,
     ranks: Annotated[
-        int, typer.Option("--ranks", "--world", min=1, max=100_000, help="Plan for so many ranks; none is started.")
+        int, typer.Option("--ranks", "--world", min=1, max=100_000, help="Plan for this many ranks; none is started.")
     ] = 1,
     gpu: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory of one device, such as 80GiB: does it fit, what would?")
@@ -55,7 +54,7 @@ def command(
 
 @dataclass(frozen=True, kw_only=True)
 class _State:
-    """The configuration and the number of ranks: what the search for a run that fits changes."""
+    """The configuration and the number of ranks, which the search for a run that fits changes."""
 
     config: "RunConfig"
     ranks: int
@@ -140,7 +139,7 @@ def _subject(config: "RunConfig", ranks: int, length: int) -> "Subject":
         world=ranks,
         clip=config.train.clip,
         micro_batches=2 if (config.train.tokens_per_step or 0) > once else 1,
-        whole=by_block,
+        all_blocks=by_block,
         seed=config.seed,
         dropout=config.model.dropout,
         roles=config.model.roles,
@@ -197,7 +196,7 @@ def _switches() -> "list[Switch[_State]]":
 
 
 def _with(key: str, variant: "Variant", state: _State) -> _State | None:
-    """Return the run with `variant` of the technique `key`, or None where it is on already or makes no sense yet."""
+    """Return the run with `variant` of the technique `key`, or None where it is on already or needs another one."""
     technique = variant.of(getattr(state.config.techniques, key))
     return None if technique is None else state.but(**{key: technique, **dict.fromkeys(variant.replaces)})
 

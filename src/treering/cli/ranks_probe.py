@@ -1,4 +1,7 @@
-"""Two real ranks that add their numbers with gloo: `python -m treering.cli.ranks_probe RANK FILE` is one of them."""
+"""A check with two real ranks that add their numbers with gloo.
+
+`python -m treering.cli.ranks_probe RANK FILE` is one of them.
+"""
 
 import os
 import subprocess
@@ -7,14 +10,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from treering.cli.machine import Finding
+from treering.cli.env import Finding
 from treering.cli.text import short
 
 TIMEOUT = 60.0  # seconds; importing torch on a cold disk is most of it
 
 
 def two_ranks(timeout: float = TIMEOUT, command: tuple[str, ...] = (sys.executable, "-m", __name__)) -> Finding:
-    """Return whether two processes of this machine can form a group and sum, as a finding."""
+    """Return a finding: whether two processes of this machine can form a group and add numbers."""
     start = time.monotonic()
     launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {k: v for k, v in os.environ.items() if k not in launched} | {"OMP_NUM_THREADS": "1"}

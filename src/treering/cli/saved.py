@@ -1,4 +1,4 @@
-"""The description of a checkpoint, and whether its files are still what was written."""
+"""The description of a checkpoint, and a check that its files are as they were written."""
 
 import math
 from collections import Counter
@@ -14,8 +14,8 @@ KINDS = {"optimizer": "optimizer state", "state": "technique state"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedTensor:
-    """A full tensor, of which each rank's file holds rows."""
+class CheckpointTensor:
+    """A complete tensor of a checkpoint, of which each rank's file has rows."""
 
     name: str
     dtype: str
@@ -24,16 +24,17 @@ class SavedTensor:
 
     @property
     def elements(self) -> int:
+        """The number of values."""
         return math.prod(self.shape)
 
 
-def describe_saved(folder: Path) -> tuple[dict[str, str], list[SavedTensor]]:
+def describe_saved(folder: Path) -> tuple[dict[str, str], list[CheckpointTensor]]:
     """Return facts and tensors of a checkpoint. A damaged manifest is an error."""
     from treering.train.checkpoints import manifest
 
     description = manifest.load(folder)
     tensors = [
-        SavedTensor(name=n, dtype=e.dtype, shape=e.shape, bytes=math.prod(e.shape) * manifest.WIDTHS[e.dtype])
+        CheckpointTensor(name=n, dtype=e.dtype, shape=e.shape, bytes=math.prod(e.shape) * manifest.WIDTHS[e.dtype])
         for n, e in description.tensors.items()
     ]
     facts = {"step": str(description.step), "ranks": str(description.world)}
@@ -68,19 +69,19 @@ def damage(folder: Path, verify: bool) -> Iterator[str]:
 
 
 def _prepared(folder: Path, digests: Mapping[str, str]) -> str:
-    """Of the run folder that the checkpoint lies in; by their headers, which are read alone."""
+    """Return how many prepared results the run folder of the checkpoint has and lacks, from their headers."""
     from treering.plan.prepared import Prepared
 
     results = folder.absolute().parent.parent / "prepared"
     if not results.is_dir():
-        return f"{len(digests)}, not in {plain(str(results))}: a resume makes them again, equal to rounding"
+        return f"{len(digests)}, not in {plain(str(results))}: a resume computes them again, equal to rounding"
     store = Prepared(results)
     absent = sum(store.find(digest) is None for digest in digests.values())
-    missing = f", {absent} missing: a resume makes them again, equal to rounding" if absent else ""
+    missing = f", {absent} missing: a resume computes them again, equal to rounding" if absent else ""
     return f"{len(digests)} in {plain(str(results))}{missing}"
 
 
-def _kinds(tensors: list[SavedTensor]) -> Counter[str]:
+def _kinds(tensors: list[CheckpointTensor]) -> Counter[str]:
     kinds: Counter[str] = Counter()
     for tensor in tensors:
         first, slash, _ = tensor.name.partition("/")

@@ -1,6 +1,6 @@
-"""The whole configuration of a run: the sections of the YAML file.
+"""The complete configuration of a run: the sections of the YAML file.
 
-Those of techniques are made of the list in `treering.techniques`.
+The sections of techniques are built from the list in `treering.techniques`.
 """
 
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -14,7 +14,7 @@ from treering.train.config import Model, Statistics, Train
 
 
 class _Sections:
-    """What is done to the model. A name with nothing behind it (`shard:`) means that technique with its defaults."""
+    """The techniques of a run. A name without a value (`shard:`) means that technique with its defaults."""
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
@@ -25,17 +25,17 @@ class _Sections:
                 raise ConfigError(f"{key} is an empty list; leave it out, or name an adapter", field=key)
             for i, name in enumerate(names):
                 if name in names[:i]:
-                    message = f"two adapters are named {name!r}; give each a name of its own"
+                    message = f"two adapters are named {name!r}; give each another name"
                     raise ConfigError(message, field=f"{key}[{i}].name")
 
     def chosen(self) -> tuple[Technique, ...]:
-        """Return the techniques that are on, each adapter on its own. `compose` puts them in order."""
+        """Return the techniques that are on, each adapter as a separate one. `compose` puts them in order."""
         values = (value if isinstance(value, tuple) else (value,) for value in vars(self).values())
         return tuple(one for several in values for one in several if one is not None)
 
 
 def _section(key: str, cls: Any) -> tuple[str, Any, Any]:
-    """One key, None where the technique is off. A technique with a `name` may be there several times, as a list."""
+    """Return the field of one technique, None where it is off. One that has a `name` may be given as a list."""
     several = any(f.name == "name" for f in fields(cls))
     meaning = (cls.__doc__ or "").partition("\n")[0] + (" A list: several, each with a name." if several else "")
     annotation = cls | tuple[cls, ...] | None if several else cls | None
@@ -80,7 +80,7 @@ class Mesh:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run: a model, data, techniques, how to train, on which mesh, and the folder that everything goes to."""
+    """One run: a model, data, techniques, how to train, on which mesh, and the output folder."""
 
     model: Model
     data: Data

@@ -1,4 +1,4 @@
-"""Text from files, data and arguments, made harmless before a terminal sees it."""
+"""Text from files, data and arguments, without control characters and secrets, for a terminal."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def plain(text: str) -> str:
-    """Return one line of `text` in which every control character is spelled out."""
+    """Return `text` as one line in which every control character is escaped."""
     return _UNSAFE.sub(_escape, text)
 
 

@@ -1,4 +1,7 @@
-"""`treering train`: run a configuration, on the ranks of a launcher or on ranks that it starts itself."""
+"""`treering train` and `treering export`: run a configuration, and write what was trained for other programs.
+
+A run uses the ranks that a launcher started, or starts them.
+"""
 
 import os
 import sys
@@ -8,22 +11,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from treering.cli.launch import Ranks, export, forgotten_srun, ranks_from
-from treering.cli.options import ConfigFile, Settings, load
+from treering.cli import launch
+from treering.cli.config import ConfigFile, Settings, load
 from treering.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from treering.cli.schema import RunConfig
     from treering.train.config import Job
 
-NAME = "train"
-
 
 def command(
     file: ConfigFile,
     settings: Settings = None,
     nproc: Annotated[
-        int | None, typer.Option(min=1, help="Start so many ranks on this machine; no torchrun needed.")
+        int | None, typer.Option(min=1, help="Start this many ranks on this machine; no torchrun needed.")
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Break the time of a step down.")] = False,
     force: Annotated[
@@ -34,16 +35,16 @@ def command(
     if force:
         settings = [*(settings or ()), "train.checkpoint.force=true"]
     config = load(file, settings)
-    ranks = ranks_from(os.environ)
+    ranks = launch.ranks_from(os.environ)
     if ranks is not None:
         _refuse_second_launcher(nproc, ranks)
-        export(ranks, os.environ)
+        launch.set_environment(ranks, os.environ)
     elif nproc is not None and nproc > 1:
         arguments = ["train", str(file), *(part for s in settings or () for part in ("--set", s))]
         arguments += ["--profile"] * profile + ["--debug"] * ("--debug" in sys.argv)
         _start_ranks(config, nproc, arguments)
         return
-    elif nproc is None and (tasks := forgotten_srun(os.environ)):
+    elif nproc is None and (tasks := launch.forgotten_srun(os.environ)):
         raise ConfigError(
             f"this SLURM job has {tasks} tasks, but it was started without srun, so there is only this one; "
             "write `srun treering train …`, or `--nproc N` for the ranks of one machine"
@@ -70,13 +71,13 @@ def job_of(config: "RunConfig") -> "Job":
 
 
 def _unforced(config: "RunConfig") -> "RunConfig":
-    """Return what is saved with the run: `force` holds for one start, and not for those that follow."""
+    """Return what is saved with the run: `force` applies to one start, and not to those that follow."""
     settings = replace(config.train, checkpoint=replace(config.train.checkpoint, force=False))
     return replace(config, train=settings)
 
 
 def _train(config: "RunConfig", profile: bool) -> None:
-    from treering.cli.progress import Live
+    from treering.cli.console import Live
     from treering.train.callbacks import Console
     from treering.train.run import train
 
@@ -87,7 +88,7 @@ def _train(config: "RunConfig", profile: bool) -> None:
         screen.stop()  # an error must not leave the terminal without its cursor
 
 
-def _refuse_second_launcher(nproc: int | None, ranks: Ranks) -> None:
+def _refuse_second_launcher(nproc: int | None, ranks: launch.Ranks) -> None:
     if nproc is not None and nproc != ranks.world:
         raise ConfigError(
             f"--nproc {nproc} was given, but {ranks.by} has already started {ranks.world} ranks; leave --nproc out"
@@ -96,9 +97,25 @@ def _refuse_second_launcher(nproc: int | None, ranks: Ranks) -> None:
 
 def _start_ranks(config: "RunConfig", nproc: int, arguments: list[str]) -> None:
     from treering.cli.console import say
-    from treering.cli.elastic import SAVING, saving_time, start
 
-    if (seconds := saving_time()) < SAVING:
+    if (seconds := launch.saving_time()) < launch.SAVING:
         say(f"torch 2.11 kills ranks that need more than {seconds} s for their checkpoint after a signal; 2.12 waits")
     # The ranks find RANK in their environment, so that they join instead of starting more.
-    start(nproc, arguments, Path(config.output) / "logs")
+    launch.start(nproc, arguments, Path(config.output) / "logs")
+
+
+def export_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The `output` folder of a run.", show_default=False)],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to write.", show_default=False)],
+    adapter: Annotated[
+        str | None, typer.Option(help="Write only this adapter, in peft's format, instead of the merged model.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="The checkpoint of this step, not the newest.")] = None,
+) -> None:
+    """Write a trained model for others to load: a Hugging Face folder, or one adapter as a peft folder."""
+    config = load(run / "config.yaml", None)
+    from treering.cli.console import say
+    from treering.train.export import export
+
+    job = replace(job_of(config), output=str(run))  # the folder may have been moved since
+    say(f"wrote {export(job, to, adapter=adapter, step=step)}")

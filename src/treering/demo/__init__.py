@@ -12,8 +12,8 @@ MARK = ".treering-demo"  # the demo clears a folder only if it has created it
 
 def run(root: Path, console: Any, **sizes: Any) -> None:
     """Run all acts in `root`. `sizes` are fields of `DemoStage` that make them smaller, for tests."""
+    from treering.cli.config import load
     from treering.cli.measure import command as measure
-    from treering.cli.options import load
     from treering.cli.train import job_of
     from treering.demo import acts
     from treering.train.callbacks import Console

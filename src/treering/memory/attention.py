@@ -1,9 +1,9 @@
-"""Attention as the memory of an accelerator sees it: one fused kernel, whatever its name.
+"""Attention for traces of memory: one fused kernel, whatever its name.
 
 Shapes: B rows, H query heads, K key heads, T tokens, D and E widths.
 
 FlashAttention keeps query, key, value, its output and one log-sum-exp per token and head. Its backward adds up the
-query's gradient in float32, and where several heads share a key it makes a gradient per head before it sums them.
+query's gradient in float32, and where several heads share a key it computes a gradient per head before it sums them.
 """
 
 from typing import Any
@@ -44,7 +44,7 @@ class _Fused(torch.autograd.Function):
 
 
 def kernel(query_HTD: Tensor, key_KTD: Tensor, value_KTE: Tensor, sinks_H: Tensor | None) -> Tensor:
-    """Registered as the kernel of `treering.attention.attend` on the stand-in device. H × T × E."""
+    """Return the output, H × T × E, as the kernel of `treering.attention.attend` on the stand-in device."""
     flat = (x.transpose(0, 1) for x in (query_HTD, key_KTD, value_KTE))
     return _Fused.apply(*flat, sinks_H).transpose(0, 1).contiguous()
 
@@ -58,7 +58,7 @@ def attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Stands in for transformers' own attention, where a model cannot have ours. Returns B × T × H × E."""
+    """Return the output, B × T × H × E, as the attention of transformers for a model that cannot have treering's."""
     rows, heads, tokens, _ = query_BHTD.shape
     query, key, value = (x.transpose(0, 1).flatten(1, 2) for x in (query_BHTD, key_BKTD, value_BKTE))
     out_HTE = kernel(query, key, value, s_aux)
@@ -66,11 +66,11 @@ def attention(
 
 
 def no_mask(**request: Any) -> None:
-    """Nothing of tokens × tokens is ever computed."""
+    """Return no mask: nothing of tokens × tokens is computed."""
 
 
 def install(model: nn.Module) -> None:
-    """Let every attention of `model` need the memory of one fused kernel.
+    """Replace every attention of `model` by one that needs the memory of one fused kernel.
 
     A model that has treering's attention keeps it, with what is called around the kernel; `kernel` is registered for
     the stand-in device. Another model's configurations are changed: it is thrown away after its trace.

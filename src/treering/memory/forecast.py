@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from treering.core.errors import PlanError
 from treering.memory import pretend
-from treering.memory.timeline import PHASES, Phase, Timeline, phase_of, together, traced_length
+from treering.memory.timeline import PHASES, Phase, Timeline, phase_of, traced_length, worst_of_phases
 from treering.memory.trace import Optimizers, trace
 from treering.memory.tracker import CATEGORIES, Category
 from treering.plan.compose import draft
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 LONGEST_PERIOD = 8
-RESERVED, MESSAGES = 2**30, 2**30  # not traced: the driver's context and libraries; NCCL's channels
+RESERVED, MESSAGES = 2**30, 2**30  # bytes that are not traced: the driver's context and libraries; NCCL's channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Subject:
     world: int = 1
     clip: float | None = 1.0
     micro_batches: int = 1
-    whole: bool = False  # trace all blocks, because a technique treats them differently
+    all_blocks: bool = False  # trace every block, because a technique treats them differently
     seed: int = 0
     dropout: Dropout = "refuse"
     roles: Mapping[str, str] = field(default_factory=dict)
@@ -64,18 +64,20 @@ class Peak:
 
     @property
     def device(self) -> float:
-        return self.reserved + max(sum(held.values()) for held in self.phases.values())
+        """Bytes on the device at the worst moment of the step."""
+        return self.reserved + max(sum(categories.values()) for categories in self.phases.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepeatedBlocks:
-    """The blocks of a model: `prefix` ones, and then others that repeat every `period`."""
+    """The blocks of a model: the first `prefix` of them, and then others that repeat every `period`."""
 
     depth: int
     prefix: int
     period: int
 
     def depths(self) -> tuple[int, ...]:
+        """Return the numbers of blocks to trace: two that differ by two periods, or all blocks."""
         rest = (self.depth - self.prefix) % self.period
         small = self.prefix + rest + 3 * self.period
         large = small + 2 * self.period
@@ -92,23 +94,26 @@ class RepeatedBlocks:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
+    """The memory of a run of any length, from one or two traces of its step."""
+
     layout: RepeatedBlocks
     traces: tuple[Timeline, ...]
     reserved: float
-    parameters: int  # of the whole model, a count
+    parameters: int  # how many the complete model has
 
     def at(self, length: int) -> Peak:
+        """Return the peak of micro-batches of `length` tokens."""
         *_, large = self.traces
         peaks, host = large.peaks(length), large.host_peak(length)
         phases = [phase_of(segment, large.blocks) for segment in range(len(peaks))]
         if len(self.traces) == 2:
             small = self.traces[0]
             more = (self.layout.depth - large.blocks) / (large.blocks - small.blocks)
-            here, there = self.layout.moments(large.blocks), self.layout.moments(small.blocks)
-            phases = [phases[segment] for segment in here]
-            peaks = peaks[here] + more * (peaks[here] - small.peaks(length)[there])
+            in_large, in_small = self.layout.moments(large.blocks), self.layout.moments(small.blocks)
+            phases = [phases[segment] for segment in in_large]
+            peaks = peaks[in_large] + more * (peaks[in_large] - small.peaks(length)[in_small])
             host += more * (host - small.host_peak(length))
-        worst = together(np.maximum(peaks, 0), phases)
+        worst = worst_of_phases(np.maximum(peaks, 0), phases)
         named = {p: dict(zip(CATEGORIES, map(float, worst[p]))) for p in PHASES}
         return Peak(phases=named, host=host, reserved=self.reserved)
 
@@ -128,21 +133,21 @@ class Forecast:
 def forecast(subject: Subject, length: int, *, device: torch.device | None = None) -> Forecast:
     """Return the forecast of `subject`, for any length. The step is traced at about `length` tokens, up to a limit."""
     with pretend.ranks(subject.world):
-        whole = _draft(subject, None, FakeTensorMode(allow_non_fake_inputs=True), device)
-        layout = RepeatedBlocks(depth=len(whole.anatomy.blocks), prefix=0, period=1)
-        kinds = [_kind(whole, i) for i in range(layout.depth)]
+        plan = _draft(subject, None, FakeTensorMode(allow_non_fake_inputs=True), device)
+        layout = RepeatedBlocks(depth=len(plan.anatomy.blocks), prefix=0, period=1)
+        kinds = [_kind(plan, i) for i in range(layout.depth)]
         layout = _repeats(kinds)
-        depths = (layout.depth,) if subject.whole else layout.depths()
+        depths = (layout.depth,) if subject.all_blocks else layout.depths()
         try:
             traces = tuple(_trace(subject, depth, kinds, length, device) for depth in depths)
-        except _Different:
+        except _BlocksDiffer:
             traces = (_trace(subject, layout.depth, kinds, length, device),)
-    count = sum(p.numel() for p in whole.model.parameters())
+    count = sum(p.numel() for p in plan.model.parameters())
     reserved = 0 if device is not None else RESERVED + (MESSAGES if subject.world > 1 else 0)
     return Forecast(layout=layout, traces=traces, reserved=reserved, parameters=count)
 
 
-class _Different(Exception):
+class _BlocksDiffer(Exception):
     """The blocks of a shallower model are not the first ones of the full model."""
 
 
@@ -153,10 +158,10 @@ def _trace(subject: Subject, depth: int, kinds: list[Any], length: int, device: 
         plan = _draft(subject, depth if shallow else None, fake, device)
     except PlanError as error:
         if shallow:  # a setting names a block that the shallower model does not have
-            raise _Different from error
+            raise _BlocksDiffer from error
         raise
     if shallow and [_kind(plan, i) for i in range(depth)] != kinds[:depth]:
-        raise _Different
+        raise _BlocksDiffer
     return trace(
         plan,
         traced_length(length),
@@ -200,7 +205,7 @@ def shorten(config: "PretrainedConfig", depth: int) -> None:
 
 
 def _kind(plan: Plan, index: int) -> Any:
-    """Return what the memory of a block depends on."""
+    """Return a value that is equal for two blocks if they need the same memory."""
     block: nn.Module = plan.model.get_submodule(plan.anatomy.blocks[index].fqn)
     parameters = [(n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in block.named_parameters()]
     return parameters, [(n, type(m).__name__) for n, m in block.named_modules()]

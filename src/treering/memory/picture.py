@@ -22,8 +22,8 @@ LETTERS: dict[Category, str] = {
 }
 MEANS: dict[Category, str] = {
     "parameters": "this rank's share, as stored",
-    "technique": "what techniques keep of their own",
-    "optimizer": "its state",
+    "technique": "parameters and buffers of techniques",
+    "optimizer": "the optimizer's state",
     "gradients": "summed ones, and those being summed",
     "gathered": "parameters of other ranks, while they are used",
     "activations": "kept from the forward for the backward",
@@ -46,18 +46,18 @@ def table(peak: Peak) -> list[str]:
 
 def bars(peak: Peak, limit: float | None) -> list[str]:
     """Return a bar for each phase, with `|` where the memory of the device ends."""
-    worst = max(sum(held.values()) for held in peak.phases.values()) + peak.reserved
+    worst = peak.device
     scale = WIDTH / max(worst, limit or 0.0)
     edge = None if limit is None else round(limit * scale)
     return [f"{phase:<9}{_bar(peak, phase, scale, edge)}" for phase in PHASES]
 
 
 def _bar(peak: Peak, phase: str, scale: float, edge: int | None) -> str:
-    """Each category ends at a rounded place, so that errors of rounding do not add up."""
+    """Return one bar. Each category ends at a rounded position, so that rounding errors do not add up."""
     drawn, total = "", 0.0
     parts = [("·", peak.reserved), *((LETTERS[c], peak.phases[phase][c]) for c in CATEGORIES)]  # type: ignore[index]
-    for letter, held in parts:
-        total += held
+    for letter, size_of_part in parts:
+        total += size_of_part
         drawn += letter * (round(total * scale) - len(drawn))
     if edge is None:
         return drawn
@@ -65,6 +65,7 @@ def _bar(peak: Peak, phase: str, scale: float, edge: int | None) -> str:
 
 
 def verdict(peak: Peak, limit: float | None, length: int) -> str:
+    """Return what `length` tokens need, and whether it fits into `limit` bytes."""
     need = f"{length:,} tokens need {peak.device / GIB:.1f} GiB on each rank"
     if limit is None:
         return need
@@ -73,15 +74,16 @@ def verdict(peak: Peak, limit: float | None, length: int) -> str:
 
 
 def content(peak: Peak) -> str:
-    """Return what the peak is made of, the largest first."""
+    """Return the categories of the peak, the largest first."""
     phase = max(PHASES, key=lambda phase: sum(peak.phases[phase].values()))
-    held = [*peak.phases[phase].items(), ("reserved", peak.reserved)]
-    parts = sorted((item for item in held if item[1] >= 0.005 * GIB), key=lambda item: -item[1])
+    categories = [*peak.phases[phase].items(), ("reserved", peak.reserved)]
+    parts = sorted((item for item in categories if item[1] >= 0.005 * GIB), key=lambda item: -item[1])
     listed = ", ".join(f"{name} {size(int(value))}" for name, value in parts)
     return f"at its peak, in {phase}: {listed or 'less than 0.01 GiB of anything'}"
 
 
 def render(peak: Peak, limit: float | None, length: int, more: Sequence[str] = ()) -> str:
+    """Return the complete text: verdict, table, bars, and the lines `more`."""
     lines = ["memory", f"  {verdict(peak, limit, length)}", f"  {content(peak)}", ""]
     lines += [f"  {line}" for line in table(peak)] + [""]
     lines += [f"  {line}" for line in bars(peak, limit)]

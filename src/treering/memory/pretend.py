@@ -2,7 +2,7 @@
 
 Fake tensors can be on any device, but the backward of tensors on `cuda` asks the driver, which a machine without one
 does not have; and on `cpu` tensors of the device could not be distinguished from those in host memory. torch has
-a place for one external backend (PrivateUse1): the stand-in takes it, with streams that do nothing.
+a place for one external backend (PrivateUse1): the stand-in uses it, with streams that do nothing.
 """
 
 import os
@@ -34,7 +34,7 @@ class _Stream:
 
 
 class _Event(torch.Event):
-    """Never recorded, so that waiting for it returns at once. torch's own streams accept only events of torch."""
+    """An event that is never recorded, so that waiting for it returns at once. Streams accept only events of torch."""
 
     def __new__(cls, *args: Any, **settings: Any) -> "_Event":
         return super().__new__(cls, device=torch.device(NAME, 0))
@@ -47,12 +47,12 @@ class _Event(torch.Event):
 
 
 class _Module:
-    """What `torch.get_device_module` returns for the stand-in: one device, one stream, no random numbers."""
+    """The result of `torch.get_device_module` for the stand-in: one device, one stream, no random numbers."""
 
     Stream, Event = _Stream, _Event
 
     def __init__(self) -> None:
-        self.only = _Stream()
+        self.single_stream = _Stream()
 
     def is_initialized(self) -> bool:
         return True
@@ -72,7 +72,7 @@ class _Module:
     def set_device(self, device: Any) -> None: ...
 
     def current_stream(self, device: Any = None) -> _Stream:
-        return self.only
+        return self.single_stream
 
     @contextmanager
     def stream(self, stream: _Stream) -> Iterator[None]:
@@ -138,7 +138,7 @@ def _never(*args: Any) -> None:
 
 @cache
 def _messages() -> None:
-    """Register torch's own fake process group for the stand-in as well."""
+    """Register torch's fake process group for the stand-in, too."""
     import torch.distributed as dist
     from torch.testing._internal.distributed import fake_pg
 
@@ -163,7 +163,7 @@ def ranks(world: int) -> Iterator[None]:
 
 
 class FakeDevice(TorchDispatchMode):
-    """While a model is drafted, every tensor that is created on the stand-in is a fake tensor."""
+    """A mode in which every tensor that is created on the stand-in is a fake tensor; a model is drafted in it."""
 
     def __init__(self, fake: FakeTensorMode):
         super().__init__()

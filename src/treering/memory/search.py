@@ -10,23 +10,23 @@ State = TypeVar("State")
 
 @dataclass(frozen=True, kw_only=True)
 class Switch(Generic[State]):
-    """One change. `on` returns the run with it, or None where it is on already or needs another one first."""
+    """A change of a run. `on` returns the run with it, or None where it is on already or needs another one first."""
 
     name: str
-    config: str  # its lines
+    config: str  # the lines of YAML to write
     on: Callable[[State], State | None]
 
 
 def smallest(
     start: State, switches: Sequence[Switch[State]], fits: Callable[[State], bool]
 ) -> tuple[Switch[State], ...] | None:
-    """Return the fewest of `switches` that make it fit, earlier ones before later ones; None if all together do not.
+    """Return the fewest of `switches` with which the run fits, earlier ones before later ones; None if all do not.
 
     Each is assumed to save memory: what does not fit with all but one of them needs that one.
     """
     known: dict[tuple[str, ...], bool] = {}
 
-    def tried(chosen: Sequence[Switch[State]]) -> bool:
+    def fits_with(chosen: Sequence[Switch[State]]) -> bool:
         state, used = _with(start, chosen)
         key = tuple(switch.name for switch in used)
         if len(used) < len(chosen) or not used:
@@ -36,14 +36,14 @@ def smallest(
         return known[key]
 
     _, useful = _with(start, switches)
-    if not tried(useful):
+    if not fits_with(useful):
         return None
-    needed = [one for one in useful if not tried(_without(start, useful, one))]
+    needed = [one for one in useful if not fits_with(_without(start, useful, one))]
     others = [one for one in useful if one not in needed]
     for count in range(len(others) + 1):
         for more in combinations(others, count):
             chosen = tuple(one for one in useful if one in needed or one in more)
-            if tried(chosen):
+            if fits_with(chosen):
                 return chosen
     raise AssertionError("all of them fit")
 

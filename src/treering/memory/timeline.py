@@ -1,9 +1,9 @@
-"""What is held at the worst moment of each part of a step, by category, for any length, from the events of one step.
+"""The bytes in memory at the worst moment of each part of a step, by category and for any length.
 
 A storage either grows with the number of tokens or does not, and which it is can be read from its size: a step is
 traced with a prime number of tokens S, of which (S − 1) / 2 is prime as well, since a loss sees S − 1 tokens. Numbers
 of elements that such numbers divide are of tokens; widths, ranks, tiles are products of small numbers. So one trace
-gives every moment of a step of any length.
+of the events of a step gives every moment of a step of any length.
 """
 
 from collections.abc import Sequence
@@ -25,37 +25,40 @@ _INDEX = {category: i for i, category in enumerate(CATEGORIES)}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Timeline:
-    """Bytes on the device after each event, moment × category × power of the length, and in host memory.
+    """Bytes on the device after each event, moment × category × power of the length, and bytes in host memory.
 
-    Segments are counted as `trace` does.
+    Segments are numbered as in `trace`.
     """
 
     blocks: int
     length: int  # of the trace
-    held: np.ndarray
+    device: np.ndarray
     segments: np.ndarray
     host: np.ndarray
 
     def peaks(self, length: int) -> np.ndarray:
-        """Segment × category, at the worst moment of each segment."""
+        """Return bytes, segment × category, at the worst moment of each segment."""
         powers = np.array([1.0, length, float(length) ** 2])
-        held = self.held @ powers
-        total = held.sum(1)
+        moments_categories = self.device @ powers
+        total = moments_categories.sum(1)
         worst = np.zeros((2 * self.blocks + 4, len(CATEGORIES)))
         for segment in range(len(worst)):
             moments = np.flatnonzero(self.segments == segment)
             if len(moments):
-                worst[segment] = held[moments[total[moments].argmax()]]
+                worst[segment] = moments_categories[moments[total[moments].argmax()]]
         return worst
 
     def peak(self, length: int) -> float:
+        """Return the most bytes on the device at one moment."""
         return float(self.peaks(length).sum(1).max())
 
     def host_peak(self, length: int) -> float:
+        """Return the most bytes in host memory at one moment."""
         return float((self.host @ np.array([1.0, length, float(length) ** 2])).max())
 
 
 def phase_of(segment: int, blocks: int) -> Phase:
+    """Return the phase that a segment of a step of `blocks` blocks belongs to."""
     if segment <= blocks:
         return "forward"
     if segment == blocks + 1:
@@ -79,21 +82,21 @@ def read(tracker: "Tracker", blocks: int, length: int) -> Timeline:
     """Return what `tracker` has recorded of a step of `length` tokens. A length that `traced_length` does not return
     gives a timeline of that length only."""
     events = tracker.events
-    each = np.zeros((len(events), len(CATEGORIES), 3))
+    changes = np.zeros((len(events), len(CATEGORIES), 3))
     host = np.zeros((len(events), 3))
     for i, (by, record, _) in enumerate(events):
         power, divisor = _power(record, length)
         if record.host:
             host[i, power] = by / divisor
         else:
-            each[i, _INDEX[_category(record, blocks)], power] = by / divisor
+            changes[i, _INDEX[_category(record, blocks)], power] = by / divisor
     begins = max(tracker.begins - 1, 0)  # the moment at which the step begins
     segments = np.array([segment for _, _, segment in events])
     segments[: tracker.begins] = 0
     return Timeline(
         blocks=blocks,
         length=length,
-        held=each.cumsum(0)[begins:],
+        device=changes.cumsum(0)[begins:],
         segments=segments[begins:],
         host=host.cumsum(0)[begins:],
     )
@@ -123,10 +126,10 @@ def _category(record: "StorageRecord", blocks: int) -> Category:
     return "workspace"
 
 
-def together(peaks: np.ndarray, phases: Sequence[Phase]) -> dict[Phase, np.ndarray]:
-    """Return the worst of the segments of each phase."""
+def worst_of_phases(peaks: np.ndarray, phases: Sequence[Phase]) -> dict[Phase, np.ndarray]:
+    """Return the categories of the worst segment of each phase."""
     worst: dict[Phase, np.ndarray] = {}
-    for phase, held in zip(phases, peaks):
-        if phase not in worst or held.sum() > worst[phase].sum():
-            worst[phase] = held
+    for phase, peak in zip(phases, peaks):
+        if phase not in worst or peak.sum() > worst[phase].sum():
+            worst[phase] = peak
     return worst

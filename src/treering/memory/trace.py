@@ -1,4 +1,4 @@
-"""One training step of a drafted model with fake tensors, or with real ones, watched by the tracker."""
+"""A training step of a drafted model with fake tensors, or with real ones, under the tracker."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,11 +48,11 @@ def watch(
 ) -> Timeline:
     """Return the timeline of one step of `run` under `tracker`, whose mode is active; tensors may be fake or real."""
     _mark_model(run, tracker)
-    made = list(optimizers(run))
-    _prime(run, made, tracker)
+    chosen = list(optimizers(run))
+    _prime(run, chosen, tracker)
     with _segments(run, tracker):
         try:
-            _step(run, batches, made, clip, tracker)
+            _step(run, batches, chosen, clip, tracker)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise PlanError(
                 f"the memory of this run cannot be planned from shapes: something it does depends on values ({error})"
@@ -61,7 +61,7 @@ def watch(
 
 
 def _step(
-    run: Run, batches: Sequence[dict[str, Any]], made: Sequence[Optimizer], clip: float | None, tracker: Tracker
+    run: Run, batches: Sequence[dict[str, Any]], optimizers: Sequence[Optimizer], clip: float | None, tracker: Tracker
 ) -> None:
     for ready in run.ready(batches):
         tracker.segment = 0
@@ -69,56 +69,56 @@ def _step(
         del ready
     tracker.mark((p.grad for _, p in run.trainable()), "gradients")
     tracker.segment = last_segment(len(run.plan.anatomy.blocks))
-    run.step(list(made), clip=clip)
+    run.step(list(optimizers), clip=clip)
 
 
 def batch(length: int, device: torch.device, *, packed: bool) -> dict[str, Any]:
     """Return a micro-batch of one document."""
     ids = torch.zeros(1, length, dtype=torch.long, device=device)
-    made: dict[str, Any] = {"input_ids": ids, "labels": ids.clone(), "samples": [], "count": length - 1}
+    columns: dict[str, Any] = {"input_ids": ids, "labels": ids.clone(), "samples": [], "count": length - 1}
     if packed:
-        made["position_ids"] = torch.arange(length, device=device)[None]
+        columns["position_ids"] = torch.arange(length, device=device)[None]
         ends = torch.zeros(2, dtype=torch.int32, device=device)
-        made["documents"] = Documents(lengths=(length,), cu_seqlens=ends, longest=length)
-    return made
+        columns["documents"] = Documents(lengths=(length,), cu_seqlens=ends, longest=length)
+    return columns
 
 
 def _materialise(plan: Plan, device: torch.device) -> None:
-    """Give every parameter fake memory where it rests, and every buffer. Tied parameters stay one."""
+    """Give every parameter fake memory on its resting device, and every buffer. Tied parameters stay one."""
     cpu = torch.device("cpu")
     resting = cpu if any(a.resting == "cpu" for a in plan.applied) else device
-    made: dict[Tensor, nn.Parameter] = {}
+    parameters: dict[Tensor, nn.Parameter] = {}
     for module in plan.model.modules():
         for name, old in list(module._parameters.items()):
             if old is None:
                 continue
-            if old not in made:
-                made[old] = nn.Parameter(
+            if old not in parameters:
+                parameters[old] = nn.Parameter(
                     torch.empty_like(old.detach(), device=resting), requires_grad=old.requires_grad
                 )
-            module._parameters[name] = made[old]
+            module._parameters[name] = parameters[old]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
 
 
 def _mark_model(run: Run, tracker: Tracker) -> None:
-    """Mark parameters and buffers; those that belong to no plain tensor are of a technique."""
+    """Set the category of parameters and buffers: those that are not a plain tensor belong to a technique."""
     plain = run.plan.plain
     for name, parameter in run.model.named_parameters():
         tracker.mark([parameter], "parameters" if name in plain else "technique")
-    own = {name for applied in run.plan.applied for part in applied.parts.values() for name in part.names}
+    technique_names = {name for applied in run.plan.applied for part in applied.parts.values() for name in part.names}
     for name, buffer in run.model.named_buffers():
-        tracker.mark([buffer], "technique" if name in own else "parameters")
+        tracker.mark([buffer], "technique" if name in technique_names else "parameters")
 
 
-def _prime(run: Run, made: Sequence[Optimizer], tracker: Tracker) -> None:
+def _prime(run: Run, optimizers: Sequence[Optimizer], tracker: Tracker) -> None:
     """Allocate the optimizer's state by a step without a forward: it exists from the second step on."""
     named = run.trainable()
     before = [p.detach().clone() for _, p in named] if not _is_fake(named) else None
     for _, parameter in named:
         parameter.grad = torch.zeros_like(parameter)
-    for optimizer in made:
+    for optimizer in optimizers:
         optimizer.step()
         for state in optimizer.state.values():
             tracker.mark((x for x in state.values() if isinstance(x, Tensor)), "optimizer")
@@ -139,15 +139,17 @@ def _is_fake(named: Sequence[tuple[str, Tensor]]) -> bool:
 
 
 def last_segment(blocks: int) -> int:
+    """Return the segment of the optimizer step: see `_segments`."""
     return 2 * blocks + 3
 
 
 @contextmanager
 def _segments(run: Run, tracker: Tracker) -> Iterator[None]:
-    """Segments of a step of L blocks: 0 before the blocks, 1 … L their forwards, L + 1 head and loss, forward and
-    backward, then the blocks' backwards from the last, what is before them, and the step.
+    """Open a context that sets `tracker.segment` while a step of L blocks runs.
 
-    Hooks on gradients report where the backward is; they keep no tensor alive.
+    Segments: 0 before the blocks, 1 … L their forwards, L + 1 head and loss, forward and backward, then the backwards
+    of the blocks from the last, that of what is before them, and the optimizer step. Hooks on gradients show where the
+    backward is; they keep no tensor alive.
     """
     blocks = [run.model.get_submodule(block.fqn) for block in run.plan.anatomy.blocks]
     total = len(blocks)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ROUNDED = 512  # bytes: the caching allocators of accelerators give memory in multiples of it
+ROUNDED = 512  # bytes: the caching allocators of accelerators allocate multiples of it
 
 Category = Literal["parameters", "gathered", "gradients", "optimizer", "activations", "technique", "loss", "workspace"]
 CATEGORIES: tuple[Category, ...] = (
@@ -45,7 +45,7 @@ class StorageRecord:
 
 
 class Tracker(TorchDispatchMode):
-    """Records `events`, (bytes, record, segment), in order. Whoever runs the step sets `segment`."""
+    """Records `events`, (bytes, record, segment), in order. The function that runs the step sets `segment`."""
 
     def __init__(self, device: torch.device):
         super().__init__()
@@ -54,40 +54,40 @@ class Tracker(TorchDispatchMode):
         self.segment = 0
         self.begins = 0  # the first event of the step that is watched
         self._live: dict[int, tuple[StorageRecord, weakref.ref[Any]]] = {}
-        self._open: dict[int, StorageRecord] = {}  # made empty: their size may change
-        self._closed: dict[
-            int, StorageRecord
-        ] = {}  # resized to nothing: refilled just before something is copied there
+        self._open: dict[int, StorageRecord] = {}  # allocated empty: their size may change
+        # Resized to nothing: refilled just before something is copied there.
+        self._closed: dict[int, StorageRecord] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._look_again(self._open)
         if func is torch.ops.aten.copy_.default or func.namespace == "fsdp":
             self._look_again(self._closed)
-        made = assumed(func, args, kwargs or {})
-        if made is None:
-            made = func(*args, **(kwargs or {}))
-        if isinstance(made, Tensor):
-            self._see(made, func)
-        elif isinstance(made, list | tuple):
-            for one in made:
-                if isinstance(one, Tensor):
-                    self._see(one, func)
+        results = assumed(func, args, kwargs or {})
+        if results is None:
+            results = func(*args, **(kwargs or {}))
+        if isinstance(results, Tensor):
+            self._see(results, func)
+        elif isinstance(results, list | tuple):
+            for tensor in results:
+                if isinstance(tensor, Tensor):
+                    self._see(tensor, func)
         if func.namespace == "fsdp":
             self._mark_messages(func, args, kwargs or {})
-        return made
+        return results
 
     def start(self) -> None:
         """Take the storages that exist now as those with which the step begins."""
         self.begins = len(self.events)
 
     def mark(self, tensors: Iterable[Tensor | None], category: Category) -> None:
-        """Set the category of the storages of `tensors`, seen before or not."""
+        """Set the category of the storages of `tensors`, and record those that are new."""
         for tensor in tensors:
             if tensor is not None:
                 self._see(tensor, None)
                 self.record(tensor).category = category
 
     def record(self, tensor: Tensor) -> StorageRecord:
+        """Return the record of the storage of `tensor`."""
         return self._live[_plain(tensor).untyped_storage()._cdata][0]
 
     def _see(self, tensor: Tensor, func: Any) -> None:
@@ -95,20 +95,20 @@ class Tracker(TorchDispatchMode):
         key = storage._cdata
         if key in self._live:
             return
-        held = storage.nbytes()
-        size, elements = _rounded(held), held // tensor.element_size()
+        exact = storage.nbytes()
+        size, elements = _rounded(exact), exact // tensor.element_size()
         record = StorageRecord(
             host=tensor.device.type != self.device.type, elements=elements, size=size, born=self.segment
         )
 
-        def gone(_: Any) -> None:
+        def freed(_: Any) -> None:
             del self._live[key]
             self._open.pop(key, None)
             self._closed.pop(key, None)
             record.died = self.segment
             self._change(record, -record.size)
 
-        self._live[key] = record, weakref.ref(storage, gone)
+        self._live[key] = record, weakref.ref(storage, freed)
         self.events.append((size, record, self.segment))
         if func in _EMPTY and not record.host:
             self._open[key] = record
@@ -118,8 +118,8 @@ class Tracker(TorchDispatchMode):
 
     def _look_again(self, among: dict[int, StorageRecord]) -> None:
         for key, record in list(among.items()):
-            found = self._live.get(key)
-            storage = found[1]() if found is not None else None
+            entry = self._live.get(key)
+            storage = entry[1]() if entry is not None else None
             if storage is None:
                 continue
             size = _rounded(storage.nbytes())

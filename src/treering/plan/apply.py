@@ -1,4 +1,4 @@
-"""Techniques put in place, one after the other, and what the first of them reproduce of a weight."""
+"""Applies techniques to a model one after the other; later ones see the weights that quantizing ones reproduce."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from treering.core.errors import PlanError
-from treering.plan.chain import Chain, join, split
 from treering.plan.conflicts import name_of
-from treering.plan.plan import without
+from treering.plan.plan import Chain, join, split, without
 from treering.technique import Applied, Claim, LazyTensor, Part, Site, Stage, StoredTensor, Technique, TrainedMatrix
 from treering.weights.plain_tensors import Source, plain_tensors
 
@@ -27,7 +26,7 @@ def apply_all(
     before it have added.
 
     Returns:
-        What each of them returned, and the chain of parts of each plain tensor that has one.
+        The result of each technique, and the chain of parts of each plain tensor that has one.
     """
     applied: list[Applied] = []
     parts: dict[str, tuple[Part, ...]] = {}
@@ -35,14 +34,14 @@ def apply_all(
     identities: dict[str, str] = {}
     for technique, claims in zip(techniques, claimed):
         before = set(dict(model.named_parameters()))
-        here = replace(
+        current_site = replace(
             site, parts=dict(parts), maps=dict(maps), without=partial(without, tuple(zip(techniques, applied)))
         )
-        one = technique.apply(model, here)
+        one = technique.apply(model, current_site)
         live = dict(model.named_parameters())
         _check_names(technique, one, before, set(live), claims)
         for name in live.keys() - before:
-            live[name].requires_grad_(False)  # what is not declared does not learn, however it was made
+            live[name].requires_grad_(False)  # what is not declared trainable is not trained
         for name in one.trainable:
             live[name].requires_grad_(True)
         for name, part in one.parts.items():
@@ -58,15 +57,18 @@ def apply_all(
 def _check_names(
     technique: Technique, applied: Applied, before: set[str], after: set[str], claims: Sequence[Claim]
 ) -> None:
-    """A technique may add its own parameters and remove those it stores itself. Anything else is a bug in it."""
-    own = {name for part in applied.parts.values() for name in part.names}
+    """Raise an error for parameters that a technique added or removed without declaring it.
+
+    It may add the parameters of its parts and remove those whose storage it claims. Anything else is a bug in it.
+    """
+    part_names = {name for part in applied.parts.values() for name in part.names}
     stored = {claim.fqn for claim in claims if claim.aspect == "storage"}
-    if technique.stage == Stage.OBSERVE and (wrong := sorted({*(after - before), *applied.trainable, *own})):
+    if technique.stage == Stage.OBSERVE and (wrong := sorted({*(after - before), *applied.trainable, *part_names})):
         raise PlanError(
             f"{name_of(technique)} is of the stage OBSERVE, which comes after sharding, and adds or trains {wrong[0]}: "
             "it would not be summed over ranks. Give it an earlier stage, or keep what it collects outside the model"
         )
-    added, removed = after - before - own, before - after - stored
+    added, removed = after - before - part_names, before - after - stored
     if added or removed:
         raise AssertionError(
             f"{technique!r} changed names it did not claim: added {sorted(added)}, removed {sorted(removed)}"
@@ -79,9 +81,9 @@ def resolve_all(
     source: Source | None,
     site: Site,
 ) -> tuple[Technique, ...]:
-    """Return `techniques` with choices that depend on data made explicit; `model` is not changed.
+    """Return `techniques` with explicit settings where they depend on data; `model` is not changed.
 
-    Techniques after the stage QUANTIZE see what those of that stage reproduce of a weight, so that an adapter can be
+    Techniques after the stage QUANTIZE see the weights that those of that stage reproduce, so that an adapter can be
     chosen for the residual.
     """
 
@@ -97,8 +99,9 @@ def resolve_all(
         live = plain_tensors(structure)
         tensors: dict[str, Any] = dict(source.tensors)
         for name, chain in chains.items():
-            own = (site.statistics or {}).get(name)
-            tensors[name] = ReproducedTensor(original=source.tensors[name], chain=chain, live=live, statistics=own)
+            tensors[name] = ReproducedTensor(
+                original=source.tensors[name], chain=chain, live=live, statistics=(site.statistics or {}).get(name)
+            )
         source = replace(source, tensors=tensors)
     return (*first, *(resolved(t, source) for t in later))
 
@@ -119,7 +122,7 @@ class ReproducedTensor:
 
     Attributes:
         original: W itself.
-        live: The tensors of the chain as they will live, for their dtypes.
+        live: The tensors of the chain in the model, for their dtypes.
     """
 
     original: LazyTensor

@@ -1,18 +1,24 @@
-"""From a loader's micro-batches to optimizer steps: counted over all ranks, padded to the same number, transformed."""
+"""The micro-batches of an optimizer step, counted over all ranks, and the plain loss of one.
 
+A loader's micro-batches become steps: as many on every rank, with the number of trained tokens on all of them.
+`Run.loss` divides the sum over trained positions by that number.
+"""
+
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional as F
 
 from treering.attention import Documents
 from treering.core.errors import DataError, PlanError
 from treering.core.topology import AXES, axis_size
-from treering.objectives import IGNORED
-from treering.plan.loss import trained_tokens
+from treering.objectives import IGNORED, INPUTS, CrossEntropy, Objective, objective_values, widened
+from treering.technique import Applied
 
 Batch = dict[str, Any]
 
@@ -20,8 +26,8 @@ Batch = dict[str, Any]
 def steps(loader: Iterable[Batch | list[Batch]], accumulate: int, mesh: DeviceMesh | None) -> Iterator[list[Batch]]:
     """Yield lists of micro-batches, one per optimizer step, as many on every rank, with the count of all ranks.
 
-    A loader may yield micro-batches (then `accumulate` of them make a step, the last step takes what is left) or
-    lists of them. Batches that have a `count` already are passed on without communication. A rank whose loader
+    A loader may yield micro-batches (then `accumulate` of them are a step, and the last step has the remaining ones)
+    or lists of them. Batches that have a `count` already are passed on without communication. A rank whose loader
     has fewer than others' takes part with micro-batches that train nothing.
     """
     alone = axis_size(mesh, "replicate", "shard") == 1
@@ -96,7 +102,7 @@ def _agree(count: int, most: int, mesh: DeviceMesh) -> tuple[int, int]:
 
 
 def copies(before: Sequence[Batch], after: Sequence[Batch], mesh: DeviceMesh) -> int:
-    """Return how many ranks hold each trained token of a step, or 0 if the step trains none. A collective.
+    """Return on how many ranks each trained token of a step is, or 0 if the step trains none. A collective.
 
     Ranks along `sequence` and `expert` are given the same batches. A technique that cuts rows leaves each token on one
     of them (1); if none does, every token is on all of them (the size of these axes).
@@ -106,15 +112,15 @@ def copies(before: Sequence[Batch], after: Sequence[Batch], mesh: DeviceMesh) ->
         after: The same micro-batches after all transforms.
     """
     shared = axis_size(mesh, "sequence", "expert")
-    given, left = (sum(int((batch["targets"] != IGNORED).sum()) for batch in step) for step in (before, after))
+    given, remaining = (sum(int((batch["targets"] != IGNORED).sum()) for batch in step) for step in (before, after))
     extremes = torch.tensor([given, -given], device=mesh.device_type)
     for axis in ("sequence", "expert"):
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=mesh[axis].get_group())
     differs = int(extremes.sum())
-    sums = torch.tensor([given, left, differs], device=mesh.device_type)
+    sums = torch.tensor([given, remaining, differs], device=mesh.device_type)
     for axis in AXES:
         dist.all_reduce(sums, group=mesh[axis].get_group())
-    given, left, differs = sums.tolist()
+    given, remaining, differs = sums.tolist()
     if differs:
         raise DataError(
             "ranks along the mesh's `sequence` (and `expert`) axis were given batches with different numbers of "
@@ -122,12 +128,12 @@ def copies(before: Sequence[Batch], after: Sequence[Batch], mesh: DeviceMesh) ->
             "treering.core.topology.data_rank(mesh), not by the rank"
         )
     given //= shared
-    ways = left // given if given else 0
-    if given and (ways == 0 or ways * given != left or shared % ways):
+    ways = remaining // given if given else 0
+    if given and (ways == 0 or ways * given != remaining or shared % ways):
         raise PlanError(
             f"a step has {given} trained tokens, and after the techniques have transformed its batches there are "
-            f"{left} of them on the ranks together. A technique that cuts rows must leave each token on one rank of "
-            "the `sequence` axis, one that does not must leave it on all of them"
+            f"{remaining} of them on the ranks together. A technique that cuts rows must leave each token on one rank "
+            "of the `sequence` axis, one that does not must leave it on all of them"
         )
     return ways
 
@@ -139,4 +145,66 @@ def silent() -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch with its tensors on `device`."""
     return {name: value.to(device) if isinstance(value, Tensor | Documents) else value for name, value in batch.items()}
+
+
+def trained_tokens(labels: Tensor) -> int:
+    """Return how many labels are trained. The first of a row never is: nothing precedes it."""
+    return int((labels[:, 1:] != IGNORED).sum())
+
+
+def with_targets(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the batch with `targets`: what each position predicts, the label of the next one; -100 at a row's end.
+
+    Labels are shifted here and nowhere else, once a micro-batch, so that techniques may cut rows and lose no target.
+    """
+    if "targets" in batch or "labels" not in batch:  # text that is only measured has no labels
+        return batch
+    return {**batch, "targets": F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)}
+
+
+def choose_objective(given: Objective | None, applied: Sequence[Applied]) -> Objective:
+    """Return the objective of a run: the one given, or the one that a technique's settings ask for, or cross-entropy.
+
+    Args:
+        given: The argument of `compose`.
+        applied: The results of the run's techniques.
+    """
+    asked = [one.objective for one in applied if one.objective is not None]
+    if given is not None and asked:
+        raise PlanError(
+            f"the objective is {given!r}, and the settings of a technique ask for {asked[0]!r}; write label_smoothing "
+            "and z_loss into the objective, and leave them out of tiledloss"
+        )
+    return given or (asked[0] if asked else CrossEntropy())
+
+
+def plain_loss(model: nn.Module, batch: dict[str, Any], objective: Objective) -> Tensor:
+    """Return the sum of `objective` over trained positions. The head is applied only at these positions.
+
+    B rows of S positions, K positions that are trained in any row, N trained positions, V vocabulary.
+    """
+    trained_BS = batch["targets"] != IGNORED
+    keep_K = trained_BS.any(0).nonzero().squeeze(1)
+    nothing = keep_K.numel() == 0
+    if nothing:  # the model still runs: other ranks wait for its gathers and reductions
+        keep_K = torch.zeros(1, dtype=torch.long, device=trained_BS.device)
+    values = None if nothing else objective_values(objective, batch)
+    inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        logits_BKV = model(**inputs, use_cache=False, logits_to_keep=keep_K).logits
+    else:
+        logits_BKV = model(**inputs, use_cache=False).logits[:, keep_K]
+    if values is None:
+        return widened(logits_BKV[:, :0]).sum()
+    rows, logits_NV = values.select(lambda x: x[:, keep_K].flatten(0, 1)), logits_BKV.flatten(0, 1)
+    if len(trained_BS) > 1:  # of several rows, one may train a position that another does not
+        index_N = trained_BS[:, keep_K].flatten().nonzero().squeeze(1)
+        rows, logits_NV = rows.select(lambda x: x[index_N]), logits_NV[index_N]
+    return rows.sum(widened(logits_NV))
+
+
+def cross_entropy(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Return Σ −log p(token | those before it) over trained tokens."""
+    return plain_loss(model, batch, CrossEntropy())

@@ -1,4 +1,4 @@
-"""A model and techniques become a run: open → resolve → claims → apply → shard → materialise → fill or resume."""
+"""Composes a model and techniques: open → resolve → claims → apply → shard → materialise → fill or resume."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -15,14 +15,11 @@ from treering.core.errors import PlanError
 from treering.core.topology import mesh as make_mesh
 from treering.curvature import Statistics as Measured
 from treering.objectives import Objective
-from treering.plan import conflicts
-from treering.plan import open_model as opening
+from treering.plan import conflicts, open_model
 from treering.plan.apply import apply_all, resolve_all
-from treering.plan.chain import Statistics
-from treering.plan.load import fill, refill
-from treering.plan.loss import choose_objective
-from treering.plan.materialise import materialise, remember, to_meta
-from treering.plan.plan import Plan
+from treering.plan.batches import choose_objective
+from treering.plan.load import fill, materialise, refill, remember, to_meta
+from treering.plan.plan import Plan, Statistics
 from treering.plan.prepared import Prepared
 from treering.plan.refill import refuse_incomplete
 from treering.plan.run import Run
@@ -34,16 +31,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-COMPOSED = "_treering_composed"  # marks a model: composed again, it would have adapters in place of plain weights
+COMPOSED = "_treering_composed"  # marks a model: composed again, it would have adapters instead of plain weights
 
 
-class Drafting(TypedDict, total=False):
-    """What `compose` passes on to `draft`; defaults and meaning are those of `draft`."""
+class DraftSettings(TypedDict, total=False):
+    """Arguments that `compose` passes on to `draft`, with the same defaults and meaning."""
 
     mesh: "DeviceMesh | None"
     dtype: str
     seed: int
-    dropout: opening.Dropout
+    dropout: open_model.Dropout
     statistics: Statistics | None
     roles: Mapping[str, str] | None
     frozen: bool
@@ -55,7 +52,7 @@ def compose(
     techniques: Iterable[Technique],
     *,
     prepared: str | Path | None = None,
-    **drafting: Unpack[Drafting],
+    **drafting: Unpack[DraftSettings],
 ) -> Run:
     """Return `model` with `techniques` in place and weights loaded.
 
@@ -80,7 +77,7 @@ def draft(
     mesh: "DeviceMesh | None" = None,
     dtype: str = "auto",
     seed: int = 0,
-    dropout: opening.Dropout = "refuse",
+    dropout: open_model.Dropout = "refuse",
     statistics: Statistics | None = None,
     roles: Mapping[str, str] | None = None,
     frozen: bool = False,
@@ -89,49 +86,49 @@ def draft(
     name: str | None = None,
     folder: Path | None = None,
 ) -> Plan:
-    """Return the model with `techniques` in place and without values. Every refusal comes from here.
+    """Return the model with `techniques` in place and without values. Every refusal is raised here.
 
     Args:
         model: As for `compose`.
         techniques: In any order.
         mesh: From `treering.mesh(…)`; with Shard and no mesh, all ranks shard.
-        dtype: In which weights are stored; `auto`: as the folder's config says, or as the live model has them.
-        seed: For everything that is drawn.
+        dtype: In which weights are stored; `auto`: that of the folder's config, or of the live model.
+        seed: For all random numbers.
         dropout: What to do with a model that has dropout: refuse it, set it to 0 (`off`), or keep it (`per_rank`).
         statistics: Of `treering.measure`, by plain name.
-        roles: Pattern → role, where the anatomy cannot tell (see its message).
-        frozen: Nothing learns: for measuring, and for teachers. Techniques that train are refused.
+        roles: Pattern → role, where the anatomy cannot decide (see its message).
+        frozen: Nothing is trained: for measuring, and for teachers. Techniques that train are refused.
         objective: What `run.loss` evaluates; None: cross-entropy.
-        weights: False: only a config is needed, and the plan cannot be loaded.
-        name: What `explain()` calls the model.
-        folder: Where a live model's tokenizer lies, to be exported with it.
+        weights: If False, only a config is needed, and the plan cannot be loaded.
+        name: The model's name in `explain()`.
+        folder: With a live model's tokenizer, to be exported with it.
     """
     ordered = _ordered(techniques)
     live = isinstance(model, nn.Module)
-    folder = folder if live else opening.locate(str(model))
-    built = model if live else opening.on_meta(folder, dtype)  # type: ignore[arg-type]
+    folder = folder if live else open_model.locate(str(model))
+    built = model if live else open_model.on_meta(folder, dtype)  # type: ignore[arg-type]
     assert isinstance(built, nn.Module)
     _refuse_used(built)
-    if live and dtype != "auto" and built.dtype != opening.named_dtype(dtype):
+    if live and dtype != "auto" and built.dtype != open_model.named_dtype(dtype):
         raise PlanError(f"dtype is {dtype} and the live model is {built.dtype}; cast it before, or leave dtype out")
     source_name = name or (type(built).__name__ if live else str(model))  # FSDP will rename the class
     anatomy = examine(built, roles)
     if isinstance(statistics, Measured):
         statistics.check(anatomy)
-    opening.quiet_dropout(built, dropout)
-    source = opening.source_of(built, None if live else folder) if weights else None  # type: ignore[arg-type]
+    open_model.quiet_dropout(built, dropout)
+    source = open_model.source_of(built, None if live else folder) if weights else None  # type: ignore[arg-type]
     if mesh is None and (any(t.stage == Stage.SHARD for t in ordered) or _several_ranks()):
-        mesh = make_mesh()  # of all ranks: without one, each would train a model of its own without any error
+        mesh = make_mesh()  # of all ranks: without one, each would train a separate model without any error
     site = Site(anatomy=anatomy, mesh=mesh, seed=seed, statistics=statistics)
     ordered = resolve_all(built, ordered, source, site)
     claimed = [t.claims(anatomy, mesh) for t in ordered]
     conflicts.check(list(zip(ordered, claimed)))
-    conflicts.check_whole(ordered, claimed, mesh, frozen=frozen)
+    conflicts.check_composition(ordered, claimed, mesh, frozen=frozen)
     plain = {name: (tuple(value.shape), value.dtype) for name, value in plain_tensors(built).items()}
     unpackable = attention.packable(built, anatomy)
     setattr(built, COMPOSED, True)
     restore = () if unpackable else (attention.install(built, anatomy),)
-    give_back = remember(built)
+    restore_parameters = remember(built)
     if live:
         to_meta(built)
     for parameter in built.parameters():
@@ -141,7 +138,7 @@ def draft(
         conflicts.check_units(list(zip(ordered, claimed)), built, {a.fqn for a in anatomy.attentions})
         objective = choose_objective(objective, applied)
     except PlanError:  # a live model keeps its values when it is refused
-        give_back()
+        restore_parameters()
         delattr(built, COMPOSED)
         for remove in restore:
             remove()
@@ -174,7 +171,7 @@ def load(
 ) -> Run:
     """Return the run of a plan: with first values, or with those that `resume` has of every name in `plan.owned`.
 
-    A checkpoint may leave some of them to `prepared`: `treering.plan.refill.completed` adds these.
+    A checkpoint may omit some of them that `prepared` has: `treering.plan.refill.completed` adds these.
     """
     if plan.source is None:
         raise PlanError("this plan was drafted without weights")

@@ -1,4 +1,4 @@
-"""Whether techniques fit together, decided on their claims: without weights and without processes."""
+"""Checks that techniques can be combined, from their claims: without weights and without processes."""
 
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
@@ -30,14 +30,14 @@ def name_of(technique: Technique) -> str:
 
 def check(claimed: Sequence[tuple[Technique, Sequence[Claim]]]) -> None:
     """Raise PlanError for the first pair of techniques whose claims conflict, naming what they conflict on."""
-    for i, (first, its) in enumerate(claimed):
+    for i, (first, claims) in enumerate(claimed):
         for second, others in claimed[i + 1 :]:
-            _check_pair(first, its, second, others)
+            _check_pair(first, claims, second, others)
     _check_needs(claimed)
 
 
-def _check_pair(first: Technique, its: Sequence[Claim], second: Technique, others: Sequence[Claim]) -> None:
-    by_name = {(c.fqn, c.aspect): c for c in its}
+def _check_pair(first: Technique, claims: Sequence[Claim], second: Technique, others: Sequence[Claim]) -> None:
+    by_name = {(c.fqn, c.aspect): c for c in claims}
     clashes = []
     for other in others:
         mine = by_name.get((other.fqn, other.aspect))
@@ -60,12 +60,12 @@ def _check_needs(claimed: Sequence[tuple[Technique, Sequence[Claim]]]) -> None:
     for technique, claims in claimed:
         for claim in claims:
             if "plain_weight" in claim.needs and claim.fqn in stored:
-                owner, own = stored[claim.fqn]
+                owner, storage = stored[claim.fqn]
                 if owner is not technique:
                     raise PlanError(
                         f"{name_of(technique)} needs the plain weight of {claim.fqn}, which {name_of(owner)} stores in "
-                        f"its own form. Leave it out of {claim.setting} or of {own.setting}",
-                        settings=(claim.setting, own.setting),
+                        f"its own form. Leave it out of {claim.setting} or of {storage.setting}",
+                        settings=(claim.setting, storage.setting),
                     )
             if "no_fsdp_unit_inside" in claim.needs:
                 for owner, unit in units:
@@ -80,9 +80,11 @@ def _check_needs(claimed: Sequence[tuple[Technique, Sequence[Claim]]]) -> None:
 def check_units(
     claimed: Sequence[tuple[Technique, Sequence[Claim]]], model: "nn.Module", attentions: Collection[str]
 ) -> None:
-    """Refuse FSDP units inside what is run several times. Units for parameters with a dtype of their own are known only
-    once every technique is applied. Attentions are left out: only part of them is tiled, and their technique checks the
-    first forward."""
+    """Refuse FSDP units inside a module that is run several times.
+
+    Units for parameters with another dtype than the arithmetic are known only once every technique is applied.
+    Attentions are omitted: only part of them is tiled, and their technique checks the first forward.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     for technique, claims in claimed:
@@ -99,7 +101,7 @@ def check_units(
                     )
 
 
-def check_whole(
+def check_composition(
     techniques: Sequence[Technique],
     claimed: Sequence[Sequence[Claim]],
     mesh: "DeviceMesh | None",
@@ -110,10 +112,10 @@ def check_whole(
     from treering.core.topology import axis_size
 
     aspects = {claim.aspect for claims in claimed for claim in claims}
-    learning = [name_of(technique) for technique in techniques if technique.stage == Stage.ADAPT]
-    if frozen and learning:
-        raise PlanError(f"the run is frozen, and {learning[0]} trains: leave it out, or leave out frozen")
-    if not frozen and not learning:
+    training = [name_of(technique) for technique in techniques if technique.stage == Stage.ADAPT]
+    if frozen and training:
+        raise PlanError(f"the run is frozen, and {training[0]} trains: leave it out, or leave out frozen")
+    if not frozen and not training:
         raise PlanError("nothing would be trained: add full, lora or osft to the techniques, or ask for frozen=True")
     losses = [name_of(t) for t, claims in zip(techniques, claimed) if any(c.aspect == "loss" for c in claims)]
     if len(losses) > 1:
@@ -136,4 +138,4 @@ def check_whole(
 
 def _some(clashes: Sequence[tuple[Claim, Claim]]) -> str:
     rest = f" (and {len(clashes) - 1} more)" if len(clashes) > 1 else ""
-    return f"{clashes[0][0].fqn or 'the whole model'}{rest}"
+    return f"{clashes[0][0].fqn or 'the complete model'}{rest}"

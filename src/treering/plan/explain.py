@@ -18,23 +18,23 @@ from treering.technique import Workload
 class Figures:
     """Bytes on this rank, before activations. The optimizer is AdamW's two moments in the parameter's dtype."""
 
-    parameters: int  # of the whole model, a count
-    trained: int
-    held: int
+    parameters: int  # how many the complete model has
+    trained: int  # how many of them are trained
+    stored: int
     gradients: int
     optimizer: int
 
 
 def figures(plan: Plan) -> Figures:
-    """Return the bytes that `plan` holds on this rank, from shapes."""
-    counts = dict.fromkeys(("parameters", "trained", "held", "gradients", "optimizer"), 0)
+    """Return the bytes that `plan` needs on this rank, from shapes."""
+    counts = dict.fromkeys(("parameters", "trained", "stored", "gradients", "optimizer"), 0)
     # Buffers count as well: bases that a technique keeps can be as large as weights.
     for parameter in (*plan.model.parameters(), *plan.model.buffers()):
         total = parameter.numel()
         start, stop = local_rows(parameter)
         local = total // max(parameter.shape[0], 1) * (stop - start) if parameter.ndim else total
         size = parameter.element_size()
-        counts["held"] += local * size
+        counts["stored"] += local * size
         if not isinstance(parameter, Parameter):
             continue
         counts["parameters"] += total
@@ -52,8 +52,8 @@ def explain(
     *,
     work: Workload | None = None,
 ) -> str:
-    """Return what will happen: the order of techniques, memory before activations, and communication in a step of
-    `work` (default: one micro-batch of 4,096 tokens)."""
+    """Return the report: the order of techniques, memory before activations, and communication in a step of `work`
+    (default: one micro-batch of 4,096 tokens)."""
     n = figures(plan)
     axes = ", ".join(f"{axis}={axis_size(plan.mesh, axis)}" for axis in AXES if axis_size(plan.mesh, axis) > 1)
     lines = [
@@ -70,8 +70,8 @@ def explain(
     lines += [
         "",
         "on each rank, before activations",
-        f"  parameters {size(n.held)}, gradients {size(n.gradients)}, AdamW state {size(n.optimizer)}, "
-        f"together {size(n.held + n.gradients + n.optimizer)}",
+        f"  parameters {size(n.stored)}, gradients {size(n.gradients)}, AdamW state {size(n.optimizer)}, "
+        f"together {size(n.stored + n.gradients + n.optimizer)}",
     ]
     lines += _communication(plan, work or Workload(tokens=4096))
     if lost:
@@ -86,7 +86,7 @@ def explain(
 
 
 def _communication(plan: Plan, work: Workload) -> list[str]:
-    """A line for each kind of message; none where nothing is sent."""
+    """Return a line for each kind of message, and no line where nothing is sent."""
     messages = plan.messages(work)
     if not messages:
         return []
@@ -101,7 +101,7 @@ def _communication(plan: Plan, work: Workload) -> list[str]:
 
 
 def unused(plan: Plan, most: int = 6) -> str:
-    """Return in one line which tensors of the source nothing uses; empty if there are none."""
+    """Return one line with the tensors of the source that nothing uses; empty if there are none."""
     names = plan.source.unused if plan.source is not None else ()
     if not names:
         return ""

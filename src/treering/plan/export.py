@@ -1,6 +1,7 @@
 """A Hugging Face folder of the dense model, or a peft folder of an adapter: streamed, read again, then published.
 
-One group of tensors is gathered, joined, translated and written at a time. What fails on rank 0 ends all.
+One group of tensors is gathered, joined, translated and written at a time. An error on rank 0 ends the export on all
+ranks. An adapter is exported alone only if its folder, with the original model, gives what was trained.
 """
 
 import copy
@@ -10,16 +11,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from treering.core.collectives import is_first
-from treering.core.errors import CheckpointError
+from treering.core.errors import CheckpointError, PlanError
 from treering.curvature import open as open_statistics
 from treering.curvature.disk import copy_folder
-from treering.plan.adapter import contents, exportable
-from treering.plan.adapter import tensors as tensors_of
 from treering.plan.plan import Plan
-from treering.plan.values import Values, announced, groups, joined, live_values, take_part
+from treering.plan.values import Values, announced, groups, joined, like, live_values, take_part
 from treering.store.model_folder import tensor_files
 from treering.store.publish import on_first, published, refuse_full, refuse_taken
 from treering.store.tensor_writer import LIMIT, TensorWriter
@@ -29,7 +29,7 @@ from treering.weights.plain_tensors import to_file_layout
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-BESIDE = (
+NEXT_TO_WEIGHTS = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -48,32 +48,36 @@ def export(
     adapter: str | None,
     *,
     values: Values | None = None,
-    beside: Mapping[str, Path] | None = None,
+    files: Mapping[str, Path] | None = None,
     statistics: Path | None = None,
     limit: int = LIMIT,
 ) -> Path:
-    """Write the model, or the adapter named `adapter`, as a folder. Every rank calls it. Returns the folder.
+    """Write the model, or the adapter named `adapter`, and return the folder. Every rank calls it.
 
-    values   of a run that is not in memory; else those of the live model
-    beside   name -> file that comes with a dense model, instead of the base model's of that name
-    statistics   a folder of them that comes with a dense model, as `statistics` in its folder
-    limit    bytes of one file
+    Args:
+        plan: The model and its techniques.
+        folder: Where to write; it must not exist or be empty.
+        adapter: The name of the adapter to write; None: the dense model.
+        values: Those of a run that is not in memory; None: those of the live model.
+        files: Name -> file to copy next to a dense model, instead of the base model's of that name.
+        statistics: A folder of statistics to copy into a dense model's folder, as `statistics`.
+        limit: Bytes of one file.
     """
     on_first(lambda: refuse_taken(folder), f"looking at {folder}")
     values = values or live_values(plan)
     if adapter is None:
         writer = TensorWriter(layout(plan), limit=limit)
-        coming = _dense(plan, values)
+        tensor_groups = _dense(plan, values)
     else:
         chosen = exportable(plan, adapter)
-        writer = TensorWriter(contents(plan, chosen), file=chosen.file, limit=None)
-        coming = tensors_of(chosen, values)
+        writer = TensorWriter(adapter_layout(plan, chosen), file=chosen.file, limit=None)
+        tensor_groups = adapter_tensors(chosen, values)
     measured = None if statistics is None else open_statistics(statistics)
     need = writer.bytes + (measured.bytes if measured else 0)
     on_first(lambda: refuse_full(folder, need), f"looking at {folder}")
     with published(folder, need) as (temporary, do):
         do(lambda: writer.open(temporary))
-        for tensors in coming:
+        for tensors in tensor_groups:
             do(lambda tensors=tensors: _write(plan, writer, tensors, adapter is None))  # type: ignore[misc]
             tensors.clear()  # the loop would keep it while the next group is computed
         do(writer.close)
@@ -81,7 +85,7 @@ def export(
         if measured is not None:
             do(lambda: copy_folder(Path(measured.where), temporary / "statistics"))
         if adapter is None:
-            do(lambda: _describe(plan, writer, temporary, beside or {}))
+            do(lambda: _describe(plan, writer, temporary, files or {}))
         else:
             do(lambda: _describe_adapter(plan, temporary, chosen))
     return folder
@@ -108,12 +112,12 @@ def _write(plan: Plan, writer: TensorWriter, tensors: dict[str, Tensor], transla
         writer.add(name, value)
 
 
-def _describe(plan: Plan, writer: TensorWriter, folder: Path, beside: Mapping[str, Path]) -> None:
-    """Write everything but weights. The configuration is the last: without it nobody loads the folder."""
+def _describe(plan: Plan, writer: TensorWriter, folder: Path, files: Mapping[str, Path]) -> None:
+    """Write everything but weights. The configuration is written last: without it the folder cannot be loaded."""
     if set(tensor_files(folder)) != set(writer.tensors):
         raise CheckpointError(f"{folder} and its index do not name the same tensors")
-    for name in BESIDE:
-        path = beside.get(name) or (plan.folder / name if plan.folder is not None else None)
+    for name in NEXT_TO_WEIGHTS:
+        path = files.get(name) or (plan.folder / name if plan.folder is not None else None)
         if path is not None and path.is_file():
             shutil.copyfile(path, folder / name)
     generation = getattr(plan.model, "generation_config", None)
@@ -133,7 +137,7 @@ def _config(plan: Plan) -> "PretrainedConfig":
 
 
 def _reopen_config(written: "PretrainedConfig", folder: Path) -> None:
-    """Check that the configuration is read as it was written. An unknown family has its own class."""
+    """Check that the configuration is read as it was written. An unknown family has a class that transformers lacks."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if written.model_type in CONFIG_MAPPING:
@@ -147,3 +151,41 @@ def _reopen_config(written: "PretrainedConfig", folder: Path) -> None:
 def _describe_adapter(plan: Plan, folder: Path, chosen: Adapter) -> None:
     config = {**chosen.config, "base_model_name_or_path": plan.source_name}
     (folder / chosen.config_file).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def exportable(plan: Plan, name: str) -> Adapter:
+    """Return the adapter called `name`; raise PlanError if a folder of it would give another model."""
+    adapters = {a.adapter.name: a.adapter for a in plan.applied if a.adapter is not None}
+    if name not in adapters:
+        raise PlanError(f"there is no adapter called {name!r}; there is {', '.join(adapters) or 'none'}")
+    chosen = adapters[name]
+    moved = [n for n, chain in plan.chains.items() for p in chain.parts if p.moves_base and set(p.names) & chosen.own]
+    if moved:
+        raise PlanError(
+            f"the adapter {name!r} moved the base weights at its start ({moved[0]} and {len(moved) - 1} more), so it "
+            "does not fit the original model; export the dense model instead"
+        )
+    others = [name for a in plan.applied for name in a.trainable if name not in chosen.own and name in plan.plain]
+    if others:
+        raise PlanError(
+            f"{others[0]} and {len(others) - 1} more plain parameters were trained next to the adapter {name!r}, and "
+            "an adapter folder cannot contain them; export the dense model instead"
+        )
+    return chosen
+
+
+def adapter_layout(plan: Plan, adapter: Adapter) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's file, on the meta device."""
+    layout_of_file = {key: like(plan, name) for name, key in adapter.keys.items()}
+    for key, derived in adapter.derived.items():
+        layout_of_file[key] = torch.empty(derived.shape, dtype=like(plan, derived.names[0]).dtype, device="meta")
+    return layout_of_file
+
+
+@torch.no_grad()
+def adapter_tensors(adapter: Adapter, values: Values) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors of an adapter's file, one at a time; a collective where the model is sharded."""
+    for name, key in adapter.keys.items():
+        yield {key: values.read(name).cpu()}
+    for key, derived in adapter.derived.items():
+        yield {key: derived.make({name: values.read(name) for name in derived.names}).contiguous().cpu()}

@@ -1,14 +1,17 @@
-"""Plain tensors in: a rank's rows into plain parameters, and through chains of parts into techniques' own tensors."""
+"""Memory and values for a drafted model: from the meta device to a rank's rows of every plain weight.
+
+Plain parameters are copied; a weight that a technique stores in parts goes through its chain. Tied parameters stay one.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from treering.core.errors import PlanError
 from treering.core.sharded import local, local_rows, put, put_rows
-from treering.plan.chain import Chain, Statistics, join, split
+from treering.plan.plan import Chain, Statistics, join, split
 from treering.plan.prepared import Prepared
 from treering.plan.splitting import rows_at_once, split_all
 from treering.technique import LazyTensor
@@ -16,6 +19,93 @@ from treering.weights.plain_tensors import Source, plain_tensors
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
+
+
+def to_meta(model: nn.Module) -> None:
+    """Free every parameter's memory; buffers stay. A caller that needs the values builds a Source before."""
+    _replace(model, lambda p: torch.empty_like(p, device="meta"))
+
+
+def remember(model: nn.Module) -> Callable[[], None]:
+    """Return a function that restores the present parameters."""
+    places = [
+        (module, name, parameter, parameter.requires_grad)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+
+    def restore() -> None:
+        for module, name, parameter, trained in places:
+            parameter.requires_grad_(trained)
+            module._parameters[name] = parameter
+
+    return restore
+
+
+def materialise(model: "PreTrainedModel", device: torch.device, resting: torch.device) -> None:
+    """Allocate what is on meta: parameters on `resting`, still without values; buffers on `device`, with values."""
+    _replace(model, lambda p: torch.empty_like(p, device=resting) if p.is_meta else p.to(resting))
+    _buffers(model, device)
+
+
+def _replace(model: nn.Module, make) -> None:
+    """Replace parameters module by module. `Module.to_empty` would make two parameters of a tied one."""
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in list(module._parameters.items()):
+            if old is None:
+                continue
+            if old not in replaced:
+                replaced[old] = nn.Parameter(make(old.detach()), requires_grad=old.requires_grad)
+            module._parameters[name] = replaced[old]
+
+
+def _buffers(model: "PreTrainedModel", device: torch.device) -> None:
+    """Move buffers to `device`. Non-persistent ones (rotary frequencies) are in no file: the model computes them."""
+    for module in model.modules():
+        waiting: list[str] = []
+        for name, buffer in list(module._buffers.items()):
+            if buffer is None:
+                continue
+            if not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+                continue
+            module._buffers[name] = torch.empty_like(buffer, device=device)
+            if name in module._non_persistent_buffers_set:
+                waiting.append(name)
+        if waiting:
+            _compute(model, module, waiting)
+
+
+def _compute(model: "PreTrainedModel", module: nn.Module, waiting: list[str]) -> None:
+    """Compute buffers by the model's initialisation, twice, from different values.
+
+    PlanError for a buffer whose result depends on the earlier values: the initialisation does not compute it.
+    """
+    for parameter in module.parameters(recurse=False):
+        # fill() loads the values: no random number must be drawn for them here
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    results: list[dict[str, Tensor]] = []
+    for start in (0, 1):
+        for name in waiting:
+            _buffer(module, name).fill_(start)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            model._init_weights(module)
+        results.append({name: _buffer(module, name).clone() for name in waiting})
+    for name in waiting:
+        if not torch.equal(results[0][name], results[1][name]):
+            raise PlanError(
+                f"{type(model).__name__}: the buffer {name!r} of {type(module).__name__} is in no checkpoint and the "
+                "model's initialisation does not compute it; load the model yourself and give compose() the live model"
+            )
+
+
+def _buffer(module: nn.Module, name: str) -> Tensor:
+    buffer = module._buffers[name]
+    assert buffer is not None
+    return buffer
 
 
 @torch.no_grad()
@@ -28,15 +118,15 @@ def fill(
     prepared: Prepared | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
-    """Give every live parameter its first value. Return the error of each chain, ‖join(split(W)) − W‖/‖W‖.
+    """Set the first value of every live parameter. Return the error of each chain, ‖join(split(W)) − W‖/‖W‖.
 
     Args:
         model: Parameters have memory, on this rank's rows where they are sharded.
         source: The plain tensors.
-        chains: By plain name, what techniques have made of it.
-        statistics: What was measured of the weights, for parts that look at it.
+        chains: By plain name, the parts in which techniques store it.
+        statistics: The measurements of the weights, for parts that read them.
         prepared: Results of splitting that all ranks see. Several ranks need it, unless rows are independent.
-        note: Is given what a person should know, the same on every rank.
+        note: Is called with each message for the user, the same on every rank.
     """
     live = plain_tensors(model)
     errors = {}
@@ -48,8 +138,8 @@ def fill(
             if chain and not chain.reads:
                 tensors = split(chain, source.tensors[name], live, (statistics or {}).get(name))
                 errors[name] = _addition(chain, tensors, source.tensors[name])
-                for own, value in tensors.items():
-                    put(live[own], value)
+                for part_name, value in tensors.items():
+                    put(live[part_name], value)
     errors |= split_all(live, source, [c for c in chains.values() if c.reads], statistics, prepared, note)
     refuse_inexact(chains, errors)
     return errors
@@ -61,14 +151,14 @@ def refuse_inexact(chains: Mapping[str, Chain], errors: Mapping[str, float]) -> 
         allowed = [part.tolerance for part in chains[name].parts]
         if None not in allowed and not error <= sum(a for a in allowed if a is not None):
             raise PlanError(
-                f"{name} is not reproduced by what was made of it: ‖join(split(W)) − W‖/‖W‖ is {error:.2e}, "
+                f"{name} is not reproduced by its parts: ‖join(split(W)) − W‖/‖W‖ is {error:.2e}, "
                 f"and at most {sum(a for a in allowed if a is not None):.2e} was promised"
             )
 
 
 @torch.no_grad()
 def refill(model: "nn.Module", source: Source, owned: Sequence[str], saved: Mapping[str, LazyTensor]) -> None:
-    """Resume from a checkpoint: `owned` from what was saved, the rest from the source. Nothing is split again."""
+    """Resume from a checkpoint: `owned` from the saved values, the rest from the source. Nothing is split again."""
     live = plain_tensors(model)
     from_checkpoint = set(owned)
     for group in source.groups:
@@ -80,7 +170,7 @@ def refill(model: "nn.Module", source: Source, owned: Sequence[str], saved: Mapp
 
 
 def copy_rows(target: Tensor, tensor: LazyTensor) -> None:
-    """Copy this rank's rows of `tensor` into `target`, a few at a time: beside the target lies one expert at most."""
+    """Copy this rank's rows of `tensor` into `target`, a few at a time: at most one expert is in memory next to it."""
     if not target.ndim:
         put_rows(target, tensor.read())
         return
@@ -89,15 +179,15 @@ def copy_rows(target: Tensor, tensor: LazyTensor) -> None:
     if step >= stop - start:
         put_rows(target, tensor.rows(start, stop))
         return
-    held = local(target)
+    shard = local(target)
     for first in range(start, stop, step):
         last = min(first + step, stop)
-        held[first - start : last - start].copy_(tensor.rows(first, last))
+        shard[first - start : last - start].copy_(tensor.rows(first, last))
 
 
 def _addition(chain: Chain, tensors: Mapping[str, Tensor], weight: LazyTensor) -> float:
-    """Return what a start that never reads the weight adds to it; promised to be nothing unless it is an import."""
+    """Return the largest value that a start adds which never reads the weight: 0, unless values are imported."""
     if any(part.tolerance is None for part in chain.parts):
         return 0.0
-    nothing = torch.zeros(()).expand(weight.shape)  # without memory: this must not be what loading peaks at
+    nothing = torch.zeros(()).expand(weight.shape)  # without memory: this must not be the peak of loading
     return float(torch.linalg.vector_norm(join(chain.parts, tensors, nothing), float("inf")))

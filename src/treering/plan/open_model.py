@@ -1,4 +1,4 @@
-"""A folder, a hub name or a live model becomes a model on the meta device and a lazy source of its plain tensors."""
+"""Opens a folder, a hub name or a live model: a model on the meta device, and a lazy source of its plain tensors."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +20,7 @@ NEEDED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")  # n
 
 
 def locate(path: str) -> Path:
-    """Return the folder itself, or a local copy of what the hub has under that name."""
+    """Return the folder `path`, or a local copy of the hub's model of that name."""
     folder = Path(path)
     if folder.is_dir():
         return folder
@@ -32,7 +32,7 @@ def locate(path: str) -> Path:
 
     try:
         return Path(snapshot_download(path, allow_patterns=list(NEEDED)))
-    except Exception as error:  # the hub client raises many kinds; all mean that there is no model
+    except Exception as error:  # the hub client raises many classes; each means that there is no model
         raise CheckpointError(
             f"{path} is neither a folder here nor available from the hub ({first_line(error)}); check the name, the "
             "network and, for a gated model, your access token"
@@ -67,7 +67,7 @@ def _dtype(config: "PretrainedConfig", dtype: str) -> torch.dtype:
         return named_dtype(dtype)
     if str(stored).removeprefix("torch.") not in DTYPES:
         raise PlanError(
-            f"config.json says dtype {str(stored).removeprefix('torch.')}, in which no model is trained; set "
+            f"config.json has dtype {str(stored).removeprefix('torch.')}, in which no model is trained; set "
             "model.dtype to bfloat16 or float32",
             settings=("model.dtype",),
         )
@@ -75,12 +75,14 @@ def _dtype(config: "PretrainedConfig", dtype: str) -> torch.dtype:
 
 
 def named_dtype(name: str) -> torch.dtype:
+    """Return the dtype called `name`, or raise PlanError."""
     if name not in DTYPES:
         raise PlanError(f"dtype is {name!r}; write auto or one of {', '.join(DTYPES)}", settings=("model.dtype",))
     return getattr(torch, name)
 
 
 def read_config(folder: Path) -> "PretrainedConfig":
+    """Return the config of a folder; raise an error for one that cannot be read or trained."""
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
@@ -88,7 +90,7 @@ def read_config(folder: Path) -> "PretrainedConfig":
     check_folder(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # its validators raise kinds of their own
+    except Exception as error:  # its validators raise various classes
         raise CheckpointError(f"{folder}/config.json cannot be used: {first_line(error)}") from None
     if config.dtype is not None and not isinstance(config.dtype, torch.dtype):
         raise CheckpointError(f"{folder}/config.json: dtype is {str(config.dtype)[:80]!r}, which is not a dtype")
@@ -97,7 +99,7 @@ def read_config(folder: Path) -> "PretrainedConfig":
     if getattr(config, "output_router_logits", False):
         raise PlanError(
             "the config asks for the router's auxiliary loss (output_router_logits), which transformers computes over "
-            "a whole batch: it would depend on how a batch is cut. Set output_router_logits to false"
+            "a complete batch: it would depend on how a batch is cut. Set output_router_logits to false"
         )
     return config
 
@@ -116,12 +118,15 @@ def initialised(folder: Path, dtype: str, seed: int) -> "PreTrainedModel":
 
 
 def source_of(model: "PreTrainedModel", folder: Path | None) -> Source:
+    """Return the plain tensors of `folder` for `model`, or those of the live model."""
     return from_model(model) if folder is None else from_folder(model, folder)
 
 
 def quiet_dropout(model: nn.Module, mode: Dropout) -> None:
-    """Refuse dropout, or set it to 0: it draws from each rank's own generator, so that gradients depend on how a batch
-    is distributed over ranks."""
+    """Refuse dropout, or set it to 0.
+
+    Each rank draws it from another generator, so that gradients depend on how a batch is distributed over ranks.
+    """
     if mode == "per_rank":
         return
     active = []

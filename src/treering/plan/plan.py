@@ -1,4 +1,4 @@
-"""A model with its structure in place and no values yet: what every other file of this folder works on."""
+"""A model with its structure in place and no values yet, and the chains of parts that its weights are stored in."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -11,26 +11,100 @@ from torch import Tensor
 
 from treering.anatomy import Anatomy
 from treering.core.errors import PlanError
+from treering.core.full_precision import exactly
 from treering.core.sharded import settle
 from treering.objectives import Objective
-from treering.plan.chain import Chain
 from treering.plan.conflicts import name_of
-from treering.technique import Applied, Message, Technique, Workload
+from treering.technique import Applied, LazyTensor, Message, Part, Technique, Workload
 from treering.weights.plain_tensors import Source, plain_tensors
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+Statistics = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """The parts of one plain tensor, in stage order, and what their results depend on besides the weight."""
+
+    name: str
+    parts: tuple[Part, ...]
+    identity: str
+
+    @property
+    def reads(self) -> bool:
+        """Whether the first value of any part depends on the weight."""
+        return any(part.reads_weight for part in self.parts)
+
+    @property
+    def moves_base(self) -> bool:
+        """Whether any part changes the plain weight at its start."""
+        return any(part.moves_base for part in self.parts)
+
+    @property
+    def independent_rows(self) -> bool:
+        """Whether each row of the weight can be split without the others."""
+        return all(part.independent_rows for part in self.parts)
+
+    @property
+    def cost(self) -> float:
+        """The relative cost of splitting the weight."""
+        return sum(part.cost for part in self.parts)
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors that splitting gives values to. A base that no part changes is read from the source."""
+        part_names = {name for part in self.parts for name in part.names}
+        return sorted(part_names | ({self.name} if self.moves_base else set()))
+
+
+def split(
+    chain: Chain, weight: LazyTensor, live: Mapping[str, Tensor], statistics: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Return all tensors of the chain for `weight`, all rows or some of them, in the dtypes of the live tensors."""
+    tensors: dict[str, Tensor] = {}
+
+    def base() -> Tensor:
+        if chain.name in tensors:
+            return tensors[chain.name]
+        plain = weight.read()
+        return plain if chain.name in live else torch.zeros_like(plain)
+
+    for position, part in enumerate(chain.parts):
+        earlier = chain.parts[:position]
+
+        def below(earlier: tuple[Part, ...] = earlier) -> Tensor:
+            return join(earlier, tensors, base())
+
+        with exactly():
+            values = part.split(weight, below, statistics)
+        for name, value in values.items():
+            tensors[name] = value.to(live[name].dtype)
+    return tensors
+
+
+def join(parts: Sequence[Part], tensors: Mapping[str, Tensor], base: Tensor) -> Tensor:
+    """Return the plain weight as `parts` reproduce it, at least in float32."""
+    value = base.to(torch.promote_types(base.dtype, torch.float32))
+    with exactly():
+        for part in parts:
+            value = part.join(tensors, value)
+    return value
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A model with its structure in place and no values yet."""
+    """A model with its techniques in place and without values.
+
+    See `draft`; `load` gives it its values.
+    """
 
     model: Any
     anatomy: Anatomy
     techniques: tuple[Technique, ...]  # resolved, in the order of application
     applied: tuple[Applied, ...]
-    chains: Mapping[str, Chain]  # plain name -> how its value is held
+    chains: Mapping[str, Chain]  # plain name -> how its value is stored
     plain: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype before anything was applied
     source: Source | None
     source_name: str
@@ -43,12 +117,12 @@ class Plan:
     restore: tuple[Callable[[], None], ...] = ()  # removes the packed attention
 
     def tokens(self, length: int) -> range:
-        """Return which tokens of a row of `length` this rank computes."""
+        """Return the range of tokens of a row of `length` that this rank computes."""
         share = range(length)
         for applied in self.applied:
             if applied.tokens is not None:
-                own = applied.tokens(len(share))
-                share = share[own.start : own.stop : own.step]
+                part = applied.tokens(len(share))
+                share = share[part.start : part.stop : part.step]
         return share
 
     def messages(self, work: Workload) -> list[tuple[str, Message]]:
@@ -65,13 +139,13 @@ class Plan:
         return without(tuple(zip(self.techniques, self.applied)))
 
     def live(self) -> dict[str, Tensor]:
-        """Return every parameter and persistent buffer as this rank holds it, shards where it is sharded."""
+        """Return every parameter and persistent buffer on this rank, shards where it is sharded."""
         settle(self.model)
         return plain_tensors(self.model)
 
     @property
     def owned(self) -> tuple[str, ...]:
-        """Live names whose value is not that of the source: what a checkpoint has to hold."""
+        """Live names whose value is not that of the source, so that a checkpoint has to contain them."""
         names = {name for applied in self.applied for name in applied.trainable}
         for plain_name, chain in self.chains.items():
             for part in chain.parts:

@@ -2,9 +2,9 @@
 
     KEY.safetensors     one result: its tensors, and in the header's metadata its key and the digest of each tensor
 
-Files that an earlier version wrote have no digests. They are made again, as are damaged ones. A sound result is never
-replaced or removed: checkpoints name it by its digest and rely on its bits, which another library or device would not
-make again.
+Files that an earlier version wrote have no digests. They are computed again, as are damaged ones. An undamaged result
+is never replaced or removed: checkpoints name it by its digest and rely on its bits, which another library or device
+would not compute again.
 """
 
 import json
@@ -30,25 +30,24 @@ from treering.store.tensor_writer import TensorWriter, content_of
 FORMAT = 1
 METADATA = "treering"
 LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{32}\.tmp")
-LOSS = "lost"  # ‖join(split(W)) − W‖/‖W‖, kept with the tensors
+ERROR = "lost"  # the tensor with ‖join(split(W)) − W‖/‖W‖, kept with the tensors
 DTYPE_OF = {name: getattr(torch, dtype) for dtype, name in DTYPES.items()}
 
 
 def digest(tensor: Tensor) -> str:
     """Return a digest of the values, bit for bit, with dtype and shape."""
-    words = xxhash.xxh3_128(json.dumps([str(tensor.dtype), list(tensor.shape)]).encode())
-    words.update(content_of(tensor.detach().cpu()))
-    return words.hexdigest()
+    state = xxhash.xxh3_128(json.dumps([str(tensor.dtype), list(tensor.shape)]).encode())
+    state.update(content_of(tensor.detach().cpu()))
+    return state.hexdigest()
 
 
-def key(*ingredients: str) -> str:
+def key(*inputs: str) -> str:
     """Return the name of a result: a digest of all that it depends on, so that any change misses the cache."""
-    return xxhash.xxh3_128("\0".join([str(FORMAT), torch.__version__, *ingredients]).encode()).hexdigest()
+    return xxhash.xxh3_128("\0".join([str(FORMAT), torch.__version__, *inputs]).encode()).hexdigest()
 
 
 def label(weight: str, start: int, stop: int, pieces: int) -> str:
-    """Return what a result is recorded under: the plain weight that it belongs to, with its rows if it is one of
-    several pieces."""
+    """Return the name under which a result is recorded: its plain weight, with its rows if there are several pieces."""
     return weight if pieces == 1 else f"{weight}[{start}:{stop}]"
 
 
@@ -89,9 +88,9 @@ class PreparedTensor:
 
 
 class Prepared:
-    """A folder of safetensors files named by their ingredients. A file is complete or not there.
+    """A folder of safetensors files, named by a digest of what they depend on. A file is complete or does not exist.
 
-    `results` says from which results a run has the values of a plain weight's parts: `label` -> name of the result.
+    `results` are those from which a run has the values of a plain weight's parts: `label` -> name of the result.
     """
 
     def __init__(self, folder: Path):
@@ -102,14 +101,15 @@ class Prepared:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(
-                f"the folder {folder} for prepared tensors cannot be made: {error.strerror}"
+                f"the folder {folder} for prepared tensors cannot be created: {error.strerror}"
             ) from None
 
     def path(self, name: str) -> Path:
+        """Return the file of the result `name`."""
         return self.folder / f"{name}.safetensors"
 
     def problem(self, name: str, tensors: Collection[str]) -> str | None:
-        """Read all of the result `name`. Returns "" if it is as written and has `tensors`, None if there is no such
+        """Read the complete result `name`. Return "" if it is as written and has `tensors`, None if there is no such
         result, else what is wrong with it."""
         path = self.path(name)
         if not path.exists():
@@ -125,7 +125,7 @@ class Prepared:
             if missing := sorted(set(tensors) - names):
                 return f"damaged: it lacks {missing[0]}"
             for tensor, wanted in description["digests"].items():
-                with safe_open(path, "pt") as file:  # anew: an open file keeps every page that was looked at
+                with safe_open(path, "pt") as file:  # reopened: an open file keeps every page that was read
                     if digest(file.get_tensor(tensor)) != wanted:
                         return f"damaged: {tensor} has other values than were written"
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -138,11 +138,11 @@ class Prepared:
         return None if text is None else json.loads(text)
 
     def digest(self, name: str) -> str:
-        """Return the digest of a result: of the names and digests of its tensors, whatever its key."""
+        """Return the digest of a result, of the names and digests of its tensors; its key is not part of it."""
         try:
             description = self._described(name)
         except (OSError, SafetensorError, ValueError) as error:
-            raise self._gone(name, error) from None
+            raise self._unreadable(name, error) from None
         assert description is not None, "a result that was read has digests"
         return _combined(description["digests"])
 
@@ -157,9 +157,9 @@ class Prepared:
         return self._by_digest.get(wanted)
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write a result to the disk, read it again, and only then give it its name.
+        """Write a result under a temporary name, read it again, and only then rename it.
 
-        If another process wrote a sound result of this name meanwhile, that one stays: a run may be using it.
+        If another process wrote an undamaged result of this name meanwhile, that one stays: a run may be using it.
         """
         temporary = self.folder / f".{name}.{uuid.uuid4().hex}.tmp"
         description = json.dumps({"key": name, "digests": {n: digest(t) for n, t in sorted(tensors.items())}})
@@ -167,8 +167,8 @@ class Prepared:
         try:
             with disk.writing_in(self.folder, LEFTOVER):
                 writer.open(self.folder)
-                for own, tensor in tensors.items():
-                    writer.add(own, tensor.cpu())
+                for tensor_name, tensor in tensors.items():
+                    writer.add(tensor_name, tensor.cpu())
                 writer.close()
                 writer.check()
                 try:
@@ -179,22 +179,22 @@ class Prepared:
                 disk.sync(self.folder)
         except OSError as error:
             raise CheckpointError(
-                f"{self.path(name)} cannot be written: {error.strerror}; make room, or give prepared tensors another "
-                "folder"
+                f"{self.path(name)} cannot be written: {error.strerror}; free some space, or give prepared tensors "
+                "another folder"
             ) from None
         finally:
             temporary.unlink(missing_ok=True)
 
     def name(self, weight: str, pieces: Sequence[tuple[int, int, str]]) -> None:
-        """Enter the results of a weight, (first row, row after the last, name) of each piece in order."""
+        """Record the results of a weight, (first row, row after the last, name) of each piece in order."""
         for old in self.labels(weight):
             del self.results[old]
         self.results |= {label(weight, start, stop, len(pieces)): name for start, stop, name in pieces}
 
     def labels(self, weight: str) -> list[str]:
         """Return the labels of a weight's results, in the order of their rows."""
-        own = [one for one in self.results if weight_of(one) == weight]
-        return sorted(own, key=lambda one: int(one.partition("[")[2].partition(":")[0] or 0))
+        labels = [one for one in self.results if weight_of(one) == weight]
+        return sorted(labels, key=lambda one: int(one.partition("[")[2].partition(":")[0] or 0))
 
     def tensor(self, weight: str, tensor: str) -> PreparedTensor:
         """Return a tensor of a weight's results without reading its values."""
@@ -207,7 +207,7 @@ class Prepared:
                     shapes.append(tuple(rows.get_shape()))
                     dtype = DTYPE_OF[rows.get_dtype()]
             except (OSError, SafetensorError) as error:
-                raise self._gone(result, error) from None
+                raise self._unreadable(result, error) from None
         lengths = tuple(shape[0] if shape else 1 for shape in shapes)
         shape = shapes[0] if len(shapes) == 1 else (sum(lengths), *shapes[0][1:])
         return PreparedTensor(prepared=self, results=results, name=tensor, lengths=lengths, shape=shape, dtype=dtype)
@@ -218,7 +218,7 @@ class Prepared:
             with safe_open(self.path(name), "pt") as file:
                 return file.get_slice(tensor)[start:stop]
         except (OSError, SafetensorError) as error:
-            raise self._gone(name, error) from None
+            raise self._unreadable(name, error) from None
 
     def read(self, name: str, tensor: str) -> Tensor:
         """Return a complete tensor of a result."""
@@ -226,16 +226,16 @@ class Prepared:
             with safe_open(self.path(name), "pt") as file:
                 return file.get_tensor(tensor)
         except (OSError, SafetensorError) as error:
-            raise self._gone(name, error) from None
+            raise self._unreadable(name, error) from None
 
-    def _gone(self, name: str, error: Exception) -> CheckpointError:
+    def _unreadable(self, name: str, error: Exception) -> CheckpointError:
         return CheckpointError(f"{self.path(name)} was complete and cannot be read now: {error}")
 
 
 def _combined(digests: Mapping[str, str]) -> str:
-    """Without the loss at load, which says nothing of the tensors and may depend on the number of threads."""
-    words = xxhash.xxh3_128()
+    """Return one digest of several, without that of the error, which may depend on the number of threads."""
+    state = xxhash.xxh3_128()
     for name, of_tensor in sorted(digests.items()):
-        if name != LOSS:
-            words.update(f"{name}\0{of_tensor}\0".encode())
-    return words.hexdigest()
+        if name != ERROR:
+            state.update(f"{name}\0{of_tensor}\0".encode())
+    return state.hexdigest()

@@ -1,4 +1,4 @@
-"""Tensors that a checkpoint leaves to prepared results: which they are, and how a resume gets them."""
+"""Tensors that a checkpoint omits because prepared results contain them, and how a resume reads them."""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -7,9 +7,8 @@ import torch.distributed as dist
 
 from treering.core.collectives import together
 from treering.core.errors import CheckpointError
-from treering.plan.chain import Statistics
 from treering.plan.load import refuse_inexact
-from treering.plan.plan import Plan
+from treering.plan.plan import Plan, Statistics
 from treering.plan.prepared import Prepared, weight_of
 from treering.plan.run import Run
 from treering.plan.splitting import prepare
@@ -18,21 +17,22 @@ from treering.weights.plain_tensors import plain_tensors
 
 
 def unsaved(plan: Plan) -> dict[str, tuple[str, ...]]:
-    """Return for each plain weight the live names of which a checkpoint needs no values, see `Part.saved`."""
+    """Return for each plain weight the live names whose values a checkpoint omits: see `Part.saved`."""
     names = {
         weight: tuple(name for part in chain.parts if not part.saved for name in part.names)
         for weight, chain in plan.chains.items()
     }
     trained = {name for applied in plan.applied for name in applied.trainable}
-    for own in names.values():
-        assert not trained & set(own), f"{sorted(trained & set(own))[0]} is trained, so its part must be saved"
-    return {weight: own for weight, own in names.items() if own}
+    for unsaved_names in names.values():
+        wrong = sorted(trained & set(unsaved_names))
+        assert not wrong, f"{wrong[0]} is trained, so its part must be saved"
+    return {weight: unsaved_names for weight, unsaved_names in names.items() if unsaved_names}
 
 
 def recorded(run: Run) -> dict[str, str]:
     """Return the digests of the prepared results that a checkpoint of `run` may rely on, by `prepared.label`.
 
-    Empty for a run whose results are in no folder: its checkpoints have to hold everything.
+    Empty for a run whose results are in no folder: its checkpoints have to contain everything.
     """
     if run.prepared is None:
         return {}
@@ -69,7 +69,7 @@ def completed(
     """Return every tensor of `plan.owned`: the saved ones, and the rest from prepared results. All ranks call it.
 
     A result is looked up by its digest, so that the values are bitwise those of the run that was saved. One that is
-    missing or damaged is made again from the model and the statistics, and `note` is told how equal it is.
+    missing or damaged is computed again from the model and the statistics, and `note` reports how equal it is.
 
     Args:
         saved: tensors of the checkpoint.
@@ -77,8 +77,8 @@ def completed(
         prepared: the folder of results.
         checkpoint: the checkpoint's name for messages.
         statistics: those that the run began with.
-        changed: what has changed since of the things that results are made from; with any, none is made again.
-        exported_only: leave out what no export reads.
+        changed: the inputs of results that have changed since; with any, no result is computed again.
+        exported_only: omit what no export reads.
     """
     absent = {
         weight: names
@@ -103,16 +103,16 @@ def completed(
 
 
 def _exported(plan: Plan, weight: str) -> set[str]:
-    """What an export of a weight, or of any adapter, reads."""
+    """Return the names that an export of a weight, or of any adapter, reads."""
     parts = plan.chains[weight].parts
     joined = {name for part in parts for name in (part.names if part.joins is None else part.joins)}
     return joined.union(*(applied.adapter.own for applied in plan.applied if applied.adapter is not None))
 
 
 def _look_up(folder: Prepared, absent: Mapping[str, tuple[str, ...]], digests: Mapping[str, str]) -> dict[str, str]:
-    """Enter the results that are there into `folder.results`. Returns by label what is wrong with the others.
+    """Record the results that exist in `folder.results`. Return by label what is wrong with the others.
 
-    A result is read from end to end: ranks share the work.
+    Each result is read completely: ranks share the work.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -146,19 +146,19 @@ def _make_again(
     )
     if changed:
         raise CheckpointError(
-            f"{which}, and cannot be made again: this run has another {' and another '.join(changed)} than the one "
+            f"{which}, and cannot be computed again: this run has another {' and another '.join(changed)} than the one "
             "that was saved. Restore the folder `prepared` of the run, or what was changed"
         )
     if plan.source is None:
         raise CheckpointError(f"{which}, and this plan was drafted without weights to make them from")
     weights = dict.fromkeys(weight_of(label) for label in problems)
     chains = [plan.chains[weight] for weight in weights]
-    lost = prepare(plain_tensors(plan.model), plan.source, chains, statistics, folder, note)
-    refuse_inexact(plan.chains, lost)
+    errors = prepare(plain_tensors(plan.model), plan.source, chains, statistics, folder, note)
+    refuse_inexact(plan.chains, errors)
     again = {label for weight in weights for label in folder.labels(weight)}
-    other = [label for label in again if folder.digest(folder.results[label]) != digests.get(label)]
-    if other:
-        end = f"{len(other)} have other bits than before, so this resume is equal to rounding, not bitwise"
+    different = [label for label in again if folder.digest(folder.results[label]) != digests.get(label)]
+    if different:
+        end = f"{len(different)} have other bits than before, so this resume is equal to rounding, not bitwise"
     else:
         end = "all have the digests that they had, so this resume is bitwise"
-    note(f"{which}; they were made again from the model and its statistics: {end}")
+    note(f"{which}; they were computed again from the model and its statistics: {end}")

@@ -8,8 +8,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from treering.core.errors import CheckpointError, PlanError
-from treering.plan.adapter import contents, exportable
-from treering.plan.export import layout
+from treering.plan.export import adapter_layout, exportable, layout
 from treering.plan.plan import Plan
 from treering.plan.values import announced, groups, joined, live_values
 from treering.store.model_folder import tensor_files
@@ -23,15 +22,15 @@ def rehearse(plan: Plan, folder: Path) -> None:
 
     Every rank calls it, once the weights are loaded. `folder` may exist already.
     """
-    whole = layout(plan)
-    on_first(lambda: refuse_full(folder, _least(plan, whole)), f"checking the space at {folder}")
+    expected = layout(plan)
+    on_first(lambda: refuse_full(folder, _least(plan, expected)), f"checking the space at {folder}")
     values = live_values(plan)
     for group in groups(plan, _one_block(plan)):
         tensors = {name: joined(plan, name, values).cpu() for name in group}
         on_first(lambda group=group, tensors=tensors: _check(plan, group, tensors), "rehearsing the export")  # type: ignore[misc]
-    if plan.folder is not None and plan.source is not None and plan.source.held is None:
+    if plan.folder is not None and plan.source is not None and plan.source.live_values is None:
         source = plan.folder
-        on_first(lambda: _compare(plan, whole, source), f"comparing the export with {source}")
+        on_first(lambda: _compare(plan, expected, source), f"comparing the export with {source}")
 
 
 def _one_block(plan: Plan) -> list[str]:
@@ -39,19 +38,19 @@ def _one_block(plan: Plan) -> list[str]:
     return [name for name in plan.plain if name.startswith(block)]
 
 
-def _least(plan: Plan, whole: Mapping[str, Tensor]) -> int:
-    """Return the bytes of the smallest complete export: of the adapters if each can stand alone, else of the model."""
+def _least(plan: Plan, expected: Mapping[str, Tensor]) -> int:
+    """Return the bytes of the smallest export: of the adapters if each can be exported alone, else of the model."""
     need = 0
     for applied in plan.applied:
         if applied.parts and applied.adapter is None:
-            return sum(map(size, whole.values()))
+            return sum(map(size, expected.values()))
         if applied.adapter is not None:
             try:
                 chosen = exportable(plan, applied.adapter.name)
             except PlanError:
-                return sum(map(size, whole.values()))
-            need += sum(map(size, contents(plan, chosen).values()))
-    return need or sum(map(size, whole.values()))
+                return sum(map(size, expected.values()))
+            need += sum(map(size, adapter_layout(plan, chosen).values()))
+    return need or sum(map(size, expected.values()))
 
 
 def _check(plan: Plan, group: tuple[str, ...], tensors: dict[str, Tensor]) -> None:
@@ -67,19 +66,19 @@ def _check(plan: Plan, group: tuple[str, ...], tensors: dict[str, Tensor]) -> No
         )
 
 
-def _compare(plan: Plan, whole: Mapping[str, Tensor], source: Path) -> None:
+def _compare(plan: Plan, expected: Mapping[str, Tensor], source: Path) -> None:
     """Refuse an export that would not be read as the same tensors. Names and dtypes may differ from the source's."""
     files = tensor_files(source)
-    for name in sorted(set(whole) & set(files)):
+    for name in sorted(set(expected) & set(files)):
         with safe_open(files[name], "pt") as opened:
             shape = tuple(opened.get_slice(name).get_shape())
-        if shape != tuple(whole[name].shape):
+        if shape != tuple(expected[name].shape):
             raise CheckpointError(
-                f"{name} would be exported with shape {tuple(whole[name].shape)}; {source} has {shape}"
+                f"{name} would be exported with shape {tuple(expected[name].shape)}; {source} has {shape}"
             )
     names = dict(plan.plain)
     before, _ = places(plan.model, files, names)
-    after, _ = places(plan.model, whole, names)
+    after, _ = places(plan.model, expected, names)
     unused = set(plan.source.unused) if plan.source is not None else set()
     for target, items in before.items():
         keys = [key for key, _ in items if key not in unused]
@@ -88,5 +87,5 @@ def _compare(plan: Plan, whole: Mapping[str, Tensor], source: Path) -> None:
 
 
 def _has(plan: Plan, target: str, items: Sequence[tuple[str, str | None]]) -> bool:
-    """Return whether the model has `target` as a tensor of its own: a tied copy in the file is not exported again."""
+    """Return whether the model has `target` as a separate tensor: a tied copy in the file is not exported again."""
     return target in plan.plain or items[0][1] is not None

@@ -15,10 +15,9 @@ from treering.core.errors import PlanError
 from treering.core.sharded import settle
 from treering.core.topology import axis_size
 from treering.plan import batches, step
-from treering.plan.batches import Batch
+from treering.plan.batches import Batch, plain_loss, with_targets
 from treering.plan.explain import explain
 from treering.plan.export import export
-from treering.plan.loss import plain_loss, with_targets
 from treering.plan.plan import Plan
 from treering.plan.prepared import Prepared
 from treering.plan.step import StepReport
@@ -27,7 +26,7 @@ from treering.technique import Workload
 
 
 class Run:
-    """The handle of a composed model: the four verbs of a training step, and what is in it.
+    """A composed model, and the methods that a training loop calls.
 
     for micro_batches in run.steps(loader):
         for batch in micro_batches:
@@ -44,33 +43,33 @@ class Run:
         prepared: Prepared | None = None,
     ):
         self.plan = plan
-        self.prepared = prepared  # where the results of splitting lie
-        self.notes = notes  # what a person should know about how the weights were loaded
+        self.prepared = prepared  # the folder with the results of splitting
+        self.notes = notes  # for the user, about how the weights were loaded
         self.model: Any = plan.model
         self.lost = lost  # plain name -> ‖join(split(W)) − W‖/‖W‖ at load
         self.max_skips = max_skips
         self.number = 0  # steps taken, skipped ones included
         self.skipped_in_a_row = 0
         self._samples: list[str] = []
-        self._copies = 0  # on how many ranks each trained token lies; 0: not known yet
+        self._copies = 0  # on how many ranks each trained token is; 0: not known yet
         self._attached = False
         losses = [a.loss for a in plan.applied if a.loss is not None]
         self._loss = losses[0] if losses else plain_loss
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse copy and pickle: the hooks of techniques act on this run's model, and would in a copy, too."""
+        """Refuse copy and pickle: the hooks of techniques act on this run's model, and would do so in a copy, too."""
         raise PlanError(
             "a run cannot be copied or pickled: what its techniques do around a step belongs to its model. Copy the "
             "model (copy.deepcopy(run.model)) to compute with it, or compose() a fresh model for another run"
         )
 
     def explain(self, work: Workload | None = None) -> str:
-        """Return the order of techniques, what each changes, and the memory and messages that follow, of a step of
+        """Return the order of techniques, what each changes, and the memory and communication of a step of
         `work` (default: one micro-batch of 4,096 tokens)."""
         return explain(self.plan, self.lost, self.notes, work=work)
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """Return what learns, by live name. Nothing else has a gradient."""
+        """Return the trained parameters by live name. No other has a gradient."""
         settle(self.model)
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
@@ -78,7 +77,8 @@ class Run:
         """Return `kind` over the trainable parameters. Nothing decays unless `weight_decay` is given, whatever the
         default of `kind` is; then it acts on matrices, and not on vectors (norms, biases).
 
-        Where parameters rest on the CPU, AdamW is the fused one unless you say otherwise: it is several times faster.
+        Where parameters rest on the CPU, AdamW is the fused one, which is several times faster, unless `settings`
+        choose otherwise.
         """
         named = self.trainable()
         if not named:
@@ -129,12 +129,12 @@ class Run:
         return batches.to_device(batch, self.plan.device)
 
     def _check_share(self, batch: Batch, length: int) -> None:
-        """What techniques cut a row to must be what they declare, or `treering plan` would count other tokens."""
+        """Raise an error if techniques cut a row to another length than they declare: plans would count other tokens."""
         if all(applied.tokens is None for applied in self.plan.applied):
             return
-        share, left = len(self.plan.tokens(length)), batch["input_ids"].shape[1]
-        if left != share:
-            raise AssertionError(f"a row of {length} tokens was cut to {left}, and this rank's share is {share}")
+        share, remaining = len(self.plan.tokens(length)), batch["input_ids"].shape[1]
+        if remaining != share:
+            raise AssertionError(f"a row of {length} tokens was cut to {remaining}, and this rank's share is {share}")
 
     def loss(self, batch: Batch) -> Tensor:
         """Return this micro-batch's share of the step's loss: its sum over trained tokens / their global number.
@@ -180,7 +180,7 @@ class Run:
         self.number += 1
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
         if self.skipped_in_a_row >= self.max_skips:
-            raise step.too_many(self.skipped_in_a_row, self.number, self._samples, step.blame(named))
+            raise step.too_many_skips(self.skipped_in_a_row, self.number, self._samples, step.non_finite_names(named))
         for one in optimizers:
             one.zero_grad(set_to_none=True)
         return report
@@ -195,8 +195,8 @@ class Run:
         self._refuse_attached()
         self._attached = True
 
-        def before(_: Optimizer, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-            if any(one is not None for one in (*args[1:], given.get("closure"))):  # the first is the optimizer
+        def before(_: Optimizer, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            if any(one is not None for one in (*args[1:], keywords.get("closure"))):  # the first is the optimizer
                 raise PlanError(
                     "the optimizer was given a closure: it would compute gradients after they were to be projected. "
                     "Call backward() yourself and step() without a closure"
@@ -241,7 +241,7 @@ class Run:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Return what the techniques report of the present parameters, by name."""
+        """Return the metrics of the techniques for the present parameters, by name."""
         settle(self.model)
         metrics: dict[str, float] = {}
         for applied in self.plan.applied:

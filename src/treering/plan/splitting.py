@@ -1,8 +1,8 @@
-"""First values of techniques' own tensors: each part of a weight is split once, by one rank.
+"""First values of the tensors that techniques store: each part of a weight is split once, by one rank.
 
 A chain whose parts have independent rows is split in pieces, one expert (or some rows of a matrix) at a time, by a rank
-that holds these rows: none needs more memory than its share and one piece. Any other chain is one piece, and each piece
-goes to the rank that has least to do. Where several ranks need a result it passes through the folder `prepared`.
+that stores these rows: none needs more memory than its share and one piece. Any other chain is one piece. Each piece is
+assigned to the rank with the least work. Where several ranks need a result, it is in the folder `prepared`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +16,8 @@ from torch import Tensor
 from treering.core.collectives import gather_objects
 from treering.core.errors import PlanError
 from treering.core.sharded import local, local_rows, put, put_rows
-from treering.plan.chain import Chain, Statistics, join, split
-from treering.plan.prepared import Prepared, digest, key
+from treering.plan.plan import Chain, Statistics, join, split
+from treering.plan.prepared import ERROR, Prepared, digest, key
 from treering.technique import LazyTensor
 from treering.weights.plain_tensors import PlainTensor
 
@@ -28,7 +28,7 @@ AT_ONCE = 64 << 20  # bytes of a matrix's rows that are read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class SplitPiece:
     """Rows `start` to `stop` of a chain's weight, which has `rows` of them."""
 
     chain: Chain
@@ -38,16 +38,18 @@ class Piece:
 
     @property
     def cost(self) -> float:
+        """The relative cost of splitting this piece."""
         return self.chain.cost * (self.stop - self.start) / max(self.rows, 1)
 
     @property
     def id(self) -> tuple[str, int]:
+        """The weight's name and the first row."""
         return self.chain.name, self.start
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """Of one piece: its name in `prepared`, ‖join(split(W)) − W‖/‖W‖, and ‖W‖."""
+class SplitResult:
+    """The result of one piece: its name in `prepared`, ‖join(split(W)) − W‖/‖W‖, and ‖W‖."""
 
     key: str
     error: float
@@ -80,13 +82,14 @@ class InMemory:
 
 
 def row_count(tensor: LazyTensor) -> int:
+    """Return the number of rows of `tensor`; 1 for a scalar."""
     return tensor.shape[0] if tensor.shape else 1
 
 
 def rows_at_once(tensor: LazyTensor) -> int:
     """Return how many rows of `tensor` are read at a time: one expert of a stack, many rows of a matrix.
 
-    A tensor that can only be read whole, because its conversion mixes rows, is read once.
+    A tensor that can only be read completely, because its conversion mixes rows, is read once.
     """
     if isinstance(tensor, PlainTensor) and tensor.row_reader is None:
         return max(row_count(tensor), 1)
@@ -105,7 +108,7 @@ def split_all(
     prepared: Prepared | None,
     note: Callable[[str], None],
 ) -> dict[str, float]:
-    """Give own tensors of `chains` their values. Return ‖join(split(W)) − W‖/‖W‖ by plain name. A collective."""
+    """Set the values of the tensors of `chains`. Return ‖join(split(W)) − W‖/‖W‖ by plain name. A collective."""
     errors = prepare(live, source, chains, statistics, prepared, note)
     if prepared is not None:
         for chain in chains:
@@ -124,44 +127,46 @@ def prepare(
     prepared: Prepared | None,
     note: Callable[[str], None],
 ) -> dict[str, float]:
-    """Split `chains` and write the results to `prepared`, whose `results` then name them; without `prepared`, give them
-    to the live tensors. Return ‖join(split(W)) − W‖/‖W‖ by plain name. A collective."""
+    """Split `chains` and write the results to `prepared`, whose `results` then name them, or else to the live tensors.
+
+    Return ‖join(split(W)) − W‖/‖W‖ by plain name. A collective.
+    """
     if not chains:
         return {}
     several = dist.is_initialized() and dist.get_world_size() > 1
     if several and prepared is None and not all(chain.independent_rows for chain in chains):
         raise PlanError("a folder for prepared tensors is needed, seen by all ranks: compose(…, prepared=DIR)")
     rows = {chain.name: row_count(source.tensors[chain.name]) for chain in chains}
-    held = {chain.name: _held_rows(chain, live, rows[chain.name]) for chain in chains}
-    everyone = gather_objects(held)
-    if prepared is None:  # each rank makes what it holds
-        pieces = [piece for chain in chains for piece in _pieces(chain, source, *held[chain.name])]
+    local_ranges = {chain.name: _rows_of_rank(chain, live, rows[chain.name]) for chain in chains}
+    rows_of_ranks = gather_objects(local_ranges)
+    if prepared is None:  # each rank splits the rows that it stores
+        pieces = [piece for chain in chains for piece in _pieces(chain, source, *local_ranges[chain.name])]
     else:
-        pieces = _assigned(chains, source, everyone)[dist.get_rank() if several else 0]
-    work = _Work(live=live, source=source, statistics=statistics, prepared=prepared)
+        pieces = _assigned(chains, source, rows_of_ranks)[dist.get_rank() if several else 0]
+    splitter = _Splitter(live=live, source=source, statistics=statistics, prepared=prepared)
     results, problem = {}, ""
     try:
         for chain in chains:
             weight: LazyTensor = source.tensors[chain.name]
-            own = [piece for piece in pieces if piece.chain is chain]
-            if len(own) > 1 and rows_at_once(weight) >= rows[chain.name]:
+            pieces_of_chain = [piece for piece in pieces if piece.chain is chain]
+            if len(pieces_of_chain) > 1 and rows_at_once(weight) >= rows[chain.name]:
                 weight = InMemory(weight.read())
-            for piece in own:
-                results[piece.id] = work.result(piece, weight)
+            for piece in pieces_of_chain:
+                results[piece.id] = splitter.result(piece, weight)
     except Exception as error:
         if not several:
             raise
         problem = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
-    outcomes = gather_objects((problem, results, work.again))
+    outcomes = gather_objects((problem, results, splitter.repeated))
     problems = [text for text, _, _ in outcomes if text]
     if problems:
         raise PlanError(f"splitting failed on {problems[0]}")
     results = {id_: result for _, part, _ in outcomes for id_, result in part.items()}
-    again = [one for _, _, part in outcomes for one in part]
-    if again:
-        reason, where = again[0]
-        more = f", and {len(again) - 1} more" if len(again) > 1 else ""
-        note(f"{len(again)} of {len(results)} prepared results had to be made again: {where} was {reason}{more}")
+    repeated = [one for _, _, part in outcomes for one in part]
+    if repeated:
+        reason, where = repeated[0]
+        more = f", and {len(repeated) - 1} more" if len(repeated) > 1 else ""
+        note(f"{len(repeated)} of {len(results)} prepared results had to be computed again: {where} was {reason}{more}")
     if prepared is not None:
         for chain in chains:
             pieces = _pieces(chain, source, 0, rows[chain.name])
@@ -170,8 +175,8 @@ def prepare(
 
 
 @dataclass(kw_only=True)
-class _Work:
-    """What making the result of a piece takes. `again`: why a prepared one could not be used, and which."""
+class _Splitter:
+    """Computes results of pieces. `repeated`: why a prepared result could not be used, and which."""
 
     live: Mapping[str, Tensor]
     source: "Source"
@@ -179,43 +184,47 @@ class _Work:
     prepared: Prepared | None
 
     def __post_init__(self) -> None:
-        self.again: list[tuple[str, str]] = []
+        self.repeated: list[tuple[str, str]] = []
 
-    def result(self, piece: Piece, weight: LazyTensor) -> Result:
-        """Look the piece up in `prepared`, or split it; write it there, or give it to the live tensors. What was read
-        for it is let go of when this returns."""
+    def result(self, piece: SplitPiece, weight: LazyTensor) -> SplitResult:
+        """Return the result of a piece: read from `prepared`, or split and written there, or to the live tensors.
+
+        What was read for it is freed on return.
+        """
         chain, prepared = piece.chain, self.prepared
         plain = weight.rows(piece.start, piece.stop) if chain.independent_rows else weight.read()
         statistics = self._statistics(piece, plain)
         form = ("rows",) if chain.independent_rows else ()
         name = key(digest(plain), chain.identity, *form, _identity(chain, self.live, statistics))
         if prepared is not None:
-            problem = prepared.problem(name, (*chain.names, "lost"))
+            problem = prepared.problem(name, (*chain.names, ERROR))
             if problem == "":
-                error, *norm = prepared.rows(name, "lost", 0, 2).tolist()  # a whole weight had no norm beside it once
-                return Result(key=name, error=error, norm=norm[0] if norm else 1.0)
+                error, *norm = prepared.rows(
+                    name, ERROR, 0, 2
+                ).tolist()  # earlier versions wrote no norm for a complete weight
+                return SplitResult(key=name, error=error, norm=norm[0] if norm else 1.0)
             if problem:
-                self.again.append((problem, f"{prepared.path(name)} of {chain.name}"))
+                self.repeated.append((problem, f"{prepared.path(name)} of {chain.name}"))
         tensors = split(chain, InMemory(plain), self.live, statistics)
         base = tensors.get(chain.name, plain if chain.name in self.live else torch.zeros_like(plain))
         wide = plain.to(torch.promote_types(plain.dtype, torch.float32))
         norm = wide.norm().clamp_min(torch.finfo(torch.float32).tiny)
         error = float((join(chain.parts, tensors, base) - wide).norm() / norm)
         if prepared is not None:
-            lost = torch.tensor([error, float(norm)], dtype=torch.float64)
-            prepared.write(name, tensors | {"lost": lost})
-        for own, value in tensors.items() if prepared is None else ():
+            errors = torch.tensor([error, float(norm)], dtype=torch.float64)
+            prepared.write(name, tensors | {ERROR: errors})
+        for part_name, value in tensors.items() if prepared is None else ():
             if chain.independent_rows:
-                first = local_rows(self.live[own])[0]
-                local(self.live[own])[piece.start - first : piece.stop - first].copy_(value)
+                first = local_rows(self.live[part_name])[0]
+                local(self.live[part_name])[piece.start - first : piece.stop - first].copy_(value)
             else:
-                put(self.live[own], value)
-        return Result(key=name, error=error, norm=float(norm))
+                put(self.live[part_name], value)
+        return SplitResult(key=name, error=error, norm=float(norm))
 
-    def _statistics(self, piece: Piece, plain: Tensor) -> Mapping[str, Tensor] | None:
-        """Each expert of a stack has its own; the rows of a matrix share theirs."""
-        looked_at = any(part.measured for part in piece.chain.parts)
-        statistics = (self.statistics or {}).get(piece.chain.name) if looked_at else None
+    def _statistics(self, piece: SplitPiece, plain: Tensor) -> Mapping[str, Tensor] | None:
+        """Return the statistics of a piece: those of its experts of a stack, or those of the matrix of its rows."""
+        measured = any(part.measured for part in piece.chain.parts)
+        statistics = (self.statistics or {}).get(piece.chain.name) if measured else None
         if statistics is None or not piece.chain.independent_rows or plain.ndim < 3:
             return statistics
         return {
@@ -224,49 +233,50 @@ class _Work:
         }
 
 
-def _held_rows(chain: Chain, live: Mapping[str, Tensor], rows: int) -> tuple[int, int]:
-    """Return the rows of the weight that this rank makes if there is no folder: all, unless rows are independent."""
+def _rows_of_rank(chain: Chain, live: Mapping[str, Tensor], rows: int) -> tuple[int, int]:
+    """Return the rows of the weight that this rank splits if there is no folder: all, unless rows are independent."""
     if not chain.independent_rows:
         return 0, rows
-    held = {name: (live[name].shape[:1], local_rows(live[name])) for name in chain.names}
-    first = next(iter(held.values()), ((rows,), (0, rows)))
-    strange = [name for name, one in held.items() if one != first or tuple(one[0]) != (rows,)]
-    if strange:
+    ranges = {name: (live[name].shape[:1], local_rows(live[name])) for name in chain.names}
+    first = next(iter(ranges.values()), ((rows,), (0, rows)))
+    wrong = [name for name, one in ranges.items() if one != first or tuple(one[0]) != (rows,)]
+    if wrong:
         raise AssertionError(
-            f"the parts of {chain.name} have independent rows, and {strange[0]} has not the {rows} rows of the weight, "
-            "or other ones of them on this rank than the chain's other tensors"
+            f"the parts of {chain.name} have independent rows, and {wrong[0]} does not have the {rows} rows of the "
+            "weight, or has other rows on this rank than the chain's other tensors"
         )
     return first[1]
 
 
-def _pieces(chain: Chain, source: "Source", start: int, stop: int) -> list[Piece]:
+def _pieces(chain: Chain, source: "Source", start: int, stop: int) -> list[SplitPiece]:
     weight = source.tensors[chain.name]
     rows = row_count(weight)
     if not chain.independent_rows:
-        return [Piece(chain=chain, start=0, stop=rows, rows=rows)]
+        return [SplitPiece(chain=chain, start=0, stop=rows, rows=rows)]
     step = rows_at_once(InMemory(torch.empty(weight.shape, dtype=weight.dtype, device="meta")))
     return [
-        Piece(chain=chain, start=first, stop=min(first + step, stop), rows=rows) for first in range(start, stop, step)
+        SplitPiece(chain=chain, start=first, stop=min(first + step, stop), rows=rows)
+        for first in range(start, stop, step)
     ]
 
 
 def _assigned(
-    chains: Sequence[Chain], source: "Source", everyone: Sequence[Mapping[str, tuple[int, int]]]
-) -> list[list[Piece]]:
-    """Return each rank's pieces: longest first, each to the rank with the least so far that holds its first row."""
-    assigned: list[list[Piece]] = [[] for _ in everyone]
-    load = [0.0] * len(everyone)
+    chains: Sequence[Chain], source: "Source", rows_of_ranks: Sequence[Mapping[str, tuple[int, int]]]
+) -> list[list[SplitPiece]]:
+    """Return each rank's pieces: longest first, each to the least loaded rank that stores its first row."""
+    assigned: list[list[SplitPiece]] = [[] for _ in rows_of_ranks]
+    load = [0.0] * len(rows_of_ranks)
     pieces = [piece for chain in chains for piece in _pieces(chain, source, 0, row_count(source.tensors[chain.name]))]
     for piece in sorted(pieces, key=lambda piece: (-piece.cost, piece.id)):
         name = piece.chain.name
-        holders = [rank for rank, held in enumerate(everyone) if held[name][0] <= piece.start < held[name][1]]
-        least = min(holders, key=lambda rank: (load[rank], rank))
+        ranks = [i for i, ranges in enumerate(rows_of_ranks) if ranges[name][0] <= piece.start < ranges[name][1]]
+        least = min(ranks, key=lambda rank: (load[rank], rank))
         assigned[least].append(piece)
         load[least] += piece.cost
     return assigned
 
 
-def _error(results: Sequence[Result]) -> float:
+def _error(results: Sequence[SplitResult]) -> float:
     """Return ‖join(split(W)) − W‖/‖W‖ of a weight from those of its pieces."""
     if len(results) == 1:
         return results[0].error

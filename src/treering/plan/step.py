@@ -21,7 +21,7 @@ from treering.technique import Applied
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """The result of a step. `norm` is that before clipping; a skipped step changes neither parameters nor optimizer."""
+    """The result of a step. `norm` is before clipping; a skipped step changes neither parameters nor optimizer."""
 
     norm: float
     skipped: bool
@@ -33,7 +33,7 @@ def take(
     applied: Sequence[Applied],
     clip: float | None,
 ) -> StepReport:
-    """Take one step with the gradients that are there, and return what it did."""
+    """Take one step with the present gradients, and return its norm and whether it was skipped."""
     for one in applied:
         if one.gradients is not None:
             one.gradients()
@@ -58,7 +58,7 @@ def take(
 
 
 def norm_over_meshes(gradients: Iterable[Tensor]) -> Tensor:
-    """Return the 2-norm of all gradients. Those on different meshes are summed over their own ranks and combined."""
+    """Return the 2-norm of all gradients. Those on different meshes are summed over their ranks and combined."""
     groups: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
     for gradient in gradients:
         mesh: DeviceMesh | None = None
@@ -68,8 +68,8 @@ def norm_over_meshes(gradients: Iterable[Tensor]) -> Tensor:
             axes = sharded_axes(gradient)
         groups.setdefault((mesh, axes), []).append(local(gradient))
     total: Tensor | None = None
-    for (mesh, axes), held in groups.items():
-        square = sum_of_squares(held)
+    for (mesh, axes), shards in groups.items():
+        square = sum_of_squares(shards)
         if mesh is not None:
             square = square.to(mesh.device_type)
             for axis in axes:
@@ -78,20 +78,20 @@ def norm_over_meshes(gradients: Iterable[Tensor]) -> Tensor:
     return torch.zeros(()) if total is None else total.sqrt()
 
 
-def blame(named: Iterable[tuple[str, Tensor]], limit: int = 8) -> list[str]:
+def non_finite_names(named: Iterable[tuple[str, Tensor]], limit: int = 8) -> list[str]:
     """Return the names of parameters whose gradient is not finite on this rank."""
     bad = [n for n, p in named if p.grad is not None and not bool(torch.isfinite(local(p.grad)).all())]
     return bad[:limit] + ([f"and {len(bad) - limit} more"] if len(bad) > limit else [])
 
 
-def everyone(own: Sequence[str]) -> list[str]:
-    """What all ranks say, once each. Called when all of them are about to stop: what is to blame may be on any."""
-    return list(dict.fromkeys(one for part in gather_objects(list(own)) for one in part))
+def _of_all_ranks(names: Sequence[str]) -> list[str]:
+    """Return the names of all ranks, once each: the cause may be on any of them. A collective."""
+    return list(dict.fromkeys(name for part in gather_objects(list(names)) for name in part))
 
 
-def too_many(skips: int, step: int, samples: Sequence[str], names: Sequence[str]) -> NumericsError:
+def too_many_skips(skips: int, step: int, samples: Sequence[str], names: Sequence[str]) -> NumericsError:
     """Return the error for `skips` skipped steps in a row. A collective."""
-    samples, names = everyone(samples), everyone(names)
+    samples, names = _of_all_ranks(samples), _of_all_ranks(names)
     seen = ", ".join(samples[:8]) + (" …" if len(samples) > 8 else "")
     return NumericsError(
         f"{skips} steps in a row had a gradient that is not finite; stopped at step {step}. "

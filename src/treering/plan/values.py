@@ -1,4 +1,4 @@
-"""Plain tensors as techniques reproduce them: joins of chains over full tensors, of a live model or of saved values."""
+"""Plain tensors as techniques reproduce them: joins of chains over complete tensors, of a model or of saved values."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,15 +8,14 @@ from torch import Tensor
 
 from treering.core.errors import PlanError
 from treering.core.sharded import gather
-from treering.plan.chain import Chain, join
-from treering.plan.plan import Plan
+from treering.plan.plan import Chain, Plan, join
 from treering.technique import LazyTensor
 from treering.weights.plain_tensors import export_groups, plain_tensors, to_file_layout
 
 
 @dataclass(frozen=True, kw_only=True)
 class Values:
-    """Full tensors by live name. `read` is a collective where the model is sharded."""
+    """Complete tensors by live name. `read` is a collective where the model is sharded."""
 
     names: frozenset[str]
     read: Callable[[str], Tensor]
@@ -56,20 +55,20 @@ def joined(plan: Plan, name: str, values: Values) -> Tensor:
     chain = plan.chains.get(name)
     if chain is None:
         return base.to(dtype)
-    tensors = {own: values.read(own) for own in _joined_names(chain)}
+    tensors = {part_name: values.read(part_name) for part_name in _joined_names(chain)}
     return join(chain.parts, tensors, base).to(dtype)
 
 
 def take_part(plan: Plan, name: str, values: Values) -> None:
-    """Take part in the collectives of `joined` on a rank that does not need the result."""
+    """Take part in the collectives of `joined`, on a rank that does not need the result."""
     chain = plan.chains.get(name)
-    for own in (*({name} & values.names), *(_joined_names(chain) if chain else ())):
-        values.read(own)
+    for part_name in (*({name} & values.names), *(_joined_names(chain) if chain else ())):
+        values.read(part_name)
 
 
 def _joined_names(chain: Chain) -> list[str]:
     """Return the names that the joins read. Bases that are not part of the weight are not gathered."""
-    return [own for part in chain.parts for own in (part.names if part.joins is None else part.joins)]
+    return [name for part in chain.parts for name in (part.names if part.joins is None else part.joins)]
 
 
 def groups(plan: Plan, names: Iterable[str] | None = None) -> list[tuple[str, ...]]:
@@ -78,13 +77,13 @@ def groups(plan: Plan, names: Iterable[str] | None = None) -> list[tuple[str, ..
 
 
 def announced(plan: Plan, group: Iterable[str]) -> dict[str, Tensor]:
-    """Return what the file will hold of a group, on the meta device: names, shapes and dtypes."""
+    """Return the tensors that a file will have of a group, on the meta device: names, shapes and dtypes."""
     shapes = {name: plan.plain[name] for name in group}
     empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
     return to_file_layout(plan.model, empty)
 
 
-def like(plan: Plan, own: str) -> Tensor:
-    """Return the full shape and dtype of a live tensor, on the meta device."""
-    live = plan.model.get_parameter(own)
+def like(plan: Plan, name: str) -> Tensor:
+    """Return a tensor on the meta device with the complete shape and the dtype of a live one."""
+    live = plan.model.get_parameter(name)
     return torch.empty(tuple(live.shape), dtype=live.dtype, device="meta")

@@ -29,7 +29,7 @@ def export(job: Job, folder: Path, *, adapter: str | None = None, step: int | No
     files = {"chat_template.jinja": Path(template).expanduser()} if template is not None else {}
     statistics = carried(job, saved.step) if adapter is None else None
     values = saved_values(plan, _completed(job, plan, saved, exported_only=True))
-    return write(plan, folder, adapter, values=values, beside=files, statistics=statistics)
+    return write(plan, folder, adapter, values=values, files=files, statistics=statistics)
 
 
 def reopen(job: Job, *, step: int | None = None) -> Run:

@@ -1,7 +1,7 @@
 """Plain tensors in and out of Hugging Face folders, streamed, one at a time.
 
-The only file that touches transformers' weight-conversion internals: many models keep experts or fused projections in
-another shape in the file than in the module, and transformers' own mapping, taken tensor by tensor, translates.
+The only file that uses the internals of transformers' weight conversion: many models keep experts or fused projections
+in another shape in the file than in the module, and the mapping of transformers translates, tensor by tensor.
 """
 
 import re
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PlainTensor:
-    """A plain weight that is read when asked for; by rows where the file has a place for each of them."""
+    """A plain weight that is read on request, by rows where the file stores each of them separately."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     reader: Callable[[], Tensor]
     row_reader: Callable[[int, int], Tensor] | None = None
-    stored: StoredTensor | None = None  # none yet: folders of quantized tensors are refused
+    stored: StoredTensor | None = None  # not used yet: folders of quantized tensors are refused
 
     def read(self) -> Tensor:
         return self.reader()
@@ -45,27 +45,28 @@ class PlainTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The plain tensors of a model, by the name they have in the module. `groups` are cheapest read together."""
+    """The plain tensors of a model, by their name in the module. Those of a group are cheapest to read together."""
 
     tensors: Mapping[str, PlainTensor]
     groups: tuple[tuple[str, ...], ...]
     where: str
-    unused: tuple[str, ...] = field(default=())  # tensors of the folder that the model has no place for
-    held: dict[str, Tensor] | None = None  # a live model's values, until they have been taken over
+    unused: tuple[str, ...] = field(default=())  # tensors of the folder that the model does not have
+    live_values: dict[str, Tensor] | None = None  # of a live model, until they have been copied
 
     @property
     def spent(self) -> bool:
-        return self.held is not None and not self.held
+        """Whether the values of a live model have been freed already."""
+        return self.live_values is not None and not self.live_values
 
     def release(self) -> None:
-        """Free a live model's old values: they would stay in memory next to the new ones for the whole run."""
-        if self.held is not None:
-            self.held.clear()
+        """Free a live model's old values: they would stay in memory next to the new ones for the complete run."""
+        if self.live_values is not None:
+            self.live_values.clear()
 
 
 def from_model(model: nn.Module) -> Source:
     """Return the tensors of a live model. This source alone keeps them alive once the model has moved to meta."""
-    held = {name: value.detach() for name, value in plain_tensors(model).items()}
+    values = {name: value.detach() for name, value in plain_tensors(model).items()}
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise PlanError(
@@ -77,12 +78,14 @@ def from_model(model: nn.Module) -> Source:
             name=name,
             shape=tuple(value.shape),
             dtype=value.dtype,
-            reader=lambda name=name: held[name],  # type: ignore[misc]
-            row_reader=lambda a, b, name=name: held[name][a:b],  # type: ignore[misc]
+            reader=lambda name=name: values[name],  # type: ignore[misc]
+            row_reader=lambda a, b, name=name: values[name][a:b],  # type: ignore[misc]
         )
-        for name, value in held.items()
+        for name, value in values.items()
     }
-    return Source(tensors=tensors, groups=tuple((n,) for n in tensors), where="the model that was given", held=held)
+    return Source(
+        tensors=tensors, groups=tuple((n,) for n in tensors), where="the model that was given", live_values=values
+    )
 
 
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -94,7 +97,7 @@ def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def keep_wide(model: "PreTrainedModel", dtype: torch.dtype) -> None:
-    """Cast to float32 what the family keeps so in any dtype. transformers does it only while it loads a folder."""
+    """Cast to float32 what the family keeps in float32. transformers does it only while it loads a folder."""
     from transformers.core_model_loading import build_glob_alternation
 
     wide = model._get_dtype_plan(dtype)
@@ -110,7 +113,7 @@ def keep_wide(model: "PreTrainedModel", dtype: torch.dtype) -> None:
 def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
     """Return the tensors of a Hugging Face folder, for a model (on meta) made from the folder's config.
 
-    Quantized weights are refused: config.json does not say that there are any, and their codes are no weights.
+    Quantized weights are refused: config.json does not declare them, and their codes are not weights.
     """
     headers = tensor_headers(folder)
     files = {key: path for key, (path, _) in headers.items()}
@@ -171,7 +174,7 @@ DEQUANTIZE = (
     "(from_pretrained(…, quantization_config=…), dequantize(), save_pretrained)"
 )
 # What quantizers call the tensors that belong to a quantized weight: `weight_scale_inv`, `SCB`, `weight.absmax`, …
-_BESIDE = re.compile(
+_QUANTIZER_TENSOR = re.compile(
     r"(?P<of>.+?)[._](?P<what>(weight_)?(scales?|scale_inv|scale_2|global_scale|zero_points?|zeros|qzeros|packed|blocks|shape)"
     r"|scale_weight|(nested_)?absmax|(nested_)?quant_map|quant_state\..+|SCB|weight_format|g_idx|qweight)"
 )
@@ -188,8 +191,8 @@ def _refuse_codes(
         if header.dtype not in REAL:
             raise CheckpointError(
                 f"{file}: {key} is stored as {header.dtype}, and the model's {name} is floating-point. These look like "
-                f"codes of a quantized weight, {folder}/config.json has no quantization_config that says what they "
-                f"stand for, and training them as if they were weights would be wrong. {DEQUANTIZE}"
+                f"codes of a quantized weight, {folder}/config.json has no quantization_config that describes "
+                f"them, and training them as if they were weights would be wrong. {DEQUANTIZE}"
             )
 
 
@@ -202,21 +205,21 @@ def _refuse_other_copy(folder: Path, stored: tuple[Path, Header], key: str, owne
         )
     if not same:
         raise CheckpointError(
-            f"{folder}: {key} is another tensor than {owner.name}, and config.json says that they are one "
+            f"{folder}: {key} is another tensor than {owner.name}, and config.json declares them one "
             "(tie_word_embeddings), so that it would be dropped. Set tie_word_embeddings to false in config.json, or "
             f"remove {key} from the folder"
         )
 
 
 def _refuse_scales(folder: Path, used: AbstractSet[str], unused: Sequence[str]) -> None:
-    """Refuse scales of a weight that the model has no place for: nothing would multiply by them."""
+    """Refuse scales of a weight that the model does not have: nothing would multiply by them."""
     for key in unused:
-        match = _BESIDE.fullmatch(key)
-        beside = next((w for w in (match["of"], f"{match['of']}.weight") if w in used), None) if match else None
-        if beside is not None:
+        match = _QUANTIZER_TENSOR.fullmatch(key)
+        weight = next((w for w in (match["of"], f"{match['of']}.weight") if w in used), None) if match else None
+        if weight is not None:
             raise CheckpointError(
-                f"{folder}: {key} looks like a scale of the quantized weight {beside}, and the model has no place for "
-                f"it, so that {beside} would be trained without it. {DEQUANTIZE}. If the weights are multiplied by "
+                f"{folder}: {key} looks like a scale of the quantized weight {weight}, and the model has no place for "
+                f"it, so that {weight} would be trained without it. {DEQUANTIZE}. If the weights are multiplied by "
                 "their scales already, remove the scales from the folder"
             )
 
@@ -224,12 +227,12 @@ def _refuse_scales(folder: Path, used: AbstractSet[str], unused: Sequence[str]) 
 def _refuse_packed(
     folder: Path, headers: Mapping[str, tuple[Path, Header]], missing: str, unused: Sequence[str]
 ) -> None:
-    """Refuse a weight that is there in packed form only, with another message than for an incomplete folder."""
-    packed = [key for key in unused if _BESIDE.fullmatch(key)]
+    """Refuse a weight that exists in packed form only, with another message than for an incomplete folder."""
+    packed = [key for key in unused if _QUANTIZER_TENSOR.fullmatch(key)]
     codes = [key for key in packed if headers[key][1].dtype not in REAL]
     if codes:
         raise CheckpointError(
-            f"{folder} has no tensor for {missing}; it holds quantized weights, such as {codes[0]} "
+            f"{folder} has no tensor for {missing}; it contains quantized weights, such as {codes[0]} "
             f"({headers[codes[0]][1].dtype}). {DEQUANTIZE}"
         )
 
@@ -237,7 +240,7 @@ def _refuse_packed(
 def places(
     model: "PreTrainedModel", keys: Iterable[str], state: dict[str, Any]
 ) -> tuple[dict[str, list[tuple[str, str | None]]], dict[str, Any]]:
-    """Return which of a folder's `keys` become which tensor of the module, whose names are those of `state`.
+    """Return for each tensor of the module, whose names are those of `state`, the `keys` of a folder that become it.
 
     With each key that goes through a converter comes the converter's pattern; the second value has converters by
     pattern.
@@ -284,7 +287,7 @@ def _dtype(file: Path, key: str) -> torch.dtype:
 class _Converted:
     """Tensors of the file that become tensors of the module through one of transformers' converters.
 
-    The last result is kept until its tensors have been taken once each: a fused projection is read once, not thrice.
+    The last result is kept until each of its tensors has been read once: a fused projection is read once, not thrice.
     """
 
     def __init__(self, model: "PreTrainedModel", target: str, items: list, converter: Any, files: dict[str, Path]):
@@ -332,7 +335,7 @@ class _Converted:
         return [(key, pattern) for pattern, keys in by_pattern.items() for key in keys[start:stop]]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows of the converted tensor; only what they are made of is read."""
+        """Return rows of the converted tensor; only the tensors that they are computed from are read."""
         if stop <= start:
             return self._empty(name)
         if self._stacks()[0]:
@@ -397,7 +400,7 @@ def export_groups(model: "PreTrainedModel", names: Iterable[str]) -> list[tuple[
 
 
 def to_file_layout(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return one group of module tensors as the file holds them."""
+    """Return one group of module tensors in the names and shapes of the file."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(model, dict(tensors)))

@@ -24,7 +24,7 @@ def narrow(model):
 def hand_made(model, rank, batches):
     """Gradients of the same model with adapters written out by hand in float32, without any of our machinery."""
     from treering.core.seeds import generator
-    from treering.plan.loss import trained_tokens
+    from treering.plan.batches import trained_tokens
 
     pairs = {}
     for name, module in model.named_modules():

@@ -30,7 +30,7 @@ def sharded_gradients(settings, full=None, arch="llama", stored=torch.float32, n
 
 def each_alone(number=4, ranks=2):
     """Σ over ranks, in float32, of what each rank's bfloat16 arithmetic gives, without FSDP's reduction."""
-    from treering.plan.loss import cross_entropy, trained_tokens, with_targets
+    from treering.plan.batches import cross_entropy, trained_tokens, with_targets
 
     batches = rows(number)
     count = sum(trained_tokens(b["labels"]) for b in batches)

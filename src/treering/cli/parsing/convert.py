@@ -1,4 +1,4 @@
-"""A document to a checked dataclass, or to everything that is wrong with it; and the JSON schema of the same rules."""
+"""From a document to a checked dataclass, or to an error with all its problems; and the JSON schema of the rules."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from treering.cli.parsing.expand import expand
 from treering.cli.parsing.explanations import explain
 from treering.cli.parsing.overrides import override
 from treering.cli.parsing.problems import ConfigErrors, in_order
-from treering.cli.parsing.reader import Document
+from treering.cli.parsing.reader import ConfigDocument
 from treering.cli.parsing.resolved import plain_values
 from treering.cli.parsing.sections import keys, members, null_is_defaults, shorthand
 
@@ -23,7 +23,7 @@ logger = logging.getLogger("treering")
 
 def validate(
     cls: type[T],
-    document: Document,
+    document: ConfigDocument,
     settings: Sequence[str] = (),
     notice: Callable[[str], None] = logger.warning,
 ) -> T:
@@ -31,16 +31,16 @@ def validate(
 
     Args:
         cls: a frozen dataclass; its fields and the `ConfigError`s of its `__post_init__` are the rules
-        document: what was read
-        settings: `path=value` each, put over the document in order
-        notice: is given one line for each former name of a setting that was read
+        document: the values of the file, with their lines
+        settings: `path=value` each, applied to the document in order
+        notice: is called with one line for each former name of a setting that was read
     """
     document = override(cls, expand(cls, document), settings)
     for line in document.notices:
         notice(line)
     config, errors = _check(cls, document, "forbid")
     if any(error["type"] == "unexpected_keyword_argument" for error in errors):
-        # A section with an unknown key was not made: what its `__post_init__` refuses is still to be found.
+        # A section with an unknown key was not constructed: its `__post_init__` has to be called, too.
         errors += _check(cls, document, "ignore")[1]
     if errors or document.problems:
         problems = [*document.problems, *explain(cls, document, errors)]
@@ -48,7 +48,7 @@ def validate(
     return config  # type: ignore[no-any-return]
 
 
-def _check(cls: type, document: Document, unknown_keys: Literal["forbid", "ignore"]) -> tuple[Any, list[Any]]:
+def _check(cls: type, document: ConfigDocument, unknown_keys: Literal["forbid", "ignore"]) -> tuple[Any, list[Any]]:
     try:
         # As JSON: strict validation takes an array for a tuple, and would refuse a Python list.
         return _adapter(cls).validate_json(json.dumps(document.values), strict=True, extra=unknown_keys), []
@@ -68,7 +68,7 @@ def json_schema(cls: type) -> dict[str, Any]:
 
 
 class _Schema(GenerateJsonSchema):
-    """Adds to pydantic's schema what `validate` does around pydantic: unknown keys, plain text, null, defaults."""
+    """Adds to pydantic's schema the rules that `validate` adds: unknown keys, plain text, null, defaults."""
 
     def dataclass_schema(self, schema: Any) -> dict[str, Any]:
         result = super().dataclass_schema(schema)

@@ -1,18 +1,18 @@
-"""A document written out in full: shorthands as the sections that they stand for, former names as today's."""
+"""Expands a document: shorthands become the sections that they mean, and former names today's names."""
 
 import dataclasses
 from typing import Any
 
 from treering.cli.parsing.problems import Path, Problem
-from treering.cli.parsing.reader import Document
+from treering.cli.parsing.reader import ConfigDocument
 from treering.cli.parsing.sections import annotation_at, key_of, null_is_defaults, shorthand
 
 
-def expand(cls: type, document: Document) -> Document:
-    """Return `document` with every shorthand below the section `cls` written out and every renamed key renamed.
+def expand(cls: type, document: ConfigDocument) -> ConfigDocument:
+    """Return `document` as a section `cls`, with every shorthand expanded and every former name of a key replaced.
 
     `model: gpt2` becomes `model: {path: gpt2}`, `shard:` the section with its defaults, a former name of a setting its
-    name of today, with a notice. Both names of one setting are a problem.
+    present name, with a notice. Both names of one setting are a problem.
     """
     renamed: dict[Path, str] = {}  # path as it was written → today's name of its last step
     notices: list[str] = []
@@ -22,7 +22,7 @@ def expand(cls: type, document: Document) -> Document:
         return tuple(renamed.get(path[: i + 1], step) for i, step in enumerate(path))
 
     def expanded(annotation: Any, value: Any, path: Path) -> Any:
-        """`path` is the one that was written."""
+        """Return `value`, which was written at `path`, expanded."""
         if isinstance(value, str) and (name := shorthand(annotation)):
             return {name: value}
         if isinstance(value, list):

@@ -1,11 +1,11 @@
-"""Pydantic's errors as problems: the right place, what was given, what is allowed, what to write."""
+"""Translates pydantic's errors into problems: where, what was given, what is allowed, and what to write."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from treering.cli.parsing.problems import Path, Problem, dotted
-from treering.cli.parsing.reader import Document
+from treering.cli.parsing.reader import ConfigDocument
 from treering.cli.parsing.scalars import ScalarError, resolve
 from treering.cli.parsing.sections import (
     annotation_at,
@@ -24,7 +24,7 @@ from treering.core.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class _Location:
-    """Where an error is: the path, what was written there, and what is allowed there and around it."""
+    """The place of an error: its path, the value that was written, and what is allowed there and around it."""
 
     path: Path
     value: Any
@@ -32,7 +32,7 @@ class _Location:
     around: Any
 
 
-def explain(cls: type, document: Document, errors: Iterable[Mapping[str, Any]]) -> Iterator[Problem]:
+def explain(cls: type, document: ConfigDocument, errors: Iterable[Mapping[str, Any]]) -> Iterator[Problem]:
     """Yield the problem of each of pydantic's `errors` about `document` as a `cls`."""
     for error in errors:
         location = _locate(cls, document.values, error["loc"])
@@ -48,7 +48,7 @@ def explain(cls: type, document: Document, errors: Iterable[Mapping[str, Any]]) 
             path = location.path + (_steps(reason.field) if isinstance(reason, ConfigError) else ())
             yield Problem(where=document.where(path), path=path, message=plain(str(reason)))
         else:
-            if kind == "missing":  # a list that is too short is wrong as a whole
+            if kind == "missing":  # a list that is too short: the error is that of the complete list
                 location = _locate(cls, document.values, error["loc"][:-1])
             yield _wrong_value(document, location)
 
@@ -76,7 +76,7 @@ def _is_for_another_member(location: _Location) -> bool:
     return kind in ("mapping", "list") and member_for(location.annotation, location.value) is not None
 
 
-def _unknown_key(cls: type, document: Document, location: _Location) -> Problem:
+def _unknown_key(cls: type, document: ConfigDocument, location: _Location) -> Problem:
     path, here = location.path, section(location.around)
     allowed = list(keys(here)) if here is not None else []
     message = f"{short(str(path[-1]))} is not a setting" + (" here" if len(path) > 1 else "")
@@ -85,7 +85,7 @@ def _unknown_key(cls: type, document: Document, location: _Location) -> Problem:
     return Problem(where=where, path=path, message=message, allowed=", ".join(allowed), remedy=remedy)
 
 
-def _missing_key(document: Document, location: _Location) -> Problem:
+def _missing_key(document: ConfigDocument, location: _Location) -> Problem:
     path = location.path
     return Problem(
         where=document.where(path[:-1]) if len(path) > 1 else plain(document.name),
@@ -96,7 +96,7 @@ def _missing_key(document: Document, location: _Location) -> Problem:
     )
 
 
-def _wrong_value(document: Document, location: _Location) -> Problem:
+def _wrong_value(document: ConfigDocument, location: _Location) -> Problem:
     key = next((step for step in reversed(location.path) if isinstance(step, str)), "")
     return Problem(
         where=document.where(location.path),

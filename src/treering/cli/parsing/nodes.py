@@ -1,4 +1,4 @@
-"""YAML and JSON text as a graph of PyYAML's nodes, which carry lines; nothing of the text is ever constructed or run.
+"""YAML and JSON text as a graph of PyYAML's nodes, which know their lines; nothing in the text is run.
 
 A file may be hostile: its nesting and the number of its nodes are bounded while they are composed.
 """
@@ -26,20 +26,23 @@ class Refused(Exception):
 
 
 def too_deep(line: int) -> Refused:
+    """Return the error for nesting beyond MAX_DEPTH."""
     return Refused(line, "it is nested too deeply", "a configuration has a few levels")
 
 
 def too_many(line: int) -> Refused:
+    """Return the error for more than MAX_VALUES values."""
     remedy = "a configuration is a page of text; is this the data?"
     return Refused(line, f"it has more than {MAX_VALUES:,} values", remedy)
 
 
 def line_of(node: yaml.Node | yaml.Event) -> int:
+    """Return the line of a node or event, from 1."""
     return int(node.start_mark.line) + 1  # type: ignore[union-attr]
 
 
 class _Limits:
-    """Composing within the limits; a mixin in front of a PyYAML loader."""
+    """Composes nodes within the limits; a mixin before a PyYAML loader."""
 
     def __init__(self, text: str):
         super().__init__(text)  # type: ignore[call-arg]
@@ -72,7 +75,7 @@ class _Limits:
 
 
 class PythonComposer(_Limits, yaml.SafeLoader):
-    """For PyYAML that was built without libyaml."""
+    """The composer for a PyYAML that was built without libyaml."""
 
 
 Composer: Any = PythonComposer
@@ -114,12 +117,12 @@ def _syntax(error: yaml.MarkedYAMLError, text: str) -> Refused:
     lines = text.splitlines()
     written = lines[line - 1] if line <= len(lines) else ""
     if re.match(r"\s*\t", written):
-        return Refused(line, "this line is indented with a tab", "YAML wants spaces")
+        return Refused(line, "this line is indented with a tab", "YAML needs spaces")
     if "\t" in written:
-        return Refused(line, "there is a tab in this line", "YAML wants spaces")
+        return Refused(line, "there is a tab in this line", "YAML needs spaces")
     problem = short(" ".join(filter(None, [error.context, error.problem])), 200)
     special = re.search(r"[:#*&!%@`]", written)
-    if "maximum nesting depth" in problem:  # libyaml has a limit of its own from PyYAML 6.0.4 on
+    if "maximum nesting depth" in problem:  # libyaml has another limit from PyYAML 6.0.4 on
         return too_deep(line)
     remedy = 'put text with special characters (: # * & ! % @ `) into quotes: "…"' if special else ""
     return Refused(line, f"the text is not YAML: {problem}", remedy)
@@ -139,8 +142,8 @@ def json_node(text: str) -> yaml.Node:
     except ScalarError as error:
         raise Refused(1, str(error), error.remedy) from None
     line, last = 0, 0
-    starts: list[yaml.Mark] = []  # of the mappings and lists that have not ended yet
-    nodes: list[list[yaml.Node]] = [[]]  # what each of them contains so far, below the root
+    starts: list[yaml.Mark] = []  # of the mappings and lists that are still open
+    nodes: list[list[yaml.Node]] = [[]]  # the nodes in each of them so far, below the root
     for i, match in enumerate(_TOKEN.finditer(text)):
         line, last = line + text.count("\n", last, match.start()), match.start()
         if i > 3 * MAX_VALUES:  # a value is at most a key and two brackets

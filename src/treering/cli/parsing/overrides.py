@@ -1,4 +1,4 @@
-"""`--set a.b=c`: one value of a configuration, from the command line."""
+"""Applies `--set a.b=c`: one value of a configuration, from the command line."""
 
 import copy
 from collections.abc import Sequence
@@ -8,17 +8,17 @@ from typing import Any
 from treering.cli.parsing.expand import expand, renaming
 from treering.cli.parsing.nodes import Refused, yaml_node
 from treering.cli.parsing.problems import ConfigErrors, Path, Problem, dotted
-from treering.cli.parsing.reader import Document, node_values
+from treering.cli.parsing.reader import ConfigDocument, node_values
 from treering.cli.parsing.scalars import ScalarError, resolve
 from treering.cli.parsing.sections import annotation_at, key_of
 from treering.cli.text import plain, shown
 
 
-def override(cls: type, document: Document, settings: Sequence[str]) -> Document:
-    """Return the expanded `document` with each `path=value` of `settings` put into it, in order.
+def override(cls: type, document: ConfigDocument, settings: Sequence[str]) -> ConfigDocument:
+    """Return the expanded `document` with each `path=value` of `settings` applied in order.
 
-    Unknown keys are not found here but by the check that follows. What is not `path=value`, or has no place in the
-    document, raises `ConfigErrors`.
+    Unknown keys are reported by the check that follows. A setting that is not `path=value`, or whose path cannot exist
+    in the document, raises `ConfigErrors`.
     """
     problems = []
     for setting in settings:
@@ -54,8 +54,8 @@ class _Override:
         except UnicodeEncodeError:
             raise _Wrong(setting, "it is not UTF-8 text") from None
 
-    def put(self, cls: type, document: Document) -> Document:
-        """Return `document` with the value at its path; sections on the way to it are made."""
+    def put(self, cls: type, document: ConfigDocument) -> ConfigDocument:
+        """Return `document` with the value at its path; missing sections on that path are added."""
         values = copy.deepcopy(document.values)
         notices = list(document.notices)
         container: Any = values
@@ -81,12 +81,14 @@ class _Override:
         if isinstance(container, dict):
             return text
         if not isinstance(container, list):
-            message = f"{dotted(path)} is {shown(container)}, which has nothing below it"
-            raise _Wrong(self.setting, message, "set it as a whole")
+            message = f"{dotted(path)} is {shown(container)}, which has no keys"
+            raise _Wrong(self.setting, message, "set the complete value")
         if not (text.isascii() and text.isdigit() and len(text) < 6 and int(text) <= len(container)):
             allowed = f"0 to {len(container)}" if container else "0"
             raise _Wrong(
-                self.setting, f"{dotted(path)} is a list; {text} is not one of its places", f"write a number, {allowed}"
+                self.setting,
+                f"{dotted(path)} is a list; {text} is not one of its positions",
+                f"write a number, {allowed}",
             )
         return int(text)
 

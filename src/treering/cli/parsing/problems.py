@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, reported so that it can be corrected without opening another page."""
+"""The problems of a configuration, with what a user needs to correct them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ Path = tuple[str | int, ...]
 
 
 def dotted(path: Path) -> str:
-    """Return `("data", "sources", 0, "path")` as people write it: `data.sources[0].path`."""
+    """Return a path as text: `data.sources[0].path` for `("data", "sources", 0, "path")`."""
     text = ""
     for step in path:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
@@ -19,7 +19,7 @@ def dotted(path: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that is wrong: where, what was given, what is allowed, what to do."""
+    """One problem: where, what was given, what is allowed, what to do."""
 
     where: str  # "run.yaml:12", "--set train.steps"
     message: str
@@ -36,7 +36,7 @@ class Problem:
 
 
 class ConfigErrors(ConfigError):
-    """Everything that is wrong with a configuration."""
+    """All problems of a configuration in one error."""
 
     def __init__(self, name: str, problems: Sequence[Problem]):
         assert problems

@@ -1,4 +1,4 @@
-"""Configuration files and text as plain values, with the line of every one of them."""
+"""Reads configuration files and text as plain values, with the line of each value."""
 
 import re
 from collections.abc import Mapping
@@ -18,15 +18,15 @@ MAX_TEXT = 200_000  # characters of one scalar
 
 
 @dataclass(frozen=True, kw_only=True)
-class Document:
-    """A configuration as it was written.
+class ConfigDocument:
+    """The values of a configuration as they were written.
 
     Args:
         name: of the file, for messages
         values: mappings, lists and scalars
         places: path of a value → where it was written: `run.yaml:12`
-        notices: lines for the user about what was read and should be written otherwise
-        problems: what is wrong with it, as far as reading and overriding found
+        notices: lines for the user about text that should be written in another way
+        problems: those that reading and overriding reported
     """
 
     name: str
@@ -36,14 +36,14 @@ class Document:
     problems: tuple[Problem, ...] = ()
 
     def where(self, path: Path) -> str:
-        """Return the place of `path`, or of the nearest value around it that was written."""
+        """Return where `path` was written, or else the nearest value around it."""
         for end in range(len(path), -1, -1):
             if path[:end] in self.places:
                 return self.places[path[:end]]
         return plain(self.name)
 
 
-def read_file(path: str | File) -> Document:
+def read_file(path: str | File) -> ConfigDocument:
     """Return the document in a YAML or JSON file, or raise `ConfigErrors` with the line of what is wrong."""
     file, name = File(path), str(path)
     try:
@@ -59,7 +59,7 @@ def read_file(path: str | File) -> Document:
     return read_text(data, name=name)
 
 
-def read_text(data: bytes | str, *, name: str = "config") -> Document:
+def read_text(data: bytes | str, *, name: str = "config") -> ConfigDocument:
     """Return the document in YAML or, when `name` ends with .json, JSON text."""
     if len(data) > MAX_BYTES:
         remedy = "a configuration is a page of text; is this the data?"
@@ -71,7 +71,7 @@ def read_text(data: bytes | str, *, name: str = "config") -> Document:
         line = error.object[: error.start].count(b"\n") + 1
         raise _refusal(f"{name}:{line}", f"byte {error.start} is not UTF-8", "save the file as UTF-8 text") from None
     except UnicodeEncodeError:
-        raise _refusal(name, "it holds half of a surrogate pair", "save the file as UTF-8 text") from None
+        raise _refusal(name, "it contains half of a surrogate pair", "save the file as UTF-8 text") from None
     try:
         values, lines = node_values(json_node(text) if name.endswith(".json") else yaml_node(text))
     except Refused as error:
@@ -80,7 +80,7 @@ def read_text(data: bytes | str, *, name: str = "config") -> Document:
         values = {}
     if not isinstance(values, dict):
         raise _refusal(name, "the top level is not a mapping", "write keys at the left margin: `model: …`")
-    return Document(name=name, values=values, places={p: f"{plain(name)}:{n}" for p, n in lines.items()})
+    return ConfigDocument(name=name, values=values, places={p: f"{plain(name)}:{n}" for p, n in lines.items()})
 
 
 def node_values(root: yaml.Node | None) -> tuple[Any, dict[Path, int]]:

@@ -1,4 +1,4 @@
-"""A configuration written out with every default, as YAML that reads back as the same configuration."""
+"""Writes a configuration with every default, as YAML that is read as the same configuration."""
 
 import dataclasses
 import re
@@ -32,13 +32,13 @@ _Dumper.add_representer(str, _text)
 
 
 def to_yaml(config: Any) -> str:
-    """Return `config` as YAML, all defaults written, what looks like a secret masked."""
+    """Return `config` as YAML with all defaults; values that look like secrets are masked."""
     values = _mask(plain_values(config))
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9)
 
 
 def plain_values(value: Any) -> Any:
-    """Return `value` with dataclasses as mappings and tuples as lists; what is switched off is left out."""
+    """Return `value` with dataclasses as mappings and tuples as lists; what is switched off is omitted."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         values = [(key, getattr(value, key.name)) for key in keys(type(value)).values()]
         # Null would be read as "with its defaults".

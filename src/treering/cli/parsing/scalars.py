@@ -1,4 +1,4 @@
-"""What an unquoted word in a config means: the core rules of YAML 1.2, stricter where people get burnt.
+"""The meaning of an unquoted word in a configuration: the core rules of YAML 1.2, stricter where mistakes are common.
 
 PyYAML follows YAML 1.1, in which `1e-4` is text, `no` is false and `010` is eight.
 """
@@ -27,7 +27,7 @@ class ScalarError(ValueError):
 
 
 def resolve(text: str) -> Scalar:
-    """The value of an unquoted `text`."""
+    """Return the value of an unquoted `text`."""
     if text in _NULL:
         return None
     if text in _BOOL:
@@ -60,7 +60,7 @@ def _number(text: str) -> int | float:
 
 
 def bounded(value: int, text: str) -> int:
-    """`value`, if it fits 64 bits: what every file format we write can hold."""
+    """Return `value` if it fits into 64 bits, which every file format of this project can store."""
     if not -_LIMIT <= value < _LIMIT:
         raise ScalarError(f"{text[:20]} does not fit into 64 bits", "no setting takes such a number")
     return value

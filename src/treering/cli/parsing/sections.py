@@ -1,4 +1,4 @@
-"""What a configuration may contain, read from plain dataclasses: sections, their keys, and what each key allows.
+"""The rules of a configuration, read from plain dataclasses: sections, their keys, and what each key allows.
 
 A section is a dataclass. A value chooses the member of a union by its kind (mapping, list, scalar), never by trial.
 """
@@ -58,7 +58,7 @@ def key_of(annotation: Any, value: Any, name: str) -> Key | None:
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-    """Return the members of a union; anything else is its own only member."""
+    """Return the members of a union; any other annotation is its only member."""
     if get_origin(annotation) is typing.Annotated:
         return members(get_args(annotation)[0])
     if get_origin(annotation) in (typing.Union, types.UnionType):
@@ -95,7 +95,7 @@ def section(annotation: Any) -> type | None:
 
 
 def shorthand(annotation: Any) -> str | None:
-    """Return the key for which plain text stands: of a section with exactly one required key.
+    """Return the key that plain text sets in a section with exactly one required key.
 
     `model: gpt2` is `model: {path: gpt2}`. None where text means something else, or nothing.
     """
@@ -107,10 +107,10 @@ def shorthand(annotation: Any) -> str | None:
 
 
 def null_is_defaults(key: Key) -> bool:
-    """Return whether `shard:` with nothing behind it means the section with its defaults.
+    """Return whether `shard:` without a value means the section with its defaults.
 
-    Not where null is itself a choice: the key's default is a section (so null turns it off), or the section cannot be
-    made from defaults alone.
+    Not where null is itself a choice: the key's default is a section (so null turns it off), or the section has
+    required keys.
     """
     cls = section(key.annotation)
     if cls is None or any(k.required for k in keys(cls).values()):

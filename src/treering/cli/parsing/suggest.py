@@ -1,4 +1,4 @@
-"""What was meant by a key that does not exist: a key here, in another section, or of another trainer."""
+"""Suggestions for a key that does not exist: a key here, in another section, or for the key of another trainer."""
 
 import difflib
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ def closest(word: str, words: Sequence[str], cutoff: float = 0.6) -> str | None:
 
 
 def meant_by(root: type, path: Path, allowed: Sequence[str]) -> str:
-    """Return what was probably meant by the unknown key at `path` of the configuration `root`; empty if unclear.
+    """Return the suggestion for the unknown key at `path` of the configuration `root`; empty if there is none.
 
     `allowed` are the keys of the section that it was written in.
     """

@@ -6,7 +6,7 @@ import pytest
 
 import treering as tr
 from treering.core.topology import AXES
-from treering.plan.conflicts import check_whole
+from treering.plan.conflicts import check_composition
 from treering.technique import Claim
 
 
@@ -28,9 +28,9 @@ SUM = Claim(fqn="w", aspect="sharding", setting="shard")
 
 
 def test_a_mesh_whose_every_axis_is_served_is_accepted():
-    check_whole([tr.Full()], [[]], mesh())
-    check_whole([tr.Full()], [[SUM]], mesh(replicate=2, shard=2))
-    check_whole([tr.Full()], [[SPLIT, SUM]], mesh(sequence=2))
+    check_composition([tr.Full()], [[]], mesh())
+    check_composition([tr.Full()], [[SUM]], mesh(replicate=2, shard=2))
+    check_composition([tr.Full()], [[SPLIT, SUM]], mesh(sequence=2))
 
 
 @pytest.mark.parametrize(
@@ -45,4 +45,4 @@ def test_a_mesh_whose_every_axis_is_served_is_accepted():
 )
 def test_an_axis_that_no_technique_serves_is_refused(axes, claims, message):
     with pytest.raises(tr.PlanError, match=message):
-        check_whole([tr.Full()], [claims], mesh(**axes))
+        check_composition([tr.Full()], [claims], mesh(**axes))
