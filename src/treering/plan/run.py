@@ -129,7 +129,7 @@ class Run:
         return batches.to_device(batch, self.plan.device)
 
     def _check_share(self, batch: Batch, length: int) -> None:
-        """Raise an error if techniques cut a row to another length than they declare: plans would count other tokens."""
+        """Raise an error if techniques cut a row to another length than they declare: a plan would count others."""
         if all(applied.tokens is None for applied in self.plan.applied):
             return
         share, remaining = len(self.plan.tokens(length)), batch["input_ids"].shape[1]
