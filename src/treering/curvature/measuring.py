@@ -21,8 +21,8 @@ from treering.core.topology import AXES, axis_size
 from treering.curvature.adding import added, joint, refuse_other
 from treering.curvature.disk import open_folder, writing
 from treering.curvature.observe import Observer, observe
+from treering.curvature.observer import summed
 from treering.curvature.statistics import Counts, Entry, Ring, Statistics, in_memory, sizes
-from treering.curvature.sums import summed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

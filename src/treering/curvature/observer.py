@@ -1,17 +1,18 @@
-"""Sums of a aᵀ over the tokens of every forward, one for each weight that is observed."""
+"""Sums of a aᵀ over the tokens of every forward, one for each observed weight, and their means over all ranks."""
 
 import inspect
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from treering.core.errors import DataError, PlanError
+from treering.core.errors import DataError, NumericsError, PlanError
 from treering.curvature.statistics import Counts, Ring, Statistics, in_memory, sizes
-from treering.curvature.sums import Sum, summed
 from treering.technique import recompute_state
 
 if TYPE_CHECKING:
@@ -179,3 +180,50 @@ def _mask(mask: Any, tokens: Tensor | None) -> Tensor | None:
         mask = mask.to(tokens.device)
     flat = mask.reshape(-1) != 0
     return None if bool(flat.all()) else flat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sum:
+    """A running sum: `total` M × M or E × M × M, `tokens` a count or E of them."""
+
+    total: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "Sum":
+        total = torch.zeros(shape, dtype=dtype, device=device)
+        return cls(total=total, tokens=torch.zeros(shape[:-2], dtype=torch.int64))
+
+    def copy(self) -> "Sum":
+        return Sum(total=self.total.clone(), tokens=self.tokens.clone())
+
+    @torch.no_grad()
+    def add(self, rows: Tensor, expert: int | None = None) -> None:
+        """Add the inputs of one matrix, T × M; of a stack, those of one expert."""
+        total = self.total if expert is None else self.total[expert]
+        wide = rows.to(total.dtype)
+        total.addmm_(wide.mT, wide)  # in place: autocast leaves it alone
+        (self.tokens if expert is None else self.tokens[expert]).add_(rows.shape[0])
+
+    @torch.no_grad()
+    def mean(self, name: str, groups: "Sequence[ProcessGroup]") -> tuple[Tensor, Counts]:
+        """Return A in float32 on the host, and the tokens that it is the mean of; the sum is used up.
+
+        An expert without tokens has A = 0. A collective over `groups`.
+        """
+        total = summed(self.total, groups).cpu()
+        tokens = summed(self.tokens.to(self.total.device), groups).cpu()
+        total /= tokens.clamp_min(1)[..., None, None]
+        mean = ((total + total.mT) / 2).float().contiguous()  # a gemm may round the two halves differently
+        if not bool(torch.isfinite(mean).all()):
+            raise NumericsError(
+                f"the inputs of {name} are not finite, or too large to be squared; does the model work in this dtype?"
+            )
+        return mean, int(tokens) if tokens.ndim == 0 else tuple(int(n) for n in tokens)
+
+
+def summed(value: Tensor, groups: "Sequence[ProcessGroup]") -> Tensor:
+    """Sum `value` in place over the ranks of each group in turn."""
+    for group in groups:
+        dist.all_reduce(value, group=group)
+    return value

@@ -14,12 +14,12 @@ from treering.plan import Plan, StepReport, draft
 from treering.plan.open_model import initialised, locate
 from treering.plan.rehearse import rehearse
 from treering.technique import Stage
-from treering.train import fits, measurements, optimizers
+from treering.train import measurements, optimizers
 from treering.train.callbacks import Callback
 from treering.train.checkpoints.manager import CheckpointManager
 from treering.train.config import Job
 from treering.train.evaluate import evaluate, evaluate_if_due
-from treering.train.prepare import open_data, open_tokenizer
+from treering.train.prepare import check_fit, open_data, open_tokenizer
 from treering.train.ranks import lock
 from treering.train.ranks.signals import Signals
 from treering.train.ranks.watchdog import Watchdog
@@ -52,7 +52,7 @@ def train(job: Job, callbacks: Sequence[Callback] = (), *, profile: bool = False
         with Watchdog(job.train.timeout, signals) as watchdog, lock.held(reporter.folder):
             with watchdog.first_goes_first():
                 data = open_data(job, tokenizer, plan)
-            for text in fits.check(job, plan, tokenizer, data):
+            for text in check_fit(job, plan, tokenizer, data):
                 reporter.note(text)
             checkpoints = CheckpointManager(job, plan, data, measurements.find(job))
             run = checkpoints.load(reporter.note)

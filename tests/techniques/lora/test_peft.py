@@ -240,5 +240,5 @@ def test_an_adapter_of_another_model_is_refused(folder):
 def test_a_file_that_was_cut_short_is_refused(folder, keep):
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(tr.CheckpointError, match="not a whole safetensors file"):
+    with pytest.raises(tr.CheckpointError, match="not a complete safetensors file"):
         tr.LoRA.from_peft(folder)

@@ -158,7 +158,7 @@ class OSFT(OSFTSettings):
 
             return update_form.install(model, self, site, chosen)
         if self.form in ADDENDS:
-            from treering.techniques.osft.one_sided_core import protected_adapter
+            from treering.techniques.osft import protected_adapter
 
             return protected_adapter.install(model, self, site, chosen)
         from treering.techniques.osft.forward_factors import factored

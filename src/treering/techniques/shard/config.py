@@ -35,8 +35,7 @@ class Shard(ShardSettings):
         return [Claim(fqn=fqn, aspect="sharding", setting="shard") for fqn in sorted(names)]
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:
-        from treering.techniques.shard.hold import Hold
-        from treering.techniques.shard.units import shard
+        from treering.techniques.shard.units import Hold, shard
 
         if site.mesh is None:
             raise PlanError("shard: there is no mesh; pass mesh=treering.mesh(shard=-1)")

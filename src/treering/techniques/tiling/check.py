@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from treering.core.errors import PlanError
 from treering.technique import recomputing
-from treering.techniques.tiling.replay import Replay
+from treering.techniques.tiling.engine import Replay
 
 SLICE = 32  # tokens that are computed both ways
 COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional", "_dtensor", "fsdp")
