@@ -308,7 +308,7 @@ def test_documents_beyond_learned_positions_are_refused_by_sample(tmp_path):
 
 def test_documents_beyond_what_rotary_positions_were_made_for_are_told(tmp_path):
     train(small(tmp_path, max_position_embeddings=32))
-    assert "was made for 32 positions" in notes(tmp_path)
+    assert "has 32 positions" in notes(tmp_path)
 
 
 def test_an_empty_prompt_is_refused_before_training(tmp_path):

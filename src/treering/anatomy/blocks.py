@@ -1,4 +1,4 @@
-"""Which list of modules is the stack of blocks, and what a block consists of: attention, feed-forward part, experts."""
+"""The stack of blocks of a model, and the parts of a block: attention, feed-forward part, experts."""
 
 import re
 from collections.abc import Mapping
@@ -31,6 +31,7 @@ class Layout:
 
 
 def lay_out(model: nn.Module, forced: Mapping[str, Role]) -> tuple[Layout, ...]:
+    """Return the layout of every block. `forced`: the role of parameters that the user gave one."""
     fqn, layers = _stack(model)
     return tuple(_layout(model, f"{fqn}.{i}", i, forced) for i in range(len(layers)))
 
@@ -63,8 +64,8 @@ def _layout(model: Any, fqn: str, index: int, forced: Mapping[str, Role]) -> Lay
     roots = tuple(_topmost(model, fqn, name) for name in attentions)
     others = [f"{fqn}.{name}" for name in sequence_modules(block) if not is_norm(name, block.get_submodule(name))]
     mixer_roots = tuple(dict.fromkeys(_child(fqn, name, roots) for name in others if not within(name, roots)))
-    free = [name for name, _ in block.named_children() if f"{fqn}.{name}" not in (*roots, *mixer_roots)]
-    mlps = tuple(f"{fqn}.{name}" for name in free if _is_mlp(name, block.get_submodule(name)))
+    children = [name for name, _ in block.named_children() if f"{fqn}.{name}" not in (*roots, *mixer_roots)]
+    mlps = tuple(f"{fqn}.{name}" for name in children if _is_mlp(name, block.get_submodule(name)))
     if others:
         mixer_class = type(model.get_submodule((*mixer_roots, *others)[0])).__name__
     else:
@@ -131,7 +132,7 @@ def _is_mlp(name: str, module: nn.Module) -> bool:
 
 
 def within(name: str, roots: tuple[str, ...]) -> bool:
-    """Whether `name` is one of `roots` or lies below one."""
+    """Return whether `name` is one of `roots` or lies below one."""
     return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
@@ -144,10 +145,10 @@ def is_experts(fqn: str, module: nn.Module) -> bool:
 def read_experts(model: Any, fqn: str, block_fqn: str, block: int) -> Experts:
     """Return the facts of one experts module. Parameters that are not stacked over its experts are a PlanError."""
     module: Any = model.get_submodule(fqn)
-    own = dict(module.named_parameters(recurse=False))
-    stacked = {name: p for name, p in own.items() if p.ndim == 3}
+    parameters = dict(module.named_parameters(recurse=False))
+    stacked = {name: p for name, p in parameters.items() if p.ndim == 3}
     number = next(iter(stacked.values())).shape[0]
-    others = [f"{fqn}.{name}" for name, p in own.items() if p.shape[0] != number or p.ndim not in (2, 3)]
+    others = [f"{fqn}.{name}" for name, p in parameters.items() if p.shape[0] != number or p.ndim not in (2, 3)]
     if others:
         raise PlanError(
             f"{model.config.model_type}: {', '.join(others)} is not stacked over the {number} experts next to it. "
@@ -159,7 +160,7 @@ def read_experts(model: Any, fqn: str, block_fqn: str, block: int) -> Experts:
         block=block,
         number=number,
         stacked=tuple(f"{fqn}.{name}" for name in stacked),
-        biases=tuple(f"{fqn}.{name}" for name, p in own.items() if p.ndim == 2),
+        biases=tuple(f"{fqn}.{name}" for name, p in parameters.items() if p.ndim == 2),
         transposed=_transposed(model, fqn, stacked),
         gated=fused or any("gate" in name for name in stacked),
         fused=fused,

@@ -22,7 +22,7 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # ... and per model type, where a model gives a name another meaning.
 _DIFFERENT = {"hyperclovax": {"logits_scaling": "multiplies"}}
 _SUSPECT = re.compile(r"scal|cap|mult|temper|logits?_bias|mup", re.I)
-_HARMLESS = {"soft_cap"}  # a function, beside the setting that it is given
+_HARMLESS = {"soft_cap"}  # a function, next to the setting that it is given
 
 
 def survey(model: Any, overrides: Mapping[str, str]) -> Anatomy:
@@ -62,8 +62,8 @@ def _experts(model: nn.Module, layouts: tuple[Layout, ...], forced: Mapping[str,
         fqn, index = layout.block.fqn, layout.block.index
         for below, module in model.get_submodule(fqn).named_modules(prefix=fqn):
             inside = within(below, (*layout.attention_roots, *layout.mixer_roots))
-            own = [f"{below}.{name}" for name, _ in module.named_parameters(recurse=False)]
-            if is_experts(below, module) and not inside and not any(name in forced for name in own):
+            parameters = [f"{below}.{name}" for name, _ in module.named_parameters(recurse=False)]
+            if is_experts(below, module) and not inside and not any(name in forced for name in parameters):
                 every.append(read_experts(model, below, fqn, index))
     return tuple(every)
 

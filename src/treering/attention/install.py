@@ -26,10 +26,10 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def install(model: nn.Module, anatomy: "Anatomy | None" = None) -> Callable[[], None]:
-    """Let `model(input_ids, documents=...)` keep documents apart; without `documents` nothing changes. Returns undo.
+    """Make `model(input_ids, documents=...)` keep documents apart; without `documents` nothing changes. Returns undo.
 
-    A configuration object may belong to several models, so this model's modules get a copy of theirs; undo gives them
-    back the very objects they had.
+    A configuration object may belong to several models, so this model's modules get a copy of theirs; undo
+    restores the original objects.
     """
     from transformers import PretrainedConfig
 
@@ -75,14 +75,14 @@ class Registered:
 
 
 def packable(model: nn.Module, anatomy: "Anatomy | None" = None) -> str | None:
-    """Return why packing would mix documents or miss them in this model, by name; None if it does neither."""
+    """Return why packing would mix documents or lose them in this model; None if it does neither."""
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "_supports_attention_backend"):
         return f"{name} is not a transformers model"
     text = config.get_text_config()
     if config.is_encoder_decoder or _crosses(text):
-        return f"{name} has cross-attention, which does not know documents"
+        return f"{name} has cross-attention, which does not separate documents"
     foreign = sorted(set(getattr(text, "layer_types", None) or ()) - _KNOWN_LAYERS)
     if foreign:
         return f"{name} has layers of the kind {', '.join(foreign)}, which cannot keep documents apart"
@@ -129,7 +129,7 @@ def _path(model: nn.Module, fqn: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _kind(module: nn.Module) -> Any:
-    """The class of `module`. Any, because type checkers do not take classes for hashable."""
+    """Return the class of `module`. Any, because type checkers do not take classes for hashable."""
     return type(module)
 
 
@@ -151,7 +151,7 @@ def _receivers(kind: type[nn.Module]) -> frozenset[str]:
 
 @cache
 def _looks_into_mask(kind: type[nn.Module]) -> bool:
-    """Whether a layer reads elements or properties of its mask, instead of only passing it on."""
+    """Return whether a layer reads elements or properties of its mask, instead of only passing it on."""
     return any(
         isinstance(node, ast.Attribute | ast.Subscript)
         and isinstance(node.value, ast.Name)
@@ -161,7 +161,7 @@ def _looks_into_mask(kind: type[nn.Module]) -> bool:
 
 
 def _parsed(thing: Callable[..., object]) -> ast.AST:
-    """The syntax of a class or function; an empty module where its source is not available."""
+    """Return the syntax tree of a class or function; an empty module where its source is not available."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
     except (OSError, TypeError, SyntaxError):

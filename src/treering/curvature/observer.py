@@ -24,7 +24,7 @@ _RECENT = 8  # inputs of this forward that are remembered: those that two linear
 
 
 class Observer:
-    """What `observe` yields. Every forward of the model counts; one that is recomputed for the backward does not."""
+    """Yielded by `observe`. Every forward of the model counts, except one that is recomputed for the backward."""
 
     def __init__(self, anatomy: "Anatomy", weights: Iterable[str] | None = None, share: bool = True):
         self.anatomy, self.share = anatomy, share
@@ -39,13 +39,13 @@ class Observer:
         self.sums: dict[str, Sum] = {}
         self.kinds: dict[str, tuple[torch.dtype, torch.device]] = {}  # of the sums, and of those without a token so far
         self.tokens = 0  # real ones so far, of this rank
-        self.real: Tensor | None = None  # of the running forward: [T] bool; None: all of them
+        self.real: Tensor | None = None  # of the current forward: [T] bool; None: all tokens count
         self._index: Tensor | None = None
         self._counting: tuple[Tensor | None] | None = None
         self._recent: deque[tuple[Tensor, int | None, str]] = deque(maxlen=_RECENT)
 
     def __reduce__(self) -> Any:
-        """Refuse to be copied: a copy of the model would count too, into a copy of this observer or into this one."""
+        """Refuse to be copied: a copy of the model would add to this observer or to a copy of it."""
         raise PlanError(
             "the model is being observed, and a copy would keep the observer's hooks; leave the `with observe` block "
             "before you copy or pickle it"
@@ -96,7 +96,7 @@ class Observer:
             yield owner, *(total.copy() if keep else total).mean(owner, groups)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Find out, before the model's forward, which of its tokens count."""
+        """Determine, before the model's forward, which of its tokens count."""
         self._recent.clear()
         if recompute_state() != "forward":
             return

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from treering.core.full_precision import exactly
+from treering.core.full_precision import full_precision
 from treering.technique import LazyTensor, Part
 
 Statistics = Mapping[str, Mapping[str, Tensor]]
@@ -61,7 +61,7 @@ def split(
         def below(earlier: tuple[Part, ...] = earlier) -> Tensor:
             return join(earlier, tensors, base())
 
-        with exactly():
+        with full_precision():
             values = part.split(weight, below, statistics)
         for name, value in values.items():
             tensors[name] = value.to(live[name].dtype)
@@ -71,7 +71,7 @@ def split(
 def join(parts: Sequence[Part], tensors: Mapping[str, Tensor], base: Tensor) -> Tensor:
     """Return the plain weight as `parts` reproduce it, at least in float32."""
     value = base.to(torch.promote_types(base.dtype, torch.float32))
-    with exactly():
+    with full_precision():
         for part in parts:
             value = part.join(tensors, value)
     return value

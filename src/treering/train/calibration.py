@@ -21,7 +21,7 @@ from treering.plan import Plan, Run
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LOOK = 16  # steps between two looks at whether every document has ended
+_CHECK_EVERY = 16  # steps between two checks whether every document has ended
 
 
 def sample(examples: Examples, tokens: int, seed: int) -> list[Document]:
@@ -34,7 +34,7 @@ def sample(examples: Examples, tokens: int, seed: int) -> list[Document]:
 
 
 def first(documents: Iterable[Document], tokens: int) -> list[Document]:
-    """Return the first `tokens` tokens, as documents."""
+    """Return documents with the first `tokens` tokens."""
     selected: list[Document] = []
     for document in documents:
         ids, mask = document.ids[:tokens], document.mask[:tokens]
@@ -46,7 +46,7 @@ def first(documents: Iterable[Document], tokens: int) -> list[Document]:
 
 
 def digest(documents: Sequence[Document]) -> str:
-    """Return a digest of the tokens, which does not depend on how they are packed."""
+    """Return a digest of the tokens. It does not depend on how they are packed."""
     words = xxhash.xxh3_128()
     for document in documents:
         words.update(len(document.ids).to_bytes(8, "little"))
@@ -132,7 +132,7 @@ def marks(run: Run, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, set[int]
     begin = next((b for b in begins if isinstance(b, int)), min(ends, default=None))
     if begin is None:
         raise DataError(
-            "the model has no token that begins or ends a text, so it cannot write any; give text: --data FILE"
+            "the model has no token that begins or ends a text, so it cannot generate any; give text: --data FILE"
         )
     return begin, ends
 
@@ -146,11 +146,11 @@ def _written(run: Run, rows: list[int], start: int, ends: Collection[int], lengt
     cache: Any = None
     all_ids = ids
     for step in range(length - 1):
-        if step % _LOOK == 0 and not _any(bool(open_rows), device):
+        if step % _CHECK_EVERY == 0 and not _any(bool(open_rows), device):
             break
         inputs = (
             all_ids if cache is None else ids
-        )  # some models have a cache of another kind: they read all of it again
+        )  # some models have a cache of another kind: they get all tokens again
         out = run.model(input_ids=inputs, past_key_values=cache, use_cache=True)
         cache = getattr(out, "past_key_values", None)
         sums = out.logits[:, -1].double().softmax(-1).cumsum(-1)
@@ -166,7 +166,7 @@ def _written(run: Run, rows: list[int], start: int, ends: Collection[int], lengt
 
 
 def _any(here: bool, device: torch.device) -> bool:
-    """Whether any rank has still something to write: a sharded model needs all of them in each forward."""
+    """Return whether any rank still generates: a sharded model needs all of them in each forward."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return here
     flag = torch.tensor([here], dtype=torch.uint8, device=device)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def evaluate(training: Training, step: int) -> None:
     """Evaluate the model as it is after `step`.
 
-    An evaluation that a signal interrupts is recorded as due and done when the run is resumed, see `evaluate_if_due`.
+    An evaluation that a signal interrupts is recorded as due, and happens when the run is resumed, see
+    `evaluate_if_due`.
     """
     asked, settings = training.watchdog.stop_asked, training.job.train.evaluate
     if training.data.eval is not None:

@@ -25,7 +25,7 @@ def export(job: Job, folder: Path, *, adapter: str | None = None, step: int | No
     """
     on_first(lambda: refuse_taken(folder), f"looking at {folder}")  # before gigabytes are verified
     plan, saved = reread(job, step=step)
-    template = job.data.template  # the one it was trained with, not the base model's
+    template = job.data.template  # the template of the training, not that of the base model
     files = {"chat_template.jinja": Path(template).expanduser()} if template is not None else {}
     statistics = carried(job, saved.step) if adapter is None else None
     values = saved_values(plan, _completed(job, plan, saved, exported_only=True))

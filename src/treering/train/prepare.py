@@ -41,7 +41,7 @@ class RunData:
     rank: int  # among the ranks that have different documents
     held_out: Examples | None = None  # what `eval` reads
     template: str | None = None  # the chat template; None: plain text
-    notes: tuple[str, ...] = ()  # what a person should know before it starts
+    notes: tuple[str, ...] = ()  # messages for the start of the run
 
     @property
     def fill(self) -> float:
@@ -156,7 +156,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, template: str | No
 
 
 def check_fit(job: Job, plan: Plan, tokenizer: "PreTrainedTokenizerBase", data: RunData) -> list[str]:
-    """Raise PlanError for what cannot work. Returns notes on what works and a person should know."""
+    """Raise PlanError where data and model do not fit. Return notes on what fits only in part."""
     prompts = _prompts(job, tokenizer, data)
     _check_vocabulary(job, plan, tokenizer, data, prompts)
     positions = getattr(plan.model.config.get_text_config(), "max_position_embeddings", None)
@@ -165,7 +165,7 @@ def check_fit(job: Job, plan: Plan, tokenizer: "PreTrainedTokenizerBase", data: 
     notes = []
     learned = any(p.role == "position" for p in plan.anatomy.parameters.values())
     for problem, remedy, setting in _too_long(job, data, prompts, positions):
-        text = f"{problem}, and {plan.source_name} was made for {positions} positions"
+        text = f"{problem}, and {plan.source_name} has {positions} positions"
         if learned:  # there is no row in its table for the others
             raise PlanError(f"{text}; {remedy}", settings=(setting,))
         notes.append(text)

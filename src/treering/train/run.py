@@ -49,7 +49,7 @@ def train(job: Job, callbacks: Sequence[Callback] = (), *, profile: bool = False
         measurements.refuse_missing(job)
         plan = draft_of(job)
         reporter = Reporter(job, plan, callbacks)
-        with Watchdog(job.train.timeout, signals) as watchdog, lock.held(reporter.folder):
+        with Watchdog(job.train.timeout, signals) as watchdog, lock.locked(reporter.folder):
             with watchdog.first_goes_first():
                 data = open_data(job, tokenizer, plan)
             for text in check_fit(job, plan, tokenizer, data):

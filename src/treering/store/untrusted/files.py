@@ -70,7 +70,7 @@ def read_json(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
 def read_bytes(path: Path, most: int) -> bytes:
     """Return the content of a regular file of at most `most` bytes."""
     try:
-        # Not to wait: a pipe that took the file's place would block for ever.
+        # Not to wait: a pipe that took the file's place would block without end.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             state = os.fstat(file.fileno())
             if not stat.S_ISREG(state.st_mode):

@@ -44,12 +44,14 @@ class Addend(nn.Module):
         low = F.linear(x.to(self.A.dtype), self.A)
         return (F.linear(low, self.B) * self.scale).to(x.dtype)
 
-    def matrices(self, own: str, linear: str) -> tuple[TrainedMatrix, TrainedMatrix]:
-        """Return where the inputs and output gradients of A and B are seen; their live names begin with `own`."""
+    def matrices(self, prefix: str, linear: str) -> tuple[TrainedMatrix, TrainedMatrix]:
+        """Return where the inputs and output gradients of A and B are seen; their live names begin with `prefix`."""
         return (
-            TrainedMatrix(name=f"{own}.A", module=linear, outputs=lambda g: g.to(self.B.dtype) @ self.B * self.scale),
             TrainedMatrix(
-                name=f"{own}.B",
+                name=f"{prefix}.A", module=linear, outputs=lambda g: g.to(self.B.dtype) @ self.B * self.scale
+            ),
+            TrainedMatrix(
+                name=f"{prefix}.B",
                 module=linear,
                 inputs=lambda a: F.linear(a.to(self.A.dtype), self.A),
                 outputs=lambda g: g.to(self.B.dtype) * self.scale,
@@ -125,7 +127,7 @@ def _part(
 
 def _tolerance(config: "LoRASettings", dtype: torch.dtype, stored: torch.dtype) -> float | None:
     if config.init == "file":
-        return None  # an imported adapter changes the weight: that is what it is for
+        return None  # an imported adapter changes the weight
     if config.init == "kaiming_zeros":
         return 0.0
     # The moved base is rounded to the dtype it is stored in, and A and B to theirs.

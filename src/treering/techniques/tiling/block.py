@@ -1,4 +1,4 @@
-"""All of a block but its attention, in tiles, while the block's own forward stays as it is.
+"""All of a block but its attention, in tiles, while the forward of the block stays as it is.
 
 Its norms give a `Later`. The MLP appends itself, and adding the residual computes all of it, a tile at a time; q, k
 and v are computed together, norm included, when the first of them is asked for.
@@ -112,6 +112,7 @@ class Later:
 
 
 def install_blocks(model: nn.Module, config: "TiledBlockSettings", site: Site) -> Applied:
+    """Install tiles in every block, as `TiledBlock` describes them."""
     anatomy = site.anatomy
     tiled_mlps = dense(model, anatomy)
     undone = [install(one) for b in anatomy.blocks for one in _forwards(model, config, anatomy, b, tiled_mlps)]
@@ -121,8 +122,8 @@ def install_blocks(model: nn.Module, config: "TiledBlockSettings", site: Site) -
 
 
 class _Block:
-    """What the forwards of one block's modules share: regions, and how long a tile may be. It refers to modules of the
-    block alone, because a copy of one block takes it along."""
+    """The state that the forwards of one block's modules share: regions, and how long a tile may be. It refers to
+    modules of the block alone, because a copy of one block takes it along."""
 
     def __init__(self, model: nn.Module, config: "TiledBlockSettings", anatomy: "Anatomy", block: "Block"):
         assert block.mlp is not None
@@ -157,7 +158,7 @@ class _Block:
 
 
 class _PartForward(ModuleForward):
-    """Of a module of a block."""
+    """The forward of a module of a block."""
 
     def __init__(self, module: nn.Module, shared: _Block):
         super().__init__(module)
@@ -165,29 +166,29 @@ class _PartForward(ModuleForward):
 
 
 class _LaterForward(_PartForward):
-    """Of a norm, or an MLP: only remembered, to be computed with what follows."""
+    """The forward of a norm, or an MLP: only recorded, to be computed with what follows."""
 
     def __call__(self, x: Tensor | Later) -> Later:
         return self.shared.begin(x).call(self.module, self.call_former)
 
 
 class _TiledForward(_PartForward):
-    """Of an MLP next to experts: computed at once."""
+    """The forward of an MLP next to experts: computed at once."""
 
     def __call__(self, x: Tensor | Later) -> Tensor:
         return self.shared.compute(self.shared.begin(x).call(self.module, self.call_former))
 
 
-class _WholeForward(_PartForward):
-    """A router looks at all tokens: before it, only the norm is in tiles."""
+class _RouterForward(_PartForward):
+    """The forward of an MLP with a router, which reads all tokens: before it, only the norm is in tiles."""
 
     def __call__(self, x: Tensor | Later) -> Any:
         return self.call_former(self.shared.compute(x) if isinstance(x, Later) else x)
 
 
 class _ReaderForward(_PartForward):
-    """Of one of the linears that read an attention's input: the first to be asked computes all of them, `outputs` in
-    sum, norm included."""
+    """The forward of one of the linears that read an attention's input: the first to be asked computes all of them,
+    `outputs` in sum, norm included."""
 
     def __init__(self, shared: _Block, name: str, readers: dict[str, nn.Module], outputs: int):
         super().__init__(readers[name], shared)
@@ -214,7 +215,7 @@ class _ReaderForward(_PartForward):
 def _forwards(
     model: nn.Module, config: "TiledBlockSettings", anatomy: "Anatomy", block: "Block", tiled_mlps: Sequence[str]
 ) -> list[ModuleForward]:
-    """`tiled_mlps`: names of the MLPs that are one function of single tokens."""
+    """Return the forwards to install in one block. `tiled_mlps`: names of MLPs that compute on single tokens."""
     shared, get = _Block(model, config, anatomy, block), model.get_submodule
     forwards: list[ModuleForward] = [
         _LaterForward(get(name), shared) for name in anatomy.norms if name.rpartition(".")[0] == block.fqn
@@ -222,7 +223,7 @@ def _forwards(
     if block.mlp in tiled_mlps:
         forwards.append(_LaterForward(shared.mlp, shared))
     else:
-        forwards.append(_WholeForward(shared.mlp, shared))
+        forwards.append(_RouterForward(shared.mlp, shared))
         forwards += [_TiledForward(get(name), shared) for name in tiled_mlps if name.startswith(f"{block.mlp}.")]
     return [*forwards, *_readers(get(block.attention or ""), shared, anatomy, block)]
 

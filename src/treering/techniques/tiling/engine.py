@@ -2,10 +2,10 @@
 
 A job runs `body(*tiles of tokens, *weights)` once per tile, first without a graph, and in the backward again, tile by
 tile, with one. Weights are inputs of the function like any other: their gradients are taken per tile from aliases,
-summed here, and given to autograd once. So whatever observes a weight (DDP, FSDP, hooks, accumulation)
+summed here, and incoming to autograd once. So whatever observes a weight (DDP, FSDP, hooks, accumulation)
 sees one gradient, as without tiles.
 
-The tokens are kept by a node of their own. In a recomputed region, asking that node for them ends the recomputation
+The tokens are kept by a separate node. In a recomputed region, asking that node for them ends the recomputation
 there, before the tiles are run: two forwards in all, not three.
 """
 
@@ -43,7 +43,7 @@ class Gradient:
         elif gradient is None:
             return
         elif self.value is None:
-            self.value = gradient  # not ours: autograd may have given the same tensor to another input as well
+            self.value = gradient  # not a copy: autograd may have incoming the same tensor to another input as well
         elif not self.owned:
             self.value, self.owned = self.value.to(self.dtype) + gradient, True
         else:
@@ -92,7 +92,7 @@ class TileJob:
 
 
 def run(job: TileJob, *inputs: Tensor) -> Any:
-    """A tensor or a tuple, as `body` gives them."""
+    """Return a tensor or a tuple, as `body` returns them."""
     box = _Box()
     tokens, weights = inputs[: job.tokens], inputs[job.tokens :]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tokens):
@@ -102,7 +102,7 @@ def run(job: TileJob, *inputs: Tensor) -> Any:
 
 
 def run_now(job: TileJob, *inputs: Tensor) -> Any:
-    """For `body` that gives a number: the gradients are taken along with it, and scaled in the backward."""
+    """Return the sum of the numbers that `body` returns; gradients are computed at once, and scaled in the backward."""
     box = _Box()
     outputs = _Now.apply(job, box, torch.is_grad_enabled(), *inputs)
     return outputs if box.several else outputs[0]
@@ -162,8 +162,8 @@ class _Tiles(torch.autograd.Function):
                 tile = job.tile(plain, start, stop)
                 _leaves(tile, sums)
                 outputs = _tuple(job.body(*tile))
-                given = [job.rows(g)[start:stop] if g is not None and job.out == "cat" else g for g in gradients]
-                pairs = [(y, g) for y, g in zip(outputs, given) if g is not None and y.requires_grad]
+                incoming = [job.rows(g)[start:stop] if g is not None and job.out == "cat" else g for g in gradients]
+                pairs = [(y, g) for y, g in zip(outputs, incoming) if g is not None and y.requires_grad]
                 _take(sums, [y for y, _ in pairs], [g.to(y.dtype) for y, g in pairs], tile, start, stop)
                 del outputs, pairs, tile
         return (None, None, *(sums[i].result() if i in sums else None for i in range(len(inputs))))
@@ -232,18 +232,18 @@ def _forward(job: TileJob, box: _Box, inputs: Sequence[Tensor]) -> tuple[Tensor,
 
 
 def _leaves(tile: list[Tensor], sums: dict[int, Gradient]) -> None:
-    """Inputs whose gradient is asked for become leaves of this tile's graph."""
+    """Replace inputs whose gradient is needed by leaves of this tile's graph."""
     for i in sums:
         tile[i] = tile[i].detach().requires_grad_()
 
 
 def _take(
-    sums: dict[int, Gradient], outputs: list[Tensor], given: list[Tensor], tile: list[Tensor], start: int, stop: int
+    sums: dict[int, Gradient], outputs: list[Tensor], incoming: list[Tensor], tile: list[Tensor], start: int, stop: int
 ) -> None:
     leaves = [tile[i] for i in sums]
     values: Sequence[Tensor | None] = [None] * len(leaves)
     if outputs and leaves:
-        values = torch.autograd.grad(outputs, leaves, given, allow_unused=True)
+        values = torch.autograd.grad(outputs, leaves, incoming, allow_unused=True)
     for gradient, value in zip(sums.values(), values):
         gradient.add(value, start, stop)
 
@@ -259,7 +259,7 @@ def _as_tile() -> Iterator[None]:
 
 
 def _unseen() -> Any:
-    """A tile's own saved tensors live for a moment: no surrounding hook is to offload or count them."""
+    """Return hooks that hide the saved tensors of a tile from hooks around it: they are freed soon."""
     return saved_tensors_hooks(lambda x: x, lambda x: x)
 
 

@@ -34,7 +34,7 @@ Selection = Callable[[Tensor], Tensor]  # of trained positions: [B, S, …] to [
 
 @dataclass(frozen=True, kw_only=True)
 class OutputHead:
-    """What stands between hidden states and logits.
+    """The computation from hidden states to logits.
 
     Attributes:
         module: Computes logits, before scale and softcap.
@@ -137,7 +137,7 @@ def _flat(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def install_loss(model: nn.Module, config: "TiledLossSettings", site: Site) -> Applied:
-    """See `TiledLoss`."""
+    """Install the tiled loss on head and model, as `TiledLoss` describes it."""
     anatomy_head = site.anatomy.head
     assert anatomy_head is not None, "claims refuse a model without a head"
     head: Any = model.get_submodule(anatomy_head.fqn)
@@ -178,7 +178,7 @@ class _HeadForward(forwards.ModuleForward):
 
 
 class _ModelForward(forwards.ModuleForward):
-    """What the model gives; or, given how to select trained positions, the sum of an objective there, by its head."""
+    """The output of the model; or, given how to select trained positions, the sum of an objective there."""
 
     def __init__(self, module: nn.Module, body: nn.Module, head: nn.Module):
         super().__init__(module)

@@ -16,7 +16,7 @@ from treering.train.checkpoints.files import SavedTensor
 
 
 def tensors(run: Run, optimizers: Sequence[Optimizer], prepared: Collection[str] = ()) -> dict[str, Tensor]:
-    """Return parameters that are not simply the source's, technique states, and the optimizers' moments.
+    """Return parameters that differ from the source's, technique states, and the optimizers' moments.
 
     `prepared` names prepared results, by `prepared.label`, that hold what need not be saved (`Part.saved`); without it,
     the tensors depend on no other folder.
@@ -69,7 +69,7 @@ def _states(run: Run) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_techniques(run: Run, saved: Mapping[str, SavedTensor]) -> None:
-    """Restore what techniques keep besides parameters, into the tensors that `Applied.state` returns."""
+    """Restore the state of techniques that is not parameters, into the tensors that `Applied.state` returns."""
     for name, value in _states(run).items():
         if name not in saved:
             raise CheckpointError(f"the checkpoint lacks {name}, which a technique of this run keeps")

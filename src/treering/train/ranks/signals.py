@@ -1,7 +1,7 @@
-"""What SIGTERM, SIGUSR1 and Ctrl-C do to a run: the first asks it to save and stop, a second ends it at once.
+"""The effect of SIGTERM, SIGUSR1 and Ctrl-C on a run: the first asks it to save and stop, a second ends it at once.
 
-Schedulers send the first two before they kill. Python's own handlers run between two bytecodes of the main thread,
-which may sit in a collective for minutes; so a second signal is seen by a thread, through the wake-up descriptor.
+Schedulers send the first two before they kill. Python handlers run between two bytecodes of the main thread,
+which may wait in a collective for minutes; so a second signal is seen by a thread, through the wake-up descriptor.
 """
 
 import os
@@ -22,13 +22,13 @@ class Now(BaseException):
 
 
 class Signals:
-    """Handlers for as long as a run lasts; the program's own are back afterwards. In another
-    thread than the main one Python allows no handlers, and the program's own stay."""
+    """Signal handlers during a run; those of the program are restored afterwards. In a thread other than the main one,
+    Python allows no handlers, and those of the program stay."""
 
     def __init__(self) -> None:
         self.got: signal.Signals | None = None
         self.nudged = False  # ended by another rank's end
-        self.at_once = True  # nothing to save yet: the first signal ends the run where it stands
+        self.at_once = True  # nothing to save yet: the first signal ends the run immediately
         self._before: dict[signal.Signals, Any] = {}
         self._over = threading.Event()
 
@@ -56,7 +56,7 @@ class Signals:
             raise self.ended("there was nothing to save yet" if self.at_once else "at once") from None
 
     def ended(self, how: str) -> Interrupted:
-        """What ends a run that was asked to stop."""
+        """Return the error that ends a run that was asked to stop."""
         error = Interrupted(f"stopped by {self.got.name if self.got else 'a signal to another rank'}: {how}")
         if self._second:
             error.exit_code = 128 + self._second
@@ -65,7 +65,7 @@ class Signals:
     _second = 0
 
     def nudge(self) -> None:
-        """From another thread: end the run as a signal would, if that is where it stands and handlers are ours."""
+        """End the run from another thread, as a signal would, if it can end at once and the handlers are these."""
         if self.at_once and signal.SIGTERM in self._before and not self.nudged:
             self.nudged = True
             main = threading.main_thread().ident

@@ -94,5 +94,5 @@ def test_results_that_were_prepared_by_earlier_versions_are_still_found():
     """The text by which they are found, as it was written when the first were prepared."""
     shape = OperatorShape(end="in", size=5, columns=3, thin=False, source="inputs", soft=True)
     assert identity(OSFT(), (shape,)) == (
-        "osft update damping 0.01 (Side(end='in', size=5, columns=3, thin=False, source='inputs', soft=True),)"
+        "osft update soften 0.01 (Side(end='in', size=5, columns=3, thin=False, source='inputs', soft=True),)"
     )
