@@ -159,7 +159,7 @@ TECHNIQUES = {
     "lora": lambda: [tr.LoRA(rank=2)],
     "update by weights": lambda: [tr.OSFT(protect="weights", ratio=0.4, targets=("*.experts.*",))],
     "update by inputs, kept": lambda: [
-        tr.OSFT(protect="inputs", ratio=0.4, targets=("*.experts.*",), anchor=True, unmeasured="freeze")
+        tr.OSFT(protect="inputs", ratio=0.4, targets=("*.experts.*",), keep_initial=True, unmeasured="freeze")
     ],
     "factors": lambda: [tr.OSFT(protect="weights", ratio=0.4, targets=("*.experts.*",), form="factors")],
     "forward": lambda: [tr.OSFT(protect="weights", ratio=0.4, targets=("*.experts.*",), form="forward")],

@@ -35,7 +35,7 @@ def settings(root, output, *, protect="inputs", self_contained=False, techniques
     return job(
         root,
         output,
-        techniques=(tr.OSFT(protect=protect, ratio=0.4, anchor=True), *techniques),
+        techniques=(tr.OSFT(protect=protect, ratio=0.4, keep_initial=True), *techniques),
         train={"steps": LAST, "checkpoint": saving},
         statistics=Statistics(tokens=0),
         **changes,
@@ -122,7 +122,7 @@ def test_missing_results_are_made_again_and_it_says_how_equal_they_are(root):
 
 
 def test_results_with_other_bits_are_equal_to_rounding_and_named_by_later_checkpoints(root, monkeypatch):
-    from treering.techniques.osft import protection
+    from treering.techniques.osft.protection import operators as protection
 
     train(settings(root, "complete"))
     shutil.rmtree(interrupted(root, "cut") / "prepared")

@@ -201,8 +201,7 @@ class DeferredMask:
         return sdpa_mask(**self._request)
 
     def contiguous(self) -> Tensor | None:
-        """Return the mask, built: `generate` with a static cache makes masks before the model, and calls this on
-        them."""
+        """Return the built mask: `generate` with a static cache makes masks before the model, and calls this."""
         return None if self.built is None else self.built.contiguous()
 
 

@@ -87,8 +87,7 @@ def axis_size(mesh: "DeviceMesh | None", *axes: str) -> int:
 
 
 def data_rank(mesh: "DeviceMesh | None") -> tuple[int, int]:
-    """Return (which, of how many) sets of documents this rank trains on. Ranks along `sequence` and `expert`
-    have the same set."""
+    """Return (number, of how many) of the set of documents of this rank, shared along `sequence` and `expert`."""
     if mesh is None:
         return 0, 1
     replicate, shard = mesh["replicate"], mesh["shard"]

@@ -317,4 +317,4 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-        settle(model)  # FSDP frees gathered parameters in a backward, and there is none
+        settle(model)  # FSDP frees gathered parameters in a backward, which did not run

@@ -55,7 +55,7 @@ class Observer:
     def counting(self, real: Tensor | None) -> Iterator[None]:
         """Count, in the forwards inside, only the tokens where `real` ([B, S], bool) is true; None: all of them.
 
-        Without it, those of the model's attention_mask count, and all if there is none.
+        Without it, those of the model's attention_mask count, or all tokens where it has no mask.
         """
         before, self._counting = self._counting, (real,)
         try:

@@ -50,7 +50,7 @@ def fingerprint(folder: Path) -> str:
     """Return what identifies the weights of a folder: a digest of names, sizes, headers and samples of the content.
 
     Not of every byte: a model of a hundred billion parameters would take minutes. Training changes every value a
-    little, so that any sample tells other weights of the same shapes apart.
+    little, so that any sample distinguishes other weights of the same shapes.
     """
     words = xxhash.xxh3_128()
     for path in sorted(set(tensor_files(folder).values())):

@@ -18,8 +18,7 @@ class Callback:
     """
 
     def started(self, total_steps: int, facts: Mapping[str, Any]) -> None:
-        """Called before the first step of this process; `facts` holds sizes, the seed and the step that it resumes
-        after."""
+        """Called before the first step of this process; `facts` holds sizes, the seed and the step to resume after."""
 
     def stepped(self, metrics: Metrics) -> None:
         """Called after a logged step."""

@@ -88,7 +88,7 @@ def grow(training: Training) -> None:
     date = from_first(datetime.now(UTC).strftime("%Y-%m-%d"))
     ring = Ring(name=f"{_named(step)}{folder.absolute().parent.name}", tokens=0, data=digest, date=date)
     watchdog.phase.name = "measuring"
-    with watchdog.patience():
+    with watchdog.usual_timeouts():
         statistics = measure(run, batches, ring=ring, onto=[base], to=folder, progress=stop_if_asked)
     tokens, number = statistics.rings[-1].tokens, len(statistics.rings)
     training.reporter.note(f"measured {tokens:,} tokens of the training data: {number} rings in {folder}")

@@ -53,8 +53,7 @@ def of_update(
 
 
 def _projected(operators: "OperatorBuffers", weight: Tensor) -> Iterator[Message]:
-    """Yield the messages of one pass over one weight: see `OperatorBuffers.project`. Experts are complete matrices on
-    their rank."""
+    """Yield the messages of one pass over one weight: see `OperatorBuffers.project`. Experts need none."""
     if weight.ndim != 2:
         return
     width = weight.shape[1]
@@ -70,8 +69,7 @@ def _projected(operators: "OperatorBuffers", weight: Tensor) -> Iterator[Message
 
 
 def _gathered(basis: Tensor) -> Iterator[Message]:
-    """Yield the messages of a gather of the rows of all ranks, padded to the same number on each, the innermost axis
-    first."""
+    """Yield the messages of a gather of all rows, padded to the same number on each rank, the innermost axis first."""
     rows = basis.shape[0]
     for axis in sharded_axes(basis):
         rows = -(-rows // basis.device_mesh.size(axis))  # type: ignore[attr-defined]

@@ -133,7 +133,7 @@ class _Tiles(torch.autograd.Function):
     def forward(ctx: Any, job: TileJob, box: _Box, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.job, ctx.box, ctx.replay = job, box, Replay(inputs[0].device)
-        # Weights by reference: saved tensors would pass through the hooks of whoever offloads activations.
+        # Weights by reference: saved tensors would pass through hooks that offload activations.
         ctx.weights = inputs[job.tokens :]
         ctx.versions = [w._version for w in ctx.weights]
         if box.node is None:

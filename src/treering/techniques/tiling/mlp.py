@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from treering.core import module_forward as forwards
+from treering.core import module_forward
 from treering.core.errors import PlanError
 from treering.technique import Applied, Site
 from treering.techniques.tiling import groups
@@ -20,11 +20,11 @@ def install_mlps(model: nn.Module, config: "TiledMLPSettings", site: Site) -> Ap
     """Install tiles on every MLP and on every call of stacked experts."""
     anatomy = site.anatomy
     undone = [
-        forwards.install(_TiledMLP(model.get_submodule(fqn), config, fqn, token_width(anatomy, fqn)))
+        module_forward.install(_TiledMLP(model.get_submodule(fqn), config, fqn, token_width(anatomy, fqn)))
         for fqn in dense(model, anatomy)
     ]
     several = [tile_experts(model, config, anatomy, experts, "tiledmlp") for experts in anatomy.experts]
-    return Applied(undo=forwards.undo_all([*undone, *several]), notes=notes(config, len(undone), len(several)))
+    return Applied(undo=module_forward.undo_all([*undone, *several]), notes=notes(config, len(undone), len(several)))
 
 
 def notes(config: "TiledMLPSettings | TiledBlockSettings", dense: int, experts: int) -> tuple[str, ...]:
@@ -70,7 +70,7 @@ def sums_wide(region: TiledRegion, accumulate: "Accumulate", budget: float) -> b
     return accumulate == "float32"
 
 
-class _TiledMLP(forwards.ModuleForward):
+class _TiledMLP(module_forward.ModuleForward):
     """The forward of an MLP, in tiles. `width`: elements that a token needs."""
 
     setting = "tiledmlp"
@@ -103,10 +103,10 @@ def tile_experts(
     rows = sum(p.shape[1] if p.shape[2] == hidden else p.shape[2] for n, p in _stacked(model, experts))
     if config.experts == "groups":
         groups.check_groups(module, experts, setting)
-    return forwards.install(_TiledExperts(module, config, experts, rows, setting))
+    return module_forward.install(_TiledExperts(module, config, experts, rows, setting))
 
 
-class _TiledExperts(forwards.ModuleForward):
+class _TiledExperts(module_forward.ModuleForward):
     """The forward of stacked experts, in tiles. `rows`: elements that the weights of one expert compute for a token."""
 
     def __init__(

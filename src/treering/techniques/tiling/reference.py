@@ -18,7 +18,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, so
 
 
 def cross_entropy(z: Tensor, targets: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
-    """Return Σ over tokens whose target is not -100 of (1 − ε)(−log p_target) + ε · mean over V of −log p, and the
+    """Return Σ over tokens whose target is not -100 of (1 − ε)(−log p_target) + ε · mean over V of −log p, and
     z-loss."""
     real = targets != -100
     z, targets = z[real], targets[real]

@@ -47,7 +47,7 @@ class StagedRows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedTensor:
+class CheckpointTensor:
     """A tensor of a checkpoint, read by rows from whichever files hold them."""
 
     name: str
@@ -93,12 +93,12 @@ class SavedTensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
+class SavedCheckpoint:
     """A checkpoint whose files have been verified."""
 
     folder: Path
     step: int
-    tensors: Mapping[str, SavedTensor]
+    tensors: Mapping[str, CheckpointTensor]
     facts: Mapping[str, Any]  # what the trainer wrote next to the tensors
     prepared: Mapping[str, str]  # label of a prepared result -> its digest: they hold the rest of the tensors
 
@@ -194,7 +194,7 @@ def _first_copy(tensor: Tensor, rank: int) -> bool:
     return all(mesh.get_local_rank(i) == 0 for i, p in enumerate(tensor.placements) if isinstance(p, Replicate))
 
 
-def newest(root: Path, warn: Callable[[str], None]) -> Saved | None:
+def newest(root: Path, warn: Callable[[str], None]) -> SavedCheckpoint | None:
     """Return the newest complete checkpoint in `root`. `warn` is given the error of each newer one."""
     for step in reversed(steps(root)):
         try:
@@ -213,7 +213,7 @@ def _folders(root: Path) -> list[Path]:
     return [p for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
 
 
-def read(folder: Path) -> Saved:
+def read(folder: Path) -> SavedCheckpoint:
     """Return a checkpoint after verifying that it is what was written. All ranks call it and share the work."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     try:
@@ -229,8 +229,8 @@ def read(folder: Path) -> Saved:
     problems = [text for text in together(lambda: problem, f"reading {folder}") if text]
     if problems:
         raise CheckpointError(problems[0])
-    tensors = {n: SavedTensor(name=n, entry=entry, folder=folder) for n, entry in described.tensors.items()}
-    return Saved(
+    tensors = {n: CheckpointTensor(name=n, entry=entry, folder=folder) for n, entry in described.tensors.items()}
+    return SavedCheckpoint(
         folder=folder, step=described.step, tensors=tensors, facts=described.facts, prepared=described.prepared
     )
 

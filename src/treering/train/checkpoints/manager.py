@@ -42,7 +42,7 @@ class Progress:
     owed: int | None = None  # the step whose evaluation a signal interrupted
 
     @classmethod
-    def restore(cls, saved: checkpoint.Saved) -> "Progress":
+    def restore(cls, saved: checkpoint.SavedCheckpoint) -> "Progress":
         """Return the counts of a checkpoint; one written before a count existed has its first value."""
         counts = saved.facts.get("counts")
         if not isinstance(counts, dict):
@@ -137,7 +137,7 @@ class CheckpointManager:
         self.job, self.plan, self.data, self.statistics = job, plan, data, statistics
         self.root = Path(job.output) / "checkpoints"
         self.prepared = Path(job.output) / "prepared"
-        self.saved: checkpoint.Saved | None = None
+        self.saved: checkpoint.SavedCheckpoint | None = None
         self.saver = Saver(job.train.checkpoint.asynchronous)
         self.progress = Progress()
 
@@ -265,7 +265,7 @@ class CheckpointManager:
 
 
 def check_same(
-    saved: checkpoint.Saved, now: Mapping[str, Any], techniques: Iterable[object], force: bool = False
+    saved: checkpoint.SavedCheckpoint, now: Mapping[str, Any], techniques: Iterable[object], force: bool = False
 ) -> list[str]:
     """Refuse to resume as another run. With `force`, return notes on changes that leave the tensors as they are.
 
@@ -288,7 +288,7 @@ def check_same(
     return notes
 
 
-def changed_sources(saved: checkpoint.Saved, now: Mapping[str, Any]) -> tuple[str, ...]:
+def changed_sources(saved: checkpoint.SavedCheckpoint, now: Mapping[str, Any]) -> tuple[str, ...]:
     """Return which of the things that prepared results are made from are not those of the checkpoint."""
     then = saved.facts.get("identity", {})
     return tuple(name for name in SOURCES if then.get(name) != now[name])

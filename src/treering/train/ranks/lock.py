@@ -60,7 +60,7 @@ def locked(folder: Path, clock: Clock = CLOCK) -> Iterator[None]:
         over.set()
         if is_first() and not problem:
             with suppress(OSError):
-                if path.read_bytes() == mine:  # somebody may have removed it by hand, and started another run
+                if path.read_bytes() == mine:  # a user may have removed it, and started another run
                     path.unlink()
 
 

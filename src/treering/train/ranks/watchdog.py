@@ -38,7 +38,7 @@ class Watchdog:
         self.phase = Phase()
         self.several = dist.is_initialized() and dist.get_world_size() > 1
         self._leave = leave or _leave
-        self.spared: Any = None  # a group whose timeout is not lowered
+        self.exempt: Any = None  # a group whose timeout is not lowered
         self._over = threading.Event()
         self._lowered: list[tuple[Any, timedelta]] = []
         if self.several:
@@ -58,7 +58,7 @@ class Watchdog:
         if not self.several:
             return
         lost: RankLost | None = None
-        if error is not None and (_of_ranks(error) or self.signals.nudged):
+        if error is not None and (_of_ranks(error) or self.signals.interrupted_by_thread):
             lost = self._lost(self._diagnosis(error))
         elif error is not None and not isinstance(error, RankLost) and not self._agreed:
             self._board.ended(_message(error, self.signals), _code(error))
@@ -74,15 +74,15 @@ class Watchdog:
     def stop_asked(self) -> bool:
         """Return whether any rank got a signal. Every rank asks at the same places, so all get the same answer."""
         if not self.several:
-            return self.signals.got is not None
+            return self.signals.received is not None
         if not self._agreed:
-            asked = torch.tensor([self.signals.got is not None], dtype=torch.uint8)
+            asked = torch.tensor([self.signals.received is not None], dtype=torch.uint8)
             dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group)
             self._agreed = bool(asked)
         return self._agreed
 
     @contextmanager
-    def first_goes_first(self) -> Iterator[None]:
+    def first_rank_first(self) -> Iterator[None]:
         """Let rank 0 do the work first and the others wait for it without a timeout; a signal still ends them."""
         if not self.several:
             yield
@@ -99,24 +99,24 @@ class Watchdog:
 
     _turns = 0
 
-    def hurry(self) -> None:
+    def lower_timeouts(self) -> None:
         """Lower the timeout of all collectives to `timeout`: from now on everything has been compiled and loaded."""
         if self.several and not self._lowered:
             for group in (dist.group.WORLD, self._group, *_groups()):
                 before = _timeout_of(group)
-                if group is not self.spared and before > timedelta(seconds=self.timeout):
+                if group is not self.exempt and before > timedelta(seconds=self.timeout):
                     self._lowered.append((group, before))
                     group.set_timeout(timedelta(seconds=self.timeout))
 
     @contextmanager
-    def patience(self) -> Iterator[None]:
+    def usual_timeouts(self) -> Iterator[None]:
         """Restore the longer timeouts inside, for slow disks. A rank that is gone or stopped is still noticed."""
         lowered, self._lowered = self._lowered, []
         for group, before in lowered:
             group.set_timeout(before)
         yield
         if lowered:
-            self.hurry()
+            self.lower_timeouts()
 
     def _watch(self) -> None:
         end_seen = time.monotonic()
@@ -133,7 +133,7 @@ class Watchdog:
             elif time.monotonic() - end_seen > GRACE and report["waiting"] > GRACE and not self._over.is_set():
                 self._leave(self._story("and waited for it in a collective"), self._exit_code())
             else:
-                self.signals.nudge()  # it may compute for hours, for a run that has ended
+                self.signals.interrupt_from_thread()  # it may compute for hours, for a run that has ended
 
     def _lost(self, message: str) -> RankLost:
         error = RankLost(message)
@@ -147,7 +147,7 @@ class Watchdog:
         until = time.monotonic() + GRACE
         while self._board.look() is None and not self._board.lost and time.monotonic() < until:
             time.sleep(BEAT / 5)
-        if self.signals.nudged:
+        if self.signals.interrupted_by_thread:
             return self._story("and stopped there")
         first_line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         return self._story(f"({first_line})")
@@ -190,7 +190,7 @@ def _of_ranks(error: BaseException) -> bool:
 
 def _message(error: BaseException, signals: Signals) -> str:
     if isinstance(error, Now):
-        return f"stopped by {signals.got.name if signals.got else 'a signal'}"
+        return f"stopped by {signals.received.name if signals.received else 'a signal'}"
     return str(error) if isinstance(error, TreeringError) else f"{type(error).__name__}: {error}"
 
 

@@ -111,7 +111,7 @@ class FactoredExperts(Factored):
         """Return `hidden` as it is, and the weight as the module stores it.
 
         What FSDP frees after the backward of a module it frees when the gradient of the module's input is there:
-        without an input that passes through, at the end of the whole backward.
+        without an input that passes through, at the end of the complete backward.
         """
         with full_precision():
             W = passes.weight(self.high, self.low, self.projected, hidden.dtype)

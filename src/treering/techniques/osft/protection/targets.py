@@ -1,5 +1,4 @@
-"""The weights that `osft` protects, and the number of trainable directions of each: by ratio, spectrum or
-importance."""
+"""The weights that `osft` protects, and how many directions of each are trainable: by ratio, spectrum or importance."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
