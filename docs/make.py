@@ -84,7 +84,7 @@ NOTES = {
     "train.optimizer": "the update rule",
     "train.schedule": "the learning rate over the steps",
     "train.evaluate": "evaluation, early stop, sample generations",
-    "train.checkpoint": "saving and going on",
+    "train.checkpoint": "saving and resuming",
     "train.log_every": "steps between two lines of the log and of metrics.jsonl",
     "train.optimizer.name": "`muon`: Muon for the matrices inside the blocks, AdamW for everything else",
     "train.optimizer.lr": "the peak learning rate",

@@ -348,7 +348,7 @@ to the largest element) with a run of transformers' own model that knows no tech
 `PlanError` that names the settings, before any weight is read. There is no third state.
 
 Targets are `q_proj` and `down_proj`, which in qwen3_moe is a stack of experts. `lora` and `osft (one_sided)` are put
-beside linear layers only, so there they have `q_proj` and `o_proj`.
+next to linear layers only, so there they have `q_proj` and `o_proj`.
 
 | techniques | llama, one rank | llama, two ranks | qwen3_moe, one rank | qwen3_moe, two ranks |
 |---|---|---|---|---|

@@ -37,7 +37,7 @@ ADAPTING = {
     "lora (pissa)": tr.LoRA(targets=TARGETS, rank=4, dtype="float64", init="pissa"),
     "osft": osft("update"),
     "osft (inputs)": osft("update", protect="inputs", ratio=None),
-    "osft (anchored)": osft("update", keep_initial=True, communication="cached"),
+    "osft (keep_initial)": osft("update", keep_initial=True, communication="cached"),
     "osft (one_sided)": osft("one_sided"),
     "osft (core)": osft("core"),
     "osft (forward)": osft("forward"),
@@ -125,7 +125,7 @@ def test_a_copy_computes_with_its_own_weights_and_the_original_with_its(case, ho
     assert_all_same(computed(run, run.model), wanted)
 
 
-@pytest.mark.parametrize("case", ["lora, all", "osft (factors), all", "osft (anchored)"])
+@pytest.mark.parametrize("case", ["lora, all", "osft (factors), all", "osft (keep_initial)"])
 def test_the_original_trains_on_as_if_there_were_no_copy(case):
     weights = []
     for copying in (False, True):

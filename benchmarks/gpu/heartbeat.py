@@ -41,14 +41,14 @@ def rows(context: Context) -> Iterator[Figure]:
     with signals, OfOneRank(TIMEOUT, signals) as watchdog:
         board = watchdog._board
         dist.all_reduce(number)
-        watchdog.hurry()  # lowers the time limit of NCCL's group and gloo's
+        watchdog.lower_timeouts()  # lowers the time limit of NCCL's group and gloo's
         first = (board.get("0") or {}).get("beat", 0)
         until = time.monotonic() + (BEATS + 2) * BEAT
         while time.monotonic() < until:
             watchdog.phase.begin(1)
             dist.all_reduce(number)
             time.sleep(BEAT / 10)
-        with watchdog.patience():
+        with watchdog.usual_timeouts():
             dist.all_reduce(number)
         stop = watchdog.stop_asked()
         entry, watching = board.get("0") or {}, _threads()

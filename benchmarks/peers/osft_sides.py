@@ -118,7 +118,7 @@ class Ours:
 def projecting(module: nn.Module) -> float:
     from treering.techniques.osft.forward_factors import passes
     from treering.techniques.osft.forward_factors.factored import FactoredLinear
-    from treering.techniques.osft.one_sided_core.protected_adapter import ProtectedAdapter, projected
+    from treering.techniques.osft.protected_adapter import ProtectedAdapter, projected
 
     began = clock()
     if isinstance(module, FactoredLinear) and module.projected and module.high is not None:

@@ -8,7 +8,7 @@ from tests.attention.packs import LENGTHS, packed, tokens
 from tests.zoo import ARCHITECTURES, build
 from treering.attention import Documents, install, packable
 from treering.attention.hook import DeferredMask, deferred_mask, rope_conflict
-from treering.attention.packable import _receivers
+from treering.attention.install import _receivers
 from treering.core.errors import DataError, PlanError
 
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}

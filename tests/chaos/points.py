@@ -95,6 +95,6 @@ class Points:
         shutil.rmtree(place)
 
 
-def same(saved: checkpoint.Saved) -> None:
+def same(saved: checkpoint.SavedCheckpoint) -> None:
     found = {name: toy.digest(tensor.read()) for name, tensor in saved.tensors.items()}
     assert found == {name: toy.digest(tensor) for name, tensor in values(saved.step).items()}

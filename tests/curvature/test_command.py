@@ -15,7 +15,7 @@ from treering.cli import entry
 from treering.curvature import open as open_statistics
 from treering.plan import compose
 from treering.store.untrusted import open_tokenizer
-from treering.train.generated import generated
+from treering.train.calibration import generated
 
 
 @pytest.fixture

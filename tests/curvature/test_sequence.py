@@ -158,7 +158,7 @@ def test_a_signal_leaves_no_half_ring_and_the_same_command_makes_it(root, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(rings.calibration, "batches", interrupted)
-        with pytest.raises(tr.Interrupted, match="step 3 is saved, and what it taught is not measured"):
+        with pytest.raises(tr.Interrupted, match="step 3 is saved, and its training data is not measured"):
             train(toy(root))
     assert not (root / "run" / "statistics").exists()
     train(toy(root))

@@ -297,9 +297,7 @@ def gpt2(path, positions):
 
 def test_documents_beyond_learned_positions_are_refused_by_sample(tmp_path):
     one = job(tmp_path, train=steps(1))
-    with pytest.raises(
-        tr.PlanError, match=r"chat\.jsonl:\d+ has \d+ tokens.*made for 32 positions; set data\.max_length"
-    ):
+    with pytest.raises(tr.PlanError, match=r"chat\.jsonl:\d+ has \d+ tokens.*has 32 positions; set data\.max_length"):
         train(replace(one, model=replace(one.model, path=gpt2(tmp_path / "gpt2", 32))))
     prompted = replace(one, train=replace(one.train, evaluate=Evaluate(prompts=("x" * 200,))))
     with pytest.raises(tr.PlanError, match=r"prompts\[0\] has \d+ tokens and 64 follow it.*shorten it"):
@@ -308,7 +306,7 @@ def test_documents_beyond_learned_positions_are_refused_by_sample(tmp_path):
 
 def test_documents_beyond_what_rotary_positions_were_made_for_are_told(tmp_path):
     train(small(tmp_path, max_position_embeddings=32))
-    assert "was made for 32 positions" in notes(tmp_path)
+    assert "has 32 positions" in notes(tmp_path)
 
 
 def test_an_empty_prompt_is_refused_before_training(tmp_path):

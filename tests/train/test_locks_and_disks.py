@@ -41,7 +41,7 @@ MINE = {"host": socket.gethostname(), **lock.whoami(os.getpid())}
 def test_a_lock_of_a_dead_process_is_taken_over(tmp_path, change):
     path = tmp_path / lock.NAME
     path.write_text(json.dumps(MINE | change))
-    with lock.held(tmp_path):
+    with lock.locked(tmp_path):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert os.listdir(tmp_path) == []
 
@@ -69,11 +69,11 @@ def test_a_lock_of_another_host_counts_while_it_is_touched(tmp_path, content):
     path.write_text(content)
     living = Elsewhere(path, touches=[lock.STALE - 2])
     held = pytest.raises(tr.CheckpointError, match=r"elsewhere|an unknown host")
-    with held, lock.held(tmp_path, living):
+    with held, lock.locked(tmp_path, living):
         pass
     assert lock.STALE - 2 <= living.now <= lock.STALE
     dead = Elsewhere(path)  # nobody touches it any more
-    with lock.held(tmp_path, dead):
+    with lock.locked(tmp_path, dead):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert lock.STALE <= dead.now < lock.STALE + 2
 

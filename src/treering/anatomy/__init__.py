@@ -1,4 +1,4 @@
-"""Where a transformers causal language model keeps its parts; every parameter has exactly one role.
+"""The parts of a transformers causal language model, by name; every parameter has exactly one role.
 
     anatomy = examine(model)                    once, from the plain model; the meta device is enough
     select(anatomy, ["q_proj", "*.mlp.*"])      the linear layers that patterns name

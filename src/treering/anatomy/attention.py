@@ -27,7 +27,7 @@ _HEAD_DIM = (
 _SOFTCAP = ("attn_logit_softcapping", "attn_logit_softcap")
 _FUSED = re.compile(r"^(qkv_proj|query_key_value|c_attn|Wqkv|in_proj_qkv)$")
 # Models with other settings: model type -> names of (the list of layer kinds, the kind that slides, the window).
-_OWN_WORDS = {"gpt_neo": ("attention_layers", "local", "window_size")}
+_OTHER_SETTINGS = {"gpt_neo": ("attention_layers", "local", "window_size")}
 # Classes in which tokens meet otherwise than by softmax attention over all allowed positions.
 _SEQUENCE = re.compile(
     r"Mamba|SSM|Delta|Lightning|Linear_?Attention|Rwkv|Retention|R[gG][lL][rR][uU]|LSTM|Conv|Indexer|Compressor|ForgetGate"
@@ -98,6 +98,7 @@ def read_attention(model: nn.Module, fqn: str, block: int) -> Attention:
 
 
 def is_sink(name: str, parameter: nn.Parameter) -> bool:
+    """Return whether a parameter of an attention is its sinks, one number a head."""
     return "sink" in name and parameter.ndim == 1
 
 
@@ -129,8 +130,8 @@ def _projections(module: nn.Module) -> dict[str, int]:
 
 
 def _kind(config: Any, block: int) -> str:
-    if config.model_type in _OWN_WORDS:
-        layers, word, _ = _OWN_WORDS[config.model_type]
+    if config.model_type in _OTHER_SETTINGS:
+        layers, word, _ = _OTHER_SETTINGS[config.model_type]
         return "sliding_attention" if getattr(config, layers)[block] == word else "full_attention"
     kinds = getattr(config, "layer_types", None)
     return kinds[block] if kinds and block < len(kinds) else "full_attention"
@@ -138,13 +139,13 @@ def _kind(config: Any, block: int) -> str:
 
 def _window(model: Any, module: Any, config: Any, kind: str) -> int | None:
     """Return the window: the model makes masks from `layer_types` where a config has them, else from one window."""
-    if config.model_type in _OWN_WORDS:
-        return getattr(config, _OWN_WORDS[config.model_type][2]) if kind == "sliding_attention" else None
-    own, common = getattr(module, "sliding_window", None), getattr(config, "sliding_window", None)
+    if config.model_type in _OTHER_SETTINGS:
+        return getattr(config, _OTHER_SETTINGS[config.model_type][2]) if kind == "sliding_attention" else None
+    of_module, common = getattr(module, "sliding_window", None), getattr(config, "sliding_window", None)
     if getattr(config, "layer_types", None):
-        return (own or common) if kind.startswith("sliding") else None
+        return (of_module or common) if kind.startswith("sliding") else None
     if hasattr(module, "sliding_window"):
-        return own
+        return of_module
     uses_window = any(calls(type(m).forward, "create_sliding_window_causal_mask") for m in (model, model.base_model))
     return common if uses_window else None
 
@@ -159,8 +160,8 @@ def _codes(function: Any) -> Iterator[CodeType]:
 
 
 def _has_softmax(kind: type) -> bool:
-    own = [f for c in kind.__mro__ if c.__module__.startswith("transformers.models") for f in vars(c).values()]
-    return any(calls(f, "softmax") or calls(f, "Softmax") for f in own if inspect.isfunction(f))
+    functions = [f for c in kind.__mro__ if c.__module__.startswith("transformers.models") for f in vars(c).values()]
+    return any(calls(f, "softmax") or calls(f, "Softmax") for f in functions if inspect.isfunction(f))
 
 
 def _number(thing: Any, names: tuple[str, ...]) -> int | None:

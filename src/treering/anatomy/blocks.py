@@ -1,4 +1,4 @@
-"""Which list of modules is the stack of blocks, and what a block consists of."""
+"""The stack of blocks of a model, and the parts of a block: attention, feed-forward part, experts."""
 
 import re
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from treering.anatomy.attention import is_attention, sequence_modules
-from treering.anatomy.parts import Block, Role
+from treering.anatomy.parts import Block, Experts, Role
 from treering.anatomy.refuse import refuse_not_causal
 from treering.core.errors import PlanError
 
@@ -16,6 +16,8 @@ _ATTENTION_CLASS = re.compile(r"atten|attn", re.I)
 _ACROSS = re.compile(r"cross|encoder_attn|encdec", re.I)
 _MLP_NAME = re.compile(r"^(mlp|feed_?forward|ff|ffn|moe|block_sparse_moe|shared_mlp|shared_experts?|experts)$", re.I)
 _MLP_CLASS = re.compile(r"mlp|moe|feed_?forward|ffn", re.I)
+_ROUTER_NAME = re.compile(r"^(gate|router)$")
+_ROUTER_CLASS = re.compile(r"router|topkgat", re.I)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class Layout:
 
 
 def lay_out(model: nn.Module, forced: Mapping[str, Role]) -> tuple[Layout, ...]:
+    """Return the layout of every block. `forced`: the role of parameters that the user gave one."""
     fqn, layers = _stack(model)
     return tuple(_layout(model, f"{fqn}.{i}", i, forced) for i in range(len(layers)))
 
@@ -61,8 +64,8 @@ def _layout(model: Any, fqn: str, index: int, forced: Mapping[str, Role]) -> Lay
     roots = tuple(_topmost(model, fqn, name) for name in attentions)
     others = [f"{fqn}.{name}" for name in sequence_modules(block) if not is_norm(name, block.get_submodule(name))]
     mixer_roots = tuple(dict.fromkeys(_child(fqn, name, roots) for name in others if not within(name, roots)))
-    free = [name for name, _ in block.named_children() if f"{fqn}.{name}" not in (*roots, *mixer_roots)]
-    mlps = tuple(f"{fqn}.{name}" for name in free if _is_mlp(name, block.get_submodule(name)))
+    children = [name for name, _ in block.named_children() if f"{fqn}.{name}" not in (*roots, *mixer_roots)]
+    mlps = tuple(f"{fqn}.{name}" for name in children if _is_mlp(name, block.get_submodule(name)))
     if others:
         mixer_class = type(model.get_submodule((*mixer_roots, *others)[0])).__name__
     else:
@@ -129,5 +132,72 @@ def _is_mlp(name: str, module: nn.Module) -> bool:
 
 
 def within(name: str, roots: tuple[str, ...]) -> bool:
-    """Whether `name` is one of `roots` or lies below one."""
+    """Return whether `name` is one of `roots` or lies below one."""
     return any(name == root or name.startswith(f"{root}.") for root in roots)
+
+
+def is_experts(fqn: str, module: nn.Module) -> bool:
+    """Return whether `module` itself holds parameters with one slice an expert."""
+    named = "expert" in type(module).__name__.lower() or "expert" in fqn.rpartition(".")[2].lower()
+    return named and any(p.ndim == 3 for _, p in module.named_parameters(recurse=False))
+
+
+def read_experts(model: Any, fqn: str, block_fqn: str, block: int) -> Experts:
+    """Return the facts of one experts module. Parameters that are not stacked over its experts are a PlanError."""
+    module: Any = model.get_submodule(fqn)
+    parameters = dict(module.named_parameters(recurse=False))
+    stacked = {name: p for name, p in parameters.items() if p.ndim == 3}
+    number = next(iter(stacked.values())).shape[0]
+    others = [f"{fqn}.{name}" for name, p in parameters.items() if p.shape[0] != number or p.ndim not in (2, 3)]
+    if others:
+        raise PlanError(
+            f"{model.config.model_type}: {', '.join(others)} is not stacked over the {number} experts next to it. "
+            f'Give it a role of its own:  model: {{roles: {{"*.{others[0].rpartition(".")[2]}": mlp}}}}'
+        )
+    fused = any("gate_up" in name for name in stacked)
+    return Experts(
+        fqn=fqn,
+        block=block,
+        number=number,
+        stacked=tuple(f"{fqn}.{name}" for name in stacked),
+        biases=tuple(f"{fqn}.{name}" for name, p in parameters.items() if p.ndim == 2),
+        transposed=_transposed(model, fqn, stacked),
+        gated=fused or any("gate" in name for name in stacked),
+        fused=fused,
+        interleaved=fused and not getattr(module, "is_concatenated", True),
+        router=_router(model, fqn, block_fqn),
+    )
+
+
+def _transposed(model: Any, fqn: str, stacked: dict[str, nn.Parameter]) -> bool:
+    """Return the module's attribute; else by the hidden width, if it is on one side only."""
+    attribute = getattr(model.get_submodule(fqn), "is_transposed", None)
+    if attribute is not None:
+        return bool(attribute)
+    hidden = model.config.hidden_size
+    answers = set()
+    for name, p in stacked.items():
+        first, second = p.shape[1] == hidden, p.shape[2] == hidden
+        if first != second:
+            last = f"{fqn.rpartition('.')[2]}.{name}"
+            answers.add(second if "down" in last or "output" in last else first)
+    if len(answers) != 1:
+        shapes = ", ".join(f"{name} {tuple(p.shape)}" for name, p in stacked.items())
+        raise PlanError(
+            f"{model.config.model_type}: it is not known which side of the weights of the experts {fqn} is the output "
+            f'({shapes}; hidden width {hidden}). To leave them alone, write  model: {{roles: {{"{fqn}.*": other}}}}'
+        )
+    return answers.pop()
+
+
+def _router(model: nn.Module, fqn: str, block_fqn: str) -> str | None:
+    """Return the nearest module next to the experts, or next to a module around them, that is called a router."""
+    above = fqn
+    while above != block_fqn:
+        above = above.rpartition(".")[0]
+        for name, child in model.get_submodule(above).named_children():
+            neighbour = f"{above}.{name}"
+            is_router = _ROUTER_NAME.match(name) or _ROUTER_CLASS.search(type(child).__name__)
+            if is_router and neighbour != fqn and not fqn.startswith(neighbour + "."):
+                return neighbour
+    return None

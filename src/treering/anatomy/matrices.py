@@ -47,7 +47,7 @@ class Matrix:
 
     @property
     def name(self) -> str:
-        """Unique in the model: the parameter's name, and for one expert its number (`….down_proj[3]`)."""
+        """A name unique in the model: the parameter's name, and for one expert its number (`….down_proj[3]`)."""
         return self.weight if self.expert is None else f"{self.weight}[{self.expert}]"
 
     @property
@@ -57,7 +57,7 @@ class Matrix:
 
     @property
     def lead(self) -> tuple[int, ...]:
-        """The dimensions before N × M: (E,) for a whole stack, else ()."""
+        """The dimensions before N × M: (E,) for a complete stack, else ()."""
         return () if self.experts is None or self.expert is not None else (self.experts,)
 
     @property

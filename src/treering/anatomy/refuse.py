@@ -1,4 +1,4 @@
-"""Errors for models that cannot be used: what was found, and what to write instead."""
+"""Errors for models that cannot be used: the reason, and what to write instead."""
 
 import difflib
 import re
@@ -51,13 +51,13 @@ def forced_roles(model: nn.Module, overrides: Mapping[str, str]) -> dict[str, Ro
             near = difflib.get_close_matches(role, ROLES, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise PlanError(f"model.roles: {pattern!r} has the role {role!r};{hint} roles are {', '.join(ROLES)}")
-        hit = [n for n, _ in model.named_parameters() if any(matches(above, pattern) for above in _prefixes(n))]
-        if not hit:
+        names = [n for n, _ in model.named_parameters() if any(matches(above, pattern) for above in _prefixes(n))]
+        if not names:
             some = next((name for name, _ in model.named_parameters()), "")
             raise PlanError(
                 f"model.roles: {pattern!r} matches no parameter and no module; a parameter is e.g. {some!r}"
             )
-        forced |= dict.fromkeys(hit, cast(Role, role))
+        forced |= dict.fromkeys(names, cast(Role, role))
     return forced
 
 
@@ -68,7 +68,7 @@ def unassigned(model: Any, names: list[str]) -> PlanError:
     lines = ", ".join(f'"{end}": other' for end in ends[:3]) + (", ..." if len(ends) > 3 else "")
     return PlanError(
         f"{model.config.model_type}: no role was found for {listed}. "
-        f"Say what they are, with one of {', '.join(ROLES)}:  model: {{roles: {{{lines}}}}}"
+        f"Give each one of the roles {', '.join(ROLES)}:  model: {{roles: {{{lines}}}}}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Where one document ends and the next begins, in one row of packed tokens."""
+"""The lengths of documents in one row of packed tokens."""
 
 from collections.abc import Iterable
 from dataclasses import FrozenInstanceError, dataclass, replace
@@ -12,7 +12,7 @@ from treering.core.errors import DataError
 
 
 class Exchange(Protocol):
-    """What is sent between ranks around the attention of a layer, such as heads in Ulysses; both ways differentiable.
+    """Messages between ranks around the attention of a layer, such as heads in Ulysses; differentiable both ways.
 
     One exchange serves every layer and every forward, a recompute in the backward included, so it keeps nothing from
     `before` to `after`. B rows (1), H query heads, K key heads, T tokens, D width of query and key, E width of value.

@@ -16,7 +16,7 @@ from treering.attention.documents import Documents
 from treering.attention.kernels import attend
 from treering.core.errors import PlanError
 
-# arguments of some layers' attention that change the result, and that no kernel here knows
+# arguments of some layers' attention that change the result, and that no kernel here supports
 _FOREIGN = ("position_bias", "indices", "block_indices", "cache")
 
 
@@ -67,7 +67,7 @@ def _refuse(
         raise PlanError(f"{name} got documents and {query.shape[0]} rows; packed tokens are one row, [1, T]")
     if dropout > 0:
         raise PlanError(
-            f"{name} drops attention with p = {dropout}, which packed attention cannot; "
+            f"{name} drops attention with p = {dropout}, which packed attention does not support; "
             "set the model's attention dropout to 0 (model.dropout: off) or set data.packing: off"
         )
     if key.shape[2] != query.shape[2]:
@@ -77,7 +77,7 @@ def _refuse(
         raise PlanError(f"{name} is not causal; only causal self-attention can be packed")
     for foreign in _FOREIGN:
         if kwargs.get(foreign) is not None:
-            raise PlanError(f"{name} uses {foreign}=, which packed attention does not know; switch packing off")
+            raise PlanError(f"{name} uses {foreign}=, which packed attention does not support; switch packing off")
     if isinstance(mask, Tensor):
         raise PlanError(f"{name} got documents and an attention_mask; packed rows have no padding: leave the mask out")
     if isinstance(mask, DeferredMask):
@@ -201,7 +201,7 @@ class DeferredMask:
         return sdpa_mask(**self._request)
 
     def contiguous(self) -> Tensor | None:
-        """`generate` with a static cache makes masks ahead of the model, and calls this on them: it is built there."""
+        """Return the built mask: `generate` with a static cache makes masks before the model, and calls this."""
         return None if self.built is None else self.built.contiguous()
 
 

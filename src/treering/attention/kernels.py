@@ -16,12 +16,12 @@ from treering.attention.chunks import chunked
 from treering.attention.documents import Documents
 
 Kernel = Literal["sdpa", "chunks", "varlen", "flex"]
-# device type -> kernel, of devices that torch does not know
+# device type -> kernel, for devices outside torch
 _registered: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {}
 
 
 def register_kernel(device: str, kernel: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]) -> None:
-    """Let `attend` call `kernel` for every attention on devices of this type.
+    """Make `attend` call `kernel` for every attention on devices of this type.
 
     Args:
         device: A device type, as `torch.device.type` has it.
@@ -32,7 +32,7 @@ def register_kernel(device: str, kernel: Callable[[Tensor, Tensor, Tensor, Tenso
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What one attention layer asks for. `window` is False when no document is longer than it."""
+    """The features that one attention layer needs. `window` is False when no document is longer than it."""
 
     dtype: torch.dtype
     width: int  # the wider of the head widths of query and value

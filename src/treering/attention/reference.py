@@ -1,4 +1,4 @@
-"""The reference: each document alone, all its scores at once, a softmax with one more column for the sink.
+"""The reference: each document by itself, all its scores at once, a softmax with one more column for the sink.
 
 Shapes: B batch, H query heads, K key heads, T tokens, D width of query and key, E width of value.
 """

@@ -45,7 +45,8 @@ def _shared_heads(query_THD: Tensor, key_TKD: Tensor) -> dict[str, Any]:
 
 
 class _WithSinks(torch.autograd.Function):
-    """With the sink s of a head and the kernel's log-sum-exp ℓ over the keys: L = log(exp ℓ + exp s), o = õ exp(ℓ − L).
+    """Attention with sinks. s: the sink of a head, ℓ: the kernel's log-sum-exp; L = log(exp ℓ + exp s), o = õ exp(ℓ −
+    L).
 
     The flash backward knows the softmax only by the log-sum-exp that it is given, and takes δ = do · o from the o that
     it is given. With L and the final o it is the backward of the softmax with the sink. The kernel's own autograd

@@ -127,7 +127,7 @@ def _documents(
     from treering.data.examples import build
     from treering.store.untrusted import open_tokenizer
     from treering.train import calibration
-    from treering.train.generated import generated
+    from treering.train.calibration import generated
 
     assert run.plan.folder is not None
     tokenizer = open_tokenizer(run.plan.folder)

@@ -1,1 +1,1 @@
-"""What everything else stands on: errors, seeds, collectives, the mesh, replaced forwards."""
+"""The base of all other packages: errors, seeds, collectives, the mesh, replaced forwards."""

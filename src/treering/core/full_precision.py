@@ -1,7 +1,7 @@
-"""Full precision for products that make weights or hold something orthogonal, whatever the surrounding loop chose.
+"""Full precision for products that compute weights or keep something orthogonal, whatever the surrounding loop set.
 
-A basis rounded to bfloat16 or TF32 leaks 3e-3 of what it is to hold. Somebody's loop may run under autocast, or may
-have allowed TF32 for the whole process: neither is to reach these products, and both are as they were afterwards.
+A basis rounded to bfloat16 or TF32 leaks 3e-3 of what it protects. A loop may run under autocast, or may have allowed
+TF32 for the complete process: neither affects these products, and both are restored afterwards.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,8 @@ import torch
 
 
 @contextmanager
-def exactly() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
+    """Multiply without autocast and without TF32 inside the context."""
     with uncast():
         if torch.compiler.is_compiling():  # a setting of the process cannot be changed inside a compiled forward
             yield
@@ -26,5 +27,6 @@ def exactly() -> Iterator[None]:
 
 @contextmanager
 def uncast() -> Iterator[None]:
+    """Switch autocast off inside the context."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield

@@ -1,4 +1,4 @@
-"""Another forward for one instance, and back. Nothing else of a module changes: no name, no hook, no class."""
+"""Replace the forward of one module instance, and restore it. No name, no hook and no class of the module changes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class ModuleForward:
-    """What is called in place of one module's forward. A subclass defines `__call__`.
+    """A callable in place of one module's forward. A subclass defines `__call__`.
 
     An object that refers to its module, never a closure: `copy.deepcopy` and `pickle` take it along with the module, so
-    that a copy of the model computes with the copy's weights. A closure would go on computing with the original's.
+    that a copy of the model computes with the copy's weights. A closure would compute with the original weights.
     A subclass may refer to other modules only by attributes, for the same reason.
     """
 
@@ -32,23 +32,23 @@ class ModuleForward:
 
     @property
     def former(self) -> Callable[..., Any]:
-        """The forward that was replaced. Made anew each time: pickle writes a bound method as a look-up of
-        `module.forward`, which would find this object instead."""
+        """The forward that was replaced. A new object each time: pickle writes a bound method as a look-up of
+        `module.forward`, which would give this object instead."""
         return MethodType(type(self.module).forward, self.module) if self.replaced is None else self.replaced
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """For `inspect.signature`: that of the forward that was replaced."""
+        """The forward that was replaced, for `inspect.signature`."""
         return self.former
 
 
 class AddedForward(ModuleForward):
-    """The output of a module, and added to it what `addend`, a child of it, makes of the input."""
+    """Return the output of a module plus that of `addend`, a child of the module, for the same input."""
 
     def __init__(self, module: nn.Module, addend: nn.Module):
         super().__init__(module)
         self.addend = addend
-        self.off = 0  # contexts of `switched_off` that are open
+        self.off = 0  # number of `switched_off` contexts that are active
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.call_former(x) if self.off else self.call_former(x) + self.addend(x)
@@ -72,7 +72,7 @@ def switched_off(added: Sequence[AddedForward]) -> Iterator[None]:
 
 
 def install(forward: ModuleForward) -> Callable[[], None]:
-    """Let `forward.module` compute by `forward`. Returns what gives the former one back."""
+    """Replace the forward of `forward.module` by `forward`. Return a function that restores the former one."""
     module = forward.module
     former = module.__dict__.get("forward")
     module.forward = forward  # type: ignore[assignment]
@@ -87,7 +87,7 @@ def install(forward: ModuleForward) -> Callable[[], None]:
 
 
 def undo_all(undone: Iterable[Callable[[], None]]) -> Callable[[], None]:
-    """The last first. Called again, it does nothing."""
+    """Return a function that calls all of `undone`, the last first. Called again, it does nothing."""
     left = list(undone)
 
     def undo() -> None:

@@ -1,4 +1,4 @@
-"""Which rank does what: work assigned to ranks, and rows of matrices exchanged with the rank that owns each."""
+"""Ownership among ranks: work assigned to ranks, and rows of matrices exchanged with the rank that owns each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,9 +58,9 @@ class RowExchange:
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         self.group = group
         self.parts = [by_owner[owner] for owner in sorted(by_owner)]
-        self.own = by_owner.get(rank)
+        self.owned = by_owner.get(rank)
         self.sent = [by_owner[r].rows.numel() if r in by_owner else 0 for r in range(ranks)]
-        self.received = [0] * ranks if self.own is None else self.own.elements(ranks)
+        self.received = [0] * ranks if self.owned is None else self.owned.elements(ranks)
 
     def sent_bytes(self) -> tuple[int, int]:
         """Return the bytes that this rank sends to other ranks in `collect` and in `deliver`."""
@@ -72,12 +72,12 @@ class RowExchange:
         rows = torch.cat([part.rows.reshape(-1) for part in self.parts])
         complete = rows.new_empty(sum(self.received))
         dist.all_to_all_single(complete, rows, self.received, self.sent, group=self.group)
-        return None if self.own is None else complete.view(self.own.total, -1)
+        return None if self.owned is None else complete.view(self.owned.total, -1)
 
     def deliver(self, complete: Tensor | None) -> None:
         """Replace this rank's rows by those of the matrices as their owners now have them. A collective."""
         rows = self.parts[0].rows.new_empty(sum(self.sent))
-        own = rows.new_empty(0) if complete is None else complete.reshape(-1)
-        dist.all_to_all_single(rows, own, self.sent, self.received, group=self.group)
+        owned = rows.new_empty(0) if complete is None else complete.reshape(-1)
+        dist.all_to_all_single(rows, owned, self.sent, self.received, group=self.group)
         for part, returned in zip(self.parts, rows.split([part.rows.numel() for part in self.parts])):
             part.rows.copy_(returned.view_as(part.rows))

@@ -1,4 +1,4 @@
-"""Which rows of a tensor this rank holds, and how to gather or sum over the ranks that hold the other rows.
+"""The rows of a tensor on this rank, and gathering and summing over the ranks that hold the other rows.
 
 A parameter or buffer is either a plain tensor, complete on every rank, or a DTensor whose dimension 0 is sharded.
 FSDP2 shards as `torch.chunk` does: every rank gets ⌈rows / ranks⌉ rows, the last ranks fewer or none.
@@ -58,7 +58,7 @@ def sharded_axes(value: Tensor) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Cut:
-    """How one mesh axis divides the rows that the axes before it left to this rank."""
+    """The division, by one mesh axis, of the rows that the axes before it gave to this rank."""
 
     rows: int  # that are divided
     each: int  # rows for one rank of the axis; the last ones have fewer or none
@@ -110,10 +110,10 @@ def meta_rows(shape: tuple[int, ...], dtype: torch.dtype, mesh: "DeviceMesh | No
 
 
 @torch.no_grad()
-def put(target: Tensor, whole: Tensor) -> None:
-    """Copy this rank's rows of the complete tensor `whole` into `target`, cast to its dtype."""
+def put(target: Tensor, complete: Tensor) -> None:
+    """Copy this rank's rows of the tensor `complete` into `target`, cast to its dtype."""
     start, stop = local_rows(target)
-    put_rows(target, whole[start:stop] if target.ndim else whole)
+    put_rows(target, complete[start:stop] if target.ndim else complete)
 
 
 @torch.no_grad()
@@ -167,7 +167,7 @@ def _start_level(rows: Tensor, cut: _Cut) -> tuple[Tensor, Any]:
 
 def settle(model: nn.Module) -> None:
     """Free gathered parameters. After a forward without a backward (evaluation, generation) FSDP may still show
-    complete ones, in memory that the next collective frees, where everybody looks for the shards."""
+    complete ones, in memory that the next collective frees, where other code expects the shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -243,6 +243,6 @@ class TensorCache:
 
 
 def _state(rows: Tensor) -> tuple[Any, ...]:
-    """Where the values lie, and the number of writes so far. FSDP shows a parameter as a new object each time, but its
-    storage stays; and a rank without a row has a storage too, though no address."""
+    """Return where the values are stored, and the number of writes so far. FSDP shows a parameter as a new object each
+    time, but its storage stays; and a rank without a row has a storage too, though no address."""
     return rows.untyped_storage()._cdata, rows.storage_offset(), rows.shape, rows._version

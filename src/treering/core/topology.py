@@ -1,11 +1,11 @@
-"""One DeviceMesh from a few numbers, and the groups that other rooms ask of it.
+"""One DeviceMesh from a few numbers, and the sizes and submeshes that other packages need.
 
 Four axes, always all of them, outermost first:
 
     replicate   copies of the sharded model (hybrid sharding)      } different documents
     shard       parameters are sharded over it                     }
     sequence    one document is spread over it; parameters are sharded over it too
-    expert      experts are dealt over it
+    expert      experts are sharded over it
 """
 
 import os
@@ -23,7 +23,7 @@ STARTUP = timedelta(minutes=30)  # how long a rank waits for another one that lo
 
 
 def sizes(world: int, *, replicate: int = 1, shard: int = -1, sequence: int = 1, expert: int = 1) -> tuple[int, ...]:
-    """The size of each axis for `world` ranks; one `-1` means "the rest"."""
+    """Return the size of each axis for `world` ranks; one `-1` means "the rest"."""
     given = dict(zip(AXES, (replicate, shard, sequence, expert)))
     written = ", ".join(f"{name}={size}" for name, size in given.items())
     for name, size in given.items():
@@ -52,7 +52,7 @@ def sizes(world: int, *, replicate: int = 1, shard: int = -1, sequence: int = 1,
 def mesh(
     *, replicate: int = 1, shard: int = -1, sequence: int = 1, expert: int = 1, device: str | None = None
 ) -> "DeviceMesh":
-    """The mesh of all ranks. Joins the launcher's process group, or makes one of a single rank without a launcher."""
+    """Return the mesh of all ranks. Without a launcher, create a process group of one rank."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -63,7 +63,7 @@ def mesh(
 
 
 def join(kind: str) -> int:
-    """Be part of a process group and return its size: the running one, the launcher's, or one of our own."""
+    """Join a process group and return its size: the running one, the launcher's, or a new one of this process alone."""
     import torch
     import torch.distributed as dist
 
@@ -79,7 +79,7 @@ def join(kind: str) -> int:
 
 
 def axis_size(mesh: "DeviceMesh | None", *axes: str) -> int:
-    """The product of the sizes of `axes`; 1 without a mesh."""
+    """Return the product of the sizes of `axes`; 1 without a mesh."""
     product = 1
     for name in axes if mesh is not None else ():
         product *= mesh[name].size()  # type: ignore[index]
@@ -87,7 +87,7 @@ def axis_size(mesh: "DeviceMesh | None", *axes: str) -> int:
 
 
 def data_rank(mesh: "DeviceMesh | None") -> tuple[int, int]:
-    """(which, of how many) sets of documents this rank trains on. Ranks along `sequence` and `expert` share theirs."""
+    """Return (number, of how many) of the set of documents of this rank, shared along `sequence` and `expert`."""
     if mesh is None:
         return 0, 1
     replicate, shard = mesh["replicate"], mesh["shard"]
@@ -95,7 +95,7 @@ def data_rank(mesh: "DeviceMesh | None") -> tuple[int, int]:
 
 
 def parameter_mesh(mesh: "DeviceMesh") -> "DeviceMesh":
-    """What `fully_shard` takes: one axis to shard over (shard × sequence), with `replicate` before it if it is > 1."""
+    """Return the mesh for `fully_shard`: one axis to shard over (shard × sequence), after `replicate` if it is > 1."""
     sharded = ("shard", "sequence") if axis_size(mesh, "sequence") > 1 else ("shard",)
     if len(sharded) == 1:
         return mesh["replicate", "shard"] if axis_size(mesh, "replicate") > 1 else mesh["shard"]
@@ -106,7 +106,7 @@ def parameter_mesh(mesh: "DeviceMesh") -> "DeviceMesh":
 
 
 def axes_of(mesh: "DeviceMesh", axis: int) -> tuple[str, ...]:
-    """Return the names, as in AXES, of what dimension `axis` of a mesh of `parameter_mesh` runs over."""
+    """Return the names, as in AXES, of the axes that dimension `axis` of a mesh of `parameter_mesh` combines."""
     assert mesh.mesh_dim_names is not None
     name = mesh.mesh_dim_names[axis]
     return ("shard", "sequence") if name == FLAT else (name,)

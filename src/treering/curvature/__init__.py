@@ -1,7 +1,7 @@
 """Second moments of what the layers of a model see: measured, added up, kept on disk.
 
-with observe(model, anatomy) as seen: model(...)     in anybody's loop
-statistics = measure(model, batches, to="old")       whole measurements, on one rank or many
+with observe(model, anatomy) as seen: model(...)     in any loop
+statistics = measure(model, batches, to="old")       complete measurements, on one rank or many
 statistics = open("old");  add(["old", "new"], to="both")
 """
 

@@ -37,9 +37,9 @@ def add(given: Sequence[Statistics | str | Path], to: str | Path) -> Statistics:
     owners = joint(*({w: e.key for w, e in one.entries.items()} for one in each))
     shapes = {weight: first.entries[weight].shape for weight in dict.fromkeys(owners.values())}
     rings = [ring for one in each for ring in one.rings]
-    with writing(Path(to), shapes, first.model_type, owners, rings) as pages:
+    with writing(Path(to), shapes, first.model_type, owners, rings) as writer:
         for weight in shapes:
-            pages.add(weight, partial(added, weight, each))
+            writer.add(weight, partial(added, weight, each))
     return open_folder(to)
 
 

@@ -1,7 +1,7 @@
 """Statistics in a folder: safetensors files, and statistics.json, which describes them and is written last.
 
-Files of data have names that are never used again, and the JSON that names them takes the place of the one before in
-one move: a writer that is killed leaves what was there before, complete.
+Files of data have names that are never used again, and the JSON that names them replaces the former one by
+one rename: a writer that is killed leaves the former statistics complete.
 """
 
 import json
@@ -27,7 +27,7 @@ from treering.store.untrusted import basename, in_folder, read_header, read_json
 
 FORMAT = 1
 NAME = "statistics.json"
-_OWN = re.compile(r"statistics(\.json(\.tmp)?|-[0-9a-f]{8}(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?)")
+_FILES = re.compile(r"statistics(\.json(\.tmp)?|-[0-9a-f]{8}(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?)")
 
 
 def open_folder(folder: str | Path) -> Statistics:
@@ -62,7 +62,7 @@ def refuse_foreign(folder: Path) -> None:
     """Raise CheckpointError if the folder holds anything but statistics."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give statistics a folder of their own")
-    strange = [entry.name for entry in folder.iterdir() if not _OWN.fullmatch(entry.name)] if folder.exists() else []
+    strange = [entry.name for entry in folder.iterdir() if not _FILES.fullmatch(entry.name)] if folder.exists() else []
     if strange:
         raise CheckpointError(f"{folder} holds {sorted(strange)[0]}; give statistics a folder of their own")
 
@@ -78,8 +78,8 @@ def copy_folder(folder: Path, to: Path) -> None:
     open_folder(to)
 
 
-class Pages:
-    """What `writing` yields. Every rank calls every method; rank 0 writes."""
+class StatisticsWriter:
+    """The writer that `writing` yields. Every rank calls every method; rank 0 writes."""
 
     def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], limit: int):
         self.folder, self.token = folder, uuid.uuid4().hex[:8]
@@ -111,13 +111,13 @@ class Pages:
             raise CheckpointError(problem)
 
     def open(self) -> None:
-        """Make the folder and the files of data."""
+        """Create the folder and the files of data."""
         refuse_foreign(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.writer.open(self.folder)
 
     def publish(self, model_type: str, owners: Mapping[str, str], rings: Sequence[Ring]) -> None:
-        """Write the JSON, after which the folder is the new one, and remove the files before it."""
+        """Write the JSON, after which the folder is the new one, and remove the former files."""
         self.writer.close()
         self.writer.check()
         tensors = {
@@ -142,7 +142,7 @@ class Pages:
     def sweep(self, old: Callable[[str], bool]) -> None:
         """Remove files of data that are not named in the JSON, if `old` of their name."""
         for path in list(self.folder.iterdir()):
-            if path.name != NAME and _OWN.fullmatch(path.name) and old(path.name):
+            if path.name != NAME and _FILES.fullmatch(path.name) and old(path.name):
                 path.unlink(missing_ok=True)
 
 
@@ -154,16 +154,16 @@ def writing(
     owners: Mapping[str, str],
     rings: Sequence[Ring],
     limit: int = LIMIT,
-) -> Iterator[Pages]:
+) -> Iterator[StatisticsWriter]:
     """Write a folder, tensor by tensor: `shapes` announces them by key, `owners` names the key of each weight."""
-    pages = Pages(folder, shapes, limit)
-    pages.first(pages.open)
+    writer = StatisticsWriter(folder, shapes, limit)
+    writer.first(writer.open)
     try:
-        yield pages
-        pages.first(lambda: pages.publish(model_type, owners, rings))
+        yield writer
+        writer.first(lambda: writer.publish(model_type, owners, rings))
     except BaseException:
         if is_first():
-            pages.sweep(lambda name: pages.token in name)
+            writer.sweep(lambda name: writer.token in name)
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         raise
@@ -194,7 +194,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_files(folder: Path, path: Path, entries: Mapping[str, Entry]) -> None:
-    """Check that every tensor is where the JSON says, before a run of hours needs it."""
+    """Check that every tensor is where the JSON lists it, before a run of hours needs it."""
     headers: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for weight, entry in entries.items():
         if entry.file not in headers:
@@ -203,7 +203,7 @@ def _check_files(folder: Path, path: Path, entries: Mapping[str, Entry]) -> None
                 raise CheckpointError(f"{folder} lacks {entry.file}, which its {NAME} names; measure again")
             headers[entry.file] = {t.name: (t.dtype, t.shape) for t in read_header(file)}
         if headers[entry.file].get(entry.key) != ("F32", entry.shape):
-            raise CheckpointError(f"{folder / entry.file} does not hold what {NAME} says of {weight}; measure again")
+            raise CheckpointError(f"{folder / entry.file} does not hold what {NAME} lists for {weight}; measure again")
 
 
 def _read(folder: Path, entry: Entry) -> Tensor:

@@ -21,8 +21,8 @@ from treering.core.topology import AXES, axis_size
 from treering.curvature.adding import added, joint, refuse_other
 from treering.curvature.disk import open_folder, writing
 from treering.curvature.observe import Observer, observe
+from treering.curvature.observer import summed
 from treering.curvature.statistics import Counts, Entry, Ring, Statistics, in_memory, sizes
-from treering.curvature.sums import summed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from treering.anatomy import Anatomy
 
-ROOM = 8 << 30  # bytes of sums at a time
+MEMORY_LIMIT = 8 << 30  # bytes of sums at a time
 _INPUTS = ("input_ids", "position_ids", "attention_mask", "documents")
 Batch = dict[str, Any]
 
@@ -60,7 +60,8 @@ def measure(
     """Return second moments of the inputs of all linears and experts in blocks of `model`, over tokens of `batches`.
 
     model     a live transformers model, sharded or not, or a composed run
-    batches   `input_ids` [B, S], and what tells padding from tokens if B > 1: `real` or `attention_mask`, both [B, S],
+    batches   `input_ids` [B, S], and what separates padding from tokens if B > 1: `real` or
+              `attention_mask`, both [B, S],
               or `documents` of a packed row. With several ranks each has its own, and all have equally many;
               ranks along a mesh's `sequence` and `expert` are given the same
     anatomy   of the plain model, where techniques have changed it already; a run knows it
@@ -76,18 +77,18 @@ def measure(
     every = list(batches)
     if not every:
         raise DataError("there is no batch to measure; every rank needs at least one")
-    asked = [(batch, real_tokens(batch, tokens)) for batch in every]
-    _refuse_nothing(subject, asked, tokens)
+    masked_batches = [(batch, real_tokens(batch, tokens)) for batch in every]
+    _refuse_nothing(subject, masked_batches, tokens)
     with _evaluating(subject.model):
-        owners, passes = _passes(subject, asked, room or _room(subject.device))
-        return _measured(subject, asked, owners, passes, ring or Ring(name="", tokens=0), onto, to, progress)
+        owners, passes = _passes(subject, masked_batches, room or _memory_limit(subject.device))
+        return _measured(subject, masked_batches, owners, passes, ring or Ring(name="", tokens=0), onto, to, progress)
 
 
 def _refuse_nothing(
-    subject: "_Subject", asked: Sequence[tuple[Batch, Tensor | None]], tokens: Literal["real", "trained"]
+    subject: "_Subject", masked_batches: Sequence[tuple[Batch, Tensor | None]], tokens: Literal["real", "trained"]
 ) -> None:
-    """On all ranks together: one may have nothing but padding, as company for the others."""
-    if int(summed(torch.tensor(_count(asked), device=subject.device), subject.groups)) == 0:
+    """Raise a DataError if no token of any rank counts. One rank alone may have nothing but padding."""
+    if int(summed(torch.tensor(_count(masked_batches), device=subject.device), subject.groups)) == 0:
         what = "predicts a trained token (are all labels -100?)" if tokens == "trained" else "is not padding"
         raise DataError(
             f"no token of the batches {what}, so there is nothing to measure; look at their attention_mask, `real` or "
@@ -95,9 +96,9 @@ def _refuse_nothing(
         )
 
 
-def _count(asked: Sequence[tuple[Batch, Tensor | None]]) -> int:
+def _count(masked_batches: Sequence[tuple[Batch, Tensor | None]]) -> int:
     """Return the number of tokens of this rank's batches that are to be counted."""
-    return sum(batch["input_ids"].numel() if real is None else int((real != 0).sum()) for batch, real in asked)
+    return sum(batch["input_ids"].numel() if real is None else int((real != 0).sum()) for batch, real in masked_batches)
 
 
 class _Subject:
@@ -111,7 +112,7 @@ class _Subject:
         self.device = run.plan.device if run is not None else next(model.parameters()).device
         self.short = {"use_cache": False}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            self.short["logits_to_keep"] = 1  # type: ignore[assignment]  # nobody looks at them
+            self.short["logits_to_keep"] = 1  # type: ignore[assignment]  # the logits are not used
 
     @classmethod
     def of(cls, model: "nn.Module | Composed", anatomy: "Anatomy | None", mesh: "DeviceMesh | None") -> "_Subject":
@@ -153,15 +154,15 @@ class _Subject:
 
 
 def real_tokens(batch: Batch, tokens: Literal["real", "trained"]) -> Tensor | None:
-    """Which tokens of a batch count, [B, S]; None: all."""
+    """Return which tokens of a batch count, [B, S]; None: all."""
     ids = batch["input_ids"]
-    if "samples" in batch and not batch["samples"]:  # nothing but company for other ranks
+    if "samples" in batch and not batch["samples"]:  # padding for a rank that has no document of its own
         return torch.zeros(ids.shape, dtype=torch.bool)
     real = batch.get("real", batch.get("attention_mask"))
     if real is None and ids.shape[0] > 1 and batch.get("documents") is None:
         raise DataError(
-            f"a batch of {ids.shape[0]} rows does not tell padding from tokens; give it `real` or `attention_mask`, "
-            "[B, S], or measure packed rows"
+            f"a batch of {ids.shape[0]} rows does not separate padding from tokens; give it `real` or "
+            "`attention_mask`, [B, S], or measure packed rows"
         )
     if tokens == "real":
         return real
@@ -173,37 +174,39 @@ def real_tokens(batch: Batch, tokens: Literal["real", "trained"]) -> Tensor | No
     return predicts if real is None else predicts & (real.cpu() != 0)
 
 
-def _passes(subject: _Subject, asked: Sequence[tuple[Batch, Tensor | None]], room: int) -> tuple[Any, list[set[str]]]:
-    """The weights of each pass through the batches. Who shares with whom has to be known to cut them well."""
+def _passes(
+    subject: _Subject, masked_batches: Sequence[tuple[Batch, Tensor | None]], limit: int
+) -> tuple[Any, list[set[str]]]:
+    """Return owners, and the weights of each pass. Where several are needed, one forward shows which share inputs."""
     shapes = sizes(subject.anatomy)
-    if sum(map(_bytes, shapes.values())) <= room:
+    if sum(map(_bytes, shapes.values())) <= limit:
         return None, [set(shapes)]
-    batch = asked[0][0]
+    batch = masked_batches[0][0]
     with observe(subject.model, subject.anatomy) as seen:
         subject.forward(seen, batch, torch.zeros(batch["input_ids"].shape, dtype=torch.bool))
     owners = seen.order()
     passes: list[set[str]] = []
-    held = room
+    used = limit
     for owner in dict.fromkeys(owners.values()):
-        held += _bytes(shapes[owner])
-        if held > room:
+        used += _bytes(shapes[owner])
+        if used > limit:
             passes.append(set())
-            held = _bytes(shapes[owner])
+            used = _bytes(shapes[owner])
         passes[-1] |= {weight for weight, other in owners.items() if other == owner}
     return owners, passes
 
 
-def _room(device: torch.device) -> int:
-    """The same on every rank: all go through the model equally often."""
-    room = ROOM
+def _memory_limit(device: torch.device) -> int:
+    """Return the default limit, the same on every rank: all need the same number of passes."""
+    limit = MEMORY_LIMIT
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        room = min(room, (torch.cuda.mem_get_info(device)[0] + unused) // 2)
+        limit = min(limit, (torch.cuda.mem_get_info(device)[0] + unused) // 2)
     if dist.is_initialized() and dist.get_world_size() > 1:
-        least = torch.tensor(room, device=device)
+        least = torch.tensor(limit, device=device)
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
-        room = int(least)
-    return room
+        limit = int(least)
+    return limit
 
 
 def _bytes(shape: tuple[int, ...]) -> int:
@@ -212,7 +215,7 @@ def _bytes(shape: tuple[int, ...]) -> int:
 
 def _measured(
     subject: _Subject,
-    asked: Sequence[tuple[Batch, Tensor | None]],
+    masked_batches: Sequence[tuple[Batch, Tensor | None]],
     owners: dict[str, str] | None,
     passes: Sequence[set[str]],
     ring: Ring,
@@ -222,9 +225,9 @@ def _measured(
 ) -> Statistics:
     for one in onto:
         one.check(subject.anatomy)
-    watched = _watched(subject, asked, passes, progress)
+    watched = _watched(subject, masked_batches, passes, progress)
     first = next(watched)
-    subject.agree(_count(asked), first.tokens)
+    subject.agree(_count(masked_batches), first.tokens)
     owners = owners or first.order()
     rings = [*(r for one in onto for r in one.rings), replace(ring, tokens=first.counted(subject.groups))]
     for one in onto:
@@ -240,47 +243,48 @@ def _measured(
                 tensors[key], counts[key] = added(key, onto, mean.clone() if onto else mean, count)
         return in_memory(subject.anatomy.model_type, tensors, keys, counts, tuple(rings))
     shapes = {key: sizes(subject.anatomy)[key] for key in dict.fromkeys(keys.values())}
-    with writing(Path(to), shapes, subject.anatomy.model_type, keys, rings) as pages:
+    with writing(Path(to), shapes, subject.anatomy.model_type, keys, rings) as writer:
         for owner, mean, count in means:
             for key in _keys_of(owner, owners, keys):
-                pages.add(key, partial(added, key, onto, mean.clone() if onto else mean, count))
+                writer.add(key, partial(added, key, onto, mean.clone() if onto else mean, count))
     return open_folder(to)
 
 
 def _watched(
     subject: _Subject,
-    asked: Sequence[tuple[Batch, Tensor | None]],
+    masked_batches: Sequence[tuple[Batch, Tensor | None]],
     passes: Sequence[set[str]],
     progress: Callable[[int, int], None],
 ) -> Iterator[Observer]:
-    """After each pass, with its sums complete."""
+    """Yield the observer of each pass, with its sums complete."""
     for number, weights in enumerate(passes):
         with observe(subject.model, subject.anatomy, weights=weights) as seen:
-            for i, (batch, real) in enumerate(asked):
+            for i, (batch, real) in enumerate(masked_batches):
                 subject.forward(seen, batch, real)
-                progress(number * len(asked) + i + 1, len(passes) * len(asked))
+                progress(number * len(masked_batches) + i + 1, len(passes) * len(masked_batches))
         _agree(seen.order())
         yield seen
 
 
 def _agree(owners: dict[str, str]) -> None:
-    """Sums of different things, or in another order, would be added up, or wait for each other for ever."""
+    """Raise a PlanError unless all ranks have the same sums in the same order: wrong ones would be added up."""
     everyone = gather_objects(owners)
     for rank, other in enumerate(everyone):
         if list(other.items()) != list(everyone[0].items()):
             raise PlanError(
-                f"rank {rank} saw other linears at work than rank 0, or others that share their inputs ({len(other)} "
-                f"and {len(everyone[0])} weights); the model does not compute alike on all ranks and cannot be measured"
+                f"rank {rank} observed other linears than rank 0, or others that share their inputs ({len(other)} "
+                f"and {len(everyone[0])} weights); the model does not compute the same on all ranks and "
+                "cannot be measured"
             )
 
 
 def _keys_of(owner: str, owners: Mapping[str, str], keys: Mapping[str, str]) -> list[str]:
-    """The tensors that are made of one measured moment: one, unless earlier rings hold apart what is shared now."""
+    """Return the tensors that get one measured moment: one, unless earlier rings store apart what is shared now."""
     return [key for key in dict.fromkeys(keys.values()) if owners[key] == owner]
 
 
 def _described(subject: _Subject, owners: Mapping[str, str]) -> Statistics:
-    """What would be measured, for a message."""
+    """Return statistics without values that describe what would be measured, for a message."""
     shapes = sizes(subject.anatomy)
     entries = {w: Entry(key=w, tokens=0, shape=shapes[w], digest="") for w in owners}
     return Statistics(
@@ -304,7 +308,7 @@ def _groups(mesh: "DeviceMesh | None", axes: Sequence[str]) -> "list[ProcessGrou
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients; every module's own mode is given back."""
+    """Switch dropout and gradients off inside the context, and restore the mode of every module."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -313,4 +317,4 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-        settle(model)  # FSDP frees gathered parameters in a backward, and there is none
+        settle(model)  # FSDP frees gathered parameters in a backward, which did not run

@@ -73,7 +73,7 @@ def _eager(model: nn.Module, undo: list[Callable[[], None]]) -> None:
 
 @dataclass(frozen=True)
 class _LinearHook:
-    """Of one linear layer; an object, so that copying the module meets the observer (see `Observer.__reduce__`)."""
+    """The hook of one linear layer; an object, so that a copy of the module fails at `Observer.__reduce__`."""
 
     observer: Observer
     weight: str

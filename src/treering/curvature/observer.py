@@ -1,17 +1,18 @@
-"""Sums of a aᵀ over the tokens of every forward, one for each weight that is observed."""
+"""Sums of a aᵀ over the tokens of every forward, one for each observed weight, and their means over all ranks."""
 
 import inspect
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from treering.core.errors import DataError, PlanError
+from treering.core.errors import DataError, NumericsError, PlanError
 from treering.curvature.statistics import Counts, Ring, Statistics, in_memory, sizes
-from treering.curvature.sums import Sum, summed
 from treering.technique import recompute_state
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _RECENT = 8  # inputs of this forward that are remembered: those that two linear
 
 
 class Observer:
-    """What `observe` yields. Every forward of the model counts; one that is recomputed for the backward does not."""
+    """Yielded by `observe`. Every forward of the model counts, except one that is recomputed for the backward."""
 
     def __init__(self, anatomy: "Anatomy", weights: Iterable[str] | None = None, share: bool = True):
         self.anatomy, self.share = anatomy, share
@@ -38,13 +39,13 @@ class Observer:
         self.sums: dict[str, Sum] = {}
         self.kinds: dict[str, tuple[torch.dtype, torch.device]] = {}  # of the sums, and of those without a token so far
         self.tokens = 0  # real ones so far, of this rank
-        self.real: Tensor | None = None  # of the running forward: [T] bool; None: all of them
+        self.real: Tensor | None = None  # of the current forward: [T] bool; None: all tokens count
         self._index: Tensor | None = None
         self._counting: tuple[Tensor | None] | None = None
         self._recent: deque[tuple[Tensor, int | None, str]] = deque(maxlen=_RECENT)
 
     def __reduce__(self) -> Any:
-        """Refuse to be copied: a copy of the model would count too, into a copy of this observer or into this one."""
+        """Refuse to be copied: a copy of the model would add to this observer or to a copy of it."""
         raise PlanError(
             "the model is being observed, and a copy would keep the observer's hooks; leave the `with observe` block "
             "before you copy or pickle it"
@@ -54,7 +55,7 @@ class Observer:
     def counting(self, real: Tensor | None) -> Iterator[None]:
         """Count, in the forwards inside, only the tokens where `real` ([B, S], bool) is true; None: all of them.
 
-        Without it, those of the model's attention_mask count, and all if there is none.
+        Without it, those of the model's attention_mask count, or all tokens where it has no mask.
         """
         before, self._counting = self._counting, (real,)
         try:
@@ -95,7 +96,7 @@ class Observer:
             yield owner, *(total.copy() if keep else total).mean(owner, groups)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Find out, before the model's forward, which of its tokens count."""
+        """Determine, before the model's forward, which of its tokens count."""
         self._recent.clear()
         if recompute_state() != "forward":
             return
@@ -179,3 +180,50 @@ def _mask(mask: Any, tokens: Tensor | None) -> Tensor | None:
         mask = mask.to(tokens.device)
     flat = mask.reshape(-1) != 0
     return None if bool(flat.all()) else flat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sum:
+    """A running sum: `total` M × M or E × M × M, `tokens` a count or E of them."""
+
+    total: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "Sum":
+        total = torch.zeros(shape, dtype=dtype, device=device)
+        return cls(total=total, tokens=torch.zeros(shape[:-2], dtype=torch.int64))
+
+    def copy(self) -> "Sum":
+        return Sum(total=self.total.clone(), tokens=self.tokens.clone())
+
+    @torch.no_grad()
+    def add(self, rows: Tensor, expert: int | None = None) -> None:
+        """Add the inputs of one matrix, T × M; of a stack, those of one expert."""
+        total = self.total if expert is None else self.total[expert]
+        wide = rows.to(total.dtype)
+        total.addmm_(wide.mT, wide)  # in place: autocast leaves it alone
+        (self.tokens if expert is None else self.tokens[expert]).add_(rows.shape[0])
+
+    @torch.no_grad()
+    def mean(self, name: str, groups: "Sequence[ProcessGroup]") -> tuple[Tensor, Counts]:
+        """Return A in float32 on the host, and the tokens that it is the mean of; the sum is used up.
+
+        An expert without tokens has A = 0. A collective over `groups`.
+        """
+        total = summed(self.total, groups).cpu()
+        tokens = summed(self.tokens.to(self.total.device), groups).cpu()
+        total /= tokens.clamp_min(1)[..., None, None]
+        mean = ((total + total.mT) / 2).float().contiguous()  # a gemm may round the two halves differently
+        if not bool(torch.isfinite(mean).all()):
+            raise NumericsError(
+                f"the inputs of {name} are not finite, or too large to be squared; does the model work in this dtype?"
+            )
+        return mean, int(tokens) if tokens.ndim == 0 else tuple(int(n) for n in tokens)
+
+
+def summed(value: Tensor, groups: "Sequence[ProcessGroup]") -> Tensor:
+    """Sum `value` in place over the ranks of each group in turn."""
+    for group in groups:
+        dist.all_reduce(value, group=group)
+    return value

@@ -1,4 +1,4 @@
-"""The same moments from the definition, in float64, slowly. Every fast path is tested against it."""
+"""The reference: moments from the definition, in float64, slowly. Every fast path is tested against it."""
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any

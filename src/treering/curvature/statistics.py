@@ -23,7 +23,7 @@ Counts = int | tuple[int, ...]  # of tokens; of stacked experts one for each
 
 @dataclass(frozen=True, kw_only=True)
 class Ring:
-    """One measurement: its text, how many tokens of it, and when, as the caller names them."""
+    """One measurement: its text, how many tokens of it, and when, as the caller gives them."""
 
     name: str
     tokens: int
@@ -33,7 +33,7 @@ class Ring:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Where the moment of a weight is stored. Weights that see the same inputs have the same `key`."""
+    """The place of the moment of a weight on disk. Weights that see the same inputs have the same `key`."""
 
     key: str
     tokens: Counts
@@ -79,7 +79,7 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
 
     @property
     def digest(self) -> str:
-        """Identifies the values and what was counted; not the names and dates of rings."""
+        """A digest of the values and token counts; not of the names and dates of rings."""
         values = [[weight, e.digest, e.tokens] for weight, e in sorted(self.entries.items())]
         return xxhash.xxh3_128_hexdigest(json.dumps([self.model_type, values]).encode())
 

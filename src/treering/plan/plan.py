@@ -11,7 +11,7 @@ from torch import Tensor
 
 from treering.anatomy import Anatomy
 from treering.core.errors import PlanError
-from treering.core.full_precision import exactly
+from treering.core.full_precision import full_precision
 from treering.core.sharded import settle
 from treering.objectives import Objective
 from treering.plan.conflicts import name_of
@@ -77,7 +77,7 @@ def split(
         def below(earlier: tuple[Part, ...] = earlier) -> Tensor:
             return join(earlier, tensors, base())
 
-        with exactly():
+        with full_precision():
             values = part.split(weight, below, statistics)
         for name, value in values.items():
             tensors[name] = value.to(live[name].dtype)
@@ -87,7 +87,7 @@ def split(
 def join(parts: Sequence[Part], tensors: Mapping[str, Tensor], base: Tensor) -> Tensor:
     """Return the plain weight as `parts` reproduce it, at least in float32."""
     value = base.to(torch.promote_types(base.dtype, torch.float32))
-    with exactly():
+    with full_precision():
         for part in parts:
             value = part.join(tensors, value)
     return value

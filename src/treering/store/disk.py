@@ -20,7 +20,7 @@ crossing: Callable[[str], None] = lambda point: None  # noqa: E731
 
 
 class Blocks:
-    """Digests of 1 MiB blocks of what is added, wherever the pieces begin and end."""
+    """Digests of the 1 MiB blocks of a content that is added in pieces of any length."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -31,10 +31,10 @@ class Blocks:
         """Digest the next piece of the content."""
         view = memoryview(piece).cast("B")
         while len(view):
-            room = BLOCK - self.size % BLOCK
-            self.words.update(view[:room])
-            self.size += min(room, len(view))
-            view = view[room:]
+            left = BLOCK - self.size % BLOCK
+            self.words.update(view[:left])
+            self.size += min(left, len(view))
+            view = view[left:]
             if self.size % BLOCK == 0:
                 self._close()
 
@@ -64,7 +64,7 @@ def write(path: Path, pieces: Iterable[bytes | memoryview], point: str = "") -> 
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Give the file `path` another content in one move: whoever is killed meanwhile leaves the old one complete."""
+    """Replace the content of the file `path` by one rename: a process killed meanwhile leaves the old content."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.unlink(missing_ok=True)
     write(temporary, [content])
@@ -73,7 +73,7 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def digests(path: Path) -> tuple[int, str]:
-    """Return what `write` returned, of a file as it is on the disk now."""
+    """Return the size and digests of a file as it is on the disk now, in the form that `write` returns."""
     blocks = Blocks()
     for piece in pieces_of(path):
         blocks.add(piece)
@@ -97,7 +97,7 @@ def pieces_of(path: Path) -> Iterator[memoryview]:
 
 
 def sync(path: Path, point: str = "") -> None:
-    """Until this returns, a power cut may lose what was written to a file, or the names that a folder has."""
+    """Write the content of a file, or the names in a folder, to the disk: until then a power cut may lose them."""
     _cross(point, "sync")
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -113,14 +113,14 @@ def move(old: Path, new: Path, point: str = "") -> None:
 
 
 def publish(temporary: Path, final: Path, points: tuple[str, str, str] = ("", "", "")) -> None:
-    """Give a folder whose files are on the disk its name: it is there completely, or not at all."""
+    """Rename a folder whose files are on the disk to its final name: it exists completely, or not at all."""
     sync(temporary, points[0])
     move(temporary, final, points[1])
     sync(final.parent, points[2])
 
 
 def remove(folder: Path, point: str = "") -> None:
-    """Remove a published folder. Its manifest goes first: what is left of it is never taken for complete."""
+    """Remove a published folder. Its manifest is removed first, so that the rest is never taken for complete."""
     for path in sorted(folder.glob("*"), key=lambda path: path.name != "manifest.json"):
         _cross(point, "remove")
         with suppress(OSError):
@@ -152,7 +152,7 @@ def writing_in(folder: Path, leftovers: re.Pattern[str]) -> Iterator[None]:
 
 
 def existing(path: Path) -> Path:
-    """Return `path`, or the nearest folder above it that there is."""
+    """Return `path`, or the nearest folder above it that exists."""
     path = path.absolute()
     while not path.exists():
         path = path.parent

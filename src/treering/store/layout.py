@@ -1,4 +1,4 @@
-"""How a safetensors file is laid out: the names of its dtypes, and its header. Needs no torch."""
+"""The layout of a safetensors file: the names of its dtypes, and its header. Needs no torch."""
 
 import json
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Hugging Face folders as files: which file holds which tensor, what identifies the weights, and writing new ones."""
+"""Hugging Face folders as files: which file holds which tensor, and what identifies the weights."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from treering.core.errors import CheckpointError
 from treering.store.untrusted import Header, basename, in_folder, read_header, read_json
 
 INDEX = "model.safetensors.index.json"
-LOOKS, LOOK = 64, 64 << 10  # a fingerprint looks at so many places of a file, so many bytes at each
+SAMPLES, SAMPLE_BYTES = 64, 64 << 10  # of each file that a fingerprint reads
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -50,14 +50,14 @@ def fingerprint(folder: Path) -> str:
     """Return what identifies the weights of a folder: a digest of names, sizes, headers and samples of the content.
 
     Not of every byte: a model of a hundred billion parameters would take minutes. Training changes every value a
-    little, so that any sample tells other weights of the same shapes apart.
+    little, so that any sample distinguishes other weights of the same shapes.
     """
     words = xxhash.xxh3_128()
     for path in sorted(set(tensor_files(folder).values())):
         size = path.stat().st_size
         words.update(f"{path.name}:{size}".encode())
         with path.open("rb") as file:
-            for place in range(LOOKS):
-                file.seek(place * size // LOOKS)
-                words.update(file.read(LOOK))
+            for place in range(SAMPLES):
+                file.seek(place * size // SAMPLES)
+                words.update(file.read(SAMPLE_BYTES))
     return words.hexdigest()

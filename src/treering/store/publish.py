@@ -1,4 +1,4 @@
-"""A new folder written by all ranks: checked for space, filled under another name, published at the end."""
+"""A new folder written by all ranks: checked for space, written under a temporary name, published at the end."""
 
 import os
 import re
@@ -15,11 +15,11 @@ from treering.store import disk
 from treering.store.disk import existing, free
 
 SPARE = 16 << 20  # for a tokenizer and other small files
-Do = Callable[[Callable[[], Any]], None]
+RunOnFirst = Callable[[Callable[[], Any]], None]
 
 
 def on_first(work: Callable[[], Any], doing: str, otherwise: str = "") -> None:
-    """Do `work` on rank 0; its error is raised on every rank."""
+    """RunOnFirst `work` on rank 0; its error is raised on every rank."""
 
     def problem() -> str:
         if is_first():
@@ -50,7 +50,7 @@ def refuse_full(folder: Path, need: int) -> None:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise CheckpointError(f"{parent} cannot be written to, so {folder} cannot be made; export to another place")
     if free(parent) < need + SPARE:
-        raise CheckpointError(f"{_space(folder, need)}; make room, or export to another place")
+        raise CheckpointError(f"{_space(folder, need)}; free some space, or export to another place")
 
 
 def _space(folder: Path, need: int) -> str:
@@ -59,7 +59,7 @@ def _space(folder: Path, need: int) -> str:
 
 
 @contextmanager
-def published(folder: Path, need: int) -> Iterator[tuple[Path, Do]]:
+def published(folder: Path, need: int) -> Iterator[tuple[Path, RunOnFirst]]:
     """Yield a temporary folder and a function that does work in it on rank 0; publish it as `folder` at the end.
 
     An export that is killed leaves nothing that loads; the next one to the same parent removes what it left.
@@ -94,5 +94,5 @@ def published(folder: Path, need: int) -> Iterator[tuple[Path, Do]]:
 
 
 def leftovers(folder: Path) -> re.Pattern[str]:
-    """Return the names under which exports to `folder` are filled."""
+    """Return the pattern of the temporary names of exports to `folder`."""
     return re.compile(re.escape(folder.name) + r"\.tmp-[0-9a-f]{8}")

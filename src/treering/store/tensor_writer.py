@@ -30,7 +30,7 @@ def pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class ByteRange:
     """The bytes of a tensor: `start` to `stop` of `file`, counted from its beginning."""
 
     file: str
@@ -59,7 +59,7 @@ class TensorWriter:
     ):
         self.file, self.tensors, self.metadata = file, dict(tensors), {"format": "pt", **(metadata or {})}
         self.bytes = sum(size(t) for t in self.tensors.values())
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, ByteRange] = {}
         self.digests: dict[str, str] = {}
         self._headers: dict[str, bytes] = {}
         groups = _divided(self.tensors, limit)
@@ -71,10 +71,10 @@ class TensorWriter:
         ordered = [(name, self.tensors[name]) for name in sorted(names, key=lambda n: -self.tensors[n].element_size())]
         entries = ((name, dtype_name(t), tuple(t.shape), size(t)) for name, t in ordered)
         self._headers[file], spans = header_of(entries, self.metadata)
-        self.places |= {name: Place(file=file, start=start, stop=stop) for name, (start, stop) in spans.items()}
+        self.places |= {name: ByteRange(file=file, start=start, stop=stop) for name, (start, stop) in spans.items()}
 
     def open(self, folder: Path) -> None:
-        """Make the files, in their full size and without the length of the header."""
+        """Create the files, in their full size and without the length of the header."""
         self.folder = folder
         for part, header in self._headers.items():
             with (self.folder / part).open("xb") as file:
@@ -127,7 +127,9 @@ class TensorWriter:
                 if names != (wanted := {n for n, p in self.places.items() if p.file == part}):
                     raise CheckpointError(f"{path} does not hold what was written: {sorted(names ^ wanted)[:3]} differ")
                 for name in sorted(wanted):
-                    with safe_open(path, "pt") as file:  # anew: an open file keeps every page that was looked at
+                    with safe_open(
+                        path, "pt"
+                    ) as file:  # opened again: an open file keeps every page that was looked at
                         self._compare(path, name, file.get_tensor(name))
             except SafetensorError as error:
                 raise CheckpointError(f"{path} cannot be read again: {error}") from None
@@ -161,7 +163,7 @@ def content_digest(tensor: Tensor) -> str:
 
 
 def _divided(tensors: Mapping[str, Tensor], limit: int | None) -> list[list[str]]:
-    """Names by file, none larger than `limit` unless one tensor is."""
+    """Return the names by file, none larger than `limit` unless one tensor is."""
     files: list[list[str]] = [[]]
     filled = 0
     for name, tensor in tensors.items():

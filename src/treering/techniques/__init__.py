@@ -1,7 +1,7 @@
-"""Every technique, by the key that it has in a configuration: a line below makes one part of Treering.
+"""Every technique, by its key in a configuration: a line below adds one to Treering.
 
 `treering.NAME`, the section `techniques` of the configuration, what `treering plan` proposes, the pages of the docs and
-the tests read this list; its order is the one in which they show it. `treering.technique` says what a technique is.
+the tests read this list; its order is the one in which they show it. `treering.technique` defines techniques.
 """
 
 # ruff: noqa: I001

@@ -1,4 +1,4 @@
-"""What a run reports. The console, metrics.jsonl and any tracker are callbacks; none can change the run."""
+"""Callbacks, to which a run reports: the console, metrics.jsonl, any tracker. None can change the run."""
 
 import json
 import math
@@ -12,32 +12,32 @@ Metrics = Mapping[str, float]
 
 
 class Callback:
-    """The events of a run; override those that interest you. They are called on rank 0, with numbers of all ranks.
+    """The events of a run; override those that you need. They are called on rank 0, with numbers of all ranks.
 
     An exception in one ends the run: a tracker that may fail without harm must catch its own exceptions.
     """
 
     def started(self, total_steps: int, facts: Mapping[str, Any]) -> None:
-        """Before the first step of this process; `facts` holds sizes, the seed and the step that it resumes after."""
+        """Called before the first step of this process; `facts` holds sizes, the seed and the step to resume after."""
 
     def stepped(self, metrics: Metrics) -> None:
-        """After a logged step."""
+        """Called after a logged step."""
 
     def evaluated(self, metrics: Metrics) -> None:
-        """After an evaluation."""
+        """Called after an evaluation."""
 
     def noted(self, text: str) -> None:
-        """Something happened that a person wants to read: a skipped step, a checkpoint, a generated sample."""
+        """Called with a message for a person: a skipped step, a checkpoint, a generated sample."""
 
     def profiled(self, phases: Sequence[Mapping[str, Any]]) -> None:
-        """With --profile, before `finished`: where the time of this process went, as the rows of a table."""
+        """Called with --profile, before `finished`, with the time of each phase of this process as rows of a table."""
 
     def finished(self, summary: Sequence[Mapping[str, Any]]) -> None:
-        """Once, after the last step; `summary` is the rows of a table."""
+        """Called once, after the last step; `summary` is the rows of a table."""
 
 
 class Screen(Protocol):
-    """What the console callback draws on; the command line has one."""
+    """The display that the console callback writes to; the command line has one."""
 
     def start(self, total_steps: int) -> None: ...
     def step(self, metrics: Mapping[str, float]) -> None: ...

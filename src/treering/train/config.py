@@ -1,4 +1,4 @@
-"""The settings of training, and the job: plain frozen dataclasses, no torch, checked as they are made."""
+"""The settings of training, and the job: plain frozen dataclasses, no torch, checked in their constructors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -87,7 +87,7 @@ class Checkpoint:
     force: bool = False  # resume although the data, seed or batch changed; `--force` sets it for one start
     resume: Literal["auto", "never"] = "auto"
     on_error: Literal["stop", "warn"] = "stop"  # `warn`: a save may fail and training continues, but for the last save
-    self_contained: bool = False  # also save what lies in `prepared/`: larger, and needs no folder next to it
+    self_contained: bool = False  # also save what is in `prepared/`: larger, and needs no folder next to it
 
     def __post_init__(self) -> None:
         _positive(self.every, "every")
@@ -96,7 +96,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """How long, how large a step, with what optimizer. Exactly one of `steps` and `epochs` counts; steps win."""
+    """The length of the run, the size of a step, and the optimizer. Where `steps` is set, `epochs` is ignored."""
 
     steps: int | None = None
     epochs: float = 1.0
@@ -117,7 +117,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Which model. `path` is a folder or a hub name; `dtype` is what the weights are stored in while training."""
+    """The model. `path` is a folder or a hub name; `dtype` is what the weights are stored in while training."""
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -132,10 +132,10 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """What the model is used for and is to keep, as `treering measure` has it; a run adds what it taught."""
+    """Statistics, by `treering measure`, of text that the model must keep; a run adds those of its training data."""
 
-    path: str | None = None  # a folder of `treering measure`; null: `statistics` in the model's folder, if it is there
-    tokens: int = 32768  # of the training data, measured at the end and added, if there are statistics; 0: none are
+    path: str | None = None  # a folder of `treering measure`; null: `statistics` in the model's folder, if there is one
+    tokens: int = 32768  # of the training data, measured at the end and added, if there are statistics; 0: nothing is
 
     def __post_init__(self) -> None:
         if self.path is not None and not self.path.strip():
@@ -146,7 +146,7 @@ class Statistics:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One training run as a value: what the command line makes of a file, and what a program can write itself.
+    """One training run as a value. The command line builds it from a file; a program can build it itself.
 
     Example:
         Job(model=Model(path="MODEL"), data=Data(train="chat.jsonl"), techniques=(tr.Full(),), output="runs/first")

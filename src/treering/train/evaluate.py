@@ -1,13 +1,13 @@
 """Evaluation between two steps: the loss on held-out documents, and generated samples to read."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from treering.data.chat.template import Template
 from treering.data.loader import Loader
 from treering.plan import Run
+from treering.train.prepare import encode
 from treering.train.training import Training
 
 if TYPE_CHECKING:
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def evaluate(training: Training, step: int) -> None:
     """Evaluate the model as it is after `step`.
 
-    An evaluation that a signal interrupts is recorded as due and done when the run is resumed, see `evaluate_if_due`.
+    An evaluation that a signal interrupts is recorded as due, and happens when the run is resumed, see
+    `evaluate_if_due`.
     """
     asked, settings = training.watchdog.stop_asked, training.job.train.evaluate
     if training.data.eval is not None:
@@ -92,15 +93,3 @@ def samples(
     finally:
         run.model.train()
     return texts
-
-
-def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, template: str | None) -> torch.Tensor:
-    """Return the tokens of a user's turn in the run's chat template, or of plain text where the run has none."""
-    if template is not None:
-        named = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-        turns = [{"role": "user", "content": prompt}]
-        rendered = Template(source=template, variables=named).render(turns, None, "train.evaluate.prompts", prompt=True)
-        encoded: Any = tokenizer(rendered.text, add_special_tokens=False, return_tensors="pt")
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    return encoded["input_ids"].long()  # transformers gives floats for an empty prompt

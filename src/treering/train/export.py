@@ -25,7 +25,7 @@ def export(job: Job, folder: Path, *, adapter: str | None = None, step: int | No
     """
     on_first(lambda: refuse_taken(folder), f"looking at {folder}")  # before gigabytes are verified
     plan, saved = reread(job, step=step)
-    template = job.data.template  # the one it was trained with, not the base model's
+    template = job.data.template  # the template of the training, not that of the base model
     files = {"chat_template.jinja": Path(template).expanduser()} if template is not None else {}
     statistics = carried(job, saved.step) if adapter is None else None
     values = saved_values(plan, _completed(job, plan, saved, exported_only=True))
@@ -39,7 +39,7 @@ def reopen(job: Job, *, step: int | None = None) -> Run:
 
 
 def _completed(
-    job: Job, plan: Plan, saved: checkpoint.Saved, *, exported_only: bool = False
+    job: Job, plan: Plan, saved: checkpoint.SavedCheckpoint, *, exported_only: bool = False
 ) -> Mapping[str, LazyTensor]:
     statistics = find(job)
     return completed(
@@ -55,7 +55,7 @@ def _completed(
     )
 
 
-def reread(job: Job, *, step: int | None = None) -> tuple[Plan, checkpoint.Saved]:
+def reread(job: Job, *, step: int | None = None) -> tuple[Plan, checkpoint.SavedCheckpoint]:
     """Return the job's model composed again, without values, and the verified checkpoint that has them."""
     from treering.train.run import draft_of
 
@@ -63,7 +63,7 @@ def reread(job: Job, *, step: int | None = None) -> tuple[Plan, checkpoint.Saved
     if step is not None:
         if step not in (steps := checkpoint.steps(root)):
             raise CheckpointError(f"{root} has no step {step}; it has {', '.join(map(str, steps)) or 'none'}")
-        saved: checkpoint.Saved | None = checkpoint.read(root / f"step-{step}")
+        saved: checkpoint.SavedCheckpoint | None = checkpoint.read(root / f"step-{step}")
     else:
         saved = checkpoint.newest(root, logging.getLogger("treering").warning)
     if saved is None:

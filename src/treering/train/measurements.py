@@ -1,4 +1,4 @@
-"""Statistics of a run: those it begins with, and the ring that it adds at its end, for the task after it."""
+"""Statistics of a run: those it begins with, and the measurement (`Ring`) added at its end, for the next task."""
 
 import logging
 from contextlib import suppress
@@ -33,9 +33,9 @@ def find(job: Job) -> Statistics | None:
 
 
 def refuse_missing(job: Job) -> None:
-    """Raise CheckpointError if the run has a checkpoint that was trained with statistics, and they are gone.
+    """Raise CheckpointError if the run has a checkpoint that was trained with statistics, and they are missing.
 
-    Without them a resumed run could not make missing prepared results again, nor add what it taught at its end.
+    Without them a resumed run could not compute missing prepared results again, nor add its own measurement at its end.
     """
     try:
         if job.train.checkpoint.force or find(job) is not None:
@@ -66,7 +66,7 @@ def _manifest(root: Path, step: int) -> manifest.Manifest | None:
 
 
 def grow(training: Training) -> None:
-    """Measure the trained model on its training data, and write what it began with and this ring to the output."""
+    """Measure the trained model on its training data; write the run's statistics with this ring to the output."""
     job, run, data, watchdog = training.job, training.run, training.data, training.watchdog
     base, step = training.checkpoints.statistics, training.reporter.at
     if base is None or not job.statistics.tokens:
@@ -77,24 +77,24 @@ def grow(training: Training) -> None:
     if from_first(str(is_first() and _done(folder, step, digest, base))) == "True":
         return
 
-    def look(done: int, of: int) -> None:
+    def stop_if_asked(done: int, of: int) -> None:
         if watchdog.stop_asked():
             raise watchdog.signals.ended(
-                f"step {step} is saved, and what it taught is not measured yet; the same command does that"
+                f"step {step} is saved, and its training data is not measured yet; the same command does that"
             )
 
-    _whole_forwards(run)
+    _restore_forwards(run)
     batches = calibration.batches(documents, run.plan, job.data.max_length, data.packing)
     date = from_first(datetime.now(UTC).strftime("%Y-%m-%d"))
     ring = Ring(name=f"{_named(step)}{folder.absolute().parent.name}", tokens=0, data=digest, date=date)
     watchdog.phase.name = "measuring"
-    with watchdog.patience():
-        statistics = measure(run, batches, ring=ring, onto=[base], to=folder, progress=look)
+    with watchdog.usual_timeouts():
+        statistics = measure(run, batches, ring=ring, onto=[base], to=folder, progress=stop_if_asked)
     tokens, number = statistics.rings[-1].tokens, len(statistics.rings)
     training.reporter.note(f"measured {tokens:,} tokens of the training data: {number} rings in {folder}")
 
 
-def _whole_forwards(run: Run) -> None:
+def _restore_forwards(run: Run) -> None:
     """Undo techniques that change forwards for the sake of a backward: training is over, and inputs that come tile by
     tile cannot be counted by token."""
     for technique, applied in zip(run.plan.techniques, run.plan.applied):
@@ -103,7 +103,7 @@ def _whole_forwards(run: Run) -> None:
 
 
 def carried(job: Job, step: int) -> Path | None:
-    """Return the statistics that go with an export of `step`: with its own ring, or those that the run began with."""
+    """Return the statistics that go with an export of `step`: its own, or else those of the start."""
     grown, base = Path(job.output) / FOLDER, find(job)
     if base is None:
         return None
@@ -113,7 +113,7 @@ def carried(job: Job, step: int) -> Path | None:
     if job.statistics.tokens:
         logging.getLogger("treering").warning(
             f"{grown} is not of step {step}: the export carries the statistics that the run began with, and the next "
-            "task will not know what this one taught; let the run end, or measure the export: treering measure"
+            "task cannot protect what this one trained; let the run end, or measure the export: treering measure"
         )
     return Path(base.where)
 
@@ -123,7 +123,7 @@ def _named(step: int) -> str:
 
 
 def _done(folder: Path, step: int, digest: str, base: Statistics) -> bool:
-    with suppress(CheckpointError):  # none there, or one that is damaged: made again
+    with suppress(CheckpointError):  # missing or damaged: measured again
         rings = open_statistics(folder).rings
         return rings[:-1] == base.rings and rings[-1].name.startswith(_named(step)) and rings[-1].data == digest
     return False

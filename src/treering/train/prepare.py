@@ -1,12 +1,19 @@
-"""The tokenizer of a run, and its data in the order of training."""
+"""The tokenizer of a run, its data in the order of training, and whether these fit the model.
+
+The fit is checked before any weight is read: an index error during a run would not explain it.
+"""
 
 from dataclasses import dataclass
 from math import floor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
 
 from treering.core.errors import PlanError
 from treering.core.topology import data_rank
+from treering.data.chat.template import Template
 from treering.data.config import Format
 from treering.data.encode import ALPACA
 from treering.data.examples import Examples, build
@@ -34,7 +41,7 @@ class RunData:
     rank: int  # among the ranks that have different documents
     held_out: Examples | None = None  # what `eval` reads
     template: str | None = None  # the chat template; None: plain text
-    notes: tuple[str, ...] = ()  # what a person should know before it starts
+    notes: tuple[str, ...] = ()  # messages for the start of the run
 
     @property
     def fill(self) -> float:
@@ -134,3 +141,86 @@ def _steps(order: Order, epochs: float) -> int:
     rest = epochs - floor(epochs)
     part = round(rest * order.steps_in_epoch(floor(epochs))) if rest else 0
     return max(1, full_epochs + part)
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, template: str | None) -> torch.Tensor:
+    """Return the tokens of a user's turn in the run's chat template, or of plain text where the run has none."""
+    if template is not None:
+        named = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+        turns = [{"role": "user", "content": prompt}]
+        rendered = Template(source=template, variables=named).render(turns, None, "train.evaluate.prompts", prompt=True)
+        encoded: Any = tokenizer(rendered.text, add_special_tokens=False, return_tensors="pt")
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    return encoded["input_ids"].long()  # transformers gives floats for an empty prompt
+
+
+def check_fit(job: Job, plan: Plan, tokenizer: "PreTrainedTokenizerBase", data: RunData) -> list[str]:
+    """Raise PlanError where data and model do not fit. Return notes on what fits only in part."""
+    prompts = _prompts(job, tokenizer, data)
+    _check_vocabulary(job, plan, tokenizer, data, prompts)
+    positions = getattr(plan.model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return []
+    notes = []
+    learned = any(p.role == "position" for p in plan.anatomy.parameters.values())
+    for problem, remedy, setting in _too_long(job, data, prompts, positions):
+        text = f"{problem}, and {plan.source_name} has {positions} positions"
+        if learned:  # there is no row in its table for the others
+            raise PlanError(f"{text}; {remedy}", settings=(setting,))
+        notes.append(text)
+    return notes
+
+
+def _prompts(job: Job, tokenizer: "PreTrainedTokenizerBase", data: RunData) -> list[list[int]]:
+    tokens = [encode(tokenizer, prompt, data.template)[0].tolist() for prompt in job.train.evaluate.prompts]
+    for i, ids in enumerate(tokens):
+        if not ids:
+            name = f"train.evaluate.prompts[{i}]"
+            raise PlanError(f"{name} has no token to continue; write some text, or leave it out", settings=(name,))
+    return tokens
+
+
+def _check_vocabulary(
+    job: Job, plan: Plan, tokenizer: "PreTrainedTokenizerBase", data: RunData, prompts: list[list[int]]
+) -> None:
+    rows = plan.model.get_input_embeddings().weight.shape[0]
+    size = max(len(tokenizer), *(i + 1 for i in tokenizer.added_tokens_decoder), 0)
+    if size <= rows:
+        return
+    # A token that no document has is no error: many tokenizers have spare ones.
+    beyond = [(i, ids) for i, ids in enumerate(prompts) if max(ids) >= rows]
+    where, token = (f"train.evaluate.prompts[{beyond[0][0]}]", max(beyond[0][1])) if beyond else ("", 0)
+    for examples in (data.examples, data.held_out):
+        where, token = _beyond(examples, rows) or (where, token)
+    if where:
+        raise PlanError(
+            f"{where} has token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), and the embedding of "
+            f"{job.model.path} has {rows} rows. Use the tokenizer that the model was trained with, or give the model "
+            f"rows for new tokens first (transformers: model.resize_token_embeddings({size})) and save it",
+            settings=("model.path",),
+        )
+
+
+def _beyond(examples: Examples | None, rows: int) -> tuple[str, int] | None:
+    for i in range(0 if examples is None else len(examples)):
+        document = examples.document(i)  # type: ignore[union-attr]
+        if (token := int(document.ids.max())) >= rows:
+            return document.sample_id, token
+    return None
+
+
+def _too_long(job: Job, data: RunData, prompts: list[list[int]], positions: int) -> list[tuple[str, str, str]]:
+    """Return (problem, what to write instead, the setting) of documents and prompts that need too many positions."""
+    problems = []
+    for examples in (data.examples, data.held_out):
+        if examples is not None and (longest := int(examples.lengths.max())) > positions:
+            name = examples.sample_id(int(np.argmax(examples.lengths)))
+            remedy = f"set data.max_length to at most {positions}"
+            problems.append((f"{name} has {longest} tokens", remedy, "data.max_length"))
+    for i, ids in enumerate(prompts):
+        name, new = f"train.evaluate.prompts[{i}]", job.train.evaluate.new_tokens
+        if len(ids) + new > positions:
+            what = f"{name} has {len(ids)} tokens and {new} follow it"
+            problems.append((what, "shorten it, or lower train.evaluate.new_tokens", name))
+    return problems

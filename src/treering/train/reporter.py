@@ -24,7 +24,7 @@ from treering.train.prepare import RunData
 
 
 class StepSamples:
-    """Return what a step trains on over all ranks, for figures that must not be one rank's share.
+    """The documents and tokens that a step trains on, over all ranks.
 
     Steps are asked for in ascending order, so that the epochs before are not counted again each time.
     """
@@ -67,7 +67,7 @@ class Reporter:
             self.callbacks = [*callbacks, JsonLines(self.folder / "metrics.jsonl")]
 
     def note(self, text: str) -> None:
-        """Report something that a person wants to read."""
+        """Report a message for a person."""
         for callback in self.callbacks:
             callback.noted(text)
 
@@ -97,7 +97,7 @@ class Reporter:
         self.begun = self.since = time.monotonic()
 
     def stepped(self, step: int, loss: torch.Tensor, learning_rate: float, report: StepReport, *, log: bool) -> None:
-        """Report a step; `loss` is this rank's share, and `log` says whether the callbacks are to have it."""
+        """Report a step; `loss` is this rank's share, and `log` is whether callbacks get it."""
         now = time.monotonic()
         self.seconds, self.since = self.seconds + now - self.since, now
         self.steps += 1
@@ -139,7 +139,7 @@ class Reporter:
             self.note(f"{prompt}\n    → {text}")
 
     def resume_clock(self) -> None:
-        """Count time as training again: what passed since the last step was evaluation or saving."""
+        """Count time as training again; the time since the last step was evaluation or saving."""
         self.since = time.monotonic()
 
     def finished(self, progress: Progress, phases: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:

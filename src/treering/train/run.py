@@ -14,12 +14,12 @@ from treering.plan import Plan, StepReport, draft
 from treering.plan.open_model import initialised, locate
 from treering.plan.rehearse import rehearse
 from treering.technique import Stage
-from treering.train import fits, measurements, optimizers
+from treering.train import measurements, optimizers
 from treering.train.callbacks import Callback
 from treering.train.checkpoints.manager import CheckpointManager
 from treering.train.config import Job
 from treering.train.evaluate import evaluate, evaluate_if_due
-from treering.train.prepare import open_data, open_tokenizer
+from treering.train.prepare import check_fit, open_data, open_tokenizer
 from treering.train.ranks import lock
 from treering.train.ranks.signals import Signals
 from treering.train.ranks.watchdog import Watchdog
@@ -49,10 +49,10 @@ def train(job: Job, callbacks: Sequence[Callback] = (), *, profile: bool = False
         measurements.refuse_missing(job)
         plan = draft_of(job)
         reporter = Reporter(job, plan, callbacks)
-        with Watchdog(job.train.timeout, signals) as watchdog, lock.held(reporter.folder):
-            with watchdog.first_goes_first():
+        with Watchdog(job.train.timeout, signals) as watchdog, lock.locked(reporter.folder):
+            with watchdog.first_rank_first():
                 data = open_data(job, tokenizer, plan)
-            for text in fits.check(job, plan, tokenizer, data):
+            for text in check_fit(job, plan, tokenizer, data):
                 reporter.note(text)
             checkpoints = CheckpointManager(job, plan, data, measurements.find(job))
             run = checkpoints.load(reporter.note)
@@ -72,7 +72,7 @@ def train(job: Job, callbacks: Sequence[Callback] = (), *, profile: bool = False
                 stopwatch=Stopwatch(profile, plan.device, watchdog.phase),
                 watchdog=watchdog,
             )
-            watchdog.spared = checkpoints.saver.group
+            watchdog.exempt = checkpoints.saver.group
             signals.at_once = False
             _take_steps(training, start)
             measurements.grow(training)
@@ -102,7 +102,7 @@ def _take_steps(training: Training, start: int) -> None:
             log = evaluated or due(step + 1, settings.log_every)
             reporter.stepped(step + 1, loss, learning_rate, report, log=log)
         checkpoints.progress.record_step(report)
-        with watchdog.patience():
+        with watchdog.usual_timeouts():
             if evaluated:
                 evaluate(training, step + 1)
             early, asked = checkpoints.patience_is_over(), watchdog.stop_asked()
@@ -116,7 +116,7 @@ def _take_steps(training: Training, start: int) -> None:
             reporter.note(f"stopped early: no improvement in {settings.evaluate.patience} evaluations")
             break
         reporter.resume_clock()
-        watchdog.hurry()  # the first step has compiled and loaded what there was
+        watchdog.lower_timeouts()  # the first step has compiled and loaded what there was
 
 
 def _take_step(

@@ -62,7 +62,7 @@ class Stopwatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What the loop, the evaluation and the measurement at the end work on."""
+    """The objects that the loop, the evaluation and the measurement at the end share."""
 
     job: Job
     run: Run

@@ -106,8 +106,8 @@ def test_update_gathers_at_the_inputs_and_sums_at_the_outputs(technique):
         sides = {side.end: side for side in operator_shapes(technique, target)}
         width = target.inputs
         if at_inputs := sides.get("in"):
-            wanted += gathered(target.inputs, target.inputs if at_inputs.whole else at_inputs.columns)
-            width = at_inputs.columns if at_inputs.thin and not at_inputs.whole else width
+            wanted += gathered(target.inputs, target.inputs if at_inputs.stored_as_matrix else at_inputs.columns)
+            width = at_inputs.columns if at_inputs.thin and not at_inputs.stored_as_matrix else width
         if at_outputs := sides.get("out"):
             wanted += summed(at_outputs.columns * width)
     assert wanted > 0

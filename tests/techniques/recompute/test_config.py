@@ -68,4 +68,4 @@ def test_each_block_is_a_region_that_nobody_else_may_own():
 def test_explain_tells_what_is_kept_and_where():
     text = composed(keep=("attention",), offload="cpu", budget="2GiB").explain()
     assert "2 blocks are computed again in the backward" in text and "kept: attention" in text
-    assert "inputs of 1 blocks wait in host memory, at most 2GiB a rank" in text
+    assert "inputs of 1 blocks are offloaded to host memory, at most 2GiB a rank" in text

@@ -156,6 +156,6 @@ def test_offload_without_a_launcher_trains_like_a_plain_process(arch):
     run = tr.compose(build(arch, dtype=torch.float64), [tr.Full()])
     train(run, STEPS, torch.optim.AdamW, lr=0.01)
     [(found, devices, text)] = on_ranks(1, unaided, arch, {"hold": "gradients"})
-    assert devices == {"cpu"} and "shards rest in host memory" in text
+    assert devices == {"cpu"} and "shards are stored in host memory" in text
     assert "gradients stay complete within a step" in text
     assert_all_same(found, weights(run), 1e-10)

@@ -1,7 +1,6 @@
-"""What others wrote, doubted before anything reads it: files of a model folder, JSON, headers of tensors."""
+"""Checks of files from others, before anything reads them: files of a model folder, JSON, headers of tensors."""
 
-from treering.store.untrusted.files import MAX_JSON, basename, in_folder, read_json
-from treering.store.untrusted.headers import Header, read_header
+from treering.store.untrusted.files import MAX_JSON, Header, basename, in_folder, read_header, read_json
 from treering.store.untrusted.models import check_folder, first_line, notes_on, open_tokenizer
 
 __all__ = [

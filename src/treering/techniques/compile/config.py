@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Compile:
-    """Blocks are compiled one by one: they share one compiled function, and FSDP's hooks stay between them.
+    """Compile blocks one by one: they share one compiled function, and FSDP's hooks stay between them.
 
     `dynamic: true` compiles one kernel for all lengths; `null` lets torch decide after the first change of shape.
     """

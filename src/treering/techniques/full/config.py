@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Full:
-    """Plain parameters are trained: each that a pattern of `train` matches and none of `freeze` does.
+    """Train plain parameters: each that a pattern of `train` matches and none of `freeze` does.
 
-    A pattern is the last part of a module's name (`q_proj`) or a glob on the whole name (`model.layers.1?.*`).
+    A pattern is the last part of a module's name (`q_proj`) or a glob on the complete name (`model.layers.1?.*`).
     """
 
     train: tuple[str, ...] = ("*",)

@@ -1,13 +1,16 @@
-"""An adapter next to a linear layer: a small module of its own, whose output is added to the layer's.
+"""An adapter next to a linear layer: a small module of its own, whose output is added to the layer's; its first values.
 
     A_rM  rank × inputs        B_Nr  outputs × rank
 
 A module of its own, because FSDP's unit of dtype is the module: adapters pinned to float32 inside a bfloat16 model
-need a unit that does not cast them.
+need a unit that does not cast them. First values are pure functions of the seed and the parameter's name, never of the
+rank.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,14 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from treering.core import module_forward
-from treering.core.errors import PlanError
-from treering.technique import Applied, Part, Site, TrainedMatrix
-from treering.techniques.lora import start
+from treering.core.errors import CheckpointError, PlanError
+from treering.core.seeds import generator
+from treering.technique import Applied, LazyTensor, Part, Site, TrainedMatrix
+from treering.techniques.lora import reference
 from treering.techniques.lora.peft_format import describe
 
 if TYPE_CHECKING:
     from treering.anatomy.matrices import Matrix
     from treering.techniques.lora.settings import LoRASettings
+
+Split = Callable[[LazyTensor, Callable[[], Tensor], Mapping[str, Tensor] | None], dict[str, Tensor]]
 
 
 class Addend(nn.Module):
@@ -38,12 +44,14 @@ class Addend(nn.Module):
         low = F.linear(x.to(self.A.dtype), self.A)
         return (F.linear(low, self.B) * self.scale).to(x.dtype)
 
-    def matrices(self, own: str, linear: str) -> tuple[TrainedMatrix, TrainedMatrix]:
-        """Return where the inputs and output gradients of A and B are seen; their live names begin with `own`."""
+    def matrices(self, prefix: str, linear: str) -> tuple[TrainedMatrix, TrainedMatrix]:
+        """Return where the inputs and output gradients of A and B are seen; their live names begin with `prefix`."""
         return (
-            TrainedMatrix(name=f"{own}.A", module=linear, outputs=lambda g: g.to(self.B.dtype) @ self.B * self.scale),
             TrainedMatrix(
-                name=f"{own}.B",
+                name=f"{prefix}.A", module=linear, outputs=lambda g: g.to(self.B.dtype) @ self.B * self.scale
+            ),
+            TrainedMatrix(
+                name=f"{prefix}.B",
                 module=linear,
                 inputs=lambda a: F.linear(a.to(self.A.dtype), self.A),
                 outputs=lambda g: g.to(self.B.dtype) * self.scale,
@@ -107,7 +115,7 @@ def _part(
     pissa = config.init == "pissa"
     return Part(
         names=(f"{prefix}.A", f"{prefix}.B"),
-        split=start.splitter(matrix, config, prefix, seed),
+        split=splitter(matrix, config, prefix, seed),
         join=join,
         reads_weight=pissa,
         moves_base=pissa,
@@ -119,8 +127,38 @@ def _part(
 
 def _tolerance(config: "LoRASettings", dtype: torch.dtype, stored: torch.dtype) -> float | None:
     if config.init == "file":
-        return None  # an imported adapter changes the weight: that is what it is for
+        return None  # an imported adapter changes the weight
     if config.init == "kaiming_zeros":
         return 0.0
     # The moved base is rounded to the dtype it is stored in, and A and B to theirs.
     return 4 * max(torch.finfo(stored).eps, torch.finfo(dtype).eps)
+
+
+def splitter(matrix: "Matrix", config: "LoRASettings", prefix: str, seed: int) -> Split:
+    """Return the `split` of a Part (see technique.py) for the start `config.init`; A and B are named after `prefix`."""
+
+    def kaiming_zeros(weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None):
+        bound = math.sqrt(1 / matrix.inputs)  # kaiming_uniform with a = √5, as peft and the paper's code start
+        A = torch.empty(config.rank, matrix.inputs)
+        A.uniform_(-bound, bound, generator=generator(seed, "lora", config.name, matrix.weight))
+        return {f"{prefix}.A": A, f"{prefix}.B": torch.zeros(matrix.outputs, config.rank)}
+
+    def pissa(weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None):
+        W = weight.read().to(torch.promote_types(weight.dtype, torch.float32))
+        base, A, B = reference.pissa(matrix.oriented(W), config.rank, config.scale)
+        return {f"{prefix}.A": A, f"{prefix}.B": B, matrix.weight: matrix.oriented(base)}
+
+    def file(weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None):
+        from treering.techniques.lora.peft_format import read_pair
+
+        assert config.file is not None
+        A, B = read_pair(Path(config.file), matrix.module)
+        wanted = (config.rank, matrix.inputs), (matrix.outputs, config.rank)
+        if (tuple(A.shape), tuple(B.shape)) != wanted:
+            raise CheckpointError(
+                f"{config.file}: the adapter of {matrix.module} has A {tuple(A.shape)} and B {tuple(B.shape)}; "
+                f"this model and rank {config.rank} need {wanted[0]} and {wanted[1]}"
+            )
+        return {f"{prefix}.A": A, f"{prefix}.B": B}
+
+    return {"kaiming_zeros": kaiming_zeros, "pissa": pissa, "file": file}[config.init]

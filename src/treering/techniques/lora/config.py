@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(LoRASettings):
-    """W x + (alpha / rank) B A x, with A and B trained and W frozen.
+    """Add low-rank adapters to linear layers: W x + (alpha / rank) B A x, with A and B trained and W frozen.
 
     targets   `all-linear`: every linear inside the blocks but routers; or patterns of module names
     alpha     numerator of the scale; null: equal to `rank`, so that the scale is 1

@@ -1,11 +1,11 @@
-"""The plain truth of dense LoRA, in the symbols of the paper. Slow, single process, fp64 if its inputs are."""
+"""The reference of dense LoRA, in the symbols of the paper. Slow, single process, float64 if its inputs are."""
 
 import torch
 from torch import Tensor
 
 
 def merged(W_NM: Tensor, A_rM: Tensor, B_Nr: Tensor, scale: float) -> Tensor:
-    """W + s·BA: the weight that a model with the adapter folded in would have."""
+    """Return W + s·BA: the weight that a model with the adapter folded in would have."""
     return W_NM + scale * (B_Nr @ A_rM)
 
 
@@ -17,7 +17,7 @@ def forward(
 
 
 def pissa(W_NM: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(base, A, B) with base + s·BA = W and s·BA the best rank-r approximation of W."""
+    """Return (base, A, B) with base + s·BA = W and s·BA the best rank-r approximation of W."""
     U, S, Vh = torch.linalg.svd(W_NM, full_matrices=False)
     root = (S[:rank] / scale).sqrt()
     A, B = root[:, None] * Vh[:rank], U[:, :rank] * root

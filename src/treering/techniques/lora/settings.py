@@ -1,4 +1,4 @@
-"""What a user sets of the technique `lora`, and its checks."""
+"""The settings of the technique `lora`, and their checks."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal

@@ -1,4 +1,4 @@
-"""The technique `osft`: training that leaves alone what the model already uses its weights for."""
+"""The technique `osft`: fine-tuning that protects the directions in which the model already uses its weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -20,50 +20,56 @@ if TYPE_CHECKING:
 @refuse_former_names
 @dataclass(frozen=True, kw_only=True)
 class OSFT(OSFTSettings):
-    """W changes only by P_out ΔW P_in, where both P are complements of what is to be kept.
+    """Fine-tune weights in unprotected directions: W changes by P_out ΔW P_in, where P removes protected directions.
 
     protect   inputs: the directions in which measured text reads the weight (needs `treering measure`)
-              weights: the largest singular directions of the weight; both: each on its own side
-    strength  of `inputs`. soft: a direction is held by how much it was used; hard: the most used are closed
-    damping   λ of soft protection, 1 / (energy / mean energy + λ): smaller holds faster
-    ratio     the part of the directions that is free. 0: nothing changes, 1: everything may. null: ¼ of the weights'
-              directions, ½ of the inputs' where a form or `hard` asks for a number; soft protection holds every
+              weights: the largest singular directions of the weight; both: inputs on
+              one side, weights on the other
+    strength  of `inputs`. soft: the more a direction was used, the more it is protected; hard: the most used directions
+              are protected completely, the others not at all
+    damping   λ of soft protection, 1 / (energy / mean energy + λ): a smaller value protects more
+    ratio     the share of the directions that is trainable. 0: nothing changes, 1: everything may. null: ¼ of the
+              weights' directions, ½ of the inputs' where a form or `hard` needs a number; soft protection treats every
               direction by its own use and needs none
     ratios    pattern -> ratio, for weights that are to have another
-    rank      ratio: as written; energy: enough directions are kept for `energy` of the spectrum; importance: weights
-              that leave their inputs' direction as it is are kept more
-    energy    of `rank: energy`: the part of the spectrum that is kept
-    importance  of `rank: importance`: a and b of a + I (b − a), the part that is kept, with I of mean 1
+    rank      what decides the number of trainable directions. ratio: `ratio`; energy: as many are protected as contain
+              `energy` of the spectrum; importance: more are protected of weights that do
+              not turn their inputs
+    energy    of `rank: energy`: the share of the spectrum that is protected
+    importance  of `rank: importance`: a and b of a + I (b − a), the share that is protected, with I of mean 1
     form      update: W itself trains, its gradient and its step are projected; exact for every optimizer
-              one_sided: an adapter ΔW = B Z inside the free directions; few parameters, W may be quantized
-              core: an adapter ΔW = B Z C between free directions on both sides; fewer still, and less free
+              one_sided: an adapter ΔW = B Z inside the trainable directions; few parameters, W may be quantized
+              core: an adapter ΔW = B Z C between trainable directions on both sides; fewest parameters, and not all
+              directions that one_sided can train
               forward: W in factors, projected inside the forward; no hook, no message of its own
               factors: W in factors, gradients projected before the step and parameters after it
     communication  of `factors`: coefficients are summed, the basis is gathered, or gathered once and kept. cached, of
-              `update`: one rank keeps a weight's operators whole, and rows travel; else operators are gathered
-    compute   of the factored forms: by token count, or always one way; all are equal
-    keep_initial  keep the weights from before, so that weight decay acts on the change and the leak is exact (`update`)
+              `update`: one rank keeps a weight's complete operators, and rows are sent to it; else operators
+              are gathered
+    compute   of the factored forms, how y = W x is computed: auto chooses by token count; all ways give equal results
+    keep_initial  keep the initial weights, so that weight decay acts on the change and the leak is exact (`update`)
     targets   `all-linear`: every linear and stacked expert inside the blocks but routers; or patterns
-    train     other plain parameters that learn, unprotected, by pattern; the rest of the model is frozen
-    free      weight -> number of free directions; what `rank` came to, written by `resolve`
-    unmeasured  what happens to an expert, or a linear, that no token of the measured text reached: refuse; freeze: it
-              does not learn; unprotected: it learns freely
+    train     other plain parameters to train without protection, by pattern; the rest of the model is frozen
+    free      weight -> number of trainable directions: what `rank` decided, written by `resolve`
+    unmeasured  what happens to an expert, or a linear, that no token of the measured text reached. refuse: an error
+              freeze: it is not trained
+              unprotected: it is trained without protection
     """
 
     stage: ClassVar[Stage] = Stage.ADAPT
 
     def __repr__(self) -> str:
-        """A run is resumed by the techniques it was begun with, as text: what changes nothing is left out of it, or
-        runs that were begun before there was this setting could not be resumed."""
+        """Return the settings as text. A checkpoint stores it and a resumed run must have the same text, so
+        `unmeasured` is left out where it has no effect: runs from before that setting existed can be resumed."""
         names = [f.name for f in fields(self) if f.name != "unmeasured" or self.unmeasured == "freeze"]
         return f"OSFT({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def resolve(self, anatomy: "Anatomy", source: Any, statistics: Any) -> "OSFT":
-        """Ranks that depend on the spectrum become explicit; statistics that are needed and absent are an error."""
+        """Return these settings with the numbers that depend on the spectrum; missing statistics are a PlanError."""
         if self.measured and statistics is None and source is not None:
             raise PlanError(
                 "osft protects the directions that measured text uses, and there are no statistics. Measure text that "
-                "stands for what must be kept (treering measure MODEL --data FILE --to DIR) and name the folder as "
+                "represents what must be kept (treering measure MODEL --data FILE --to DIR) and name the folder as "
                 "statistics.path (statistics= in compose), or set osft.protect to weights",
                 settings=("techniques.osft.protect", "statistics.path"),
             )
@@ -99,7 +105,7 @@ class OSFT(OSFTSettings):
         return claims
 
     def _check(self, anatomy: "Anatomy", chosen: "Sequence[Matrix]") -> None:
-        """What this model cannot have, before anything of it is touched."""
+        """Raise a PlanError for settings that this model cannot have, before the model is changed."""
         from treering.anatomy import matches
         from treering.techniques.osft.protection.targets import directions, trainable
 
@@ -112,24 +118,24 @@ class OSFT(OSFTSettings):
         for target in chosen:
             if not 0 <= trainable(self, target) <= directions(self, target):
                 raise PlanError(
-                    f"osft: {target.weight} has {directions(self, target)} directions, and osft.free says "
+                    f"osft: {target.weight} has {directions(self, target)} directions, and osft.free is "
                     f"{trainable(self, target)}",
                     settings=("techniques.osft.free",),
                 )
             if self.form in ADDENDS and target.experts is not None:
                 raise PlanError(
-                    f"osft: form {self.form} puts adapters beside linear layers, and {target.weight} is a stack of "
+                    f"osft: form {self.form} puts adapters next to linear layers, and {target.weight} is a stack of "
                     "experts; use form update, or name other osft.targets",
                     settings=("techniques.osft.form", "techniques.osft.targets"),
                 )
         if not any(trainable(self, target) for target in chosen) and not self.train:
             raise PlanError(
-                "osft: no target has a free direction, so nothing would be trained; raise osft.ratio",
+                "osft: no target has a trainable direction, so nothing would be trained; raise osft.ratio",
                 settings=("techniques.osft.ratio",),
             )
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:
-        """Install the form in the model, and return what trains: the form's own parameters and those of `train`."""
+        """Install the form in the model. Trained are the parameters of the form and those of `train`."""
         from treering.techniques.osft.protection.targets import targets, trainable, unprotected
 
         every = targets(self, site.anatomy)
@@ -142,12 +148,12 @@ class OSFT(OSFTSettings):
         if self.rank != "ratio" and not self.free:
             notes.append(f"rank {self.rank} is counted when weights are read; until then the default ratio is used")
         if others:
-            notes.append(f"{len(others)} other parameters learn without protection")
+            notes.append(f"{len(others)} other parameters are trained without protection")
         form = f"{self.form}, protects {self.protect}" + (f" ({self.strength})" * (self.protect != "weights"))
         return replace(
             applied,
             trainable=(*applied.trainable, *others),
-            without=None if others else applied.without,  # what learns without protection are plain weights
+            without=None if others else applied.without,  # parameters trained without protection are plain weights
             notes=(form, *applied.notes, *notes),
             warnings=tuple(warnings),
         )
@@ -158,7 +164,7 @@ class OSFT(OSFTSettings):
 
             return update_form.install(model, self, site, chosen)
         if self.form in ADDENDS:
-            from treering.techniques.osft.one_sided_core import protected_adapter
+            from treering.techniques.osft import protected_adapter
 
             return protected_adapter.install(model, self, site, chosen)
         from treering.techniques.osft.forward_factors import factored

@@ -1,4 +1,4 @@
-"""What the fast forms must equal: one process, complete matrices, a few plain lines.
+"""The reference that the fast forms must equal: one process, complete matrices, a few plain lines.
 
 Factored forms: `split`, `rebuild`, `linear`, `trajectory`. Form `update` and the adapters: complete operators P and c,
 where a step Δ becomes c · P_out Δ P_in.

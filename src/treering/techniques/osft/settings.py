@@ -1,4 +1,4 @@
-"""What a user sets of the technique `osft`, and its checks."""
+"""The settings of the technique `osft`, and their checks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,8 +8,6 @@ from treering.core.errors import ConfigError
 from treering.core.settings import FORMERLY
 
 FACTORED = ("forward", "factors")
-
-
 ADDENDS = ("one_sided", "core")
 
 
@@ -42,7 +40,7 @@ class OSFTSettings:
     def __post_init__(self) -> None:
         for name, value in {"ratio": self.ratio, **{f"ratios.{k}": v for k, v in self.ratios.items()}}.items():
             if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"{name} is {value}; it lies between 0 (frozen) and 1 (all free)", field=name)
+                raise ConfigError(f"{name} is {value}; it lies between 0 (frozen) and 1 (all trainable)", field=name)
         if not self.damping > 0:
             raise ConfigError(f"damping is {self.damping}; it must be greater than 0", field="damping")
         if not 0 < self.energy <= 1:
@@ -54,19 +52,19 @@ class OSFTSettings:
             raise ConfigError(f"targets is {self.targets!r}; write all-linear or a list of patterns", field="targets")
         if self.form in FACTORED and self.protect != "weights":
             raise ConfigError(
-                f"form {self.form} holds W as its own singular factors, so it can protect: weights only; "
+                f"form {self.form} stores W as its singular factors, so it can protect: weights only; "
                 f"for protect: {self.protect} use form update or one_sided",
                 field="form",
             )
         if self.form == "core" and self.protect == "inputs":
             raise ConfigError(
-                "form core trains between free directions on both sides, and protect: inputs knows one; "
+                "form core trains between trainable directions on both sides, and protect: inputs has one; "
                 "use form one_sided, or protect: weights or both",
                 field="form",
             )
         if self.keep_initial and self.form != "update":
             raise ConfigError(
-                f"keep_initial is of form update; form {self.form} knows its change without it", field="keep_initial"
+                f"keep_initial is for form update; form {self.form} has its change without it", field="keep_initial"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""What protection sends in a step, from shapes: the gradients are projected before it and the change after it."""
+"""The messages that protection sends in a step, from shapes: gradients are projected before it, changes after it."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -30,7 +30,7 @@ def of_factors(projections: "Iterable[Projection]") -> list[Message]:
             elif isinstance(message, GatheredBasis) and message.projection.cache is None:
                 yield from _gathered(message.projection.basis)
 
-    return _together(each())
+    return _merged(each())
 
 
 def of_update(
@@ -49,11 +49,11 @@ def of_update(
                 yield from _messages("all_to_all", of, sent, "rows")
                 yield from _messages("all_to_all", of, returned, "rows")
 
-    return _together(each())
+    return _merged(each())
 
 
 def _projected(operators: "OperatorBuffers", weight: Tensor) -> Iterator[Message]:
-    """One pass over one weight: see `OperatorBuffers.project`. Experts are complete matrices on their rank."""
+    """Yield the messages of one pass over one weight: see `OperatorBuffers.project`. Experts need none."""
     if weight.ndim != 2:
         return
     width = weight.shape[1]
@@ -69,7 +69,7 @@ def _projected(operators: "OperatorBuffers", weight: Tensor) -> Iterator[Message
 
 
 def _gathered(basis: Tensor) -> Iterator[Message]:
-    """A gather of the rows of all ranks, padded to the same number on each, the innermost axis first."""
+    """Yield the messages of a gather of all rows, padded to the same number on each rank, the innermost axis first."""
     rows = basis.shape[0]
     for axis in sharded_axes(basis):
         rows = -(-rows // basis.device_mesh.size(axis))  # type: ignore[attr-defined]
@@ -78,7 +78,7 @@ def _gathered(basis: Tensor) -> Iterator[Message]:
 
 
 def _messages(kind: Collective, value: Tensor, size: int, content: str, axis: int | None = None) -> Iterator[Message]:
-    """One message over each axis, of several ranks, that `value` is sharded over."""
+    """Yield one message over each axis, of several ranks, that `value` is sharded over."""
     if not isinstance(value, DTensor):
         return
     mesh = value.device_mesh
@@ -88,7 +88,7 @@ def _messages(kind: Collective, value: Tensor, size: int, content: str, axis: in
             yield Message(kind=kind, axes=axes, ranks=mesh.size(one), bytes=size, calls=1, content=content)
 
 
-def _together(messages: Iterable[Message]) -> list[Message]:
+def _merged(messages: Iterable[Message]) -> list[Message]:
     """Return the messages of both passes, those of one kind as one."""
     sums: dict[tuple[str, tuple[str, ...], str], Message] = {}
     for one in messages:

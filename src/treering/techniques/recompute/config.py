@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Recompute(RecomputeSettings):
-    """Of each block only the input is kept between forward and backward, one tensor of tokens × width.
+    """Keep only the input of each block between forward and backward, one tensor of tokens × width.
 
-    keep          what is kept besides, so that it is not computed twice: results of attention, of all-to-all messages
-    offload       where the inputs wait for the backward; `cpu`: in pinned host memory
-    first_blocks  offload only those of the first so many blocks; null: of all but the last, which is needed at once
-    budget        offload, first blocks first, only as much as fits into so much host memory of a rank: 64GiB
+    keep          what is kept in addition, so that it is not computed twice: results of attention, of
+                  all-to-all messages
+    offload       where the inputs are stored until the backward; `cpu`: in pinned host memory
+    first_blocks  offload only the inputs of this many first blocks; null: of all but the last, which is needed at once
+    budget        offload, first blocks first, only as much as fits into this much host memory of a rank: 64GiB
     """
 
     stage: ClassVar[Stage] = Stage.RECOMPUTE

@@ -1,8 +1,8 @@
 """A queue of copies next to the queue of computations, and the host memory that they fill.
 
 `copy` puts copies into the queue, behind all that has been computed so far; the ticket's `wait` lets what is computed
-from now on wait for them. Nobody waits on the host. In between, source and target belong to the queue: whoever lets go
-of one, or writes to it, has to wait first.
+from now on wait for them. The host does not wait. In between, source and target belong to the queue: code that frees
+one, or writes to it, has to wait first.
 """
 
 from collections import defaultdict, deque
@@ -31,14 +31,15 @@ class Copies(Protocol):
 
 
 def copies_for(device: torch.device) -> Copies:
-    """A side stream on an accelerator. On a CPU a queue that only pretends, so that all else can be run and tested."""
+    """Return a side stream on an accelerator; on a CPU a simulated queue, so that all else can be run and tested."""
     if device.type == "cpu":
         return SimulatedCopies()
     module = torch.get_device_module(device)
     if hasattr(module, "Stream"):
         return StreamCopies(module, device)
     raise PlanError(
-        f"recompute: offload: cpu knows CUDA and XPU devices, and the model is on {device.type}; set offload to none",
+        f"recompute: offload: cpu supports CUDA and XPU devices, and the model is on {device.type}; set "
+        "offload to none",
         settings=("recompute.offload",),
     )
 
@@ -69,7 +70,7 @@ class _StreamTicket:
         self.module, self.device, self.here, self.done = module, device, here, done
 
     def wait(self) -> None:
-        """The stream that asked for the copy owns the memory: it must not use it again too early either."""
+        """Make the current stream wait, and also the one that asked for the copy: it owns the memory."""
         now = self.module.current_stream(self.device)
         now.wait_event(self.done)
         if now != self.here:
@@ -77,9 +78,9 @@ class _StreamTicket:
 
 
 class SimulatedCopies:
-    """Copies as late as a stream may: when a ticket is waited for, its own or a later one, and not before.
+    """Copies as late as a stream may: when this ticket or a later one is waited for, and not before.
 
-    So a missing wait is seen: as garbage where a tensor should have come back, as memory that was not freed.
+    So a missing wait shows: as garbage where a tensor should have come back, as memory that was not freed.
     """
 
     pinned = False
@@ -110,7 +111,7 @@ class _SimulatedTicket:
 
 
 class HostPool:
-    """Host memory that is used again and again, in pieces; only `clear` gives memory back to the system.
+    """Host memory that is reused, in pieces; only `clear` gives memory back to the system.
 
     Pinning memory costs milliseconds, so nothing is pinned per block or per step. Lengths change from batch to batch,
     so buffers of a block's size would rarely fit the next batch: an input of any size is spread over slabs of one size,
@@ -125,12 +126,12 @@ class HostPool:
         self._free: dict[int, list[Tensor]] = defaultdict(list)
 
     def sizes(self, wanted: int) -> list[int]:
-        """Of the pieces that hold `wanted` bytes."""
+        """Return the sizes of the pieces that hold `wanted` bytes."""
         slabs, rest = divmod(wanted, self.slab)
         return [self.slab] * slabs + ([max(LEAST, 1 << (rest - 1).bit_length())] if rest else [])
 
     def take(self, wanted: int) -> list[Tensor]:
-        """One-dimensional tensors of bytes, together at least `wanted` long."""
+        """Return one-dimensional tensors of bytes, together at least `wanted` long."""
         pieces = []
         for size in self.sizes(wanted):
             pieces.append(self._free[size].pop() if self._free[size] else self._new(size))

@@ -4,7 +4,7 @@
     backward of block i    its input is back already; that of block i − 1 starts to come
 
 The last block's input stays: it is needed at once. Who owns what follows the graph of autograd: a step that is aborted
-drops its graph, and with it each `KeptInput`, which gives its host memory back. Nothing here keeps a list of them.
+drops its graph, and with it each `KeptInput`, which gives its host memory back. No list of them is kept.
 """
 
 import weakref
@@ -46,7 +46,7 @@ class KeptInput:
         self.ticket = engine.copies_of(self.tensor.device).copy(pairs)
 
     def release(self) -> None:
-        """Let go of the tensor on the device, once it has been copied."""
+        """Free the tensor on the device, once it has been copied."""
         if self.engine is None or self.tensor is None or self.back:
             return
         assert self.ticket is not None
@@ -55,7 +55,7 @@ class KeptInput:
         self.tensor = self.ticket = None
 
     def fetch(self) -> None:
-        """Start to bring it back, if it is not here."""
+        """Start to copy it back, if it is not on the device."""
         if self.tensor is not None:
             return
         assert self.engine is not None
@@ -68,7 +68,7 @@ class KeptInput:
         self.ticket = self.engine.copies_of(device).copy(pairs)
 
     def take(self) -> Tensor:
-        """For a second forward. What came from the host is given away: another backward brings it once more."""
+        """Return the input for a second forward. A copy from the host is not kept: another backward copies it again."""
         self.fetch()
         assert self.tensor is not None
         tensor = self.tensor
@@ -96,7 +96,7 @@ class KeptInput:
 
 
 class Offload:
-    """What of a model's blocks leaves the device, where to, and when it comes back."""
+    """The choice of block inputs that leave the device, their copies in host memory, and when they are copied back."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class Offload:
         self._copies_for, self._copies = copies, dict[torch.device, Copies]()
         self._pool = pool
         self._newest: weakref.ref[KeptInput] | None = None
-        self.sent = 0  # tensors, ever
+        self.sent = 0  # number of tensors so far
 
     def __getstate__(self) -> dict[str, Any]:
         """Return settings for a copy of the model, and no memory: it allocates queues and buffers at its first use."""
@@ -135,14 +135,14 @@ class Offload:
         return saved_tensors_hooks(partial(self._pack_if_filled, index), _unpack)
 
     def _pack_if_filled(self, index: int, tensor: Tensor) -> KeptInput | Tensor:
-        """`_pack`, unless nothing is in `tensor`: torch 2.11 saves an empty tensor next to the input."""
+        """Apply `_pack`, unless `tensor` is empty: torch 2.11 saves an empty tensor next to the input."""
         return self._pack(index, tensor) if tensor.numel() else tensor
 
     def _pack(self, index: int, tensor: Tensor) -> KeptInput:
         if isinstance(tensor, DTensor):
             raise PlanError(
-                f"recompute: the input of {self.names[index]} is a DTensor, and offload: cpu knows plain tensors; set "
-                "recompute.offload to none",
+                f"recompute: the input of {self.names[index]} is a DTensor, and offload: cpu supports plain "
+                "tensors; set recompute.offload to none",
                 settings=("recompute.offload",),
             )
         before = None
@@ -181,7 +181,7 @@ def _unpack(kept: KeptInput | Tensor) -> Tensor:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """The memory that a tensor spans, as bytes: with whatever strides, one stretch is copied and one comes back.
+    """Return the memory that a tensor spans, as bytes: one contiguous range, whatever the strides.
 
     It holds no more than the tensor's storage does, which a view that stays would keep.
     """

@@ -24,7 +24,7 @@ Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
 def install(model: nn.Module, config: "RecomputeSettings", site: Site) -> Applied:
-    """See `Recompute`."""
+    """Replace the forward of every block by one that is run again in the backward."""
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise PlanError(
             "recompute: the model recomputes its blocks already; call model.gradient_checkpointing_disable() before, "
@@ -52,7 +52,7 @@ def install(model: nn.Module, config: "RecomputeSettings", site: Site) -> Applie
         notes.append(f"kept: {', '.join(config.keep)}")
     if engine is not None:
         limit = "" if config.budget is None else f", at most {config.budget} a rank"
-        notes.append(f"inputs of {engine.leaving} blocks wait in host memory{limit}")
+        notes.append(f"inputs of {engine.leaving} blocks are offloaded to host memory{limit}")
     return Applied(undo=undo, notes=tuple(notes), metrics=None if engine is None else engine.metrics)
 
 
@@ -81,8 +81,11 @@ class RecomputedBlock(ModuleForward):
         return vars(self) | {"compiled": None}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """What `block.compile` does here: compile the body. Compiled around, all of the block would run uncompiled,
-        without a word: torch traces nothing inside a checkpoint that has a graph break in it, as attention has."""
+        """Compile the body; this replaces `block.compile`.
+
+        Compiled from outside, all of the block would run uncompiled, without a message: torch traces nothing inside a
+        checkpoint that has a graph break in it, as attention has.
+        """
         if self.keep:
             raise PlanError(
                 "recompute and compile: operators inside compiled code cannot be kept one by one; leave keep out of "
@@ -111,7 +114,7 @@ class RecomputedBlock(ModuleForward):
     def _apart(
         self, body: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        """The block's input, and a function of it alone. All else that a block is given, all blocks are given."""
+        """Return the block's input, and a function of it alone. All other arguments are the same for all blocks."""
         if args and isinstance(args[0], Tensor):
             hidden, after = args[0], args[1:]
             return hidden, lambda x: body(x, *after, **kwargs)
@@ -126,7 +129,7 @@ class RecomputedBlock(ModuleForward):
         return hidden, lambda x: body(hidden_states=x, **rest)
 
     def _refuse_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A second forward would append to it a second time."""
+        """Raise PlanError for a key-value cache: a second forward would append to it a second time."""
         from transformers import Cache
 
         if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
@@ -183,7 +186,7 @@ class KeepPolicy:
         return CheckpointPolicy.MUST_SAVE
 
     def contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """For the first pass and for the second."""
+        """Return the contexts of the first pass and of the second."""
         return create_selective_checkpoint_contexts(self)
 
     def refuse_unless_seen(self, block: str, attention: bool) -> None:

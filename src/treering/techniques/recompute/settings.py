@@ -1,4 +1,4 @@
-"""What a user sets of the technique `recompute`, and its checks."""
+"""The settings of the technique `recompute`, and their checks."""
 
 import re
 from dataclasses import dataclass
@@ -7,8 +7,6 @@ from typing import Literal
 from treering.core.errors import ConfigError
 
 Kept = Literal["attention", "all_to_all"]
-
-
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard(ShardSettings):
-    """Parameters, gradients and optimizer state sharded over the mesh's `shard` (and `sequence`) axes.
+    """Shard parameters, gradients and optimizer state over the mesh's `shard` (and `sequence`) axes.
 
     compute   dtype of gathered parameters and arithmetic; `stored`: as the parameters are stored
     reduce    dtype in which gradients are summed over ranks
     reshard   free a block's gathered parameters after its forward, and gather them again for its backward
-    offload   where shards rest between uses; also useful with one GPU and no launcher
+    offload   where shards are stored between uses; also useful with one GPU and no launcher
     hold      what stays complete on each rank between the micro-batches of a step. `gradients`: they are summed over
               ranks once a step, in its last backward. `all`: so are they, and parameters are gathered once a step
     """
@@ -35,8 +35,7 @@ class Shard(ShardSettings):
         return [Claim(fqn=fqn, aspect="sharding", setting="shard") for fqn in sorted(names)]
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:
-        from treering.techniques.shard.hold import Hold
-        from treering.techniques.shard.units import shard
+        from treering.techniques.shard.units import Hold, shard
 
         if site.mesh is None:
             raise PlanError("shard: there is no mesh; pass mesh=treering.mesh(shard=-1)")
@@ -50,7 +49,7 @@ class Shard(ShardSettings):
 
     @classmethod
     def lighter(cls) -> tuple[Variant, ...]:
-        """Return the variant whose shards, and the optimizer's state with them, rest in host memory."""
+        """Return the variant whose shards, and the optimizer's state with them, are in host memory."""
 
         def of(now: "Shard | None") -> "Shard | None":
             return None if now is not None and now.offload == "cpu" else replace(now or cls(), offload="cpu")

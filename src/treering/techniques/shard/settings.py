@@ -1,4 +1,4 @@
-"""What a user sets of the technique `shard`."""
+"""The settings of the technique `shard`."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""What fully_shard sends in a step, from the shapes of its units.
+"""The messages of fully_shard in a step, from the shapes of its units.
 
 A unit is gathered by one all_gather and its gradients are summed by one reduce_scatter, and by one all_reduce more over
 replicas. Rows are padded to the same number on each rank, on the way as in memory.
@@ -32,7 +32,7 @@ class ShardedUnit:
 
     Attributes:
         gathered: Of its rows of all parameters, in the dtype of the arithmetic.
-        reduced: Of the whole gradients of the parameters that train, in the dtype in which they are summed.
+        reduced: Of the complete gradients of the parameters that train, in the dtype in which they are summed.
         kept: Gathered once per micro-batch, because it is not freed between forward and backward.
     """
 
@@ -79,15 +79,15 @@ class ShardTraffic:
             passes * (1 if unit.kept or i < first - 1 or first == len(self.units) else 2)
             for i, unit in enumerate(self.units)
         ]
-        own = self.mesh.ndim - 1
+        axis = self.mesh.ndim - 1
         gathered = sum(unit.gathered * n for unit, n in zip(self.units, gathers))
-        found = self._messages("all_gather", own, gathered, sum(gathers), "parameters")
+        messages = self._messages("all_gather", axis, gathered, sum(gathers), "parameters")
         sums = 1 if self.config.hold != "nothing" else work.micro_batches
         reduced, calls = sum(u.reduced for u in self.units) * sums, sum(u.reduced > 0 for u in self.units) * sums
-        found += self._messages("reduce_scatter", own, reduced, calls, "gradients")
-        if own:
-            found += self._messages("all_reduce", 0, reduced // self.mesh.size(own), calls, "gradients")
-        return found
+        messages += self._messages("reduce_scatter", axis, reduced, calls, "gradients")
+        if axis:
+            messages += self._messages("all_reduce", 0, reduced // self.mesh.size(axis), calls, "gradients")
+        return messages
 
     def _messages(self, kind, axis: int, size: int, calls: int, content: str) -> list[Message]:
         ranks = self.mesh.size(axis)

@@ -1,4 +1,4 @@
-"""The choice of modules that become FSDP units, and of their policies."""
+"""The choice of modules that become FSDP units, their policies, and what `hold` keeps complete."""
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def plan_units(anatomy: "Anatomy") -> list[tuple[str, ...]]:
     """Return module names, a tuple per unit, in the order of wrapping; the root, "", last.
 
-    Embeddings and head are units of their own: inside the root unit they would stay gathered through the whole
+    Embeddings and head are units of their own: inside the root unit they would stay gathered through the complete
     backward. A tied pair is one unit, or each half would shard, and step, a parameter of its own.
     """
     units: list[tuple[str, ...]] = [(block.fqn,) for block in anatomy.blocks]
@@ -82,14 +82,14 @@ def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[tuple[
         ):  # the loss is divided by the global number of tokens already: sum, not average
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            # torch refuses too, without saying what to do; copy and pickle look these up on the instance
+            # torch refuses too, without an alternative; copy and pickle look these up on the instance
             vars(module).update(__deepcopy__=_refuse_copy, __reduce_ex__=_refuse_copy)
     over = f"{mesh.size()} ranks" if mesh.ndim == 1 else f"{axis_size(site.mesh, 'replicate')} × {mesh.shape[1]} ranks"
     notes = [f"{len(plan_units(site.anatomy))} units over {over}, compute {config.compute}, reduce {config.reduce}"]
     if apart:
         notes.append(f"{apart} modules with a pinned dtype have units of their own")
     if config.offload == "cpu":
-        notes.append("shards rest in host memory")
+        notes.append("shards are stored in host memory")
     if config.hold != "nothing":
         notes.append(
             f"{'parameters and gradients' if config.hold == 'all' else 'gradients'} stay complete within a step"
@@ -160,6 +160,43 @@ def _needs_own_unit(unit: list[nn.Module], module: nn.Module, dtype: torch.dtype
     if config.compute != "stored" and getattr(torch, config.compute) != dtype:
         return True
     # One unit's trainable parameters must share a dtype; frozen ones may differ.
-    own = set(module.parameters())
-    others = {p.dtype for m in unit for p in m.parameters() if p.requires_grad and p not in own}
-    return any(p.requires_grad for p in own) and bool(others - {dtype})
+    parameters = set(module.parameters())
+    others = {p.dtype for m in unit for p in m.parameters() if p.requires_grad and p not in parameters}
+    return any(p.requires_grad for p in parameters) and bool(others - {dtype})
+
+
+class Hold:
+    """Keep tensors complete between the micro-batches of a step, by FSDP's own settings, set before each forward.
+
+    The last micro-batch of a step is known by counting: the plan gives all micro-batches of a step to the techniques
+    before the first forward. A wrong count is an error before the optimizer steps. A loop that does not give its
+    micro-batches to the plan has its gradients summed after each backward, as without `hold`. The plan calls `count`
+    and `check`; `begin` is a hook of the model.
+    """
+
+    def __init__(self, model: nn.Module, parameters: bool):
+        assert isinstance(model, FSDPModule)
+        self.model, self.parameters = model, parameters
+        self.waiting = 0  # micro-batches that were counted and have not begun
+        model.register_forward_pre_hook(self.begin)
+
+    def count(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self.waiting += 1
+        return batch
+
+    def begin(self, *_: Any) -> None:
+        self.waiting = max(0, self.waiting - 1)
+        last = self.waiting == 0
+        self.model.set_requires_gradient_sync(last)
+        if self.parameters:
+            self.model.set_reshard_after_backward(last)
+
+    def check(self) -> None:
+        """Refuse a step whose gradients are not summed over ranks yet: they would be added to those of the next."""
+        if self.waiting:
+            raise PlanError(
+                f"shard.hold: {self.waiting} micro-batches were taken from run.steps() and did not run before the "
+                "step, so gradients have not been summed over ranks. Take the micro-batches of one step, run them "
+                "all, and step; or set shard.hold to nothing",
+                settings=("shard.hold",),
+            )

@@ -1,6 +1,6 @@
-"""All of a block but its attention, in tiles, while the block's own forward stays as it is.
+"""All of a block but its attention, in tiles, while the forward of the block stays as it is.
 
-Its norms give a `Later`. The MLP appends itself, and adding the residual computes all of it, a tile at a time; q, k
+Its norms give a `Deferred`. The MLP appends itself, and adding the residual computes all of it, a tile at a time; q, k
 and v are computed together, norm included, when the first of them is asked for.
 """
 
@@ -39,20 +39,23 @@ _ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Later:
-    """`steps`, each a function of the value so far and of a tile of all `tokens`, begin with a tile of the first."""
+class Deferred:
+    """A value that is not computed yet: `steps`, applied in turn, beginning with a tile of the first of `tokens`.
+
+    Each step is a function of the value so far and of a tile of all tokens.
+    """
 
     tokens: tuple[Tensor, ...]
     steps: tuple[Step, ...] = ()
     through: tuple[nn.Module, ...] = ()  # the modules that the steps call
-    compute: "Callable[[Later], Tensor]"
+    compute: "Callable[[Deferred], Tensor]"
     error: Callable[[str], PlanError]
-    fetched: dict[str, Tensor] = field(default_factory=dict)  # of q, k and v: those that nobody has asked for yet
+    fetched: dict[str, Tensor] = field(default_factory=dict)  # of q, k and v: those that were not read yet
 
-    def then(self, step: Step, *modules: nn.Module) -> "Later":
+    def then(self, step: Step, *modules: nn.Module) -> "Deferred":
         return replace(self, steps=(*self.steps, step), through=(*self.through, *modules), fetched={})
 
-    def call(self, module: nn.Module, plain: Callable[[Tensor], Tensor]) -> "Later":
+    def call(self, module: nn.Module, plain: Callable[[Tensor], Tensor]) -> "Deferred":
         return self.then(lambda value, tiles: plain(value), module)
 
     def on(self, tiles: Sequence[Tensor]) -> Tensor:
@@ -86,7 +89,7 @@ class Later:
     def __radd__(self, other: Any) -> Tensor:
         return self.plus(other, first=True)
 
-    def __mul__(self, other: Any) -> "Later":
+    def __mul__(self, other: Any) -> "Deferred":
         if not isinstance(other, int | float):
             raise self.error(f"it is multiplied by a {type(other).__name__}")
         return self.then(lambda value, tiles: value * other)
@@ -103,15 +106,16 @@ class Later:
         kwargs = kwargs or {}
         if func in _ADDS and len(args) == 2 and not kwargs:
             left, right = args
-            return right.plus(left, first=True) if isinstance(right, Later) else left.plus(right, first=False)
-        if func is F.dropout and isinstance(args[0], Later):
+            return right.plus(left, first=True) if isinstance(right, Deferred) else left.plus(right, first=False)
+        if func is F.dropout and isinstance(args[0], Deferred):
             rest = args[1:]
             return args[0].then(lambda value, tiles: F.dropout(value, *rest, **kwargs))
-        late = next(x for x in (*args, *kwargs.values()) if isinstance(x, Later))
-        raise late.error(f"{getattr(func, '__name__', func)} is applied")
+        deferred = next(x for x in (*args, *kwargs.values()) if isinstance(x, Deferred))
+        raise deferred.error(f"{getattr(func, '__name__', func)} is applied")
 
 
 def install_blocks(model: nn.Module, config: "TiledBlockSettings", site: Site) -> Applied:
+    """Install tiles in every block, as `TiledBlock` describes them."""
     anatomy = site.anatomy
     tiled_mlps = dense(model, anatomy)
     undone = [install(one) for b in anatomy.blocks for one in _forwards(model, config, anatomy, b, tiled_mlps)]
@@ -121,8 +125,8 @@ def install_blocks(model: nn.Module, config: "TiledBlockSettings", site: Site) -
 
 
 class _Block:
-    """What the forwards of one block's modules share: regions, and how long a tile may be. It refers to modules of the
-    block alone, because a copy of one block takes it along."""
+    """The state that the forwards of one block's modules share: regions, and how long a tile may be. It refers to
+    modules of the block alone, because a copy of one block takes it along."""
 
     def __init__(self, model: nn.Module, config: "TiledBlockSettings", anatomy: "Anatomy", block: "Block"):
         assert block.mlp is not None
@@ -131,22 +135,22 @@ class _Block:
         self.regions: dict[tuple[nn.Module, ...], TiledRegion] = {}
 
     @torch.compiler.disable
-    def run(self, fn: Callable[..., Any], late: Later, more: tuple[nn.Module, ...], width: int) -> Any:
-        modules = (*late.through, *more)
+    def run(self, fn: Callable[..., Any], deferred: Deferred, more: tuple[nn.Module, ...], width: int) -> Any:
+        modules = (*deferred.through, *more)
         if modules not in self.regions:
             self.regions[modules] = TiledRegion(f"{self.fqn} ({_names(modules)})", modules, "tiledblock")
-        region, x = self.regions[modules], late.tokens[0]
+        region, x = self.regions[modules], deferred.tokens[0]
         width += NORM * x.shape[-1] + (self.mlp_width if self.mlp in modules else 0)
         size = tile_length(self.config.tile, self.config.budget, width * x.element_size(), x.shape[-1])
         wide = sums_wide(region, self.config.accumulate, self.config.budget)
-        return region(fn, *late.tokens, size=size, dims=x.ndim - 1, wide=wide)
+        return region(fn, *deferred.tokens, size=size, dims=x.ndim - 1, wide=wide)
 
-    def begin(self, x: Tensor | Later) -> Later:
-        return x if isinstance(x, Later) else Later(tokens=(x,), compute=self.compute, error=self.error)
+    def begin(self, x: Tensor | Deferred) -> Deferred:
+        return x if isinstance(x, Deferred) else Deferred(tokens=(x,), compute=self.compute, error=self.error)
 
-    def compute(self, late: Later) -> Tensor:
-        bare = replace(late, tokens=(), fetched={})
-        return self.run(lambda *tiles: bare.on(tiles), late, (), 0)
+    def compute(self, deferred: Deferred) -> Tensor:
+        bare = replace(deferred, tokens=(), fetched={})
+        return self.run(lambda *tiles: bare.on(tiles), deferred, (), 0)
 
     def error(self, why: str) -> PlanError:
         return PlanError(
@@ -157,50 +161,50 @@ class _Block:
 
 
 class _PartForward(ModuleForward):
-    """Of a module of a block."""
+    """The forward of a module of a block."""
 
     def __init__(self, module: nn.Module, shared: _Block):
         super().__init__(module)
         self.shared = shared
 
 
-class _LaterForward(_PartForward):
-    """Of a norm, or an MLP: only remembered, to be computed with what follows."""
+class _DeferredForward(_PartForward):
+    """The forward of a norm, or an MLP: only recorded, to be computed with what follows."""
 
-    def __call__(self, x: Tensor | Later) -> Later:
+    def __call__(self, x: Tensor | Deferred) -> Deferred:
         return self.shared.begin(x).call(self.module, self.call_former)
 
 
 class _TiledForward(_PartForward):
-    """Of an MLP next to experts: computed at once."""
+    """The forward of an MLP next to experts: computed at once."""
 
-    def __call__(self, x: Tensor | Later) -> Tensor:
+    def __call__(self, x: Tensor | Deferred) -> Tensor:
         return self.shared.compute(self.shared.begin(x).call(self.module, self.call_former))
 
 
-class _WholeForward(_PartForward):
-    """A router looks at all tokens: before it, only the norm is in tiles."""
+class _RouterForward(_PartForward):
+    """The forward of an MLP with a router, which reads all tokens: before it, only the norm is in tiles."""
 
-    def __call__(self, x: Tensor | Later) -> Any:
-        return self.call_former(self.shared.compute(x) if isinstance(x, Later) else x)
+    def __call__(self, x: Tensor | Deferred) -> Any:
+        return self.call_former(self.shared.compute(x) if isinstance(x, Deferred) else x)
 
 
 class _ReaderForward(_PartForward):
-    """Of one of the linears that read an attention's input: the first to be asked computes all of them, `outputs` in
-    sum, norm included."""
+    """The forward of one of the linears that read an attention's input: the first to be asked computes all of them,
+    `outputs` in sum, norm included."""
 
     def __init__(self, shared: _Block, name: str, readers: dict[str, nn.Module], outputs: int):
         super().__init__(readers[name], shared)
         self.name, self.readers, self.outputs = name, readers, outputs
 
-    def __call__(self, x: Tensor | Later) -> Tensor:
-        if not isinstance(x, Later):
+    def __call__(self, x: Tensor | Deferred) -> Tensor:
+        if not isinstance(x, Deferred):
             return self.call_former(x)
         if self.name not in x.fetched:
             x.fetched.update(zip(self.readers, self._read_all(x)))
         return x.fetched.pop(self.name)
 
-    def _read_all(self, x: Later) -> tuple[Tensor, ...]:
+    def _read_all(self, x: Deferred) -> tuple[Tensor, ...]:
         bare = replace(x, tokens=(), fetched={})  # the graph keeps `fn` until the backward: no tensor may hang on it
         modules = tuple(self.readers.values())
 
@@ -214,15 +218,15 @@ class _ReaderForward(_PartForward):
 def _forwards(
     model: nn.Module, config: "TiledBlockSettings", anatomy: "Anatomy", block: "Block", tiled_mlps: Sequence[str]
 ) -> list[ModuleForward]:
-    """`tiled_mlps`: names of the MLPs that are one function of single tokens."""
+    """Return the forwards to install in one block. `tiled_mlps`: names of MLPs that compute on single tokens."""
     shared, get = _Block(model, config, anatomy, block), model.get_submodule
     forwards: list[ModuleForward] = [
-        _LaterForward(get(name), shared) for name in anatomy.norms if name.rpartition(".")[0] == block.fqn
+        _DeferredForward(get(name), shared) for name in anatomy.norms if name.rpartition(".")[0] == block.fqn
     ]
     if block.mlp in tiled_mlps:
-        forwards.append(_LaterForward(shared.mlp, shared))
+        forwards.append(_DeferredForward(shared.mlp, shared))
     else:
-        forwards.append(_WholeForward(shared.mlp, shared))
+        forwards.append(_RouterForward(shared.mlp, shared))
         forwards += [_TiledForward(get(name), shared) for name in tiled_mlps if name.startswith(f"{block.mlp}.")]
     return [*forwards, *_readers(get(block.attention or ""), shared, anatomy, block)]
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from treering.core.errors import PlanError
 from treering.technique import recomputing
-from treering.techniques.tiling.replay import Replay
+from treering.techniques.tiling.engine import Replay
 
 SLICE = 32  # tokens that are computed both ways
 COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional", "_dtensor", "fsdp")
@@ -35,7 +35,7 @@ class TileCheck:
         self.done = True
 
     def _real(self, x: Tensor, dims: int) -> bool:
-        """Whether there are values to compare: not while memory is only being predicted, not of a single token."""
+        """Return whether there are values to compare: not while memory is predicted, not of a single token."""
         from torch._subclasses.fake_tensor import FakeTensor
 
         return not isinstance(x, FakeTensor) and x.device.type != "meta" and x.shape[:dims].numel() > 1
@@ -77,7 +77,7 @@ class TileCheck:
                 )
 
     def _drops(self, x: Tensor) -> bool:
-        """Whether random numbers are drawn on a device whose state is not that of the host."""
+        """Return whether random numbers are drawn on a device whose state is not that of the host."""
         drops = (m for top in self.modules for m in top.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
         return x.device.type != "cpu" and any(m.training and m.p > 0 for m in drops)
 
@@ -95,7 +95,7 @@ class _NoCollective(TorchDispatchMode):
         if func.namespace in COLLECTIVES:
             raise self.error(
                 f"it communicates with other ranks ({func.name()}), once for each tile; ranks with different numbers "
-                "of tiles would wait for each other for ever"
+                "of tiles would wait for each other without end"
             )
         return func(*args, **(kwargs or {}))
 
@@ -106,7 +106,7 @@ def _few(x: Tensor, dims: int) -> Tensor:
 
 
 def _close(value: Tensor, expected: Tensor, replay: Replay) -> bool:
-    """Whether two results differ by rounding only, by √eps of the coarsest dtype in use times the largest element."""
+    """Return whether results differ by less than √eps of the coarsest dtype in use times the largest element."""
     dtypes = [value.dtype, *(dtype for _, enabled, dtype in replay.autocast if enabled)]
     if not value.dtype.is_floating_point:
         return torch.equal(value, expected)

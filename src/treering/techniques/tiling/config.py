@@ -1,4 +1,4 @@
-"""The techniques `tiledmlp`, `tiledblock` and `tiledloss`: what does not fit at once, computed tile by tile."""
+"""The techniques `tiledmlp`, `tiledblock` and `tiledloss`: computation on a tile of tokens at a time."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TiledMLP(TiledMLPSettings):
-    """The feed-forward part of every block, computed on a tile of tokens at a time, and once more in the backward.
+    """Compute the feed-forward part of every block on a tile of tokens at a time, and once more in the backward.
 
     tile        tokens in a tile at most; `budget`: what a tile needs fits into `budget`; `hidden`: as many tokens as
                 the model is wide (what DeepSpeed, Liger and axolotl's first version do)
     budget      GiB for one tile
     experts     `tokens`: stacked experts see a tile of tokens at a time; `groups`: all tokens, but a group of experts
-                at a time, so that no gradient is ever a sum of several and none needs a float32 buffer
+                at a time, so that no gradient is a sum of several and none needs a float32 buffer
     accumulate  in what the gradient of a weight is summed over tiles: float32 (or wider); the dtype of the parameter,
                 whose rounding grows with the number of tiles; `budget`: float32 where such sums fit into `budget`
     """
@@ -40,7 +40,7 @@ class TiledMLP(TiledMLPSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TiledBlock(TiledBlockSettings):
-    """All of a block but its attention in tiles: norm, MLP and residual together, and norm with q, k and v.
+    """Compute all of a block but its attention in tiles: norm, MLP and residual together, and norm with q, k and v.
 
     tile        as in `tiledmlp`, which this contains
     budget      GiB for one tile
@@ -82,7 +82,7 @@ class TiledBlock(TiledBlockSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TiledLoss(TiledLossSettings):
-    """Head and objective on a tile of trained tokens at a time: logits of a complete sequence never exist.
+    """Compute head and objective on a tile of trained tokens at a time: logits of a complete sequence never exist.
 
     tile             tokens in a tile at most; `budget`: what a tile's logits need fits into `budget`
     budget           GiB for one tile

@@ -2,15 +2,15 @@
 
 A job runs `body(*tiles of tokens, *weights)` once per tile, first without a graph, and in the backward again, tile by
 tile, with one. Weights are inputs of the function like any other: their gradients are taken per tile from aliases,
-summed here, and given to autograd once. So whatever observes a weight (DDP, FSDP, hooks, accumulation)
+summed here, and incoming to autograd once. So whatever observes a weight (DDP, FSDP, hooks, accumulation)
 sees one gradient, as without tiles.
 
-The tokens are kept by a node of their own. In a recomputed region, asking that node for them ends the recomputation
+The tokens are kept by a separate node. In a recomputed region, asking that node for them ends the recomputation
 there, before the tiles are run: two forwards in all, not three.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from treering.technique import recomputing
-from treering.techniques.tiling.replay import Replay
 
 Out = Literal["cat", "sum"]
 
@@ -44,7 +43,7 @@ class Gradient:
         elif gradient is None:
             return
         elif self.value is None:
-            self.value = gradient  # not ours: autograd may have given the same tensor to another input as well
+            self.value = gradient  # not a copy: autograd may have incoming the same tensor to another input as well
         elif not self.owned:
             self.value, self.owned = self.value.to(self.dtype) + gradient, True
         else:
@@ -93,7 +92,7 @@ class TileJob:
 
 
 def run(job: TileJob, *inputs: Tensor) -> Any:
-    """A tensor or a tuple, as `body` gives them."""
+    """Return a tensor or a tuple, as `body` returns them."""
     box = _Box()
     tokens, weights = inputs[: job.tokens], inputs[job.tokens :]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tokens):
@@ -103,7 +102,7 @@ def run(job: TileJob, *inputs: Tensor) -> Any:
 
 
 def run_now(job: TileJob, *inputs: Tensor) -> Any:
-    """For `body` that gives a number: the gradients are taken along with it, and scaled in the backward."""
+    """Return the sum of the numbers that `body` returns; gradients are computed at once, and scaled in the backward."""
     box = _Box()
     outputs = _Now.apply(job, box, torch.is_grad_enabled(), *inputs)
     return outputs if box.several else outputs[0]
@@ -134,7 +133,7 @@ class _Tiles(torch.autograd.Function):
     def forward(ctx: Any, job: TileJob, box: _Box, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.job, ctx.box, ctx.replay = job, box, Replay(inputs[0].device)
-        # Weights by reference: saved tensors would pass through the hooks of whoever offloads activations.
+        # Weights by reference: saved tensors would pass through hooks that offload activations.
         ctx.weights = inputs[job.tokens :]
         ctx.versions = [w._version for w in ctx.weights]
         if box.node is None:
@@ -163,8 +162,8 @@ class _Tiles(torch.autograd.Function):
                 tile = job.tile(plain, start, stop)
                 _leaves(tile, sums)
                 outputs = _tuple(job.body(*tile))
-                given = [job.rows(g)[start:stop] if g is not None and job.out == "cat" else g for g in gradients]
-                pairs = [(y, g) for y, g in zip(outputs, given) if g is not None and y.requires_grad]
+                incoming = [job.rows(g)[start:stop] if g is not None and job.out == "cat" else g for g in gradients]
+                pairs = [(y, g) for y, g in zip(outputs, incoming) if g is not None and y.requires_grad]
                 _take(sums, [y for y, _ in pairs], [g.to(y.dtype) for y, g in pairs], tile, start, stop)
                 del outputs, pairs, tile
         return (None, None, *(sums[i].result() if i in sums else None for i in range(len(inputs))))
@@ -233,18 +232,18 @@ def _forward(job: TileJob, box: _Box, inputs: Sequence[Tensor]) -> tuple[Tensor,
 
 
 def _leaves(tile: list[Tensor], sums: dict[int, Gradient]) -> None:
-    """Inputs whose gradient is asked for become leaves of this tile's graph."""
+    """Replace inputs whose gradient is needed by leaves of this tile's graph."""
     for i in sums:
         tile[i] = tile[i].detach().requires_grad_()
 
 
 def _take(
-    sums: dict[int, Gradient], outputs: list[Tensor], given: list[Tensor], tile: list[Tensor], start: int, stop: int
+    sums: dict[int, Gradient], outputs: list[Tensor], incoming: list[Tensor], tile: list[Tensor], start: int, stop: int
 ) -> None:
     leaves = [tile[i] for i in sums]
     values: Sequence[Tensor | None] = [None] * len(leaves)
     if outputs and leaves:
-        values = torch.autograd.grad(outputs, leaves, given, allow_unused=True)
+        values = torch.autograd.grad(outputs, leaves, incoming, allow_unused=True)
     for gradient, value in zip(sums.values(), values):
         gradient.add(value, start, stop)
 
@@ -260,5 +259,49 @@ def _as_tile() -> Iterator[None]:
 
 
 def _unseen() -> Any:
-    """A tile's own saved tensors live for a moment: no surrounding hook is to offload or count them."""
+    """Return hooks that hide the saved tensors of a tile from hooks around it: they are freed soon."""
     return saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
+class Replay:
+    """The surroundings of a forward. `again()` restores them, and leaves the random states as they were before."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        kinds = dict.fromkeys(("cpu", device.type)) if device.type != "meta" else {}
+        self.autocast = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in kinds
+            if torch.amp.is_autocast_available(kind)
+        ]
+        self.random = self._states()
+
+    @contextmanager
+    def casting(self) -> Iterator[None]:
+        """Cast as the forward did, without a cache: each tile has new aliases, whose casts would accumulate."""
+        with ExitStack() as stack:
+            if any(enabled for _, enabled, _ in self.autocast):
+                for kind, enabled, dtype in self.autocast:
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+            yield
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        now = self._states()
+        self._set(self.random)
+        try:
+            with self.casting():
+                yield
+        finally:
+            self._set(now)
+
+    def _states(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
+        if self.device.type not in ("cpu", "meta"):
+            states.append(torch.get_device_module(self.device).get_rng_state(self.device))
+        return states
+
+    def _set(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.get_device_module(self.device).set_rng_state(states[1], self.device)

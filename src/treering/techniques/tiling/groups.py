@@ -51,6 +51,7 @@ def check_groups(module: Any, experts: "Experts", setting: str) -> None:
 
 
 def index_of(tokens: Sequence[Tensor], name: str, setting: str) -> Tensor:
+    """Return, of the arguments of experts, the numbers of the experts of each token."""
     integers = [x for x in tokens[1:] if not x.dtype.is_floating_point]
     if len(integers) != 1 or len(tokens) != 3:
         shapes = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}" for x in tokens)
@@ -84,17 +85,17 @@ def call(
     which = next(i for i, x in enumerate(tokens) if not x.dtype.is_floating_point)
 
     def body(*inputs: Tensor) -> Tensor:
-        given, values = list(inputs[: -len(parameters) - 1]), inputs[-len(parameters) - 1 : -1]
+        arguments, values = list(inputs[: -len(parameters) - 1]), inputs[-len(parameters) - 1 : -1]
         numbers = inputs[-1]
         here = len(numbers)
         if here < experts.number:
-            local = given[which] - numbers[0]
+            local = arguments[which] - numbers[0]
             inside = (local >= 0) & (local < here)
-            given[which] = torch.where(inside, local, here)
+            arguments[which] = torch.where(inside, local, here)
             weight = 3 - which
-            given[weight] = torch.where(inside, given[weight], 0)
+            arguments[weight] = torch.where(inside, arguments[weight], 0)
         with put(parameters.values(), values), _fewer(module, here, experts.number):
-            return fn(*given)
+            return fn(*arguments)
 
     numbers = torch.arange(experts.number, device=tokens[0].device)
     job = TileJob(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from treering.core import module_forward as forwards
+from treering.core import module_forward
 from treering.objectives import IGNORED, INPUTS, CrossEntropy, Objective, ObjectiveRows, objective_values, widened
 from treering.technique import Applied, Site
 from treering.techniques.tiling.mlp import sums_wide
@@ -34,7 +34,7 @@ Selection = Callable[[Tensor], Tensor]  # of trained positions: [B, S, …] to [
 
 @dataclass(frozen=True, kw_only=True)
 class OutputHead:
-    """What stands between hidden states and logits.
+    """The computation from hidden states to logits.
 
     Attributes:
         module: Computes logits, before scale and softcap.
@@ -137,23 +137,23 @@ def _flat(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def install_loss(model: nn.Module, config: "TiledLossSettings", site: Site) -> Applied:
-    """See `TiledLoss`."""
+    """Install the tiled loss on head and model, as `TiledLoss` describes it."""
     anatomy_head = site.anatomy.head
     assert anatomy_head is not None, "claims refuse a model without a head"
     head: Any = model.get_submodule(anatomy_head.fqn)
     body: Any = model.base_model  # type: ignore[union-attr]
     vocabulary = model.get_parameter(anatomy_head.weight).shape[0]
     head_forward = _HeadForward(head, config, anatomy_head, vocabulary)
-    undone = [forwards.install(head_forward), forwards.install(_ModelForward(model, body, head))]
+    undone = [module_forward.install(head_forward), module_forward.install(_ModelForward(model, body, head))]
     long = f"{config.budget:g} GiB of logits" if config.tile == "budget" else f"{config.tile} tokens"
     objective = None
     if config.label_smoothing or config.z_loss:
         objective = CrossEntropy(label_smoothing=config.label_smoothing, z_loss=config.z_loss)
     note = f"head and objective on {long} at a time"
-    return Applied(loss=tiled_loss, objective=objective, undo=forwards.undo_all(undone), notes=(note,))
+    return Applied(loss=tiled_loss, objective=objective, undo=module_forward.undo_all(undone), notes=(note,))
 
 
-class _HeadForward(forwards.ModuleForward):
+class _HeadForward(module_forward.ModuleForward):
     """Logits; or, given the rows of an objective, their sum, in tiles."""
 
     def __init__(self, module: nn.Module, config: "TiledLossSettings", anatomy_head: "Head", vocabulary: int):
@@ -177,8 +177,8 @@ class _HeadForward(forwards.ModuleForward):
         )
 
 
-class _ModelForward(forwards.ModuleForward):
-    """What the model gives; or, given how to select trained positions, the sum of an objective there, by its head."""
+class _ModelForward(module_forward.ModuleForward):
+    """The output of the model; or, given how to select trained positions, the sum of an objective there."""
 
     def __init__(self, module: nn.Module, body: nn.Module, head: nn.Module):
         super().__init__(module)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from treering.core import module_forward as forwards
+from treering.core import module_forward
 from treering.core.errors import PlanError
 from treering.technique import Applied, Site
 from treering.techniques.tiling import groups
@@ -17,16 +17,18 @@ if TYPE_CHECKING:
 
 
 def install_mlps(model: nn.Module, config: "TiledMLPSettings", site: Site) -> Applied:
+    """Install tiles on every MLP and on every call of stacked experts."""
     anatomy = site.anatomy
     undone = [
-        forwards.install(_TiledMLP(model.get_submodule(fqn), config, fqn, token_width(anatomy, fqn)))
+        module_forward.install(_TiledMLP(model.get_submodule(fqn), config, fqn, token_width(anatomy, fqn)))
         for fqn in dense(model, anatomy)
     ]
     several = [tile_experts(model, config, anatomy, experts, "tiledmlp") for experts in anatomy.experts]
-    return Applied(undo=forwards.undo_all([*undone, *several]), notes=notes(config, len(undone), len(several)))
+    return Applied(undo=module_forward.undo_all([*undone, *several]), notes=notes(config, len(undone), len(several)))
 
 
 def notes(config: "TiledMLPSettings | TiledBlockSettings", dense: int, experts: int) -> tuple[str, ...]:
+    """Return the lines for explain()."""
     long = f"of {config.budget:g} GiB" if config.tile == "budget" else f"of {config.tile} tokens"
     long = "of as many tokens as the model is wide" if config.tile == "hidden" else long
     lines = [f"{dense} MLPs in tiles {long}"] if dense else []
@@ -62,13 +64,14 @@ def token_width(anatomy: "Anatomy", fqn: str) -> int:
 
 
 def sums_wide(region: TiledRegion, accumulate: "Accumulate", budget: float) -> bool:
+    """Return whether gradients of weights are summed over tiles in float32."""
     if accumulate == "budget":
         return 4 * sum(p.numel() for m in region.modules for p in m.parameters() if p.requires_grad) <= budget * GIB
     return accumulate == "float32"
 
 
-class _TiledMLP(forwards.ModuleForward):
-    """Of an MLP, in tiles. `width`: elements that a token needs."""
+class _TiledMLP(module_forward.ModuleForward):
+    """The forward of an MLP, in tiles. `width`: elements that a token needs."""
 
     setting = "tiledmlp"
 
@@ -100,11 +103,11 @@ def tile_experts(
     rows = sum(p.shape[1] if p.shape[2] == hidden else p.shape[2] for n, p in _stacked(model, experts))
     if config.experts == "groups":
         groups.check_groups(module, experts, setting)
-    return forwards.install(_TiledExperts(module, config, experts, rows, setting))
+    return module_forward.install(_TiledExperts(module, config, experts, rows, setting))
 
 
-class _TiledExperts(forwards.ModuleForward):
-    """`rows`: of what the stacked weights of one expert make of a token."""
+class _TiledExperts(module_forward.ModuleForward):
+    """The forward of stacked experts, in tiles. `rows`: elements that the weights of one expert compute for a token."""
 
     def __init__(
         self,
@@ -157,13 +160,13 @@ def _of_tokens(
 
     # Without the tensors: the graph keeps `fn`, and with it all that it refers to, until the backward.
     others = [None if isinstance(value, Tensor) else value for value in args]
-    words = {key: None if isinstance(value, Tensor) else value for key, value in kwargs.items()}
+    other_keywords = {key: None if isinstance(value, Tensor) else value for key, value in kwargs.items()}
 
     def fn(*tiles: Tensor) -> Any:
-        given, named = list(others), dict(words)
+        arguments, keywords = list(others), dict(other_keywords)
         for i, value in zip(places, tiles):
-            given[i] = value
-        named.update(zip(names, tiles[len(places) :]))
-        return forward(*given, **named)
+            arguments[i] = value
+        keywords.update(zip(names, tiles[len(places) :]))
+        return forward(*arguments, **keywords)
 
     return fn, tokens, dims

@@ -1,4 +1,4 @@
-"""The reference: what tiles must compute, in a few lines, with everything in memory at once."""
+"""The reference: the results that tiles must give, in a few lines, with everything in memory at once."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def tiled(fn: Callable[..., Tensor], tokens: Sequence[Tensor], params: Sequence[Tensor], cuts: Sequence[int]) -> Tensor:
-    """`fn` tile by tile under plain autograd; `cuts` are the lengths of the tiles along dimension 0."""
+    """Return `fn` tile by tile under plain autograd; `cuts` are the lengths of the tiles along dimension 0."""
     return torch.cat([fn(*tile, *params) for tile in zip(*(x.split(list(cuts)) for x in tokens))])
 
 
@@ -18,7 +18,8 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, so
 
 
 def cross_entropy(z: Tensor, targets: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
-    """Σ over tokens whose target is not -100 of (1 − ε)(−log p_target) + ε · mean over V of −log p, and the z-loss."""
+    """Return Σ over tokens whose target is not -100 of (1 − ε)(−log p_target) + ε · mean over V of −log p, and
+    z-loss."""
     real = targets != -100
     z, targets = z[real], targets[real]
     log_p = z - z.logsumexp(-1, keepdim=True)
@@ -27,6 +28,6 @@ def cross_entropy(z: Tensor, targets: Tensor, label_smoothing: float = 0.0, z_lo
 
 
 def divergence(p: Tensor, q: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """Σ over trained tokens of T² · KL(p ‖ q), of the logits p and q."""
+    """Return Σ over trained tokens of T² · KL(p ‖ q), of the logits p and q."""
     log_p, log_q = (z[targets != -100].div(temperature).log_softmax(-1) for z in (p, q))
     return temperature**2 * (log_p.exp() * (log_p - log_q)).sum()

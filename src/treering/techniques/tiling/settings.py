@@ -1,4 +1,4 @@
-"""What a user sets of the three tilings, and their checks."""
+"""The settings of the three tilings, and their checks."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -40,7 +40,7 @@ class TiledLossSettings:
 
     def __post_init__(self) -> None:
         check_tile(self.tile, self.budget)
-        CrossEntropy(label_smoothing=self.label_smoothing, z_loss=self.z_loss)  # which checks them
+        CrossEntropy(label_smoothing=self.label_smoothing, z_loss=self.z_loss)  # its constructor checks them
 
 
 def check_tile(tile: Tile, budget: float) -> None:

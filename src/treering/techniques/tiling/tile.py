@@ -1,8 +1,8 @@
 """Run any token-wise function in tiles; or modules, whose trainable parameters become inputs of that function.
 
 While a tile of modules runs again, they have aliases of their parameters, put straight into the dictionaries that hold
-parameters: no hook and no `__setattr__` sees it, and after the tile the same objects are back. How long a tile is,
-every rank knows from its own shapes, without asking another or the device.
+parameters: no hook and no `__setattr__` sees it, and after the tile the same objects are back. Every rank
+computes the length of a tile from its shapes, without a message or a wait for the device.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -93,8 +93,8 @@ def _checked(fn: Callable[..., Any], tokens: int, dims: int, out: Out) -> Callab
 
     def body(*inputs: Tensor) -> Any:
         rows = inputs[0].shape[0]
-        given = [x.reshape(*(1,) * (dims - 1), *x.shape) if dims > 1 else x for x in inputs[:tokens]]
-        result = fn(*given, *inputs[tokens:])
+        arguments = [x.reshape(*(1,) * (dims - 1), *x.shape) if dims > 1 else x for x in inputs[:tokens]]
+        result = fn(*arguments, *inputs[tokens:])
         outputs = result if isinstance(result, tuple) else (result,)
         if out == "sum":
             if outputs[0].ndim:
@@ -115,7 +115,7 @@ def _checked(fn: Callable[..., Any], tokens: int, dims: int, out: Out) -> Callab
 
 
 class TiledRegion:
-    """`fn` of tokens that computes with `modules`; called in tiles."""
+    """Modules that a function of tokens computes with; called in tiles."""
 
     def __init__(self, name: str, modules: Sequence[nn.Module], setting: str):
         self.modules = tuple(modules)

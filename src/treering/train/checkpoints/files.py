@@ -37,7 +37,7 @@ UNTOUCHED = "; earlier checkpoints are untouched"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class StagedRows:
     """This rank's rows of one tensor, on the host."""
 
     shape: tuple[int, ...]  # of the complete tensor
@@ -47,7 +47,7 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedTensor:
+class CheckpointTensor:
     """A tensor of a checkpoint, read by rows from whichever files hold them."""
 
     name: str
@@ -88,23 +88,23 @@ class SavedTensor:
         except (OSError, SafetensorError) as error:  # a run that continues removes its old checkpoints
             raise CheckpointError(f"{self.folder / chunk.file} was complete and cannot be read now: {error}") from None
         if rows.dtype != self.dtype or (self.shape and rows.shape != (stop - start, *self.shape[1:])):
-            raise CheckpointError(f"{self.folder / chunk.file}: {self.name} is not what the manifest says it is")
+            raise CheckpointError(f"{self.folder / chunk.file}: {self.name} is not what the manifest describes")
         return rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
+class SavedCheckpoint:
     """A checkpoint whose files have been verified."""
 
     folder: Path
     step: int
-    tensors: Mapping[str, SavedTensor]
+    tensors: Mapping[str, CheckpointTensor]
     facts: Mapping[str, Any]  # what the trainer wrote next to the tensors
     prepared: Mapping[str, str]  # label of a prepared result -> its digest: they hold the rest of the tensors
 
 
-def stage(tensors: Mapping[str, Tensor], copy: bool) -> dict[str, Piece]:
-    """Return this rank's rows on the host. `copy`: in memory of their own, as the live tensors may change meanwhile."""
+def stage(tensors: Mapping[str, Tensor], copy: bool) -> dict[str, StagedRows]:
+    """Return this rank's rows on the host. `copy`: in separate memory, as the live tensors may change meanwhile."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     staged = {}
     for name, tensor in tensors.items():
@@ -114,14 +114,14 @@ def stage(tensors: Mapping[str, Tensor], copy: bool) -> dict[str, Piece]:
             rows = live.cpu().contiguous()
             if copy and rows.data_ptr() == live.data_ptr():
                 rows = rows.clone()
-            staged[name] = Piece(shape=tuple(tensor.shape), start=start, stop=stop, rows=rows)
+            staged[name] = StagedRows(shape=tuple(tensor.shape), start=start, stop=stop, rows=rows)
     return staged
 
 
 def write(
     root: Path,
     step: int,
-    staged: Mapping[str, Piece],
+    staged: Mapping[str, StagedRows],
     facts: Mapping[str, Any],
     group: Any = None,
     prepared: Mapping[str, str] | None = None,
@@ -162,7 +162,7 @@ def write(
             prepared=dict(prepared or {}),
         )
         disk.write(temporary / manifest.NAME, [description.dump()], "manifest")
-        if final.exists():  # a damaged one of this step was passed over; it is kept, under a name that nothing loads
+        if final.exists():  # a damaged one of this step was skipped; it is kept, under a name that nothing loads
             disk.move(final, root / f"{final.name}.damaged-{token}", "damaged")
         disk.publish(temporary, final, ("folder", "publish", "root"))
 
@@ -175,11 +175,11 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[st
     return write(root, step, stage(tensors, copy=False), facts)
 
 
-def _size(staged: Mapping[str, Piece]) -> str:
+def _size(staged: Mapping[str, StagedRows]) -> str:
     return f"{sum(size(p.rows) for p in staged.values()) / 2**20:.1f} MiB"
 
 
-def _write_own(folder: Path, rank: int, staged: Mapping[str, Piece]) -> tuple[str, FileEntry, dict[str, Any]]:
+def _write_own(folder: Path, rank: int, staged: Mapping[str, StagedRows]) -> tuple[str, FileEntry, dict[str, Any]]:
     file = f"rank-{rank:05d}.safetensors"
     length, blocks = disk.write(folder / file, pieces({n: p.rows for n, p in staged.items()}), f"rank {rank}")
     entries = {n: (p.shape, str(p.rows.dtype).removeprefix("torch."), p.start, p.stop) for n, p in staged.items()}
@@ -194,7 +194,7 @@ def _first_copy(tensor: Tensor, rank: int) -> bool:
     return all(mesh.get_local_rank(i) == 0 for i, p in enumerate(tensor.placements) if isinstance(p, Replicate))
 
 
-def newest(root: Path, warn: Callable[[str], None]) -> Saved | None:
+def newest(root: Path, warn: Callable[[str], None]) -> SavedCheckpoint | None:
     """Return the newest complete checkpoint in `root`. `warn` is given the error of each newer one."""
     for step in reversed(steps(root)):
         try:
@@ -205,7 +205,7 @@ def newest(root: Path, warn: Callable[[str], None]) -> Saved | None:
 
 
 def steps(root: Path) -> list[int]:
-    """Return the steps that there are checkpoints of, complete or damaged."""
+    """Return the steps that have checkpoints, complete or damaged."""
     return sorted(int(m[1]) for p in _folders(root) if (m := STEP.fullmatch(p.name)))
 
 
@@ -213,7 +213,7 @@ def _folders(root: Path) -> list[Path]:
     return [p for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
 
 
-def read(folder: Path) -> Saved:
+def read(folder: Path) -> SavedCheckpoint:
     """Return a checkpoint after verifying that it is what was written. All ranks call it and share the work."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     try:
@@ -229,8 +229,8 @@ def read(folder: Path) -> Saved:
     problems = [text for text in together(lambda: problem, f"reading {folder}") if text]
     if problems:
         raise CheckpointError(problems[0])
-    tensors = {n: SavedTensor(name=n, entry=entry, folder=folder) for n, entry in described.tensors.items()}
-    return Saved(
+    tensors = {n: CheckpointTensor(name=n, entry=entry, folder=folder) for n, entry in described.tensors.items()}
+    return SavedCheckpoint(
         folder=folder, step=described.step, tensors=tensors, facts=described.facts, prepared=described.prepared
     )
 
@@ -261,7 +261,7 @@ def _verify(path: Path, about: FileEntry, tensors: Mapping[str, TensorEntry]) ->
         if chunk.file == path.name
     }
     if present != wanted:  # a tensor that the manifest lacks would never be missed
-        return f"{path} does not hold what the manifest says it does: {min(present ^ wanted)[0]}"
+        return f"{path} does not hold what the manifest lists: {min(present ^ wanted)[0]}"
     return ""
 
 

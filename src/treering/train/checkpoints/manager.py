@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when they are opened and saved, what must not change between them, which is the best."""
+"""The checkpoints of a run: loading and saving them, what must not change between them, and which one is the best."""
 
 import hashlib
 import json
@@ -26,13 +26,13 @@ from treering.train.checkpoints import state
 from treering.train.config import Job
 from treering.train.prepare import RunData
 
-TENSORS = ("techniques", "dtype", "initialise", "optimizer")  # with another of these, the tensors would not fit
+TENSORS = ("techniques", "dtype", "initialise", "optimizer")  # if one of these changes, the tensors would not fit
 SOURCES = ("model", "weights", "statistics", "seed")  # what prepared results are made from
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """What a run counts over all its processes; every checkpoint holds a copy."""
+    """The counts of a run over all its processes; every checkpoint has a copy."""
 
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -42,7 +42,7 @@ class Progress:
     owed: int | None = None  # the step whose evaluation a signal interrupted
 
     @classmethod
-    def restore(cls, saved: checkpoint.Saved) -> "Progress":
+    def restore(cls, saved: checkpoint.SavedCheckpoint) -> "Progress":
         """Return the counts of a checkpoint; one written before a count existed has its first value."""
         counts = saved.facts.get("counts")
         if not isinstance(counts, dict):
@@ -68,7 +68,7 @@ class Progress:
             self.without_improvement += 1
 
     def forget_best(self) -> None:
-        """A loss on other documents cannot be compared with."""
+        """Forget the best loss: losses on other documents cannot be compared."""
         self.best, self.best_step, self.without_improvement = None, None, 0
 
 
@@ -116,7 +116,7 @@ class Saver:
             self.error = error
 
     def wait(self) -> None:
-        """Return when nothing is being written."""
+        """Wait until nothing is being written; raise the error of a save that failed."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -137,7 +137,7 @@ class CheckpointManager:
         self.job, self.plan, self.data, self.statistics = job, plan, data, statistics
         self.root = Path(job.output) / "checkpoints"
         self.prepared = Path(job.output) / "prepared"
-        self.saved: checkpoint.Saved | None = None
+        self.saved: checkpoint.SavedCheckpoint | None = None
         self.saver = Saver(job.train.checkpoint.asynchronous)
         self.progress = Progress()
 
@@ -204,7 +204,7 @@ class CheckpointManager:
         """Save `step`. With `on_error: warn` a failure before the `final` save is noted, and training continues."""
         strict = self.job.train.checkpoint.on_error == "stop"
         try:
-            self.saver.wait()  # the one before, which may still be written
+            self.saver.wait()  # for the previous one, which may still be in progress
         except CheckpointError as error:
             if strict:
                 raise
@@ -241,7 +241,7 @@ class CheckpointManager:
         return None if self.data is None or self.data.held_out is None else self.data.held_out.digest
 
     def identity(self) -> dict[str, Any]:
-        """Return what makes a run this run: with any of it changed, a resumed run would be another one."""
+        """Return what identifies this run: with any of it changed, a resumed run would be another one."""
         settings = self.job.train
         identity: dict[str, Any] = {
             "model": self.plan.source_name,
@@ -265,7 +265,7 @@ class CheckpointManager:
 
 
 def check_same(
-    saved: checkpoint.Saved, now: Mapping[str, Any], techniques: Iterable[object], force: bool = False
+    saved: checkpoint.SavedCheckpoint, now: Mapping[str, Any], techniques: Iterable[object], force: bool = False
 ) -> list[str]:
     """Refuse to resume as another run. With `force`, return notes on changes that leave the tensors as they are.
 
@@ -288,7 +288,7 @@ def check_same(
     return notes
 
 
-def changed_sources(saved: checkpoint.Saved, now: Mapping[str, Any]) -> tuple[str, ...]:
+def changed_sources(saved: checkpoint.SavedCheckpoint, now: Mapping[str, Any]) -> tuple[str, ...]:
     """Return which of the things that prepared results are made from are not those of the checkpoint."""
     then = saved.facts.get("identity", {})
     return tuple(name for name in SOURCES if then.get(name) != now[name])

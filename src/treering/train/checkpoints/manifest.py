@@ -1,6 +1,6 @@
-"""The manifest of a checkpoint: a schema with limits, digests, and the proof that every row of every tensor is there.
+"""The manifest of a checkpoint: a schema with limits, digests, and a check that every row of every tensor is present.
 
-Format 3 differs from 2 by `prepared`: some tensors of the run lie in prepared results, named by their digests. A
+Format 3 differs from 2 by `prepared`: some tensors of the run are in prepared results, named by their digests. A
 checkpoint that holds everything is written in format 2.
 """
 
@@ -69,7 +69,7 @@ class Manifest:
 
 
 def load(folder: Path) -> Manifest:
-    """Return the manifest of `folder`. One that does not keep to the schema is a CheckpointError that names it."""
+    """Return the manifest of `folder`. One that does not match the schema is a CheckpointError."""
     path = folder / NAME
     try:
         if path.stat().st_size > LARGEST:
@@ -84,8 +84,8 @@ def load(folder: Path) -> Manifest:
                 f"{path} has format {content['format']!r}; this version reads {SELF_CONTAINED} and {FORMAT}"
             )
         manifest = Manifest(
-            step=_whole(content["step"]),
-            world=_whole(content["world"], least=1),
+            step=_count(content["step"]),
+            world=_count(content["world"], least=1),
             facts=dict(content["facts"]),
             files={_basename(name): _file(about) for name, about in content["files"].items()},
             tensors={name: _entry(entry) for name, entry in content["tensors"].items()},
@@ -101,7 +101,7 @@ def load(folder: Path) -> Manifest:
 
 
 def _file(value: Mapping[str, Any]) -> FileEntry:
-    return FileEntry(bytes=_whole(value["bytes"]), blocks=str(value["blocks"]))
+    return FileEntry(bytes=_count(value["bytes"]), blocks=str(value["blocks"]))
 
 
 def _digests(value: Mapping[str, Any]) -> dict[str, str]:
@@ -112,11 +112,11 @@ def _digests(value: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _entry(value: Mapping[str, Any]) -> TensorEntry:
-    shape = tuple(_whole(size) for size in value["shape"])
+    shape = tuple(_count(size) for size in value["shape"])
     if value["dtype"] not in DTYPES or math.prod(shape) >= 1 << 50:
         raise ValueError(f"a tensor of {value['dtype']!r} and shape {shape}")
     chunks = tuple(
-        Chunk(file=_basename(c["file"]), start=_whole(c["start"]), stop=_whole(c["stop"])) for c in value["chunks"]
+        Chunk(file=_basename(c["file"]), start=_count(c["start"]), stop=_count(c["stop"])) for c in value["chunks"]
     )
     return TensorEntry(shape=shape, dtype=value["dtype"], chunks=chunks)
 
@@ -136,7 +136,7 @@ def _check_covered(folder: Path, name: str, entry: TensorEntry, files: Mapping[s
         raise CheckpointError(f"{folder}: rows {at} to {entry.rows} of {name} are in no file")
 
 
-def _whole(value: Any, least: int = 0) -> int:
+def _count(value: Any, least: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 62:
         raise ValueError(f"{value!r} where a count should be")
     return value

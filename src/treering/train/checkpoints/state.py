@@ -12,11 +12,11 @@ from treering.core.sharded import local_rows, put_rows
 from treering.plan import Run
 from treering.plan.prepared import weight_of
 from treering.plan.refill import unsaved
-from treering.train.checkpoints.files import SavedTensor
+from treering.train.checkpoints.files import CheckpointTensor
 
 
 def tensors(run: Run, optimizers: Sequence[Optimizer], prepared: Collection[str] = ()) -> dict[str, Tensor]:
-    """Return parameters that are not simply the source's, technique states, and the optimizers' moments.
+    """Return parameters that differ from the source's, technique states, and the optimizers' moments.
 
     `prepared` names prepared results, by `prepared.label`, that hold what need not be saved (`Part.saved`); without it,
     the tensors depend on no other folder.
@@ -36,9 +36,9 @@ def tensors(run: Run, optimizers: Sequence[Optimizer], prepared: Collection[str]
 
 
 @torch.no_grad()
-def restore_optimizers(run: Run, optimizers: Sequence[Optimizer], saved: Mapping[str, SavedTensor]) -> None:
+def restore_optimizers(run: Run, optimizers: Sequence[Optimizer], saved: Mapping[str, CheckpointTensor]) -> None:
     """Restore moments by parameter name. The groups' settings come from the configuration, not from the file."""
-    by_parameter: dict[str, dict[str, SavedTensor]] = {}
+    by_parameter: dict[str, dict[str, CheckpointTensor]] = {}
     for name, tensor in saved.items():
         if name.startswith("optimizer/"):
             _, parameter, key = name.split("/")
@@ -68,15 +68,15 @@ def _states(run: Run) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore_techniques(run: Run, saved: Mapping[str, SavedTensor]) -> None:
-    """Restore what techniques keep besides parameters, into the tensors that `Applied.state` returns."""
+def restore_techniques(run: Run, saved: Mapping[str, CheckpointTensor]) -> None:
+    """Restore the state of techniques that is not parameters, into the tensors that `Applied.state` returns."""
     for name, value in _states(run).items():
         if name not in saved:
             raise CheckpointError(f"the checkpoint lacks {name}, which a technique of this run keeps")
         put_rows(value, saved[name].rows(*local_rows(value)) if value.ndim else saved[name].read())
 
 
-def _like(parameter: Tensor, saved: SavedTensor) -> Tensor:
+def _like(parameter: Tensor, saved: CheckpointTensor) -> Tensor:
     """Return `saved` sharded as `parameter` is where it has its shape, else complete: a step counter."""
     if not saved.shape or saved.shape != tuple(parameter.shape):
         return saved.read()

@@ -1,1 +1,1 @@
-"""What ranks know of each other: heartbeats, watchdog, signals, the lock of a run."""
+"""Supervision of ranks: heartbeats, watchdog, signals, the lock of a run."""

@@ -1,4 +1,4 @@
-"""What each rank reports about itself to the others, in the store of the process group."""
+"""The reports of each rank about itself to the others, in the store of the process group."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from treering.train.ranks.lock import whoami
 
 BEAT = 0.5  # seconds between two entries of a rank
 IDLE = 0.2  # of a processor; a rank that uses more is at work
-INNERMOST = 4  # frames in which a collective shows: the operator's own may lie above it
+INNERMOST = 4  # frames that are searched for a collective: frames of an operator may be above it
 Beat = dict[str, Any]
 
 
 @dataclass
 class Phase:
-    """Where this rank is. Written by the loop, read by the thread that watches."""
+    """The phase and step of this rank. Written by the loop, read by the thread of the watchdog."""
 
     name: str = "preparing"
     step: int = 0
@@ -41,7 +41,7 @@ class Heartbeat:
         self.phase = phase
         self.thread = threading.get_ident()
         self.fixed = {"host": socket.gethostname(), **whoami(os.getpid())}
-        self.waiting = 0.0  # seconds for which the loop has stood at one collective, with an idle processor
+        self.waiting = 0.0  # seconds for which the loop has been at one collective, with an idle processor
         self._beats = 0
         self._last: Any = None
         self._since = self._now = time.monotonic()
@@ -88,12 +88,12 @@ class Board:
     """The entries of all ranks under one name, which belongs to one run of one job."""
 
     def __init__(self, name: str, rank: int, world: int):
-        # A client of its own: one that is shared would wait while the main thread waits in it.
+        # A separate client: a shared one would block while the main thread waits in it.
         self._store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
         self._lock = threading.Lock()
         self.rank, self.world = rank, world
-        self.end: Beat | None = None  # why the first rank ended that did
-        self.lost = False  # the store itself is gone
+        self.end: Beat | None = None  # the report of the first rank that ended
+        self.lost = False  # the store cannot be reached
         self._neighbour: tuple[int, float] = (-1, time.monotonic())
 
     def put(self, key: str, value: str) -> None:

@@ -16,14 +16,14 @@ from treering.core.errors import CheckpointError
 
 NAME = "run.lock"
 BEAT = 5.0  # seconds between two touches of the file
-STALE = 60.0  # a lock of another host that was not touched for so long belongs to nobody
+STALE = 60.0  # a lock of another host that was not touched for so long is no longer in use
 
 
 class Clock:
-    """The age of a lock, and waiting. Tests give another one."""
+    """The age of a lock, and waiting. Tests pass another clock."""
 
     def age(self, path: Path) -> float:
-        """Seconds since `path` was touched, by the clock of its file system: those of two hosts need not agree."""
+        """Return the seconds since `path` was touched, by the clock of its file system: two hosts may differ."""
         probe = path.with_name(f"{NAME}.now-{uuid.uuid4().hex[:8]}")
         probe.touch()
         try:
@@ -39,8 +39,8 @@ CLOCK = Clock()
 
 
 @contextmanager
-def held(folder: Path, clock: Clock = CLOCK) -> Iterator[None]:
-    """Hold the lock of `folder` on rank 0, for all ranks; a second run is a CheckpointError on every rank."""
+def locked(folder: Path, clock: Clock = CLOCK) -> Iterator[None]:
+    """Keep the lock of `folder` inside the context, on rank 0 for all ranks; a second run is a CheckpointError."""
     path, problem = folder / NAME, ""
     over = threading.Event()
     if is_first():
@@ -60,7 +60,7 @@ def held(folder: Path, clock: Clock = CLOCK) -> Iterator[None]:
         over.set()
         if is_first() and not problem:
             with suppress(OSError):
-                if path.read_bytes() == mine:  # somebody may have removed it by hand, and started another run
+                if path.read_bytes() == mine:  # a user may have removed it, and started another run
                     path.unlink()
 
 
@@ -130,7 +130,7 @@ def whoami(pid: int) -> dict[str, Any]:
 
 
 def _answers(pid: int) -> bool:
-    """Without /proc the number is all there is to go by."""
+    """Return whether a process has the number `pid`; without /proc nothing else is known of it."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

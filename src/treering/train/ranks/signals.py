@@ -1,7 +1,7 @@
-"""What SIGTERM, SIGUSR1 and Ctrl-C do to a run: the first asks it to save and stop, a second ends it at once.
+"""The effect of SIGTERM, SIGUSR1 and Ctrl-C on a run: the first asks it to save and stop, a second ends it at once.
 
-Schedulers send the first two before they kill. Python's own handlers run between two bytecodes of the main thread,
-which may sit in a collective for minutes; so a second signal is seen by a thread, through the wake-up descriptor.
+Schedulers send the first two before they kill. Python handlers run between two bytecodes of the main thread,
+which may wait in a collective for minutes; so a second signal is seen by a thread, through the wake-up descriptor.
 """
 
 import os
@@ -22,13 +22,13 @@ class Now(BaseException):
 
 
 class Signals:
-    """Handlers for as long as a run lasts; the program's own are back afterwards. In another
-    thread than the main one Python allows no handlers, and the program's own stay."""
+    """Signal handlers during a run; those of the program are restored afterwards. In a thread other than the main one,
+    Python allows no handlers, and those of the program stay."""
 
     def __init__(self) -> None:
-        self.got: signal.Signals | None = None
-        self.nudged = False  # ended by another rank's end
-        self.at_once = True  # nothing to save yet: the first signal ends the run where it stands
+        self.received: signal.Signals | None = None
+        self.interrupted_by_thread = False  # ended by another rank's end
+        self.at_once = True  # nothing to save yet: the first signal ends the run immediately
         self._before: dict[signal.Signals, Any] = {}
         self._over = threading.Event()
 
@@ -52,31 +52,31 @@ class Signals:
             signal.set_wakeup_fd(self._old_descriptor)
             self._writer.close()  # ends the thread
         if isinstance(error, Now):
-            assert self.got is not None
+            assert self.received is not None
             raise self.ended("there was nothing to save yet" if self.at_once else "at once") from None
 
     def ended(self, how: str) -> Interrupted:
-        """What ends a run that was asked to stop."""
-        error = Interrupted(f"stopped by {self.got.name if self.got else 'a signal to another rank'}: {how}")
+        """Return the error that ends a run that was asked to stop."""
+        error = Interrupted(f"stopped by {self.received.name if self.received else 'a signal to another rank'}: {how}")
         if self._second:
             error.exit_code = 128 + self._second
         return error
 
     _second = 0
 
-    def nudge(self) -> None:
-        """From another thread: end the run as a signal would, if that is where it stands and handlers are ours."""
-        if self.at_once and signal.SIGTERM in self._before and not self.nudged:
-            self.nudged = True
+    def interrupt_from_thread(self) -> None:
+        """End the run from another thread, as a signal would, if it can end at once and the handlers are these."""
+        if self.at_once and signal.SIGTERM in self._before and not self.interrupted_by_thread:
+            self.interrupted_by_thread = True
             main = threading.main_thread().ident
             assert main is not None
             signal.pthread_kill(main, signal.SIGTERM)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.nudged:
+        if self.interrupted_by_thread:
             raise Now
-        if self.got is None:
-            self.got = signal.Signals(number)
+        if self.received is None:
+            self.received = signal.Signals(number)
             if not self.at_once:
                 return
         else:
@@ -87,8 +87,8 @@ class Signals:
 
     def _count(self) -> None:
         seen = 0
-        while received := self._reader.recv(16):
-            for number in received:
+        while numbers := self._reader.recv(16):
+            for number in numbers:
                 seen += number in self._before
                 if seen == 2 and not self._over.wait(UNWINDING):
                     os._exit(128 + number)

@@ -1,8 +1,8 @@
-"""Ranks that watch each other: when one is gone, stuck or elsewhere, the others end and report which, where and when.
+"""Ranks watch each other: when one is gone, stuck or at another collective, the others end and report which and where.
 
 Twice a second a thread of each rank writes into the store of the process group where its rank is, and looks at the
-rank after it. A main thread that waits in a collective for somebody who will not come cannot be woken by anything, so
-that the thread then reports what it knows and ends the process.
+rank after it. A main thread that waits in a collective for a rank that will not join cannot be interrupted, so the
+thread then reports what it knows and ends the process.
 """
 
 import os
@@ -24,26 +24,26 @@ from treering.core.topology import STARTUP
 from treering.train.ranks.heartbeat import BEAT, Board, Heartbeat, Phase, different_collectives, gone
 from treering.train.ranks.signals import Now, Signals
 
-GRACE = 2.0  # seconds that a main thread has to come out of a collective by itself
-TANGLED = 4.0  # seconds of all ranks waiting at different collectives, after which they are not just late
-SILENT = 3.0  # seconds without an entry, after a collective has failed, that make a rank the one to blame
+GRACE = 2.0  # seconds that a main thread has to leave a collective by itself
+TANGLED = 4.0  # seconds of all ranks waiting at different collectives, after which it is an error
+SILENT = 3.0  # seconds without an entry, after a collective has failed, after which a rank is reported as silent
 KEY = "treering/"
 
 
 class Watchdog:
-    """with Watchdog(timeout, signals) as watchdog: …   With one rank it watches nothing and starts nothing."""
+    """with Watchdog(timeout, signals) as watchdog: …   With one rank it does nothing."""
 
     def __init__(self, timeout: float, signals: Signals, leave: Callable[[str, int], None] | None = None):
         self.timeout, self.signals = timeout, signals
         self.phase = Phase()
         self.several = dist.is_initialized() and dist.get_world_size() > 1
         self._leave = leave or _leave
-        self.spared: Any = None  # a group that may always take its time
+        self.exempt: Any = None  # a group whose timeout is not lowered
         self._over = threading.Event()
         self._lowered: list[tuple[Any, timedelta]] = []
         if self.several:
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
-            # Of its own: it waits for less, whatever the device, and no message of training can be mixed up with it.
+            # A separate group: its timeout is shorter on any device, and training has other messages.
             self._group = dist.new_group(backend="gloo", timeout=STARTUP)
             self._board = Board(KEY + from_first(uuid.uuid4().hex), self.rank, self.world)
 
@@ -58,7 +58,7 @@ class Watchdog:
         if not self.several:
             return
         lost: RankLost | None = None
-        if error is not None and (_of_ranks(error) or self.signals.nudged):
+        if error is not None and (_of_ranks(error) or self.signals.interrupted_by_thread):
             lost = self._lost(self._diagnosis(error))
         elif error is not None and not isinstance(error, RankLost) and not self._agreed:
             self._board.ended(_message(error, self.signals), _code(error))
@@ -74,16 +74,16 @@ class Watchdog:
     def stop_asked(self) -> bool:
         """Return whether any rank got a signal. Every rank asks at the same places, so all get the same answer."""
         if not self.several:
-            return self.signals.got is not None
+            return self.signals.received is not None
         if not self._agreed:
-            asked = torch.tensor([self.signals.got is not None], dtype=torch.uint8)
+            asked = torch.tensor([self.signals.received is not None], dtype=torch.uint8)
             dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group)
             self._agreed = bool(asked)
         return self._agreed
 
     @contextmanager
-    def first_goes_first(self) -> Iterator[None]:
-        """Let rank 0 do the work and the others wait for it, however long it takes; a signal still ends them."""
+    def first_rank_first(self) -> Iterator[None]:
+        """Let rank 0 do the work first and the others wait for it without a timeout; a signal still ends them."""
         if not self.several:
             yield
             return
@@ -99,24 +99,24 @@ class Watchdog:
 
     _turns = 0
 
-    def hurry(self) -> None:
-        """Wait at no collective for longer than `timeout` from now on: everything has been compiled and loaded."""
+    def lower_timeouts(self) -> None:
+        """Lower the timeout of all collectives to `timeout`: from now on everything has been compiled and loaded."""
         if self.several and not self._lowered:
             for group in (dist.group.WORLD, self._group, *_groups()):
                 before = _timeout_of(group)
-                if group is not self.spared and before > timedelta(seconds=self.timeout):
+                if group is not self.exempt and before > timedelta(seconds=self.timeout):
                     self._lowered.append((group, before))
                     group.set_timeout(timedelta(seconds=self.timeout))
 
     @contextmanager
-    def patience(self) -> Iterator[None]:
-        """Wait longer inside: one rank's disk may be slow. A rank that is gone or stopped is noticed all the same."""
+    def usual_timeouts(self) -> Iterator[None]:
+        """Restore the longer timeouts inside, for slow disks. A rank that is gone or stopped is still noticed."""
         lowered, self._lowered = self._lowered, []
         for group, before in lowered:
             group.set_timeout(before)
         yield
         if lowered:
-            self.hurry()
+            self.lower_timeouts()
 
     def _watch(self) -> None:
         end_seen = time.monotonic()
@@ -133,7 +133,7 @@ class Watchdog:
             elif time.monotonic() - end_seen > GRACE and report["waiting"] > GRACE and not self._over.is_set():
                 self._leave(self._story("and waited for it in a collective"), self._exit_code())
             else:
-                self.signals.nudge()  # it may be at work for hours yet, for a run that is over
+                self.signals.interrupt_from_thread()  # it may compute for hours, for a run that has ended
 
     def _lost(self, message: str) -> RankLost:
         error = RankLost(message)
@@ -147,7 +147,7 @@ class Watchdog:
         until = time.monotonic() + GRACE
         while self._board.look() is None and not self._board.lost and time.monotonic() < until:
             time.sleep(BEAT / 5)
-        if self.signals.nudged:
+        if self.signals.interrupted_by_thread:
             return self._story("and stopped there")
         first_line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         return self._story(f"({first_line})")
@@ -190,7 +190,7 @@ def _of_ranks(error: BaseException) -> bool:
 
 def _message(error: BaseException, signals: Signals) -> str:
     if isinstance(error, Now):
-        return f"stopped by {signals.got.name if signals.got else 'a signal'}"
+        return f"stopped by {signals.received.name if signals.received else 'a signal'}"
     return str(error) if isinstance(error, TreeringError) else f"{type(error).__name__}: {error}"
 
 
@@ -200,5 +200,5 @@ def _code(error: BaseException) -> int:
 
 def _leave(message: str, code: int) -> None:
     text = "".join(c if c.isprintable() else " " for c in f"[rank {os.environ.get('RANK', '')}] {message}")
-    os.write(2, f"{text}\n".encode(errors="replace"))  # nobody else can report it any more
+    os.write(2, f"{text}\n".encode(errors="replace"))  # no other thread can report it
     os._exit(code)

@@ -357,7 +357,7 @@ def test_weight_decay_is_refused_where_it_would_erode_the_base_model():
     for form in FORMS:
         run = tr.compose(build("llama"), [osft(*form, targets=("q_proj",))])
         before = weights(run)
-        with pytest.raises(tr.PlanError, match=r"weight_decay 0\.1 would draw.*osft\.keep_initial"):
+        with pytest.raises(tr.PlanError, match=r"weight_decay 0\.1 would decay.*osft\.keep_initial"):
             train(run, [rows(2)], torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
         assert_all_same(weights(run), before)
         train(run, [rows(2)], torch.optim.AdamW, lr=1e-2, weight_decay=0.0)

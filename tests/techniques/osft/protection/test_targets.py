@@ -53,7 +53,7 @@ def test_energy_keeps_the_fewest_directions_that_hold_it(protect, arch):
 
 
 def test_all_of_the_energy_is_everything():
-    with pytest.raises(tr.PlanError, match="no target has a free direction"):
+    with pytest.raises(tr.PlanError, match="no target has a trainable direction"):
         resolved(tr.OSFT(protect="weights", rank="energy", energy=1.0))
 
 

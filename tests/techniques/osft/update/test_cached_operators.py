@@ -120,7 +120,7 @@ class Odd(nn.Module):
                 value = distribute_tensor(value, over, meta_rows(target.shape, dtype, mesh).placements)
             self.register_parameter(name, nn.Parameter(value))
             self.held[name] = OperatorBuffers(
-                target, operator_shapes(PROTECTED[name], target), dtype, mesh, anchored=False
+                target, operator_shapes(PROTECTED[name], target), dtype, mesh, keep_initial=False
             )
             self.held[name].to_empty(device="cpu")
 
@@ -158,7 +158,7 @@ def _random(side: OperatorShape, lead: tuple[int, ...]):
 
 def odd(sharding):
     model = Odd(sharding)
-    steps = UpdateSteps(model, list(SHAPES), model.held, anchored=False, cached=True)
+    steps = UpdateSteps(model, list(SHAPES), model.held, keep_initial=False, cached=True)
     calls: Counter[str] = Counter()
     plain = dist.all_to_all_single
 
@@ -217,7 +217,7 @@ def cost(N, M, config):
     target = Matrix(
         weight="w", module="", outputs=N, inputs=M, experts=None, transposed=False, block=0, role="mlp"
     )  # fmt: skip
-    return OperatorBuffers(target, operator_shapes(config, target), torch.float32, None, anchored=False).cost
+    return OperatorBuffers(target, operator_shapes(config, target), torch.float32, None, keep_initial=False).cost
 
 
 def test_the_costliest_weights_are_assigned_first_and_ranks_are_level():

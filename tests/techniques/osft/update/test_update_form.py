@@ -107,7 +107,7 @@ def test_leak_is_what_it_says():
 
 def test_ratio_0_changes_nothing_and_ratio_1_is_unconstrained():
     for form in ("update", "one_sided", "core"):
-        with pytest.raises(tr.PlanError, match="no target has a free direction"):
+        with pytest.raises(tr.PlanError, match="no target has a trainable direction"):
             composed(tr.OSFT(protect="weights", ratio=0.0, form=form))
     config = tr.OSFT(protect="weights", ratio=0.0, ratios={"q_proj": 1.0})
     run, _ = composed(config)
@@ -431,7 +431,7 @@ def test_unmeasured_experts_can_be_frozen(config, anchor):
     model, statistics = partly_measured(EMPTY, experts=(1, 3))
     config = replace(config, unmeasured="freeze", keep_initial=anchor)
     run = tr.compose(model, [config], statistics=statistics)
-    assert "4 of 24 matrices saw no token and do not learn" in run.explain()
+    assert "4 of 24 matrices saw no token and are not trained" in run.explain()
     before = weights(run)
     optimizer = run.optimizer(torch.optim.AdamW, lr=1e-2, weight_decay=0.1 if anchor else 0.0)
     for batches in run.steps(STEPS):
@@ -453,7 +453,7 @@ def test_unmeasured_experts_can_be_frozen(config, anchor):
 def test_unmeasured_experts_can_learn_unprotected_and_are_counted():
     model, statistics = partly_measured(EMPTY)
     run = tr.compose(model, [tr.OSFT(unmeasured="unprotected")], statistics=statistics)
-    assert "2 of 24 matrices saw no token and learn unprotected" in run.explain()
+    assert "2 of 24 matrices saw no token and are trained without protection" in run.explain()
 
 
 @pytest.mark.parametrize("form", ["update", "one_sided"])

@@ -1,4 +1,4 @@
-"""Keeping sharded factors orthogonal to a basis, with as few bytes between ranks as it takes.
+"""Projections that keep sharded factors orthogonal to a basis, with as few bytes between ranks as possible.
 
 A factor is stored D×k, so that FSDP2, which shards dimension 0, shards D. Then Qᵀ X is a sum over ranks of what each
 has, and (I − Q Qᵀ) X is local once that sum, k_h×k_l, is known (`coefficients`): the sums of many factors are sent as
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from treering.core.full_precision import exactly
+from treering.core.full_precision import full_precision
 from treering.core.sharded import Groups, TensorCache, local, row_groups, start_gather
 
 BUCKET = 64 << 20  # bytes of coefficients in one message
@@ -58,7 +58,7 @@ class Projection:
 @torch.no_grad()
 def project_(projections: Iterable[Projection], *, bucket: int = BUCKET) -> None:
     """Project every value in place. A collective over the ranks that share its rows; the same order on all."""
-    with exactly():
+    with full_precision():
         _one_ahead(plan_messages(projections, bucket))
 
 

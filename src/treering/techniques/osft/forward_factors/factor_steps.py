@@ -1,5 +1,8 @@
-"""What the factored forms do around an optimizer's step: gradients before it and parameters after it stay orthogonal
-to what is protected (`factors`; `forward` projects inside the forward and does nothing here), and metrics of both."""
+"""The projections of the factored forms around an optimizer's step, and metrics.
+
+In form `factors`, gradients before the step and parameters after it stay orthogonal to what is protected. Form
+`forward` projects inside the forward and has only metrics here.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
@@ -21,7 +24,7 @@ Summand = tuple[Groups, Tensor]  # a small tensor, and the process groups over w
 
 
 class FactoredWeight(Protocol):
-    """What is used here of `Factored`."""
+    """The part of `Factored` that is used here."""
 
     projected: bool
 
@@ -85,7 +88,7 @@ class FactorSteps:
         return {name: probe.leak for name, probe in probes.items()}
 
     def _low(self) -> Iterator[nn.Parameter]:
-        """Yield the trained factors, looked up each time: sharding has replaced them since the structure was made."""
+        """Yield the trained factors, looked up each time, because sharding has replaced them."""
         for factored in self.factored.values():
             yield from (factored.get_parameter(name) for name in ("U_low", "S_low", "V_low"))
 
@@ -153,14 +156,14 @@ class _Probe:
 
 
 def refuse_decay(optimizers: Iterable[Optimizer], trained: Iterable[Tensor]) -> None:
-    """Refuse weight decay: the trained factors are a part of the base model, and decay would draw that part to zero."""
+    """Refuse weight decay: the trained factors are a part of the base model, and decay would reduce that part."""
     factors = {id(parameter) for parameter in trained}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if group.get("weight_decay") and any(id(p) in factors for p in group["params"]):
                 raise PlanError(
-                    f"weight_decay {group['weight_decay']} would draw the trainable part of what the model knew "
-                    "towards zero: osft's factored forms train that part itself. Set weight_decay to 0, or use form "
+                    f"weight_decay {group['weight_decay']} would decay the trainable part of what the model had "
+                    "learned: osft's factored forms train that part itself. Set weight_decay to 0, or use form "
                     "update with osft.keep_initial, or form one_sided, where it acts on the change",
                     settings=("train.optimizer.weight_decay", "techniques.osft.form"),
                 )

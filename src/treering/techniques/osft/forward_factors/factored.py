@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from treering.anatomy.matrices import Matrix
 from treering.core import module_forward
-from treering.core.full_precision import exactly
+from treering.core.full_precision import full_precision
 from treering.core.sharded import TensorCache, meta_rows
 from treering.experts.stacked_forward import ShownWeights
 from treering.technique import Applied, LazyTensor, Part, Site
@@ -111,9 +111,9 @@ class FactoredExperts(Factored):
         """Return `hidden` as it is, and the weight as the module stores it.
 
         What FSDP frees after the backward of a module it frees when the gradient of the module's input is there:
-        without an input that passes through, at the end of the whole backward.
+        without an input that passes through, at the end of the complete backward.
         """
-        with exactly():
+        with full_precision():
             W = passes.weight(self.high, self.low, self.projected, hidden.dtype)
         return hidden, self.matrix.oriented(W)
 
@@ -165,13 +165,15 @@ def install(model: nn.Module, config: "OSFTSettings", site: Site, chosen: Sequen
 
 def _note(config: "OSFTSettings", every: Mapping[str, Factored]) -> str:
     numbers = sum(p.numel() for factored in every.values() for p in factored.parameters())
-    learning = sum(getattr(factored, name).numel() for factored in every.values() for name in LOW)
+    trained = sum(getattr(factored, name).numel() for factored in every.values() for name in LOW)
     communication = f", communication {config.communication}" if config.form == "factors" else ""
-    return f"{len(every)} weights as {numbers / 1e6:.1f} M numbers, {learning / 1e6:.1f} M learn{communication}"
+    return (
+        f"{len(every)} weights as {numbers / 1e6:.1f} M numbers, {trained / 1e6:.1f} M of them trained{communication}"
+    )
 
 
 def part(matrix: Matrix, factored: Factored, prefix: str, dtype: torch.dtype) -> Part:
-    """Return how `factored`, whose tensors are named after `prefix`, holds the plain weight."""
+    """Return how `factored`, whose tensors are named after `prefix`, stores the plain weight."""
     names = tuple(f"{prefix}.{name}" for name, _ in (*factored.named_parameters(), *factored.named_buffers()))
 
     def split(
@@ -184,7 +186,7 @@ def part(matrix: Matrix, factored: Factored, prefix: str, dtype: torch.dtype) ->
         tensors |= {"U_free": U[..., k:], "V_free": V[..., k:]}
         if factored.turned:
             tensors = {name: value if name[0] == "S" else value.mT for name, value in tensors.items()}
-        # Each in memory of its own: a file of tensors that share some is refused.
+        # Each in separate memory: a file of tensors that share some is refused.
         return {n: tensors[n.rpartition(".")[2]].clone(memory_format=torch.contiguous_format) for n in names}
 
     def join(tensors: Mapping[str, Tensor], below: Tensor) -> Tensor:

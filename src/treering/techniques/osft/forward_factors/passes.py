@@ -2,7 +2,7 @@
 
     W = B_h V_hᵀ + B_l V_lᵀ        B_h = U_h diag(S_h), N×h and frozen        B_l = U_l diag(S_l), N×l and trained
 
-    factored   y = (x V_h) B_hᵀ + (x V_l) B_lᵀ     two thin chains, no weight is ever formed
+    factored   y = (x V_h) B_hᵀ + (x V_l) B_lᵀ     two thin chains, no weight is formed
     dense      the frozen part is formed as a weight, the trained part stays a chain
     rebuilt    one weight of all factors: the cheapest per token, and forming it costs as much as R tokens more
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from treering.core.full_precision import exactly
+from treering.core.full_precision import full_precision
 
 Way = Literal["factored", "dense", "rebuilt"]
 WAYS: tuple[Way, ...] = ("factored", "dense", "rebuilt")
@@ -27,8 +27,8 @@ Pair = tuple[Tensor, Tensor]  # (B, V)
 Triple = tuple[Tensor, Tensor, Tensor]  # (U, S, V)
 
 
-def multiplications(way: Way, tokens: int, N: int, M: int, h: int, l: int, learning: bool) -> int:
-    """Return the multiply-adds of one forward and, if `learning`, of its backward; projections are the same for all."""
+def multiplications(way: Way, tokens: int, N: int, M: int, h: int, l: int, trained: bool) -> int:
+    """Return the multiply-adds of one forward and, if `trained`, of its backward; projections are the same for all."""
     chain = tokens * l * (N + M)
     if way == "factored":
         forward = tokens * (h + l) * (N + M)
@@ -39,19 +39,19 @@ def multiplications(way: Way, tokens: int, N: int, M: int, h: int, l: int, learn
     else:
         forward = N * M * (h + l) + tokens * N * M
         backward = forward + tokens * N * M + 2 * N * M * l  # ∂W, and from it ∂B_l and ∂V_l
-    return forward + (backward if learning else 0)
+    return forward + (backward if trained else 0)
 
 
-def choose(tokens: int, N: int, M: int, h: int, l: int, learning: bool) -> Way:
+def choose(tokens: int, N: int, M: int, h: int, l: int, trained: bool) -> Way:
     """Return the way with the fewest multiply-adds. In the forward alone, rebuilding pays from max(N, M) tokens on."""
-    return min(WAYS, key=lambda way: multiplications(way, tokens, N, M, h, l, learning))
+    return min(WAYS, key=lambda way: multiplications(way, tokens, N, M, h, l, trained))
 
 
 def project(X: Tensor, Q: Tensor | None) -> Tensor:
     """Return (I − Q Qᵀ) X; X itself where nothing is protected."""
     if Q is None:
         return X
-    with exactly():
+    with full_precision():
         return X - Q @ (Q.mT @ X)
 
 

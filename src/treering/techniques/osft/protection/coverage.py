@@ -1,4 +1,5 @@
-"""How much text was measured for each weight: weights without any are refused, those with little cause a warning.
+"""The amount of text that was measured for each weight: weights without any are refused, weights with little cause a
+warning.
 
 A direction that no token used is trainable. That is the point of measuring, as long as there were tokens: of a matrix
 that saw none, or fewer than it has inputs, most directions are unused because too little was measured.
@@ -52,7 +53,7 @@ def refuse_unmeasured(config: "OSFTSettings", chosen: Sequence[Matrix], statisti
     if counts and not any(n for numbers in counts.values() for n in numbers):
         raise PlanError(
             "osft: the statistics were measured on no token at all (was it padding alone?), so nothing would be "
-            "protected. Measure text that stands for what must be kept: treering measure MODEL --data FILE --to DIR",
+            "protected. Measure text that represents what must be kept: treering measure MODEL --data FILE --to DIR",
             settings=("statistics.path",),
         )
     empty = unmeasured(counts)
@@ -61,7 +62,7 @@ def refuse_unmeasured(config: "OSFTSettings", chosen: Sequence[Matrix], statisti
     raise PlanError(
         f"osft: no token of the measured text reached {_reached(empty, counts)}, so nothing about them is known that "
         "could be protected. Measure more text, or text that reaches them (treering measure --tokens N), or set "
-        "osft.unmeasured: freeze (these do not learn) or unprotected (these learn freely)",
+        "osft.unmeasured: freeze (these are not trained) or unprotected (these are trained without protection)",
         settings=("statistics.path", "techniques.osft.unmeasured"),
     )
 
@@ -73,7 +74,7 @@ def unmeasured(counts: TokenCounts) -> TokenCounts:
 
 
 def frozen(config: "OSFTSettings", statistics: Mapping[str, Tensor] | None) -> Tensor | None:
-    """Return which matrices of one weight do not learn, because nothing about them is known; None: all learn."""
+    """Return which matrices of one weight are frozen, because nothing about them is known; None: all are trained."""
     tokens = tokens_of(statistics) if config.unmeasured == "freeze" and config.protect != "weights" else None
     return None if tokens is None or bool((tokens != 0).all()) else (tokens == 0).reshape(-1)
 
@@ -81,7 +82,7 @@ def frozen(config: "OSFTSettings", statistics: Mapping[str, Tensor] | None) -> T
 def coverage_note(config: "OSFTSettings", counts: TokenCounts) -> str:
     """Return a line for explain() on what was not measured; empty if everything was."""
     empty = unmeasured(counts)
-    effect = "do not learn" if config.unmeasured == "freeze" else "learn unprotected"
+    effect = "are not trained" if config.unmeasured == "freeze" else "are trained without protection"
     return f"{_number(empty)} of {_number(counts)} matrices saw no token and {effect}" if empty else ""
 
 
@@ -92,7 +93,7 @@ def coverage_warning(counts: TokenCounts, chosen: Sequence[Matrix], statistics: 
 
 
 def warnings_on(statistics: Statistics) -> list[str]:
-    """Return the warnings about a whole measurement, before anything is protected with it."""
+    """Return the warnings about a complete measurement, before anything is protected with it."""
     entries = statistics.entries.items()
     counts = {w: e.tokens if isinstance(e.tokens, tuple) else (e.tokens,) for w, e in entries}
     texts = [_too_few(counts, {w: e.shape[-1] for w, e in entries}, sum(ring.tokens for ring in statistics.rings))]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from treering.anatomy.matrices import Matrix
 from treering.core.errors import PlanError
-from treering.core.full_precision import exactly
+from treering.core.full_precision import full_precision
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _wide(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return eigenvectors U of W Wᵀ, S, and V = Wᵀ U / S, in the precision that the smallest S requires."""
     device, dtype = W.device, W.dtype
-    with exactly():
+    with full_precision():
         wide = W.to(_accelerator()).double()
         values, U = torch.linalg.eigh(wide @ wide.mT)
         U, S = U.flip(-1), values.flip(-1).clamp_min(0).sqrt()

@@ -100,8 +100,8 @@ class OperatorShape:
     soft: bool = False
 
     @property
-    def whole(self) -> bool:
-        """Whether multiplying with P itself costs less than multiplying with Q twice."""
+    def stored_as_matrix(self) -> bool:
+        """Whether P itself is stored: multiplying with it costs less than multiplying with Q twice."""
         return 2 * self.columns > self.size
 
     @property
@@ -110,7 +110,7 @@ class OperatorShape:
 
 
 def operator_shapes(config: "OSFTSettings", matrix: Matrix) -> tuple[OperatorShape, ...]:
-    """Return the operators that project a whole weight, each written in the way that has the smaller Q."""
+    """Return the operators that project a complete weight, each written in the way that has the smaller Q."""
     shapes = []
     if config.protect != "inputs":
         number = trainable_by_weights(config, matrix)
@@ -203,14 +203,14 @@ def from_inputs(shape: OperatorShape, damping: float, A: Tensor) -> tuple[Tensor
     Soft: a value is 1 / (e/ē + λ) with e the direction's energy, relative to that of the most trainable directions.
     """
     energy, basis = eigen(A)
-    Q, own = _columns(shape, basis), _columns(shape, energy[..., None, :])[..., 0, :]
+    Q, used = _columns(shape, basis), _columns(shape, energy[..., None, :])[..., 0, :]
     mean = energy.mean(-1, keepdim=True)
-    values = torch.full_like(own, 1.0 - shape.rest)
+    values = torch.full_like(used, 1.0 - shape.rest)
     if shape.soft:
         others = energy[..., shape.columns :]
-        last = own[..., -1:] if shape.thin or not others.shape[-1] else others.mean(-1, keepdim=True)
+        last = used[..., -1:] if shape.thin or not others.shape[-1] else others.mean(-1, keepdim=True)
         unit = torch.where(mean > 0, mean, torch.ones_like(mean))
-        values = ((last / unit + damping) / (own / unit + damping)).clamp(max=1.0)
+        values = ((last / unit + damping) / (used / unit + damping)).clamp(max=1.0)
     # Where nothing was measured (an expert that saw no token) nothing is protected.
     return Q, torch.where(mean > 0, values, torch.ones_like(values))
 

@@ -1,4 +1,4 @@
-"""Which weights `osft` protects, and how many directions of each are trainable: by ratio, spectrum or importance."""
+"""The weights that `osft` protects, and how many directions of each are trainable: by ratio, spectrum or importance."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -39,7 +39,7 @@ def targets(config: "OSFTSettings", anatomy: Anatomy) -> tuple[Matrix, ...]:
             elif len(parameter.shape) > 1:
                 raise PlanError(
                     f"osft: {parameter.name} ({parameter.role}) is not a linear layer; leave it out of osft.targets, "
-                    "or train it unprotected with osft.train",
+                    "or train it without protection with osft.train",
                     settings=("techniques.osft.targets",),
                 )
     if not chosen:
@@ -77,7 +77,7 @@ def floor(ratio: float, number: int) -> int:
 
 
 def written_ratio(config: "OSFTSettings", matrix: Matrix) -> float | None:
-    """Return the ratio that the user wrote for `matrix`; None: none."""
+    """Return the ratio that the user wrote for `matrix`; None where there is none."""
     ratio = config.ratio
     for pattern, value in config.ratios.items():
         if matches(matrix.weight, pattern) or matches(matrix.module, pattern):
@@ -105,12 +105,12 @@ def resolved(config: "_Settings", anatomy: Anatomy, source: Any, statistics: Any
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     owners = assign({matrix.weight: float(matrix.rank * matrix.numel) for matrix in chosen}, world)
     measure = _kept_by_energy if config.rank == "energy" else _turning
-    own = {
+    measured = {
         matrix.weight: measure(config, matrix, source, (statistics or {}).get(matrix.weight))
         for matrix in chosen
         if owners[matrix.weight] == rank
     }
-    values = {name: value for part in gather_objects(own) for name, value in part.items()}
+    values = {name: value for part in gather_objects(measured) for name, value in part.items()}
     if config.rank == "importance":
         values = _kept_by_importance(config, chosen, values)
     return replace(config, free={m.weight: directions(config, m) - int(values[m.weight]) for m in chosen})

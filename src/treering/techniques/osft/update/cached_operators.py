@@ -7,7 +7,7 @@ Each weight has one owner among the ranks that share its rows, which keeps its c
 
 a pass, that each rank sends. In a round a rank owns at most one weight: one exchange sends the rows of all of the
 round's weights to their owners, and another one returns them. During a round a rank holds one complete weight and its
-projection; all the time, its share of the operators a second time.
+projection; at all times, a second copy of its share of the operators.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,8 +46,8 @@ class CachedOperators:
             exchange = self._exchange({n: MatrixRows(tasks[n].X, tasks[n].weight.shape[0]) for n in names})
             complete = exchange.collect()
             if complete is not None:
-                own = self._own(names)
-                complete = self.operators[own].project_complete(complete, self._cache[own].value)
+                name = self._owned(names)
+                complete = self.operators[name].project_complete(complete, self._cache[name].value)
             exchange.deliver(complete)
         project_all(task for name, task in tasks.items() if name not in self.owner)
 
@@ -79,14 +79,14 @@ class CachedOperators:
             for round_ in self.rounds(name for name in stale if end in self.operators[name].shapes):
                 exchange = self._exchange({name: MatrixRows.of(self._bases(name)[end]) for name in round_})
                 if (basis := exchange.collect()) is not None:
-                    complete[self._own(round_)][end] = basis
+                    complete[self._owned(round_)][end] = basis
         for name in stale:
             self._cache[name].keep(complete[name], *self._bases(name).values())
 
     def _exchange(self, rows: Mapping[str, MatrixRows]) -> RowExchange:
         return RowExchange(self._groups[next(iter(rows))], {self.owner[name]: part for name, part in rows.items()})
 
-    def _own(self, names: Iterable[str]) -> str:
+    def _owned(self, names: Iterable[str]) -> str:
         """Return the name of a round that this rank owns."""
         return next(name for name in names if self.owner[name] == dist.get_rank(self._groups[name]))
 

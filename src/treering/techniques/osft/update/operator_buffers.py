@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from treering.anatomy.matrices import Matrix
-from treering.core.full_precision import exactly
+from treering.core.full_precision import full_precision
 from treering.core.sharded import local, meta_rows, start_gather, sum_over_rows
 from treering.techniques.osft.protection.operators import Bases, End, Operator, OperatorShape
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class OperatorBuffers(nn.Module):
     """The operators of one weight, each by the end of the weight on which it acts.
 
-    Buffers: for each end Q and values, or P itself where that costs less; `scale`; with `anchored` the weight as it was
-    `before` training.
+    Buffers: for each end Q and values, or P itself where that costs less; `scale`; with `keep_initial` the weight as it
+    was `before` training.
 
     Args:
         freezes: a matrix of scale 0 does not learn, and its gradient is set to 0.
@@ -36,25 +36,25 @@ class OperatorBuffers(nn.Module):
         dtype: torch.dtype,
         mesh: "DeviceMesh | None",
         *,
-        anchored: bool,
+        keep_initial: bool,
         freezes: bool = False,
     ):
         super().__init__()
         self.matrix, self.freezes = matrix, freezes
         self.shapes = {shape.end: shape for shape in shapes}
         self.hard = not any(shape.soft for shape in shapes)
-        # Rows of the stored weight are sharded; of experts, whole matrices.
+        # Rows of the stored weight are sharded; of experts, complete matrices.
         self.rows: End = "in" if matrix.transposed else "out"
         self.columns: End = "out" if matrix.transposed else "in"
         of_experts = mesh if matrix.lead else None
         for shape in shapes:
-            if shape.end == self.columns and shape.whole:
+            if shape.end == self.columns and shape.stored_as_matrix:
                 self._add(f"P_{shape.end}", (*matrix.lead, shape.size, shape.size), dtype, mesh)
                 continue
             self._add(f"Q_{shape.end}", (*matrix.lead, shape.size, shape.columns), dtype, mesh)
             self._add(f"values_{shape.end}", (*matrix.lead, shape.columns), dtype, of_experts)
         self._add("scale", matrix.lead or (1,), dtype, of_experts)
-        if anchored:
+        if keep_initial:
             self._add("before", matrix.shape, dtype, mesh)
 
     def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, mesh: "DeviceMesh | None") -> None:
@@ -82,7 +82,7 @@ class OperatorBuffers(nn.Module):
 
     @property
     def cost(self) -> int:
-        """Multiplications of projecting the complete matrix."""
+        """Return the multiplications of projecting the complete matrix."""
         each = sum(s.size if self.basis(s.end) == f"P_{s.end}" else 2 * s.columns for s in self.shapes.values())
         return each * self.matrix.outputs * self.matrix.inputs
 
@@ -116,7 +116,7 @@ class OperatorBuffers(nn.Module):
     def _multiply(self, X: Tensor, bases: Mapping[End, Tensor | None], sum_rows: Callable[[Tensor], Tensor]) -> Tensor:
         columns, rows = (self._operator(end, bases.get(end)) for end in (self.columns, self.rows))
         thin = isinstance(columns, Operator) and columns.rest == 0
-        with exactly():
+        with full_precision():
             if isinstance(columns, Operator):
                 X = columns.inside(X) if thin else columns.right(X)
             elif columns is not None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def install(model: nn.Module, config: "OSFTSettings", site: Site, chosen: Sequence[Matrix]) -> Applied:
-    """Store the operators of `chosen` beside their weights and return what runs around an optimizer's step."""
+    """Store the operators of `chosen` next to their weights and return what runs around an optimizer's step."""
     parts: dict[str, Part] = {}
     stored: dict[str, OperatorBuffers] = {}
     dtypes = {matrix.weight: model.get_parameter(matrix.weight).dtype for matrix in chosen}
@@ -43,7 +43,7 @@ def install(model: nn.Module, config: "OSFTSettings", site: Site, chosen: Sequen
         if (pair := _store(model, config, site, matrix, dtypes[matrix.weight])) is not None:
             stored[matrix.weight], parts[matrix.weight] = pair
     cached = config.communication == "cached"
-    steps = UpdateSteps(model, list(dtypes), stored, anchored=config.keep_initial, cached=cached)
+    steps = UpdateSteps(model, list(dtypes), stored, keep_initial=config.keep_initial, cached=cached)
     return Applied(
         trainable=tuple(dtypes),
         parts=parts,
@@ -69,7 +69,7 @@ def _store(
         return None
     child = "osft" if matrix.leaf == "weight" else f"osft_{matrix.leaf}"
     freezes = config.unmeasured == "freeze"
-    buffers = OperatorBuffers(matrix, shapes, dtype, site.mesh, anchored=config.keep_initial, freezes=freezes)
+    buffers = OperatorBuffers(matrix, shapes, dtype, site.mesh, keep_initial=config.keep_initial, freezes=freezes)
     model.get_submodule(matrix.module).add_module(child, buffers)
     prefix = f"{matrix.module}.{child}"
 

@@ -1,6 +1,6 @@
-"""What form `update` does around an optimizer's step, and weight decay that acts on the change.
+"""The projections of form `update` around an optimizer's step, and weight decay that acts on the change.
 
-An optimizer decays W, and what the model knew with it. Here W − W₀ is drawn towards zero instead: where decay is a part
+An optimizer decays W, and with it what the model had learned. Here W − W₀ is decayed instead: where decay is a part
 of the gradient (g + w W: SGD, Adam), w W₀ is subtracted from the gradient before the step; where it is apart from it
 (W − lr w W: AdamW, Muon), lr w W₀ is added to the step afterwards. In both cases the optimizer sees the weight itself.
 """
@@ -29,7 +29,7 @@ class UpdateSteps:
     Args:
         weights: names of all trained weights.
         operators: those that have operators, or a weight from before training.
-        anchored: the weights from before training are kept.
+        keep_initial: the weights from before training are kept
         cached: one rank keeps a weight's complete operators (`CachedOperators`).
     """
 
@@ -39,12 +39,12 @@ class UpdateSteps:
         weights: Sequence[str],
         operators: Mapping[str, OperatorBuffers],
         *,
-        anchored: bool,
+        keep_initial: bool,
         cached: bool,
     ):
         self.model, self.weights, self.operators = model, tuple(weights), operators
-        self.anchored, self.cached = anchored, cached
-        self._cache: CachedOperators | None = None  # made at first use, when weights have been sharded
+        self.keep_initial, self.cached = keep_initial, cached
+        self._cache: CachedOperators | None = None  # created at first use, when weights have been sharded
         self._old: dict[str, Tensor] = {}
         self._undecay: dict[str, float] = {}  # how much of W₀ the optimizer subtracts and `retract` adds again
         self._squares: dict[str, tuple[Tensor, Tensor]] = {}  # ‖·‖² of this rank's gradient, raw and projected
@@ -62,7 +62,7 @@ class UpdateSteps:
         """Copy the weights as they are before the step, and make decay act on the change."""
         live = {name: weight for name, weight in self._live() if name in self.operators}
         self._undecay = {}
-        for name, (rate, apart) in decays(optimizers, live, anchored=self.anchored).items():
+        for name, (rate, apart) in decays(optimizers, live, keep_initial=self.keep_initial).items():
             if apart:
                 self._undecay[name] = rate
             elif live[name].grad is not None:
@@ -117,8 +117,8 @@ class UpdateSteps:
 
     @torch.no_grad()
     def leaks(self) -> dict[str, float]:
-        """Return ρ = ‖the protected part of ΔW‖ / ‖ΔW‖ of each weight that has hard protection and is anchored; 0 for
-        one that has not changed. A collective."""
+        """Return ρ = ‖the protected part of ΔW‖ / ‖ΔW‖ of each weight that has hard protection and whose initial values
+        are kept; 0 for one that has not changed. A collective."""
         leaks = {}
         for names in self._measured():
             changes = {name: local(weight) - self._before(name) for name, weight in names.items()}
@@ -132,7 +132,7 @@ class UpdateSteps:
 
     def _measured(self) -> Iterator[dict[str, nn.Parameter]]:
         """Yield a few weights at a time, because their changes are copied: one round of exchanges, else one weight."""
-        live = {n: w for n, w in self._live() if self.anchored and n in self.operators and self.operators[n].hard}
+        live = {n: w for n, w in self._live() if self.keep_initial and n in self.operators and self.operators[n].hard}
         cache = self._cached()
         for names in cache.rounds(live) if cache else ():
             yield {name: live.pop(name) for name in names}
@@ -140,7 +140,7 @@ class UpdateSteps:
             yield {name: weight}
 
     def _live(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the parameters, looked up each time: sharding has replaced them since the structure was made."""
+        """Return the parameters, looked up each time, because sharding has replaced them."""
         return [(name, self.model.get_parameter(name)) for name in self.weights]
 
     def _norm(self, squares: Sequence[tuple[Tensor, Tensor]]) -> float:
@@ -150,7 +150,7 @@ class UpdateSteps:
 
 
 def decays(
-    optimizers: Sequence[Optimizer], weights: Mapping[str, nn.Parameter], *, anchored: bool
+    optimizers: Sequence[Optimizer], weights: Mapping[str, nn.Parameter], *, keep_initial: bool
 ) -> dict[str, tuple[float, bool]]:
     """Return (rate, whether it is apart from the gradient) of each weight that is about to be decayed.
 
@@ -164,9 +164,9 @@ def decays(
             decayed = [names[id(p)] for p in group["params"] if id(p) in names and p.grad is not None]
             if not group.get("weight_decay") or not decayed:
                 continue
-            if not anchored:
+            if not keep_initial:
                 raise PlanError(
-                    f"weight_decay {group['weight_decay']} would draw what the model knew towards zero; set "
+                    f"weight_decay {group['weight_decay']} would decay what the model had learned; set "
                     "osft.keep_initial to true, so that it acts on the change alone, or weight_decay to 0 "
                     "(torch's AdamW decays by 0.01 by default)",
                     settings=("techniques.osft.keep_initial", "train.optimizer.weight_decay"),

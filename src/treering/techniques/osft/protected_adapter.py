@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from treering.anatomy.matrices import Matrix
 from treering.core import module_forward
-from treering.core.full_precision import exactly
+from treering.core.full_precision import full_precision
 from treering.technique import Adapter, Applied, Derived, LazyTensor, Part, Site, TrainedMatrix
 from treering.techniques.osft.protection import operators
 from treering.techniques.osft.protection.coverage import frozen
@@ -53,7 +53,7 @@ class ProtectedAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tensors = dict(self.named_parameters())
-        with exactly():
+        with full_precision():
             Z = projected(self.shapes, tensors)
             if "in" in self.shapes and self.shapes["in"].thin:
                 # Inputs are large in protected directions: rounded before the basis is applied, they would leak.
@@ -73,7 +73,7 @@ class ProtectedAdapter(nn.Module):
         """Return inputs or output gradients, one token a row, as Z sees them at one end."""
         tensors = dict(self.named_parameters())
         values, rows = tensors[f"values_{end}"], rows.to(self.Z.dtype)
-        with exactly():
+        with full_precision():
             if self.shapes[end].thin:
                 return rows @ tensors[f"B_{end}"] * values
             return Operator(tensors[f"Q_{end}"], values, tensors[f"rest_{end}"]).right(rows)
@@ -94,7 +94,7 @@ def projected(shapes: Mapping[End, OperatorShape], tensors: Mapping[str, Tensor]
 
 def change(shapes: Mapping[End, OperatorShape], tensors: Mapping[str, Tensor]) -> Tensor:
     """Return ΔW, outputs × inputs."""
-    with exactly():
+    with full_precision():
         D = projected(shapes, tensors)
         if "in" in shapes and shapes["in"].thin:
             D = D @ tensors["B_in"].mT
@@ -149,8 +149,10 @@ def _part(matrix: Matrix, config: "OSFTSettings", prefix: str, adapter: Protecte
         return tensors
 
     def join(tensors: Mapping[str, Tensor], below: Tensor) -> Tensor:
-        own = {name.rpartition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
-        return below + matrix.oriented(change(adapter.shapes, own)).to(below.device)
+        local_names = {
+            name.rpartition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{prefix}.")
+        }
+        return below + matrix.oriented(change(adapter.shapes, local_names)).to(below.device)
 
     return Part(
         names=tuple(f"{prefix}.{name}" for name, _ in adapter.named_parameters()),
@@ -199,9 +201,9 @@ def describe(chosen: Sequence[Matrix], model: nn.Module) -> Adapter:
 
 
 def _half(half: str, adapter: ProtectedAdapter, tensors: Mapping[str, Tensor]) -> Tensor:
-    own = {name.rpartition(".")[2]: value for name, value in tensors.items()}
-    Z = projected(adapter.shapes, own)
-    out, into = own.get("B_out"), own.get("B_in")
+    local_names = {name.rpartition(".")[2]: value for name, value in tensors.items()}
+    Z = projected(adapter.shapes, local_names)
+    out, into = local_names.get("B_out"), local_names.get("B_in")
     if Z.shape[0] <= Z.shape[1]:  # few rows: A is Z times the basis of inputs, B the basis of outputs
         if half == "A":
             return Z if into is None else Z @ into.mT
