@@ -27,7 +27,7 @@ RATE = 0.3
 MODELS = ("llama", "qwen3_moe")
 LAYOUTS = ("rows", "packed")
 WEIGHTS = ("q_proj", "down_proj")  # the second is a stack of experts in qwen3_moe
-LINEARS = {"llama": WEIGHTS, "qwen3_moe": ("q_proj", "o_proj")}  # what adapters can be put beside
+LINEARS = {"llama": WEIGHTS, "qwen3_moe": ("q_proj", "o_proj")}  # what adapters can be added to
 
 
 def techniques(model):
@@ -354,8 +354,8 @@ next to linear layers only, so there they have `q_proj` and `o_proj`.
 |---|---|---|---|---|
 """
 AFTER = """
-Two adapters on one weight, or `full` beside `lora`, are refused only where they meet: give them different `targets` and
-`train` patterns and they go together (`tests/plan/test_ranks_equal_one.py` trains norms beside adapters, and two
+Two adapters on one weight, or `full` and `lora`, are refused only where they meet: give them different `targets` and
+`train` patterns and they go together (`tests/plan/test_ranks_equal_one.py` trains norms and adapters, and two
 adapters on one weight that both start at zero).
 
 Made by `python -m tests.test_composition > docs/composition.md` from the table in that file. `make test` runs cells in

@@ -66,7 +66,7 @@ class Row:
 
 
 def kill_trials(proving: kills.Proving, seed: int, sizes: Sizes) -> Row:
-    row = Row(what="kill and go on: state and losses bitwise those of the uninterrupted run")
+    row = Row(what="kill and resume: state and losses bitwise those of the uninterrupted run")
     kinds = list(kills.kinds(Random(f"{seed} kinds"), sizes.kills))
 
     def case(number: int, kind: kills.Kind) -> tuple[str, Callable[[], list[kills.Died]]]:

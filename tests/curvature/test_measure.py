@@ -65,7 +65,7 @@ def test_one_rank_may_have_padding_alone():
     assert on_ranks(2, with_padding_on_one, "llama") == [9, 9]
 
 
-def on_two(folder, name, form, room):
+def on_two(folder, name, form, memory_limit):
     run = composed(name, ranks=2)
     rank = torch.distributed.get_rank()
     own = PARTS[rank]
@@ -73,8 +73,8 @@ def on_two(folder, name, form, room):
     if form == "packed" and rank == 1:
         batches = [packed(own), silent()]
     ring = Ring(name="old text", tokens=0, data="d", date="2026-01-01")
-    made = tr.measure(run, batches, to=folder, ring=ring, room=room)
-    kept = tr.measure(run, batches, ring=ring, room=room)
+    made = tr.measure(run, batches, to=folder, ring=ring, memory_limit=memory_limit)
+    kept = tr.measure(run, batches, ring=ring, memory_limit=memory_limit)
     assert kept.digest == made.digest and kept.rings == made.rings
     run.trainable()  # sharded again
     return {w: dict(made[w]) for w in made}, made.rings[0].tokens, len(made.tensors)
@@ -92,8 +92,8 @@ def test_two_sharded_ranks_measure_what_one_does(tmp_path, name, form):
 
 def test_several_passes_on_two_ranks_write_the_same_folder(tmp_path):
     wanted = tr.measure(build("mixtral"), [{"input_ids": d[None]} for part in PARTS for d in part])
-    room = 2 * 4 * 32 * 32
-    for found, tokens, tensors in on_ranks(2, on_two, tmp_path / "measured", "mixtral", "rows", room):
+    memory_limit = 2 * 4 * 32 * 32
+    for found, tokens, tensors in on_ranks(2, on_two, tmp_path / "measured", "mixtral", "rows", memory_limit):
         assert tokens == wanted.rings[0].tokens and tensors == len(wanted.tensors)
         for weight in wanted:
             assert_same(found[weight]["inputs"], wanted[weight]["inputs"], 1e-6, weight)
@@ -105,7 +105,7 @@ def test_passes_are_as_many_as_memory_asks_for():
     whole = tr.measure(model, batches, progress=lambda *at: told.append(at))
     assert told == [(1, 2), (2, 2)]
     told.clear()
-    some = tr.measure(model, batches, room=3 * 4 * 32 * 32, progress=lambda *at: told.append(at))
+    some = tr.measure(model, batches, memory_limit=3 * 4 * 32 * 32, progress=lambda *at: told.append(at))
     same(some, whole, 0)
     assert some.digest == whole.digest
     assert told[-1] == (8, 8)  # a layer: three inputs of width 32 and one of 48 do not fit with them

@@ -31,7 +31,7 @@ def batches(form):
     return batches
 
 
-def measured(sizes, arch, form, how, tokens, room):
+def measured(sizes, arch, form, how, tokens, memory_limit):
     mesh = tr.mesh(**sizes) if sizes else None
     cut = [CutRows(how=how)] if sizes.get("sequence") else []
     run = tr.compose(build(arch), [tr.Full(), *([tr.Shard()] if sizes else []), *cut], mesh=mesh)
@@ -40,13 +40,15 @@ def measured(sizes, arch, form, how, tokens, room):
     most = -(-len(given) // ranks)
     own = given[rank::ranks]
     own += [silent() | {"labels": torch.full((1, 2), -100)}] * (most - len(own))
-    statistics = tr.measure(run, own, tokens=tokens, room=room)
+    statistics = tr.measure(run, own, tokens=tokens, memory_limit=memory_limit)
     return {weight: dict(statistics[weight]) for weight in statistics}, statistics.rings[0].tokens
 
 
-def compare(sizes, arch="llama", form="packed", how="documents", tokens="real", room=None):
+def compare(sizes, arch="llama", form="packed", how="documents", tokens="real", memory_limit=None):
     wanted, count = measured({}, arch, form, how, tokens, None)
-    for got, counted in on_ranks(torch.Size(sizes.values()).numel(), measured, sizes, arch, form, how, tokens, room):
+    for got, counted in on_ranks(
+        torch.Size(sizes.values()).numel(), measured, sizes, arch, form, how, tokens, memory_limit
+    ):
         assert counted == count and list(got) == list(wanted)
         for weight, values in wanted.items():
             assert torch.equal(got[weight]["tokens"], values["tokens"]), weight
@@ -64,9 +66,9 @@ def test_ranks_that_see_the_same_tokens_count_them_once(form, how):
     compare({"shard": 1, "sequence": 2}, form=form, how=how)
 
 
-@pytest.mark.parametrize("room", [None, 3 * 4 * 32 * 32])
-def test_the_tokens_that_predict_a_trained_one_are_cut_with_their_row(room):
-    compare({"shard": 1, "sequence": 2}, tokens="trained", room=room)
+@pytest.mark.parametrize("memory_limit", [None, 3 * 4 * 32 * 32])
+def test_the_tokens_that_predict_a_trained_one_are_cut_with_their_row(memory_limit):
+    compare({"shard": 1, "sequence": 2}, tokens="trained", memory_limit=memory_limit)
 
 
 class Shortened(CutRows):

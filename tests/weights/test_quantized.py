@@ -171,7 +171,7 @@ def test_codes_of_a_wrong_length_are_refused(tmp_path):
 
 def test_other_publishers_refusals(tmp_path):
     config, tensors = layouts.deepseek(NAME, weight())
-    with pytest.raises(CheckpointError, match="the size cannot be told from shapes"):
+    with pytest.raises(CheckpointError, match="the size cannot be seen in the shapes"):
         opened((config | {"weight_block_size": None}, tensors), tmp_path)
     config, tensors = layouts.bitsandbytes(NAME, weight())
     with pytest.raises(CheckpointError, match="another table than bitsandbytes ships"):

@@ -54,7 +54,7 @@ def measure(
     ring: Ring | None = None,
     onto: Sequence[Statistics] = (),
     to: str | Path | None = None,
-    room: int | None = None,
+    memory_limit: int | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Statistics:
     """Return second moments of the inputs of all linears and experts in blocks of `model`, over tokens of `batches`.
@@ -70,7 +70,7 @@ def measure(
     ring      name, data and date of this measurement; its tokens are counted here
     onto      earlier statistics that this ring is added to
     to        a folder to write, instead of keeping everything in memory
-    room      bytes of sums at a time: where all do not fit, the batches go through the model several times.
+    memory_limit      bytes of sums at a time: where all do not fit, the batches go through the model several times.
               Default: 8 GiB, or half of what the device has free
     """
     subject = _Subject.of(model, anatomy, mesh)
@@ -80,7 +80,7 @@ def measure(
     masked_batches = [(batch, real_tokens(batch, tokens)) for batch in every]
     _refuse_nothing(subject, masked_batches, tokens)
     with _evaluating(subject.model):
-        owners, passes = _passes(subject, masked_batches, room or _memory_limit(subject.device))
+        owners, passes = _passes(subject, masked_batches, memory_limit or _memory_limit(subject.device))
         return _measured(subject, masked_batches, owners, passes, ring or Ring(name="", tokens=0), onto, to, progress)
 
 

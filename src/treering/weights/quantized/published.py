@@ -46,7 +46,7 @@ def deepseek(config: Mapping[str, Any], shapes: Shapes, read: Read, folder: str)
     if not (isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1] and isinstance(size[0], int)):
         raise CheckpointError(
             f"{folder}: weight_block_size is {size!r}; fp8 folders are read with square blocks, such as [128, 128], "
-            "and the size cannot be told from shapes"
+            "and the size cannot be seen in the shapes"
         )
     for key, (dtype, shape) in shapes.items():
         if dtype != "F8_E4M3" or not key.endswith(".weight"):
