@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from treering.cli.text import masked, plain, short, size
+from treering.core.settings import with_current_names
 
 SHOWN = ("model", "techniques", "optimizer", "dtype", "seed", "tokens_per_step", "packing")
 KINDS = {"optimizer": "optimizer state", "state": "technique state"}
@@ -39,7 +40,9 @@ def describe_saved(folder: Path) -> tuple[dict[str, str], list[CheckpointTensor]
     ]
     facts = {"step": str(description.step), "ranks": str(description.world)}
     facts_of_run = description.facts.get("identity")
-    identity = facts_of_run if isinstance(facts_of_run, dict) else {}
+    identity = dict(facts_of_run) if isinstance(facts_of_run, dict) else {}
+    if isinstance(identity.get("techniques"), list):
+        identity["techniques"] = [_with_current_names(str(text)) for text in identity["techniques"]]
     for name in SHOWN:
         if identity.get(name) is not None:
             facts[name] = short(_joined(masked(name, identity[name])), 200)
@@ -48,6 +51,15 @@ def describe_saved(folder: Path) -> tuple[dict[str, str], list[CheckpointTensor]
         facts["prepared results"] = _prepared(folder, description.prepared)
     facts["files"] = f"{len(description.files)}, {size(sum(file.bytes for file in description.files.values()))}"
     return facts, tensors
+
+
+def _with_current_names(text: str) -> str:
+    """Return a technique's settings, written by any version, with the names of this one."""
+    from treering.techniques import TECHNIQUES
+
+    for technique in TECHNIQUES.values():
+        text = with_current_names(technique, text)
+    return text
 
 
 def damage(folder: Path, verify: bool) -> Iterator[str]:
