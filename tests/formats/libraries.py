@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tests.formats.weights import cases
 from treering.formats import FP8, MXFP4, NF4, NVFP4, Format, Integer
-from treering.store.untrusted.headers import read_header
+from treering.store.untrusted import read_header
 from treering.weights.quantized.folder import read_quantized
 
 PACKAGES = ("compressed-tensors==0.20.0", "torchao==0.18.0", "bitsandbytes==0.50.2", "loguru")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from treering.store.untrusted.headers import read_header
+from treering.store.untrusted import read_header
 
 from tests.weights import layouts
 from treering.core.errors import CheckpointError
