@@ -12,6 +12,7 @@ from treering.cli.parsing.problems import dotted
 from treering.cli.parsing.sections import describe, paths
 from treering.cli.parsing.suggest import OTHER_TRAINERS
 from treering.cli.schema import RunConfig, Techniques
+from treering.techniques import TECHNIQUES
 from treering.techniques.shard import Shard
 
 
@@ -193,17 +194,7 @@ def test_the_json_schema_has_the_same_rules():
     assert {"type": "string"} in schema["properties"]["model"]["anyOf"]
     techniques = schema["$defs"]["Techniques"]
     assert techniques["additionalProperties"] is False
-    assert set(techniques["properties"]) == {
-        "full",
-        "lora",
-        "osft",
-        "tiledmlp",
-        "tiledblock",
-        "tiledloss",
-        "recompute",
-        "shard",
-        "compile",
-    }
+    assert set(techniques["properties"]) == set(TECHNIQUES)
     assert schema["$defs"]["Optimizer"]["properties"]["name"]["default"] == "adamw"
     assert schema["$defs"]["Optimizer"]["properties"]["lr"]["default"] == 1e-5
 

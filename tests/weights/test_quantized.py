@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from treering.store.untrusted import read_header
 
 from tests.weights import layouts
 from treering.core.errors import CheckpointError
 from treering.formats import FP8, MXFP4, NF4, NVFP4, FP8Block, Integer
+from treering.store.untrusted import read_header
 from treering.weights.quantized.folder import read_quantized
 
 NAME = "model.layers.0.mlp.up_proj"
