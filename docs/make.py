@@ -175,7 +175,8 @@ def _docstring(cls: type) -> tuple[str, dict[str, str]]:
     prose: list[str] = []
     listed: dict[str, str] = {}
     last = ""
-    for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
+    text = inspect.cleandoc(cls.__doc__ or "").partition("\nExample:")[0]  # an example is for programs
+    for line in text.splitlines():
         found = re.fullmatch(r"(\w+)  +(\S.*)", line)
         if found and found[1] in names:
             last = found[1]

@@ -52,7 +52,18 @@ def sizes(world: int, *, replicate: int = 1, shard: int = -1, sequence: int = 1,
 def mesh(
     *, replicate: int = 1, shard: int = -1, sequence: int = 1, expert: int = 1, device: str | None = None
 ) -> "DeviceMesh":
-    """Return the mesh of all ranks. Without a launcher, create a process group of one rank."""
+    """Return the mesh of all ranks. Without a launcher, create a process group of one rank.
+
+    Args:
+        replicate: copies of the parameters, each on `shard` × `sequence` ranks.
+        shard: ranks that share one copy and have documents of their own; −1: all ranks that are left.
+        sequence: ranks that share one copy and one document.
+        expert: ranks that share the experts of one copy.
+        device: `cuda` or `cpu`; default: `cuda` where there is one.
+
+    Example:
+        run = tr.compose("MODEL", [tr.Full(), tr.Shard()], mesh=tr.mesh(replicate=2, shard=-1))
+    """
     import torch
     from torch.distributed.device_mesh import init_device_mesh
 

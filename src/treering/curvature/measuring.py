@@ -57,21 +57,29 @@ def measure(
     memory_limit: int | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Statistics:
-    """Return second moments of the inputs of all linears and experts in blocks of `model`, over tokens of `batches`.
+    """Measure the second moments of the inputs of all linear layers and experts in the blocks of `model`.
 
-    model     a live transformers model, sharded or not, or a composed run
-    batches   `input_ids` [B, S], and what separates padding from tokens if B > 1: `real` or
-              `attention_mask`, both [B, S],
-              or `documents` of a packed row. With several ranks each has its own, and all have equally many;
-              ranks along a mesh's `sequence` and `expert` are given the same
-    anatomy   of the plain model, where techniques have changed it already; a run knows it
-    mesh      from treering.mesh(…); default: the run's, else all ranks have batches of their own
-    tokens    `trained`: only those from which a trained token is predicted
-    ring      name, data and date of this measurement; its tokens are counted here
-    onto      earlier statistics that this ring is added to
-    to        a folder to write, instead of keeping everything in memory
-    memory_limit      bytes of sums at a time: where all do not fit, the batches go through the model several times.
-              Default: 8 GiB, or half of what the device has free
+    Args:
+        model: a live transformers model, sharded or not, or a composed run.
+        batches: `input_ids` [B, S], and, if B > 1, which tokens are not padding: `real` or `attention_mask`, both
+            [B, S], or `documents` of a packed row. Of several ranks each has its own, and all have equally many; ranks
+            along a mesh's `sequence` and `expert` are given the same.
+        anatomy: of the plain model, where techniques have changed it already; a run knows it.
+        mesh: from treering.mesh(…); default: the run's, else all ranks have batches of their own.
+        tokens: `trained`: only those from which a trained token is predicted.
+        ring: name, data and date of this measurement; its tokens are counted here.
+        onto: earlier statistics that this measurement is added to.
+        to: a folder to write, instead of keeping everything in memory.
+        memory_limit: bytes of sums at a time: where all do not fit, the batches go through the model several times.
+            Default: 8 GiB, or half of what the device has free.
+        progress: called with (batches done, batches in all passes).
+
+    Returns:
+        The statistics, the same on every rank.
+
+    Example:
+        known = tr.measure(model, [{"input_ids": ids}])
+        run = tr.compose("MODEL", [tr.OSFT()], statistics=known, prepared="prepared")
     """
     subject = _Subject.of(model, anatomy, mesh)
     every = list(batches)

@@ -17,6 +17,9 @@ class Compile:
     """Compile blocks one by one: they share one compiled function, and FSDP's hooks stay between them.
 
     `dynamic: true` compiles one kernel for all lengths; `null` lets torch decide after the first change of shape.
+
+    Example:
+        run = tr.compose("MODEL", [tr.LoRA(rank=16), tr.Compile()])
     """
 
     backend: Literal["inductor", "aot_eager", "eager"] = "inductor"

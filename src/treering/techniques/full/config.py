@@ -18,6 +18,9 @@ class Full:
     """Train plain parameters: each that a pattern of `train` matches and none of `freeze` does.
 
     A pattern is the last part of a module's name (`q_proj`) or a glob on the complete name (`model.layers.1?.*`).
+
+    Example:
+        run = tr.compose("MODEL", [tr.Full(train=("model.layers.*",))])
     """
 
     train: tuple[str, ...] = ("*",)

@@ -26,6 +26,9 @@ class LoRA(LoRASettings):
     init      kaiming_zeros: A random, B zero, so that training starts at the base model
               pissa: A and B take the largest singular directions of W and W keeps the rest
               file: A and B from the peft folder `file`
+
+    Example:
+        run = tr.compose("MODEL", [tr.LoRA(rank=16, targets=("q_proj", "v_proj"))])
     """
 
     stage: ClassVar[Stage] = Stage.ADAPT

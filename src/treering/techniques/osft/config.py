@@ -54,6 +54,9 @@ class OSFT(OSFTSettings):
     unmeasured  what happens to an expert, or a linear, that no token of the measured text reached. refuse: an error
               freeze: it is not trained
               unprotected: it is trained without protection
+
+    Example:
+        run = tr.compose("MODEL", [tr.OSFT()], statistics=known, prepared="prepared")
     """
 
     stage: ClassVar[Stage] = Stage.ADAPT

@@ -22,6 +22,9 @@ class Quantize(QuantizeSettings):
     targets   `all-linear`: linears of attention and MLP and experts inside the blocks, no routers; or patterns of names
     group     inputs that share a scale, of int4 and int3
     clip      max: the largest value of each group is kept; mse: groups saturate where that lowers the squared error
+
+    Example:
+        run = tr.compose("MODEL", [tr.Quantize(format="nf4"), tr.LoRA(rank=16)])
     """
 
     stage: ClassVar[Stage] = Stage.QUANTIZE

@@ -23,6 +23,9 @@ class Recompute(RecomputeSettings):
     offload       where the inputs are stored until the backward; `cpu`: in pinned host memory
     first_blocks  offload only the inputs of this many first blocks; null: of all but the last, which is needed at once
     budget        offload, first blocks first, only as much as fits into this much host memory of a rank: 64GiB
+
+    Example:
+        run = tr.compose("MODEL", [tr.Full(), tr.Recompute(offload="cpu")])
     """
 
     stage: ClassVar[Stage] = Stage.RECOMPUTE

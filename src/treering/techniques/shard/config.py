@@ -24,6 +24,9 @@ class Shard(ShardSettings):
     offload   where shards are stored between uses; also useful with one GPU and no launcher
     hold      what stays complete on each rank between the micro-batches of a step. `gradients`: they are summed over
               ranks once a step, in its last backward. `all`: so are they, and parameters are gathered once a step
+
+    Example:
+        run = tr.compose("MODEL", [tr.Full(), tr.Shard(compute="bfloat16")], mesh=tr.mesh())
     """
 
     stage: ClassVar[Stage] = Stage.SHARD

@@ -25,6 +25,9 @@ class TiledMLP(TiledMLPSettings):
                 at a time, so that no gradient is a sum of several and none needs a float32 buffer
     accumulate  in what the gradient of a weight is summed over tiles: float32 (or wider); the dtype of the parameter,
                 whose rounding grows with the number of tiles; `budget`: float32 where such sums fit into `budget`
+
+    Example:
+        run = tr.compose("MODEL", [tr.Full(), tr.TiledMLP(budget=0.5)])
     """
 
     stage: ClassVar[Stage] = Stage.FORWARD
@@ -46,6 +49,9 @@ class TiledBlock(TiledBlockSettings):
     budget      GiB for one tile
     experts     as in `tiledmlp`
     accumulate  as in `tiledmlp`
+
+    Example:
+        run = tr.compose("MODEL", [tr.Full(), tr.TiledBlock(), tr.Recompute()])
     """
 
     stage: ClassVar[Stage] = Stage.FORWARD
@@ -89,6 +95,9 @@ class TiledLoss(TiledLossSettings):
     label_smoothing  that much of the target is spread evenly over the vocabulary
     z_loss           adds z_loss · (log Σ exp logits)² for each trained token, which keeps logits small
     accumulate       as in `tiledmlp`, for the gradient of the head
+
+    Example:
+        run = tr.compose("MODEL", [tr.LoRA(rank=16), tr.TiledLoss()])
     """
 
     stage: ClassVar[Stage] = Stage.FORWARD
