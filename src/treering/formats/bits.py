@@ -4,8 +4,18 @@ Every tensor of a packed weight is uint8, scales as views of their bytes: gloo c
 precision would round a floating-point scale to the compute dtype.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+
+def constant(values: Sequence[float], device: torch.device) -> Tensor:
+    """Return a small float32 table on `device`.
+
+    Made on the CPU and moved: where memory is planned the device is one on which torch makes no tensor from numbers.
+    """
+    return torch.tensor(values).to(device)
 
 
 def as_bytes(t: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ A code is sign (bit 3), exponent (bits 2, 1) and mantissa (bit 0): 0, ½, 1, 1½
 import torch
 from torch import Tensor
 
-from treering.formats.bits import look_up_nibbles
+from treering.formats.bits import constant, look_up_nibbles
 
 LARGEST = 6.0
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -16,14 +16,14 @@ _TIES_UP = (0.75, 1.75, 3.5)  # between an odd and an even code, where the even 
 
 def e2m1_values(packed: Tensor) -> Tensor:
     """Return the float32 values of packed codes, [..., 2 * bytes]; the even column is in the low half of a byte."""
-    table = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)], device=packed.device)
+    table = constant((*_MAGNITUDES, *(-m for m in _MAGNITUDES)), packed.device)
     return look_up_nibbles(packed, table)
 
 
 def e2m1_codes(x: Tensor) -> Tensor:
     """Return the nearest codes as uint8: ties to the even code, larger values saturate, −0.0 keeps its sign."""
     size = x.abs().float()
-    code = torch.bucketize(size, torch.tensor(_MIDDLES, device=x.device))
+    code = torch.bucketize(size, constant(_MIDDLES, x.device))
     for tie in _TIES_UP:
         code += size == tie
     return (code + 8 * torch.signbit(x)).to(torch.uint8)

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from treering.formats.bits import as_bytes, from_bytes, look_up_nibbles, pack_nibbles
+from treering.formats.bits import as_bytes, constant, from_bytes, look_up_nibbles, pack_nibbles
 from treering.formats.layout import Format, Piece, Tensors, grouped, largest, not_divisible
 
 # The quantiles of a normal distribution that bitsandbytes ships, exact in float32.
@@ -38,7 +38,7 @@ def nested_map() -> tuple[float, ...]:
 
 def nearest(x: Tensor, values: tuple[float, ...]) -> Tensor:
     """Return as uint8 the index of the nearest of the sorted `values`; ties go to the lower one."""
-    table = torch.tensor(values, device=x.device)
+    table = constant(values, x.device)
     return torch.bucketize(x, (table[1:] + table[:-1]) / 2).to(torch.uint8)
 
 
@@ -96,7 +96,7 @@ class NF4(Format):
         }
 
     def decode(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
-        table = torch.tensor(TABLE, device=tensors["codes"].device)
+        table = constant(TABLE, tensors["codes"].device)
         values = grouped(look_up_nibbles(tensors["codes"], table, high_first=True), self.block)
         return (values * self._absmax(tensors)[..., None]).flatten(-2).to(dtype)
 
@@ -109,7 +109,7 @@ class NF4(Format):
         if not self.nested:
             return from_bytes(tensors["scales"], torch.float32)
         codes = tensors["scales"]
-        scales = torch.tensor(nested_map(), device=codes.device)[codes.int()]
+        scales = constant(nested_map(), codes.device)[codes.int()]
         nested, offset = (from_bytes(tensors[key], torch.float32) for key in ("nested", "offset"))
         blocks = codes.shape[-2] * codes.shape[-1]
         by_block = nested.squeeze(-1).repeat_interleave(self.nested_block, -1)[..., :blocks]
