@@ -24,7 +24,7 @@ def one_thread():
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Autograd counts devices when it is first used: the stand-in that memory is planned on must be there before."""
-    if any({"plan", "cli"} & set(item.path.parts) for item in session.items):
+    if any({"plan", "cli", "quantize"} & set(item.path.parts) for item in session.items):
         from treering.memory import pretend
 
         pretend.accelerator()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from treering.formats.bits import as_bytes, from_bytes
-from treering.formats.layout import Format, Piece, Tensors
+from treering.formats.layout import Piece, ScaledFormat, Tensors
 
 LARGEST = 448.0
 
@@ -27,7 +27,7 @@ def has_nan(codes: Tensor) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FP8(Format):
+class FP8(ScaledFormat):
     """e4m3 codes with one scale for the matrix or for each row: 8 bits a weight.
 
     Attributes:
@@ -38,10 +38,6 @@ class FP8(Format):
     name: ClassVar[str] = "fp8"
     scale: Literal["channel", "tensor"] = "channel"
     scale_dtype: str = "float32"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.scale_dtype)
 
     def refusal(self, rows: int, columns: int) -> str:
         return ""
@@ -68,13 +64,11 @@ class FP8(Format):
     def damage(self, tensors: Tensors) -> str:
         if has_nan(tensors["codes"]):
             return "a code of fp8 is NaN (byte 127 or 255)"
-        return (
-            "" if bool(from_bytes(tensors["scales"], self.dtype).isfinite().all()) else "a scale of fp8 is not finite"
-        )
+        return self.not_finite(tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FP8Block(Format):
+class FP8Block(ScaledFormat):
     """e4m3 codes with one scale for each block of `block` × `block`: DeepSeek's published form.
 
     Blocks at the lower and right edges are short. The stored scale multiplies, although DeepSeek calls it `scale_inv`.
@@ -87,10 +81,6 @@ class FP8Block(Format):
     name: ClassVar[str] = "fp8_block"
     block: int = 128
     scale_dtype: str = "float32"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.scale_dtype)
 
     def refusal(self, rows: int, columns: int) -> str:
         return ""
@@ -123,8 +113,7 @@ class FP8Block(Format):
     def damage(self, tensors: Tensors) -> str:
         if has_nan(tensors["codes"]):
             return "a code of fp8_block is NaN (byte 127 or 255)"
-        finite = bool(from_bytes(tensors["scales"], self.dtype).isfinite().all())
-        return "" if finite else "a scale of fp8_block is not finite"
+        return self.not_finite(tensors)
 
     def _expand(self, scales: Tensor, rows: int, columns: int) -> Tensor:
         down = scales.repeat_interleave(self.block, -2)[..., :rows, :]

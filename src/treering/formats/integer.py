@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from treering.formats.bits import as_bytes, from_bytes, pack_stream, row_bytes, unpack_stream
-from treering.formats.layout import Format, Piece, Tensors, grouped, largest, not_divisible
+from treering.formats.layout import Piece, ScaledFormat, Tensors, grouped, largest, not_divisible
 
 
 @dataclass(frozen=True, kw_only=True)
-class Integer(Format):
+class Integer(ScaledFormat):
     """Integer codes, stored biased by 2^(b−1) as one bit stream a row.
 
     Attributes:
@@ -30,10 +30,6 @@ class Integer(Format):
     group: int = 128
     scale_dtype: str = "float32"
     asymmetric: bool = False
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.scale_dtype)
 
     @property
     def _half(self) -> int:
@@ -80,8 +76,7 @@ class Integer(Format):
         return (q * from_bytes(tensors["scales"], self.dtype)[..., None]).reshape(codes.shape).to(dtype)
 
     def damage(self, tensors: Tensors) -> str:
-        finite = bool(from_bytes(tensors["scales"], self.dtype).isfinite().all())
-        return "" if finite else f"a scale of int{self.width} is not finite"
+        return self.not_finite(tensors)
 
     def _groups_of(self, x: Tensor) -> Tensor:
         """View [..., rows, columns] as [..., *groups, elements of a group]."""

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from treering.formats.bits import from_bytes
+
 Tensors = Mapping[str, Tensor]
 
 
@@ -91,6 +93,21 @@ class Format(ABC):
     def settings(self) -> dict[str, Any]:
         """Return the name and the fields, as JSON can hold them: `formats.from_settings` reads them."""
         return {"format": self.name} | {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+
+class ScaledFormat(Format):
+    """A format whose scales are floating-point numbers of the dtype that its field `scale_dtype` names."""
+
+    scale_dtype: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.scale_dtype)
+
+    def not_finite(self, tensors: Tensors) -> str:
+        """Return the message of `damage` about a scale that is not finite, or the empty string."""
+        finite = bool(from_bytes(tensors["scales"], self.dtype).isfinite().all())
+        return "" if finite else f"a scale of {self.name} is not finite"
 
 
 def grouped(t: Tensor, size: int) -> Tensor:

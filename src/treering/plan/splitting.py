@@ -199,9 +199,8 @@ class _Splitter:
         if prepared is not None:
             problem = prepared.problem(name, (*chain.names, ERROR))
             if problem == "":
-                error, *norm = prepared.rows(
-                    name, ERROR, 0, 2
-                ).tolist()  # earlier versions wrote no norm for a complete weight
+                # Earlier versions wrote no norm for a complete weight.
+                error, *norm = prepared.rows(name, ERROR, 0, 2).tolist()
                 return SplitResult(key=name, error=error, norm=norm[0] if norm else 1.0)
             if problem:
                 self.repeated.append((problem, f"{prepared.path(name)} of {chain.name}"))

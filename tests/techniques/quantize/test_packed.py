@@ -170,6 +170,14 @@ def test_what_does_not_go_together_is_refused(techniques, message):
         tr.compose(build("llama"), techniques)
 
 
+def test_a_weight_that_is_not_finite_is_refused_by_name():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
+    with pytest.raises(PlanError, match=r"layers\.1\.mlp\.up_proj\.weight has values that are not finite"):
+        tr.compose(model, [tr.Quantize(format="int8"), tr.LoRA(**LORA)])
+
+
 def test_settings_that_mean_nothing_are_refused():
     for settings, message in (
         ({"group": 32}, "int4 and int3 take a group"),

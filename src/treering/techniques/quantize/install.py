@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from treering.core.errors import PlanError
 from treering.core.module_forward import install
 from treering.experts.grouped_forward import grouped
 from treering.formats.search import best_clip
@@ -46,6 +47,8 @@ def _part(config: "QuantizeSettings", matrix: "Matrix", packed: PackedWeight, ow
         weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
         W = matrix.oriented(weight.read()).to(dtype)
+        if not bool(torch.isfinite(W).all()):
+            raise PlanError(f"quantize: {matrix.weight} has values that are not finite, which no number format holds")
         clip: Tensor | float = 1.0
         if config.clip == "mse":
             clip = best_clip(form, W)
