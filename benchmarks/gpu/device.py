@@ -19,10 +19,10 @@ GIB = 2**30
 
 
 class Device:
-    """`torch_device` is where a row computes: `cuda:0`, or the CPU in a dry run."""
+    """`torch_device` is where a row computes: `cuda:0`, or the CPU in a dry run, which is always of toy sizes."""
 
-    def __init__(self, dry: bool):
-        self.dry = dry
+    def __init__(self, *, dry: bool, toy: bool = False):
+        self.dry, self.toy = dry, dry or toy
         self.torch_device = torch.device("cpu") if dry else torch.device("cuda", 0)
 
     @property
@@ -108,8 +108,12 @@ class Context:
         return self.device.dry
 
     @property
+    def toy(self) -> bool:
+        return self.device.toy
+
+    @property
     def sizes(self) -> Sizes:
-        return TOY if self.dry else CARD
+        return TOY if self.device.toy else CARD
 
     def left(self) -> float:
         """Seconds that this row still has."""
@@ -136,7 +140,7 @@ class Context:
         """
         found = {name: Measured() for name in sides}
         last = 0.0  # seconds of the round before
-        warm_up = min(warm_up, 1) if self.dry else warm_up
+        warm_up = min(warm_up, 1) if self.toy else warm_up
         for number in range(warm_up + min(rounds or self.sizes.rounds, self.sizes.rounds)):
             counted = number >= warm_up
             if number > warm_up and self.left() - keep < 1.2 * last:

@@ -84,8 +84,8 @@ class Search:
         sizes, device = self.context.sizes, self.context.device
         data = None
         try:
-            if self.context.dry and tokens > sizes.longest_pretended:
-                raise torch.OutOfMemoryError("a dry run pretends that no more fits")
+            if self.context.toy and tokens > sizes.longest_pretended:
+                raise torch.OutOfMemoryError("a toy run pretends that no more fits")
             data = batch(self.context, tokens, sizes.longest_document, sizes.longest_trained)
             self.seconds, _ = self.context.time(lambda: forward_backward(self.run, data))
             return True

@@ -67,7 +67,7 @@ def _against_forecast(wanted: float, peak: int | None, case: str) -> Figure:
 
 
 def _plan(context: Context, **environment: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.planned", *["--toy"] * context.dry]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.planned", *["--toy"] * context.toy]
     return subprocess.Popen(
         command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -36,14 +36,20 @@ def build(context: Context, config: Any, techniques: Sequence[Any], *, dtype: to
 def _randomise(plan: Any) -> None:
     """Values of the size that trained ones have: products of zeros or of identities run faster than real ones."""
     from treering.core.sharded import local
+    from treering.techniques.quantize.packed import PackedWeight
 
     own = {name for applied in plan.applied for part in applied.parts.values() for name in part.names}
     draws: dict[torch.device, torch.Generator] = {}
+    for module in plan.model.modules():
+        if isinstance(module, PackedWeight):
+            _encode(module, draws)
     for name, tensor in [*plan.model.named_parameters(), *plan.model.named_buffers()]:
         if not isinstance(tensor, torch.nn.Parameter) and name not in own:
             continue  # rotary frequencies have their values
         value = local(tensor)
-        draw = draws.setdefault(value.device, torch.Generator(value.device).manual_seed(0))
+        if value.dtype == torch.uint8:
+            continue  # packed, and encoded above
+        draw = _generator(value.device, draws)
         leaf = name.rpartition(".")[2]
         if leaf.startswith(("P_", "Q_")):
             value.normal_(0, value.shape[-1] ** -0.5, generator=draw)
@@ -51,6 +57,19 @@ def _randomise(plan: Any) -> None:
             value.normal_(0, 0.02, generator=draw)
         else:
             value.fill_(1.0)
+
+
+def _encode(packed: Any, draws: dict[torch.device, torch.Generator]) -> None:
+    """Codes of weights such as plain matrices get."""
+    device = next(packed.parameters()).device
+    weight = torch.empty(packed.shape, dtype=torch.bfloat16, device=device)
+    weight.normal_(0, 0.02, generator=_generator(device, draws))
+    for key, value in packed.form.encode(weight).items():
+        getattr(packed, key).copy_(value)
+
+
+def _generator(device: torch.device, draws: dict[torch.device, torch.Generator]) -> torch.Generator:
+    return draws.setdefault(device, torch.Generator(device).manual_seed(0))
 
 
 def batch(context: Context, tokens: int, document: int | None = None, trained: int | None = None) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _cost(context: Context) -> Iterator[Figure]:
 def _copy_rate(context: Context) -> Iterator[Figure]:
     """What the link to the host allows: without it, no overlap can be judged."""
     device = context.device.torch_device
-    size = GIB if not context.dry else 1 << 16
+    size = GIB if not context.toy else 1 << 16
     host = torch.empty(size, dtype=torch.uint8, pin_memory=not context.dry)
     there = torch.empty(size, dtype=torch.uint8, device=device)
     sides = {

@@ -32,8 +32,11 @@ LEAST = 10.0  # seconds without which no row is begun
 class Runner:
     """Measures `names` within `seconds`; `rows` is what `path` holds."""
 
-    def __init__(self, names: Sequence[str], *, seconds: float, folder: Path, dry: bool, grace: float = GRACE):
-        self.names, self.dry, self.folder, self.grace = list(names), dry, folder, grace
+    def __init__(
+        self, names: Sequence[str], *, seconds: float, folder: Path, dry: bool, toy: bool = False, grace: float = GRACE
+    ):
+        self.names, self.folder, self.grace = list(names), folder, grace
+        self.dry, self.toy = dry, dry or toy
         self.until = time.monotonic() + seconds
         self.device = "CPU" if dry else ""
         self.rows: list[dict[str, Any]] = []
@@ -42,7 +45,7 @@ class Runner:
 
     @property
     def path(self) -> Path:
-        return self.folder / ("gpu-dry.cpu.json" if self.dry else f"gpu.{machine(self.device)}.json")
+        return self.folder / (f"gpu{'-dry' * self.toy}.{machine(self.device)}.json")
 
     def run(self) -> None:
         waiting = list(self.names)
@@ -57,7 +60,7 @@ class Runner:
 
     def _work(self, waiting: list[str]) -> list[str]:
         """Run one worker until it ends or has to; returns the rows that are left."""
-        worker = Worker(waiting, seconds=self.left(), dry=self.dry)
+        worker = Worker(waiting, seconds=self.left(), dry=self.dry, toy=self.toy)
         open_row, began, limit = "", time.monotonic(), STARTING
         try:
             while True:
@@ -99,7 +102,7 @@ class Runner:
 
     def _hello(self, device: str) -> None:
         self.device = device
-        if not self.dry and not self.rows and self.path.exists():  # rows of an earlier run that are not measured again
+        if not self.toy and not self.rows and self.path.exists():  # rows of an earlier run that are not measured again
             known = json.loads(self.path.read_text("utf-8"))
             self.rows = [one for one in known if one["row"] not in self.names]
 
@@ -111,14 +114,15 @@ class Runner:
 
     def _fail(self, name: str, message: str) -> None:
         command = f"python -m benchmarks.gpu --rows {name}"
-        self._add(asdict(record.failed(name, message, device=self.device, dry=self.dry, command=command)))
+        self._add(asdict(record.failed(name, message, device=self.device, dry=self.toy, command=command)))
 
 
 class Worker:
     """A worker process in a group of its own, with what it starts."""
 
-    def __init__(self, names: Sequence[str], *, seconds: float, dry: bool):
-        options = [*["--dry-run"] * dry, "--seconds", f"{seconds:.1f}"]
+    def __init__(self, names: Sequence[str], *, seconds: float, dry: bool, toy: bool):
+        options = ["--dry-run"] if dry else ["--toy"] if toy else []
+        options = [*options, "--seconds", f"{seconds:.1f}"]
         command = [sys.executable, "-u", "-m", "benchmarks.gpu.worker", *options, *names]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=surroundings(dry), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

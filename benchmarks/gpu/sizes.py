@@ -37,6 +37,12 @@ class Sizes:
     loss_tiles: tuple[int, ...] = (512, 2048, 4096)
     tile_tokens: int = 32768
     tile_document: int = 4096
+    # one mixture layer: Qwen3-30B-A3B's shape
+    experts: int = 128
+    experts_chosen: int = 8
+    experts_hidden: int = 2048
+    experts_inner: int = 768
+    experts_tokens: int = 8192
     # the longest sequence
     longest_start: int = 131072
     longest_layers: int = 3
@@ -44,7 +50,7 @@ class Sizes:
     longest_trained: int = 4096
     longest_most: int = 1 << 23
     longest_step: int = 16384  # the limit is searched to within so many tokens
-    longest_pretended: int = 1 << 62  # what fits in a dry run
+    longest_pretended: int = 1 << 62  # what fits in a run of toy sizes
     # how often
     rounds: int = 10
 
@@ -81,8 +87,8 @@ class Sizes:
 
 CARD = Sizes()
 TOY = Sizes(
-    hidden=64,
-    inner=176,
+    hidden=128,
+    inner=256,
     heads=4,
     key_heads=2,
     vocabularies={"llama": 512, "gemma": 1024},
@@ -104,6 +110,11 @@ TOY = Sizes(
     loss_tiles=(16, 32, 64),
     tile_tokens=256,
     tile_document=64,
+    experts=4,
+    experts_chosen=2,
+    experts_hidden=64,
+    experts_inner=32,
+    experts_tokens=64,
     longest_start=64,
     longest_document=32,
     longest_trained=16,

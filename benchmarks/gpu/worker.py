@@ -1,6 +1,6 @@
 """The process that computes: runs rows one after the other and prints each figure as a line of JSON.
 
-    python -m benchmarks.gpu.worker [--dry-run] --seconds N NAME …
+    python -m benchmarks.gpu.worker [--dry-run | --toy] --seconds N NAME …
 
 Lines that begin with MARK are for the runner; whatever else is printed is shown as it is. A row that fails is reported
 and the next one goes on, unless the device does not compute any more: then the process ends, and the runner starts
@@ -41,7 +41,7 @@ def run(name: str, device: Any, seconds: float, command: str) -> bool:
     """Run one row; returns whether the device still computes."""
     from benchmarks.gpu.device import Context
 
-    about = {"device": device.name, "dry": device.dry, "command": f"{command} --rows {name}"}
+    about = {"device": device.name, "dry": device.toy, "command": f"{command} --rows {name}"}
     try:
         context = Context(device=device, until=time.monotonic() + seconds)
         for figure in function(name)(context):
@@ -72,16 +72,17 @@ def _left_group() -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--toy", action="store_true")
     parser.add_argument("--seconds", type=float, required=True, help="for all rows together")
     parser.add_argument("names", nargs="+")
     options = parser.parse_args()
     until = time.monotonic() + options.seconds
     from benchmarks.gpu.device import Device
 
-    device = Device(dry=options.dry_run)
+    device = Device(dry=options.dry_run, toy=options.toy)
     device.start()
     say("hello", device=device.name)
-    command = "python -m benchmarks.gpu" + (" --dry-run" if options.dry_run else "")
+    command = "python -m benchmarks.gpu" + (" --dry-run" * options.dry_run) + (" --toy" * options.toy)
     for name in options.names:
         say("begin", name=name)
         if kept := device.allocated():

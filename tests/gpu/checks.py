@@ -18,7 +18,10 @@ from tests.same import assert_all_same, assert_same
 from tests.techniques.osft.measured import moments
 from tests.toy import gradients, packed, rows, train, weights
 from tests.zoo import build
+from treering import formats
 from treering.attention import Documents, attend
+from treering.core import philox
+from treering.experts import products
 from treering.plan import draft
 from treering.plan.compose import load
 
@@ -46,6 +49,13 @@ COMPOSITIONS: dict[str, tuple[Any, ...]] = {
     "offload": (tr.Full(), OFFLOAD),
     "all with lora": (LORA, *TILES, OFFLOAD),
     "all with osft": (tr.OSFT(), *TILES, OFFLOAD),
+    "quantized": (tr.Quantize(format="int4", group=8), LORA),
+    "quantized, all with lora": (
+        tr.Quantize(format="mxfp4", targets=("q_proj", "o_proj", "up_proj")),
+        LORA,
+        *TILES,
+        OFFLOAD,
+    ),
 }
 SHARDED: dict[str, tuple[Any, ...]] = {
     "full": (tr.Full(), tr.Shard()),
@@ -201,10 +211,56 @@ def documents_leave_no_trace(window: int | None, sinks: bool, device: torch.devi
     assert torch.equal(after[:, :, 6:], before[:, :, 6:])
 
 
+def formats_write_the_bytes_of_the_cpu(name: str, device: torch.device) -> None:
+    """Codes and scales of a matrix and of a stack, and what they decode to, bit for bit."""
+    draw, form = torch.Generator().manual_seed(0), formats.named(name)
+    for shape, dtype in (((128, 256), torch.bfloat16), ((3, 128, 128), torch.float32)):
+        W = torch.randn(shape, generator=draw).to(dtype)
+        wanted, found = form.encode(W), form.encode(W.to(device))
+        for key, value in wanted.items():
+            assert torch.equal(found[key].cpu(), value), f"{key} of {name}, {list(shape)}"
+        for to in (torch.bfloat16, torch.float32):
+            again = form.decode(found, shape[-1], to).cpu()
+            assert torch.equal(again, form.decode(wanted, shape[-1], to)), f"{name} decoded to {to}"
+
+
+def products_of_experts_equal_float64(dtype: torch.dtype, device: torch.device) -> None:
+    """Grouped products and adapters of every rank, with experts that have no rows, few rows and most rows."""
+    draw = torch.Generator().manual_seed(0)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4  # float32 may be rounded to TF32 where a program allows it
+    for counts in ((5, 0, 120, 3), (0, 0, 64, 0), (1, 1, 1, 1)):
+        offsets = torch.tensor(counts).cumsum(0).to(torch.int32)
+        rows_ = int(offsets[-1])
+        for rank in (1, 3, 8, 16):
+            shapes = (rows_, 64), (4, 48, 64), (4, rank, 64), (4, 48, rank), (rows_, 48)
+            x, W, A, B, g = (torch.randn(shape, generator=draw).to(dtype) for shape in shapes)
+            found = _expert_passes([t.to(device, dtype) for t in (x, W, A, B, g)], offsets.to(device))
+            wanted = _expert_passes([t.double() for t in (x, W, A, B, g)], offsets)
+            for what, a, b in zip(("y", "x", "W", "A", "B"), found, wanted, strict=True):
+                assert_same(a.cpu().double(), b, tolerance, f"{what}, rows {counts}, rank {rank}")
+
+
+def _expert_passes(given: list[Tensor], offsets: Tensor) -> tuple[Tensor, ...]:
+    *leaves, incoming = given
+    x, W, A, B = (leaf.requires_grad_() for leaf in leaves)
+    y = products.stack_product(x, W, offsets) + products.low_rank(x, A, B, offsets, 0.5)
+    return y.detach(), *torch.autograd.grad(y, [x, W, A, B], incoming)
+
+
+def random_numbers_are_those_of_the_cpu(device: torch.device) -> None:
+    rows_ = torch.tensor([0, 7, 1 << 40])
+    wanted = philox.words(philox.key(3, "a"), rows_, 9)
+    assert torch.equal(philox.words(philox.key(3, "a"), rows_.to(device), 9).cpu(), wanted)
+
+
 ARCHITECTURES = ("qwen3_moe", "mistral", "gemma3", "gpt_oss", "deepseek_v3")
 ALONE: dict[str, Check] = {
     **{f"{name}: equals the CPU": partial(equals_the_cpu, name) for name in COMPOSITIONS},
     **{f"{name}: equals the CPU": partial(architecture_equals_the_cpu, name) for name in ARCHITECTURES},
+    **{f"{name}: the bytes of the CPU": partial(formats_write_the_bytes_of_the_cpu, name) for name in formats.NAMED},
+    "experts, bfloat16: equal float64": partial(products_of_experts_equal_float64, torch.bfloat16),
+    "experts, float32: equal float64": partial(products_of_experts_equal_float64, torch.float32),
+    "philox: the numbers of the CPU": random_numbers_are_those_of_the_cpu,
     "offload: every bit": offload_keeps_every_bit,
     "offload: no copy mixed up": copies_are_never_mixed_up,
     "offload: two inputs on the device": offload_holds_two_inputs,

@@ -6,20 +6,13 @@ import pytest
 
 from benchmarks.gpu.attention import BARS, CAPPED, CASES, error
 from benchmarks.gpu.device import Context, Device
-from benchmarks.gpu.sizes import TOY
 
 EVERY = CASES | CAPPED
-
-
-class Small(Context):
-    """Toy sizes, on a card as well."""
-
-    sizes = TOY
 
 
 @pytest.mark.parametrize("dry", [True, pytest.param(False, marks=pytest.mark.gpu)], ids=["cpu", "cuda"])
 @pytest.mark.parametrize("name", EVERY)
 def test_kernel_and_its_gradients_equal_float64(name, dry):
-    context = Small(device=Device(dry=dry), until=time.monotonic() + 60)
+    context = Context(device=Device(dry=dry, toy=True), until=time.monotonic() + 60)
     found, kernel = error(context, EVERY[name])
     assert found <= BARS[EVERY[name].dtype], f"{kernel}: {found:.1e}"

@@ -71,7 +71,7 @@ class GroupedForward(ModuleForward):
         inner = self._product(first, hidden[routing.tokens], routing)
         inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
         out = self._product(second, inner, routing)
-        if experts.has_post_expert_norm:
+        if getattr(experts, "has_post_expert_norm", False):  # transformers before 5.20 has none
             out = experts.post_expert_norm(out)
         weighted = out * top_k_weights.reshape(-1)[routing.order].unsqueeze(-1)
         return routing.combine(weighted).to(hidden.dtype)
@@ -91,7 +91,7 @@ class GroupedForward(ModuleForward):
 def unsupported(module: nn.Module) -> str:
     """Return why this module cannot have a grouped forward, or the empty string."""
     experts: Any = module
-    flags = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate", "num_experts")
+    flags = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
     if missing := [name for name in flags if not hasattr(experts, name)]:
         return f"{type(module).__name__} does not have transformers' experts interface ({missing[0]} is missing)"
     if getattr(experts, "_is_expert_parallel", False):
