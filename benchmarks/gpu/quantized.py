@@ -39,6 +39,35 @@ def formats(context: Context) -> Iterator[Figure]:
         )  # fmt: skip
 
 
+def decode(context: Context) -> Iterator[Figure]:
+    """Bytes read and written while a packed matrix becomes bfloat16, a second, beside those of a copy."""
+    from treering.formats import named
+
+    sizes, device = context.sizes, context.device.torch_device
+    shape = sizes.matrices["gate and up"]
+    weight = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    copy, repeats = torch.empty_like(weight), 10  # one call is too short to be timed
+    for name in FORMATS:
+        form = named(name)
+        tensors = form.encode(weight)
+        moved = sum(t.numel() for t in tensors.values()) + weight.numel() * weight.element_size()
+
+        def unpack(form: Any = form, tensors: Any = tensors) -> None:
+            for _ in range(repeats):
+                form.decode(tensors, shape[1], torch.bfloat16)
+
+        def plain() -> None:
+            for _ in range(repeats):
+                copy.copy_(weight)
+
+        found = context.alternate({"decode": unpack, "copy": plain}, keep=1)
+        rates = [repeats * moved / GIB / seconds for seconds in found["decode"].seconds]
+        copied = 2 * weight.numel() * weight.element_size()
+        peers = [repeats * copied / GIB / seconds for seconds in found["copy"].seconds]
+        case = f"{name}; {shape[0]} × {shape[1]} to bfloat16"
+        yield Figure(figure="rate of decoding / of a copy", case=case, ours=rates, peer=peers, unit="GiB/s")
+
+
 def whole(context: Context) -> Iterator[Figure]:
     sizes, device = context.sizes, context.device
     device.free()

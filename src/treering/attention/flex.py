@@ -31,8 +31,11 @@ def flex(
 ) -> Tensor:
     """Return H × T × E. All layers of one step share the block mask of their window."""
 
+    # A tensor, because a captured number becomes a symbol under `dynamic=True`, which flex_attention cannot lower.
+    limit = torch.full((), softcap, device=query_HTD.device)
+
     def cap(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return limit * torch.tanh(score / limit)
 
     masks = _masks.setdefault(documents, {})
     if window not in masks:

@@ -18,6 +18,11 @@ def constant(values: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(values).to(device)
 
 
+def divided(x: Tensor, number: float) -> Tensor:
+    """Return x / number, rounded once on every device: CUDA would multiply by the rounded inverse of a plain number."""
+    return x / constant((number,), x.device).to(x.dtype)
+
+
 def as_bytes(t: Tensor) -> Tensor:
     """Return the bytes of `t` as uint8, [..., n * itemsize], in the machine's (little-endian) order."""
     return t.contiguous().view(torch.uint8)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from treering.formats.bits import as_bytes, from_bytes
+from treering.formats.bits import as_bytes, divided, from_bytes
 from treering.formats.layout import Piece, ScaledFormat, Tensors
 
 LARGEST = 448.0
@@ -53,7 +53,7 @@ class FP8(ScaledFormat):
     def encode(self, weight: Tensor, *, clip: Tensor | float = 1.0) -> dict[str, Tensor]:
         x = weight.to(self.dtype)
         amax = x.abs().amax(-1 if self.scale == "channel" else (-2, -1), keepdim=True)
-        scales = (amax * clip).to(self.dtype) / LARGEST
+        scales = divided((amax * clip).to(self.dtype), LARGEST)
         scales = torch.where(scales == 0, torch.finfo(self.dtype).eps, scales)
         return {"codes": as_bytes(e4m3(x / scales)), "scales": as_bytes(scales)}
 
@@ -102,7 +102,7 @@ class FP8Block(ScaledFormat):
         blocks = pad(x, (0, -columns % self.block, 0, -rows % self.block))
         blocks = blocks.unflatten(-1, (-1, self.block)).unflatten(-3, (-1, self.block))
         amax = blocks.abs().amax((-3, -1)) * clip
-        scales = (torch.where(amax > 0, amax, LARGEST) / LARGEST).to(self.dtype)
+        scales = divided(torch.where(amax > 0, amax, LARGEST), LARGEST).to(self.dtype)
         return {"codes": as_bytes(e4m3(x / self._expand(scales, rows, columns))), "scales": as_bytes(scales)}
 
     def decode(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from treering.formats.bits import as_bytes, from_bytes, pack_stream, row_bytes, unpack_stream
+from treering.formats.bits import as_bytes, divided, from_bytes, pack_stream, row_bytes, unpack_stream
 from treering.formats.layout import Piece, ScaledFormat, Tensors, grouped, largest, not_divisible
 
 
@@ -56,11 +56,11 @@ class Integer(ScaledFormat):
         if self.asymmetric:
             # Zero must be a value of its own, also where all weights of a group have one sign.
             low, high = x.amin(-1).clamp(max=0) * clip, x.amax(-1).clamp(min=0) * clip
-            scales = ((high - low) / (2 * half - 1)).to(self.dtype)
+            scales = divided(high - low, 2 * half - 1).to(self.dtype)
             zeros = (-half - low.to(self.dtype) / scales).clamp(-half, half - 1).round()
             zeros = torch.where(scales == 0, 0, zeros)
         else:
-            scales = largest(x, clip) / (half - 0.5)
+            scales = divided(largest(x, clip), half - 0.5)
             zeros = torch.zeros_like(scales)
         scales = torch.where(scales == 0, torch.finfo(self.dtype).eps, scales)
         codes = (x / scales[..., None] + zeros[..., None]).clamp(-half, half - 1).round()

@@ -82,7 +82,8 @@ class NF4(Format):
         packed = pack_nibbles(nearest(x * inverse[..., None], TABLE).flatten(-2), high_first=True)
         if not self.nested:
             return {"codes": packed, "scales": as_bytes(absmax)}
-        offset = absmax.mean((-2, -1), keepdim=True)
+        # In float64, so that the order in which a device adds does not show in the float32 result.
+        offset = absmax.double().mean((-2, -1), keepdim=True).float()
         flat = (absmax - offset).flatten(-2)
         blocks = torch.nn.functional.pad(flat, (0, -flat.shape[-1] % self.nested_block))
         blocks = grouped(blocks, self.nested_block)
