@@ -7,7 +7,7 @@ V is M × l and learns, Q is M × h and is protected; h + l = min(N, M), and a q
     cached     V − G V with a G that is kept         2 M² l, and M² numbers of memory
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -50,3 +50,58 @@ def rows(context: Context) -> Iterator[Figure]:
             )  # fmt: skip
         yield Figure(figure="projecting V: largest difference of the forms", case=case, ours=worst, at_most=1e-4)
         yield Figure(figure="projecting V: memory of a cached G", case=case, ours=4 * inputs**2 / GIB, unit="GiB")
+
+
+def products(context: Context) -> Iterator[Figure]:
+    """G P of each matrix of an 8B block: time beside float32, and the error beside float64."""
+    from treering.core.full_precision import full_precision, product
+
+    device = context.device.torch_device
+    for name, (outputs, inputs) in context.sizes.matrices.items():
+        draw = torch.Generator(device).manual_seed(0)
+        G = torch.randn(outputs, inputs, generator=draw, device=device)
+        P = torch.randn(inputs, inputs, generator=draw, device=device) * inputs**-0.5
+        some = G[: min(outputs, 512)]
+        wanted = some.double() @ P.double()
+
+        def exact(G: Tensor, P: Tensor = P) -> Tensor:
+            with full_precision():
+                return G @ P
+
+        def split(G: Tensor, P: Tensor = P) -> Tensor:
+            return product(G, P)
+
+        def tf32(G: Tensor, P: Tensor = P) -> Tensor:
+            return _tf32(lambda: G @ P)
+
+        def tf32_parts(G: Tensor, P: Tensor = P) -> Tensor:
+            (Gh, Gl), (Ph, Pl) = _tf32_parts(G), _tf32_parts(P)
+            return _tf32(lambda: torch.cat([Gh, Gh, Gl], -1) @ torch.cat([Ph, Pl, Ph], -2))
+
+        ways = {"float32": exact, "bfloat16 × 3": split, "TF32 × 3": tf32_parts, "TF32": tf32}
+        sides = {way: (lambda one=one, G=G: one(G)) for way, one in ways.items()}
+        found = context.alternate(sides, warm_up=2, rounds=5, keep=1)
+        case = f"{name}: {outputs} × {inputs} times {inputs} × {inputs}"
+        for way, one in ways.items():
+            error = float((one(some).double() - wanted).norm() / wanted.norm())
+            yield Figure(figure=f"error of a product, {way}", case=case, ours=error)
+            if way != "float32":
+                yield Figure(
+                    figure=f"time of a product, {way} / float32", case=case, ours=found[way].seconds,
+                    peer=found["float32"].seconds, unit="s",
+                )  # fmt: skip
+
+
+def _tf32(multiply: Callable[[], Tensor]) -> Tensor:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        return multiply()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _tf32_parts(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what TF32 keeps of `t`, ten bits after the leading one, and the rest."""
+    high = ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return high, t - high

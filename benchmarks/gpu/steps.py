@@ -23,6 +23,7 @@ def lora(context: Context) -> Iterator[Figure]:
     for name, more in (
         ("tiled loss", [tr.TiledLoss()]),
         ("recompute and tiled loss", [tr.Recompute(), tr.TiledLoss()]),
+        ("blocks compiled, tiled loss", [tr.Compile(), tr.TiledLoss()]),
     ):
         device.free()
         if context.left() < 10:

@@ -20,7 +20,7 @@ from tests.toy import gradients, packed, rows, train, weights
 from tests.zoo import build
 from treering import formats
 from treering.attention import Documents, attend
-from treering.core import philox
+from treering.core import full_precision, philox
 from treering.experts import products
 from treering.plan import draft
 from treering.plan.compose import load
@@ -247,6 +247,22 @@ def _expert_passes(given: list[Tensor], offsets: Tensor) -> tuple[Tensor, ...]:
     return y.detach(), *torch.autograd.grad(y, [x, W, A, B], incoming)
 
 
+def products_in_parts_are_nearly_exact(device: torch.device) -> None:
+    """Float32 products of operators, and their gradients, beside float64."""
+    draw = torch.Generator().manual_seed(0)
+    for shape, other in (((300, 512), (512, 128)), ((3, 40, 64), (3, 64, 24))):
+        a, b = (torch.randn(s, generator=draw) for s in (shape, other))
+        for dtype in (torch.float32, torch.bfloat16):
+            pair = [a.to(dtype).to(device).requires_grad_(), b.to(device).requires_grad_()]
+            exact = [t.detach().cpu().double().requires_grad_() for t in pair]
+            g = torch.randn(*shape[:-1], other[-1], generator=draw)
+            y, wanted = full_precision.product(*pair), exact[0] @ exact[1]
+            found = [y, *torch.autograd.grad(y, pair, g.to(device))]
+            for one, exactly in zip(found, [wanted, *torch.autograd.grad(wanted, exact, g.double())], strict=True):
+                error = float((one.detach().cpu().double() - exactly.detach()).norm() / exactly.detach().norm())
+                assert error < (2**-15 if one.dtype == torch.float32 else 2**-8), f"{list(shape)}, {dtype}: {error:.1e}"
+
+
 def random_numbers_are_those_of_the_cpu(device: torch.device) -> None:
     rows_ = torch.tensor([0, 7, 1 << 40])
     wanted = philox.words(philox.key(3, "a"), rows_, 9)
@@ -260,6 +276,7 @@ ALONE: dict[str, Check] = {
     **{f"{name}: the bytes of the CPU": partial(formats_write_the_bytes_of_the_cpu, name) for name in formats.NAMED},
     "experts, bfloat16: equal float64": partial(products_of_experts_equal_float64, torch.bfloat16),
     "experts, float32: equal float64": partial(products_of_experts_equal_float64, torch.float32),
+    "products in parts: nearly exact": products_in_parts_are_nearly_exact,
     "philox: the numbers of the CPU": random_numbers_are_those_of_the_cpu,
     "offload: every bit": offload_keeps_every_bit,
     "offload: no copy mixed up": copies_are_never_mixed_up,

@@ -43,7 +43,10 @@ class ModuleForward:
 
 
 class AddedForward(ModuleForward):
-    """Return the output of a module plus that of `addend`, a child of the module, for the same input."""
+    """Return the output of a module plus that of `addend`, a child of the module, for the same input.
+
+    The addend is called with the input and the module's output, and returns their sum: it can add while it multiplies.
+    """
 
     def __init__(self, module: nn.Module, addend: nn.Module):
         super().__init__(module)
@@ -51,7 +54,8 @@ class AddedForward(ModuleForward):
         self.off = 0  # number of `switched_off` contexts that are active
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.call_former(x) if self.off else self.call_former(x) + self.addend(x)
+        y = self.call_former(x)
+        return y if self.off else self.addend(x, y)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def rows_by_rows(x_SK: Tensor, g_SN: Tensor, offsets: Tensor) -> Tensor:
             return product
         # Some CUDA kernels leave the result of an empty group unwritten.
         empty = torch.diff(offsets, prepend=offsets.new_zeros(1)) == 0
-        return product.masked_fill(empty[:, None, None], 0)
+        return product.masked_fill_(empty[:, None, None], 0)
     return reference.rows_by_rows(x_SK, g_SN, offsets)
 
 

@@ -6,7 +6,7 @@ A code is sign (bit 3), exponent (bits 2, 1) and mantissa (bit 0): 0, ½, 1, 1½
 import torch
 from torch import Tensor
 
-from treering.formats.bits import constant, look_up_nibbles
+from treering.formats.bits import constant
 
 LARGEST = 6.0
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -14,10 +14,9 @@ _MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 _TIES_UP = (0.75, 1.75, 3.5)  # between an odd and an even code, where the even one is the larger
 
 
-def e2m1_values(packed: Tensor) -> Tensor:
-    """Return the float32 values of packed codes, [..., 2 * bytes]; the even column is in the low half of a byte."""
-    table = constant((*_MAGNITUDES, *(-m for m in _MAGNITUDES)), packed.device)
-    return look_up_nibbles(packed, table)
+def e2m1_table(device: torch.device) -> Tensor:
+    """Return the 16 values by code, in float32."""
+    return constant((*_MAGNITUDES, *(-m for m in _MAGNITUDES)), device)
 
 
 def e2m1_codes(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from treering.formats import fused
 from treering.formats.bits import as_bytes, divided, from_bytes
 from treering.formats.layout import Piece, ScaledFormat, Tensors
 
@@ -19,6 +20,11 @@ LARGEST = 448.0
 def e4m3(x: Tensor) -> Tensor:
     """Round to float8_e4m3fn. Clamped first: before torch 2.13 a value over 448 became NaN."""
     return x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+
+
+def e4m3_table(device: torch.device) -> Tensor:
+    """Return the 256 values of e4m3 in float32."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
 
 
 def has_nan(codes: Tensor) -> bool:
@@ -58,8 +64,8 @@ class FP8(ScaledFormat):
         return {"codes": as_bytes(e4m3(x / scales)), "scales": as_bytes(scales)}
 
     def decode(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
-        codes = from_bytes(tensors["codes"], torch.float8_e4m3fn).to(self.dtype)
-        return (codes * from_bytes(tensors["scales"], self.dtype)).to(dtype)
+        table = e4m3_table(tensors["codes"].device).to(self.dtype)
+        return fused.octets(tensors["codes"], table, from_bytes(tensors["scales"], self.dtype), 0, dtype)
 
     def damage(self, tensors: Tensors) -> str:
         if has_nan(tensors["codes"]):
@@ -106,9 +112,8 @@ class FP8Block(ScaledFormat):
         return {"codes": as_bytes(e4m3(x / self._expand(scales, rows, columns))), "scales": as_bytes(scales)}
 
     def decode(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
-        codes = from_bytes(tensors["codes"], torch.float8_e4m3fn).to(self.dtype)
-        scales = from_bytes(tensors["scales"], self.dtype)
-        return (codes * self._expand(scales, codes.shape[-2], columns)).to(dtype)
+        table = e4m3_table(tensors["codes"].device).to(self.dtype)
+        return fused.octets(tensors["codes"], table, from_bytes(tensors["scales"], self.dtype), self.block, dtype)
 
     def damage(self, tensors: Tensors) -> str:
         if has_nan(tensors["codes"]):

@@ -10,8 +10,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from treering.formats import fused
 from treering.formats.bits import as_bytes, from_bytes, pack_nibbles
-from treering.formats.e2m1 import LARGEST, e2m1_codes, e2m1_values, e8m0_scales, e8m0_values
+from treering.formats.e2m1 import LARGEST, e2m1_codes, e2m1_table, e8m0_scales, e8m0_values
 from treering.formats.float8 import LARGEST as E4M3_LARGEST
 from treering.formats.float8 import e4m3, has_nan
 from treering.formats.layout import Format, Piece, Tensors, grouped, largest, not_divisible
@@ -45,8 +46,8 @@ class MXFP4(Format):
         return {"codes": pack_nibbles(codes.flatten(-2)), "scales": scales}
 
     def decode(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
-        values = grouped(e2m1_values(tensors["codes"]), self.group)
-        return (values * e8m0_values(tensors["scales"])[..., None]).flatten(-2).to(dtype)
+        table = e2m1_table(tensors["codes"].device)
+        return fused.nibbles(tensors["codes"], table, e8m0_values(tensors["scales"]), False, dtype)
 
     def damage(self, tensors: Tensors) -> str:
         return "a scale of mxfp4 is NaN (byte 255)" if bool((tensors["scales"] == 255).any()) else ""
@@ -104,12 +105,12 @@ class NVFP4(Format):
         }
 
     def decode(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
-        values = grouped(e2m1_values(tensors["codes"]), self.group)
         scales = from_bytes(tensors["scales"], torch.float8_e4m3fn).float()
         whole = from_bytes(tensors["global"], torch.float32)  # [..., parts, 1]
         by_part = scales.unflatten(-2, (self.parts, -1))
         step = by_part / whole[..., None] if self.convention == "divide" else by_part * whole[..., None]
-        return (values * step.flatten(-3, -2)[..., None]).flatten(-2).to(dtype)
+        table = e2m1_table(tensors["codes"].device)
+        return fused.nibbles(tensors["codes"], table, step.flatten(-3, -2), False, dtype)
 
     def damage(self, tensors: Tensors) -> str:
         if has_nan(tensors["scales"]):

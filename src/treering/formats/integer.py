@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from treering.formats.bits import as_bytes, divided, from_bytes, pack_stream, row_bytes, unpack_stream
+from treering.formats import fused
+from treering.formats.bits import as_bytes, divided, from_bytes, pack_stream, row_bytes
 from treering.formats.layout import Piece, ScaledFormat, Tensors, grouped, largest, not_divisible
 
 
@@ -69,11 +70,9 @@ class Integer(ScaledFormat):
         return tensors | ({"zeros": as_bytes(zeros.to(torch.int8))} if self.asymmetric else {})
 
     def decode(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
-        codes = unpack_stream(tensors["codes"], self.width, columns)
-        q = self._groups_of((codes.to(torch.int16) - self._half).to(self.dtype))
-        if self.asymmetric:
-            q = q - from_bytes(tensors["zeros"], torch.int8).to(self.dtype)[..., None]
-        return (q * from_bytes(tensors["scales"], self.dtype)[..., None]).reshape(codes.shape).to(dtype)
+        zeros = from_bytes(tensors["zeros"], torch.int8).to(self.dtype) if self.asymmetric else None
+        scales = from_bytes(tensors["scales"], self.dtype)
+        return fused.integers(tensors["codes"], zeros, scales, self.width, columns, dtype)
 
     def damage(self, tensors: Tensors) -> str:
         return self.not_finite(tensors)

@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from treering.formats.bits import as_bytes, constant, from_bytes, look_up_nibbles, pack_nibbles
+from treering.formats import fused
+from treering.formats.bits import as_bytes, constant, from_bytes, pack_nibbles
 from treering.formats.layout import Format, Piece, Tensors, grouped, largest, not_divisible
 
 # The quantiles of a normal distribution that bitsandbytes ships, exact in float32.
@@ -98,8 +99,7 @@ class NF4(Format):
 
     def decode(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
         table = constant(TABLE, tensors["codes"].device)
-        values = grouped(look_up_nibbles(tensors["codes"], table, high_first=True), self.block)
-        return (values * self._absmax(tensors)[..., None]).flatten(-2).to(dtype)
+        return fused.nibbles(tensors["codes"], table, self._absmax(tensors), True, dtype)
 
     def damage(self, tensors: Tensors) -> str:
         floats = ("nested", "offset") if self.nested else ("scales",)

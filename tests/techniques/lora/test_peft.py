@@ -1,5 +1,6 @@
 """Adapter folders: the real peft package opens ours, and we open what it wrote."""
 
+import copy
 import json
 
 import pytest
@@ -43,7 +44,8 @@ def test_peft_opens_what_we_export(arch, settings, tmp_path):
     run = randomised(tr.compose(build(arch), [tr.LoRA(rank=3, **settings)]))
     run.export(tmp_path / "a", adapter=settings.get("name", "default"))
     opened = PeftModel.from_pretrained(build(arch, attention="sdpa"), tmp_path / "a")
-    assert_same(logits(run.model), logits(opened), 1e-6, "logits")
+    # In float64: adapters as large as these multiply rounding errors of float32 by up to ten thousand.
+    assert_same(logits(copy.deepcopy(run.model).double()), logits(copy.deepcopy(opened).double()), 1e-9, "logits")
     merged = opened.merge_and_unload()
     run.export(tmp_path / "dense")
     theirs = merged.state_dict()

@@ -40,9 +40,12 @@ class Addend(nn.Module):
         self.A = nn.Parameter(torch.empty(rank, inputs, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.empty(outputs, rank, dtype=dtype, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(x.to(self.A.dtype), self.A)
-        return (F.linear(low, self.B) * self.scale).to(x.dtype)
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + scale · B A x. The scale is applied to the few numbers in between."""
+        low = F.linear(x.to(self.A.dtype), self.A) * self.scale
+        if y.dtype != self.B.dtype or y.ndim < 2:
+            return y + F.linear(low, self.B).to(y.dtype)
+        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.B.mT).view_as(y)
 
     def matrices(self, prefix: str, linear: str) -> tuple[TrainedMatrix, TrainedMatrix]:
         """Return where the inputs and output gradients of A and B are seen; their live names begin with `prefix`."""

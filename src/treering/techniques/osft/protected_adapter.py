@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from treering.anatomy.matrices import Matrix
 from treering.core import module_forward
-from treering.core.full_precision import full_precision
+from treering.core.full_precision import full_precision, product
 from treering.technique import Adapter, Applied, Derived, LazyTensor, Part, Site, TrainedMatrix
 from treering.techniques.osft.protection import operators
 from treering.techniques.osft.protection.coverage import frozen
@@ -51,18 +51,18 @@ class ProtectedAdapter(nn.Module):
     def _add_frozen(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor) -> Tensor:
         tensors = dict(self.named_parameters())
         with full_precision():
             Z = projected(self.shapes, tensors)
             if "in" in self.shapes and self.shapes["in"].thin:
                 # Inputs are large in protected directions: rounded before the basis is applied, they would leak.
-                x_low = x.to(Z.dtype) @ tensors["B_in"]
+                x_low = product(x, tensors["B_in"])
             else:
                 x_low = x
         y = F.linear(x_low.to(x.dtype), Z.to(x.dtype))
         thin_out = "out" in self.shapes and self.shapes["out"].thin
-        return F.linear(y, tensors["B_out"].to(y.dtype)) if thin_out else y
+        return base + (F.linear(y, tensors["B_out"].to(y.dtype)) if thin_out else y)
 
     def trained(self, name: str, linear: str) -> TrainedMatrix:
         """Return where the inputs and output gradients of Z, whose live name is `name`, are seen."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from treering.anatomy.matrices import Matrix
 from treering.core.errors import PlanError
+from treering.core.full_precision import product
 from treering.techniques.osft.protection.decompose import eigen, moment, svd
 from treering.techniques.osft.protection.targets import (
     OF_WEIGHTS,
@@ -47,11 +48,11 @@ class Operator:
 
     def right(self, X: Tensor) -> Tensor:
         """Return X P, for X […, c, D]."""
-        return self._combine(X, ((X @ self.Q) * self._weights()[..., None, :]) @ self.Q.mT)
+        return self._combine(X, product(product(X, self.Q) * self._weights()[..., None, :], self.Q.mT))
 
     def inside(self, X: Tensor) -> Tensor:
         """Return X P Q: where rest is 0, all of X P, in k coordinates."""
-        return (X @ self.Q) * self.values[..., None, :]
+        return product(X, self.Q) * self.values[..., None, :]
 
     def left(self, X: Tensor) -> Tensor:
         """Return P X, for X […, D, c]."""
@@ -59,11 +60,11 @@ class Operator:
 
     def coefficients(self, X: Tensor) -> Tensor:
         """Return Qᵀ X. Where rows of Q and X are sharded, the sum over ranks is that of the complete matrices."""
-        return self.Q.mT @ X
+        return product(self.Q.mT, X)
 
     def combine(self, X: Tensor, coefficients: Tensor) -> Tensor:
         """Return P X from X and its coefficients; needs no other rank's rows of Q and X."""
-        return self._combine(X, self.Q @ (self._weights()[..., :, None] * coefficients))
+        return self._combine(X, product(self.Q, self._weights()[..., :, None] * coefficients))
 
     def matrix(self) -> Tensor:
         """Return P itself, D × D."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from treering.anatomy.matrices import Matrix
-from treering.core.full_precision import full_precision
+from treering.core.full_precision import full_precision, product
 from treering.core.sharded import local, meta_rows, start_gather, sum_over_rows
 from treering.techniques.osft.protection.operators import Bases, End, Operator, OperatorShape
 
@@ -120,10 +120,10 @@ class OperatorBuffers(nn.Module):
             if isinstance(columns, Operator):
                 X = columns.inside(X) if thin else columns.right(X)
             elif columns is not None:
-                X = X @ columns
+                X = product(X, columns)
             if isinstance(rows, Operator):
                 X = rows.combine(X, sum_rows(rows.coefficients(X)))
-            X = X @ columns.Q.mT if isinstance(columns, Operator) and thin else X
+            X = product(X, columns.Q.mT) if isinstance(columns, Operator) and thin else X
         if not self.freezes:
             return X
         learns = local(self.buffer("scale")).to(X.device) != 0
