@@ -15,7 +15,7 @@ def _plan(function: str, about: str, seconds: float = 60.0) -> RowPlan:
 
 
 ROWS = {
-    "checks": _plan("correctness:checks", "every technique on CUDA equals the CPU; sharding; offload"),
+    "checks": _plan("correctness:checks", "every technique on CUDA equals the CPU; sharding; offload", 90),
     "kernels": _plan("attention:kernels", "varlen, sink and chunked attention against the plain form", 45),
     "flex": _plan("attention:flex", "softcap by compiled flex_attention against the plain form"),
     "offload": _plan("offload:rows", "offloaded block inputs: equal bits, and what they cost"),

@@ -214,14 +214,13 @@ def documents_leave_no_trace(window: int | None, sinks: bool, device: torch.devi
 def formats_write_the_bytes_of_the_cpu(name: str, device: torch.device) -> None:
     """Codes and scales of a matrix and of a stack, and what they decode to, bit for bit."""
     draw, form = torch.Generator().manual_seed(0), formats.named(name)
-    for shape, dtype in (((128, 256), torch.bfloat16), ((3, 128, 128), torch.float32)):
+    for shape, dtype in (((128, 256), torch.bfloat16), ((3, 128, 256), torch.float32)):
         W = torch.randn(shape, generator=draw).to(dtype)
         wanted, found = form.encode(W), form.encode(W.to(device))
         for key, value in wanted.items():
             assert torch.equal(found[key].cpu(), value), f"{key} of {name}, {list(shape)}"
-        for to in (torch.bfloat16, torch.float32):
-            again = form.decode(found, shape[-1], to).cpu()
-            assert torch.equal(again, form.decode(wanted, shape[-1], to)), f"{name} decoded to {to}"
+        again = form.decode(found, shape[-1], torch.bfloat16).cpu()
+        assert torch.equal(again, form.decode(wanted, shape[-1], torch.bfloat16)), f"{name} decoded"
 
 
 def products_of_experts_equal_float64(dtype: torch.dtype, device: torch.device) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,14 @@ class ModuleForward:
     An object that refers to its module, never a closure: `copy.deepcopy` and `pickle` take it along with the module, so
     that a copy of the model computes with the copy's weights. A closure would compute with the original weights.
     A subclass may refer to other modules only by attributes, for the same reason.
+
+    Attributes:
+        as_method: whether `__call__` is installed, bound to the object, in place of the object. torch.compile takes the
+            methods of equal layers for one function, and compiles them once; objects, for each layer again. For
+            layers that take one tensor: `inspect.signature` does not see the signature of what was replaced.
     """
+
+    as_method: ClassVar[bool] = False
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -48,6 +55,8 @@ class AddedForward(ModuleForward):
     The addend is called with the input and the module's output, and returns their sum: it can add while it multiplies.
     """
 
+    as_method = True
+
     def __init__(self, module: nn.Module, addend: nn.Module):
         super().__init__(module)
         self.addend = addend
@@ -79,7 +88,7 @@ def install(forward: ModuleForward) -> Callable[[], None]:
     """Replace the forward of `forward.module` by `forward`. Return a function that restores the former one."""
     module = forward.module
     former = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[assignment]
+    module.forward = forward.__call__ if forward.as_method else forward  # type: ignore[assignment, method-assign]
 
     def restore() -> None:
         if former is None:

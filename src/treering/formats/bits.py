@@ -5,16 +5,25 @@ precision would round a floating-point scale to the compute dtype.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 
 def constant(values: Sequence[float], device: torch.device) -> Tensor:
-    """Return a small float32 table on `device`.
+    """Return a small float32 table on `device`, the same one each time: a copy to a card would wait for the card.
 
-    Made on the CPU and moved: where memory is planned the device is one on which torch makes no tensor from numbers.
+    Where memory is planned tensors are of no device, and none is kept.
     """
+    if torch.compiler.is_compiling() or detect_fake_mode() is not None:
+        return torch.tensor(values).to(device)  # made on the CPU: a stand-in for a device makes none from numbers
+    return _kept(tuple(values), device)
+
+
+@cache
+def _kept(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values).to(device)
 
 
@@ -53,7 +62,7 @@ def look_up_nibbles(packed: Tensor, table: Tensor, *, high_first: bool = False) 
     One look-up for a byte and its two values: half the indices, and no tensor of unpacked codes.
     """
     pairs = table[unpack_nibbles(torch.arange(256, device=table.device), high_first=high_first)].view(256, 2)
-    return pairs.index_select(0, packed.flatten().int()).view(*packed.shape[:-1], -1)
+    return pairs.index_select(0, packed.flatten().int()).view(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 def row_bytes(columns: int, bits: int) -> int:

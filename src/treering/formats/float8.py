@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from treering.formats import fused
-from treering.formats.bits import as_bytes, divided, from_bytes
+from treering.formats.bits import as_bytes, constant, divided, from_bytes
 from treering.formats.layout import Piece, ScaledFormat, Tensors
 
 LARGEST = 448.0
+_E4M3 = tuple(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().tolist())
 
 
 def e4m3(x: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ def e4m3(x: Tensor) -> Tensor:
 
 def e4m3_table(device: torch.device) -> Tensor:
     """Return the 256 values of e4m3 in float32."""
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
+    return constant(_E4M3, device)
 
 
 def has_nan(codes: Tensor) -> bool:
@@ -65,7 +66,7 @@ class FP8(ScaledFormat):
 
     def decode(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
         table = e4m3_table(tensors["codes"].device).to(self.dtype)
-        return fused.octets(tensors["codes"], table, from_bytes(tensors["scales"], self.dtype), 0, dtype)
+        return fused.octets(tensors["codes"], table, from_bytes(tensors["scales"], self.dtype), dtype)
 
     def damage(self, tensors: Tensors) -> str:
         if has_nan(tensors["codes"]):
@@ -113,7 +114,7 @@ class FP8Block(ScaledFormat):
 
     def decode(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
         table = e4m3_table(tensors["codes"].device).to(self.dtype)
-        return fused.octets(tensors["codes"], table, from_bytes(tensors["scales"], self.dtype), self.block, dtype)
+        return fused.blocks(tensors["codes"], table, from_bytes(tensors["scales"], self.dtype), self.block, dtype)
 
     def damage(self, tensors: Tensors) -> str:
         if has_nan(tensors["codes"]):

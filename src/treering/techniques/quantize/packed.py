@@ -54,6 +54,8 @@ class PackedWeight(nn.Module):
 class PackedForward(ModuleForward):
     """The forward of a linear whose weight is packed."""
 
+    as_method = True
+
     def __init__(self, module: nn.Module, packed: PackedWeight):
         super().__init__(module)
         self.packed = packed

@@ -121,6 +121,8 @@ class FactoredExperts(Factored):
 class _FactoredForward(module_forward.ModuleForward):
     """The forward of a linear layer whose weight is factors."""
 
+    as_method = True
+
     def __init__(self, module: nn.Module, factored: FactoredLinear):
         super().__init__(module)
         self.factored = factored

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from treering.anatomy.matrices import Matrix
 from treering.core.errors import PlanError
-from treering.core.full_precision import product
 from treering.techniques.osft.protection.decompose import eigen, moment, svd
 from treering.techniques.osft.protection.targets import (
     OF_WEIGHTS,
@@ -40,19 +39,22 @@ class Operator:
         Q: […, D, k]
         values: […, k]
         rest: a number, or a tensor that broadcasts with what P is applied to.
+        multiply: two matrices; `product` where protection is soft, or does not depend on the result.
     """
 
     Q: Tensor
     values: Tensor
     rest: float | Tensor
+    multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul
 
     def right(self, X: Tensor) -> Tensor:
         """Return X P, for X […, c, D]."""
-        return self._combine(X, product(product(X, self.Q) * self._weights()[..., None, :], self.Q.mT))
+        inside = self.multiply(X, self.Q) * self._weights()[..., None, :]
+        return self._combine(X, self.multiply(inside, self.Q.mT))
 
     def inside(self, X: Tensor) -> Tensor:
         """Return X P Q: where rest is 0, all of X P, in k coordinates."""
-        return product(X, self.Q) * self.values[..., None, :]
+        return self.multiply(X, self.Q) * self.values[..., None, :]
 
     def left(self, X: Tensor) -> Tensor:
         """Return P X, for X […, D, c]."""
@@ -60,11 +62,11 @@ class Operator:
 
     def coefficients(self, X: Tensor) -> Tensor:
         """Return Qᵀ X. Where rows of Q and X are sharded, the sum over ranks is that of the complete matrices."""
-        return product(self.Q.mT, X)
+        return self.multiply(self.Q.mT, X)
 
     def combine(self, X: Tensor, coefficients: Tensor) -> Tensor:
         """Return P X from X and its coefficients; needs no other rank's rows of Q and X."""
-        return self._combine(X, product(self.Q, self._weights()[..., :, None] * coefficients))
+        return self._combine(X, self.multiply(self.Q, self._weights()[..., :, None] * coefficients))
 
     def matrix(self) -> Tensor:
         """Return P itself, D × D."""

@@ -43,6 +43,8 @@ class OperatorBuffers(nn.Module):
         self.matrix, self.freezes = matrix, freezes
         self.shapes = {shape.end: shape for shape in shapes}
         self.hard = not any(shape.soft for shape in shapes)
+        # A soft operator lets more through than such a product rounds away; a hard one nothing.
+        self.multiply = torch.matmul if self.hard else product
         # Rows of the stored weight are sharded; of experts, complete matrices.
         self.rows: End = "in" if matrix.transposed else "out"
         self.columns: End = "out" if matrix.transposed else "in"
@@ -120,10 +122,10 @@ class OperatorBuffers(nn.Module):
             if isinstance(columns, Operator):
                 X = columns.inside(X) if thin else columns.right(X)
             elif columns is not None:
-                X = product(X, columns)
+                X = self.multiply(X, columns)
             if isinstance(rows, Operator):
                 X = rows.combine(X, sum_rows(rows.coefficients(X)))
-            X = product(X, columns.Q.mT) if isinstance(columns, Operator) and thin else X
+            X = self.multiply(X, columns.Q.mT) if isinstance(columns, Operator) and thin else X
         if not self.freezes:
             return X
         learns = local(self.buffer("scale")).to(X.device) != 0
@@ -132,7 +134,7 @@ class OperatorBuffers(nn.Module):
     def _operator(self, end: End, basis: Tensor | None) -> Operator | Tensor | None:
         if basis is None or self.basis(end) == f"P_{end}":
             return basis
-        return Operator(basis, local(self.buffer(f"values_{end}")), self.shapes[end].rest)
+        return Operator(basis, local(self.buffer(f"values_{end}")), self.shapes[end].rest, self.multiply)
 
 
 class ProjectedRows(NamedTuple):
