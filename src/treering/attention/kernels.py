@@ -123,6 +123,11 @@ def _per_document(query: Tensor, key: Tensor, value: Tensor, documents: Document
     width = value.shape[-1]
     query, key, value = _same_width(query, key, value, multiple=1)
     gqa = len(query) != len(key)
+    if gqa and query.is_cuda:
+        # What FlashAttention does not take comes here on a card. The kernel that saves memory without it knows no
+        # grouped heads, and with them torch would compute T × T scores.
+        key, value = (x.repeat_interleave(len(query) // len(key), 0) for x in (key, value))
+        gqa = False
     outputs = [
         F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scaling, enable_gqa=gqa)[0]
         for q, k, v in zip(*(x.split(documents.lengths, dim=1) for x in (query, key, value)))

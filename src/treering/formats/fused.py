@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from treering.formats.bits import look_up_nibbles, unpack_stream
+from treering.formats.bits import look_up_nibbles, unpack_nibbles, unpack_stream
 
 
 def nibbles(codes: Tensor, table: Tensor, scales: Tensor, high_first: bool, dtype: torch.dtype) -> Tensor:
@@ -57,7 +57,11 @@ def integers(
 
 
 def _nibbles(codes: Tensor, table: Tensor, scales: Tensor, high_first: bool, dtype: torch.dtype) -> Tensor:
-    return (look_up_nibbles(codes, table, high_first=high_first) * scales).to(dtype)
+    if torch.compiler.is_compiling():  # a look-up of pairs would be a kernel of its own
+        values = table[unpack_nibbles(codes, high_first=high_first).int()]
+    else:
+        values = look_up_nibbles(codes, table, high_first=high_first)
+    return (values * scales).to(dtype)
 
 
 def _octets(codes: Tensor, table: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
