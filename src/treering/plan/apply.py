@@ -142,6 +142,10 @@ class ReproducedTensor:
     def stored(self) -> StoredTensor | None:
         return self.original.stored
 
+    @property
+    def start(self) -> int:
+        return self.original.start
+
     @torch.no_grad()
     def read(self) -> Tensor:
         tensors = split(self.chain, self.original, self.live, self.statistics)

@@ -58,9 +58,10 @@ class SplitResult:
 
 @dataclass(frozen=True)
 class InMemory:
-    """A LazyTensor whose values have been read."""
+    """A LazyTensor whose values have been read; `start`: the place of its first row in the complete weight."""
 
     tensor: Tensor
+    start: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -194,7 +195,9 @@ class _Splitter:
         chain, prepared = piece.chain, self.prepared
         plain = weight.rows(piece.start, piece.stop) if chain.independent_rows else weight.read()
         statistics = self._statistics(piece, plain)
-        form = ("rows",) if chain.independent_rows else ()
+        form = ["rows"] if chain.independent_rows else []
+        if form and not all(part.reads_weight for part in chain.parts):
+            form.append(str(piece.start))  # equal experts have seeds of their own
         name = key(digest(plain), chain.identity, *form, _identity(chain, self.live, statistics))
         if prepared is not None:
             problem = prepared.problem(name, (*chain.names, ERROR))
@@ -204,7 +207,7 @@ class _Splitter:
                 return SplitResult(key=name, error=error, norm=norm[0] if norm else 1.0)
             if problem:
                 self.repeated.append((problem, f"{prepared.path(name)} of {chain.name}"))
-        tensors = split(chain, InMemory(plain), self.live, statistics)
+        tensors = split(chain, InMemory(plain, piece.start), self.live, statistics)
         base = tensors.get(chain.name, plain if chain.name in self.live else torch.zeros_like(plain))
         wide = plain.to(torch.promote_types(plain.dtype, torch.float32))
         norm = wide.norm().clamp_min(torch.finfo(torch.float32).tiny)

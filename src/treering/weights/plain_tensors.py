@@ -35,6 +35,7 @@ class PlainTensor:
     reader: Callable[[], Tensor]
     row_reader: Callable[[int, int], Tensor] | None = None
     stored: StoredTensor | None = None  # not used yet: folders of quantized tensors are refused
+    start: int = 0
 
     def read(self) -> Tensor:
         return self.reader()

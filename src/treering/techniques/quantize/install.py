@@ -25,7 +25,7 @@ def install_packed(model: nn.Module, config: "QuantizeSettings", site: Site) -> 
         module = model.get_submodule(matrix.module)
         weight = model.get_parameter(matrix.weight)
         form = config.form(matrix, str(weight.dtype).removeprefix("torch."))
-        packed = PackedWeight(form, (*matrix.lead, matrix.outputs, matrix.inputs), torch.device("meta"))
+        packed = PackedWeight(form, (*matrix.lead, matrix.outputs, matrix.inputs), torch.device("meta"), weight.dtype)
         child = "packed" if matrix.experts is None else f"packed_{matrix.leaf}"
         delattr(module, matrix.leaf)
         module.add_module(child, packed)

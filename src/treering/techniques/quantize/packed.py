@@ -31,11 +31,12 @@ class PackedWeight(nn.Module):
     Args:
         form: the number format.
         shape: of the weight, outputs before inputs, experts in front.
+        plain_dtype: that the weight would have as a plain parameter.
     """
 
-    def __init__(self, form: Format, shape: tuple[int, ...], device: torch.device):
+    def __init__(self, form: Format, shape: tuple[int, ...], device: torch.device, plain_dtype: torch.dtype):
         super().__init__()
-        self.form, self.shape = form, shape
+        self.form, self.shape, self.plain_dtype = form, shape, plain_dtype
         *stack, rows, columns = shape
         for key, piece in form.pieces(rows, columns).items():
             empty = torch.empty(*stack, *piece.shape, dtype=torch.uint8, device=device)
