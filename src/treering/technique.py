@@ -91,8 +91,8 @@ class LazyTensor(Protocol):
     """A plain weight that is read when asked for.
 
     `stored` is None where the folder holds the weight itself, and the codes and scales where it holds a quantized one.
-    `start` is the place of its first row in the complete weight: not 0 where `split` is given some of the rows, as of a
-    stack some of the experts.
+    `start` is the place of its first row in the complete weight: not 0 where `split` is given some of the rows, such as
+    a few experts of a stack.
     """
 
     @property
