@@ -104,6 +104,8 @@ class Reading:
     shape = property(lambda self: self.tensor.shape)
     dtype = property(lambda self: self.tensor.dtype)
 
+    start = 0
+
     def read(self):
         return self._counted(self.tensor.read(), 0, self.shape[0] if self.shape else 1)
 
