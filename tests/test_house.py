@@ -168,6 +168,15 @@ def test_rooms_are_small():
     assert len(long) < 0.06 * len(sizes), long
 
 
+def test_a_class_name_means_one_class():
+    places: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in tree(path).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(shown(path))
+    assert not {name: files for name, files in places.items() if len(files) > 1}
+
+
 def test_public_functions_say_what_they_take_and_give():
     bare = []
     for path in FILES:
