@@ -6,18 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treering.data.chat.conversation import left_out, pieces_of, trace
+from treering.data.chat.conversation import left_out, pieces_of, trace, traced
 from treering.data.chat.filters import to_json
-from treering.data.chat.traced import (
-    MixedTextsError,
-    TextSource,
-    Traced,
-    concat,
-    opaque,
-    plain,
-    plain_inside,
-    traced,
-)
+from treering.data.chat.traced import Traced, concat, opaque, plain, plain_inside
+from treering.data.chat.traced_parts import MixedTextsError, TextSource
 
 TEXT = st.text(st.sampled_from("ab \n\t<|é😀\"\\'%"), max_size=12)
 SOME = st.one_of(st.none(), st.sampled_from(["a", " ", "b<", "\n", "ab"]))

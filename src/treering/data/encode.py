@@ -16,7 +16,7 @@ from treering.data.chat.control_tokens import SPECIAL, ControlTokens, RenamedTex
 from treering.data.chat.conversation import TOOLS, TextPiece
 from treering.data.chat.mask import Chat, Rendered
 from treering.data.chat.template import Template
-from treering.data.chat.traced import TextSource
+from treering.data.chat.traced_parts import TextSource
 from treering.data.config import Data, Format
 from treering.data.formats import Sample
 from treering.data.sources.records import SampleError, bad
