@@ -160,7 +160,8 @@ def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 def test_rooms_are_small():
     lines = {shown(path): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
-    assert not {name: n for name, n in lines.items() if n > 500}
+    contract = "src/treering/technique.py"  # whoever writes a technique reads this one file
+    assert not {name: n for name, n in lines.items() if n > 300 and name != contract}
     assert statistics.median(lines.values()) <= 200
     sizes = {f"{shown(p)}:{name}": length(node) for p in FILES for name, node, _ in functions(p)}
     assert not {name: n for name, n in sizes.items() if n > 90}
