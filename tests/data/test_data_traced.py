@@ -83,6 +83,16 @@ def test_changed_letters_keep_their_message(text):
         assert not result or result._parts[0].source is not None
 
 
+@settings(max_examples=100, deadline=None)
+@given(text=TEXT, width=st.integers(0, 20))
+def test_padded_texts_keep_their_message(text, width):
+    for change, arguments in [("center", (width, "*")), ("ljust", (width,)), ("rjust", (width,)), ("zfill", (width,))]:
+        result = getattr(source(text), change)(*arguments)
+        assert plain(result) == getattr(text, change)(*arguments)
+        assert result._parts[0].source is not None and result._parts[0].stop == len(text)
+    assert plain(source(text).expandtabs(tabsize=width)) == text.expandtabs(tabsize=width)
+
+
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.floats(allow_nan=False), TEXT),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=3)),
