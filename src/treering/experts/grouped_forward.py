@@ -22,7 +22,7 @@ from treering.experts.products import stack_product
 from treering.experts.routing import Routing, route
 
 
-class Source(Protocol):
+class StackSource(Protocol):
     """Where the weight of a stack comes from. An object, so that copies of the model refer to their own."""
 
     def product(self, x_SM: Tensor, routing: Routing) -> Tensor:
@@ -30,7 +30,7 @@ class Source(Protocol):
         ...
 
 
-class Observer(Protocol):
+class ProductObserver(Protocol):
     def see(self, stack: str, x_SM: Tensor, y_SN: Tensor, routing: Routing) -> None:
         """Called with the rows that a stack multiplies and their products, once for each forward."""
         ...
@@ -71,9 +71,11 @@ class GroupedForward(ModuleForward):
         experts: Any = module
         first = "gate_up_proj" if experts.has_gate else "up_proj"
         self.stacks = (first, "down_proj")
-        self.sources: dict[str, Source] = {leaf: Plain(module, leaf, experts.is_transposed) for leaf in self.stacks}
+        self.sources: dict[str, StackSource] = {
+            leaf: Plain(module, leaf, experts.is_transposed) for leaf in self.stacks
+        }
         self.addends: dict[str, list[Addition]] = {leaf: [] for leaf in self.stacks}
-        self.observers: list[Observer] = []
+        self.observers: list[ProductObserver] = []
         self.users = 0
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

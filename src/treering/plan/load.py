@@ -14,7 +14,7 @@ from treering.core.errors import PlanError
 from treering.core.sharded import local, local_rows, put, put_rows
 from treering.plan.plan import Chain, Statistics, join, split
 from treering.plan.prepared import Prepared
-from treering.plan.splitting import rows_at_once, split_all
+from treering.plan.splitting import prepare, rows_at_once
 from treering.technique import LazyTensor
 from treering.weights.plain_tensors import Source, plain_tensors
 
@@ -138,7 +138,12 @@ def fill(
                 copy_rows(live[name], source.tensors[name])
             if chain and not chain.reads:
                 errors[name] = _start(chain, source.tensors[name], live, (statistics or {}).get(name))
-    errors |= split_all(live, source, [c for c in chains.values() if c.reads], statistics, prepared, note)
+    reading = [chain for chain in chains.values() if chain.reads]
+    errors |= prepare(live, source, reading, statistics, prepared, note)
+    if prepared is not None:
+        for chain in reading:
+            for name in chain.names:
+                put_rows(live[name], prepared.tensor(chain.name, name).rows(*local_rows(live[name])))
     refuse_inexact(chains, errors)
     return errors
 

@@ -14,7 +14,7 @@ from treering.plan.values import announced, groups, joined, live_values
 from treering.store.model_folder import tensor_files
 from treering.store.publish import on_first, refuse_full
 from treering.store.tensor_writer import size
-from treering.weights.plain_tensors import places, to_file_layout
+from treering.weights.conversion import places, to_file_layout
 
 
 def rehearse(plan: Plan, folder: Path) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from treering.core.collectives import gather_objects
 from treering.core.errors import PlanError
-from treering.core.sharded import local, local_rows, put, put_rows
+from treering.core.owners import assign
+from treering.core.sharded import local, local_rows, put
 from treering.plan.plan import Chain, Statistics, join, split
 from treering.plan.prepared import ERROR, Prepared, digest, key
 from treering.technique import LazyTensor
@@ -98,25 +99,6 @@ def rows_at_once(tensor: LazyTensor) -> int:
         return 1
     row = torch.Size(tensor.shape[1:]).numel() * tensor.dtype.itemsize
     return max(1, AT_ONCE // max(row, 1))
-
-
-@torch.no_grad()
-def split_all(
-    live: Mapping[str, Tensor],
-    source: "Source",
-    chains: Sequence[Chain],
-    statistics: Statistics | None,
-    prepared: Prepared | None,
-    note: Callable[[str], None],
-) -> dict[str, float]:
-    """Set the values of the tensors of `chains`. Return ‖join(split(W)) − W‖/‖W‖ by plain name. A collective."""
-    errors = prepare(live, source, chains, statistics, prepared, note)
-    if prepared is not None:
-        for chain in chains:
-            for name in chain.names:
-                start, stop = local_rows(live[name])
-                put_rows(live[name], prepared.tensor(chain.name, name).rows(start, stop))
-    return errors
 
 
 @torch.no_grad()
@@ -266,15 +248,17 @@ def _assigned(
     chains: Sequence[Chain], source: "Source", rows_of_ranks: Sequence[Mapping[str, tuple[int, int]]]
 ) -> list[list[SplitPiece]]:
     """Return each rank's pieces: longest first, each to the least loaded rank that stores its first row."""
+    every = (piece for chain in chains for piece in _pieces(chain, source, 0, row_count(source.tensors[chain.name])))
+    pieces = {piece.id: piece for piece in every}
+
+    def stores(id_: tuple[str, int], rank: int) -> bool:
+        start, stop = rows_of_ranks[rank][id_[0]]
+        return start <= id_[1] < stop
+
+    owners = assign({id_: piece.cost for id_, piece in pieces.items()}, len(rows_of_ranks), may_own=stores)
     assigned: list[list[SplitPiece]] = [[] for _ in rows_of_ranks]
-    load = [0.0] * len(rows_of_ranks)
-    pieces = [piece for chain in chains for piece in _pieces(chain, source, 0, row_count(source.tensors[chain.name]))]
-    for piece in sorted(pieces, key=lambda piece: (-piece.cost, piece.id)):
-        name = piece.chain.name
-        ranks = [i for i, ranges in enumerate(rows_of_ranks) if ranges[name][0] <= piece.start < ranges[name][1]]
-        least = min(ranks, key=lambda rank: (load[rank], rank))
-        assigned[least].append(piece)
-        load[least] += piece.cost
+    for id_, rank in owners.items():
+        assigned[rank].append(pieces[id_])
     return assigned
 
 

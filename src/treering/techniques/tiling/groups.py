@@ -17,8 +17,9 @@ from torch import Tensor
 from treering.core.errors import PlanError
 from treering.core.module_forward import installed
 from treering.experts.grouped_forward import GroupedForward
-from treering.techniques.tiling.engine import TileJob, run
+from treering.techniques.tiling.engine import run
 from treering.techniques.tiling.tile import TiledRegion, bounds, put, slots
+from treering.techniques.tiling.tile_job import TileJob
 
 if TYPE_CHECKING:
     from treering.anatomy import Experts
