@@ -224,6 +224,7 @@ class Adapter:
         keys: Live name → key in the file.
         config: The content of `config_file`.
         derived: Key in the file → how its tensor is computed.
+        only_with: What else the adapter fits, where it does not fit the published model: it is not exported alone.
     """
 
     name: str
@@ -232,6 +233,7 @@ class Adapter:
     derived: Mapping[str, Derived] = field(default_factory=dict)
     file: str = "adapter_model.safetensors"
     config_file: str = "adapter_config.json"
+    only_with: str = ""
 
     @property
     def own(self) -> set[str]:

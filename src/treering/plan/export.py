@@ -165,6 +165,11 @@ def exportable(plan: Plan, name: str) -> Adapter:
             f"the adapter {name!r} moved the base weights at its start ({moved[0]} and {len(moved) - 1} more), so it "
             "does not fit the original model; export the dense model instead"
         )
+    if chosen.only_with:
+        raise PlanError(
+            f"the adapter {name!r} fits {chosen.only_with} only, and not the original model; export the dense model "
+            "instead"
+        )
     others = [name for a in plan.applied for name in a.trainable if name not in chosen.own and name in plan.plain]
     if others:
         raise PlanError(

@@ -27,6 +27,8 @@ class LoRA(LoRASettings):
     dtype     of A, B and their arithmetic, whatever the base is stored or computed in; `base`: that of the weight.
               fp32, bf16 and fp16 are short for float32, bfloat16 and float16
     init      kaiming_zeros: A random, B zero, so that training starts at the base model
+              residual: A and B are the best approximation of W − Q(W), what `quantize` left out
+              activation: the same, with the least error for measured inputs (`treering measure`)
               pissa: A and B take the largest singular directions of W and W keeps the rest
               file: A and B from the peft folder `file`
 
@@ -55,13 +57,13 @@ class LoRA(LoRASettings):
                     f"lora: rank {self.rank} exceeds what {matrix.module} ({matrix.outputs} × {matrix.inputs}) can "
                     f"have; set lora.rank to at most {matrix.rank} or leave it out of lora.targets"
                 )
-            pissa = self.init == "pissa"
-            needs: tuple[Need, ...] = ("plain_weight",) if pissa else ()
+            alone = self.init in ("pissa", "residual", "activation")
+            needs: tuple[Need, ...] = ("plain_weight",) if self.init == "pissa" else ()
             # The addend is shared: several adapters add up; but a start that moves the base must be alone on it.
             # The gradient is claimed as well, so that a technique which trains the weight itself is refused next to
             # an adapter instead of training the same thing twice.
             claims.append(
-                Claim(fqn=matrix.weight, aspect="addend", exclusive=pissa, needs=needs, setting="lora.targets")
+                Claim(fqn=matrix.weight, aspect="addend", exclusive=alone, needs=needs, setting="lora.targets")
             )
             claims.append(Claim(fqn=matrix.weight, aspect="gradient", exclusive=False, setting="lora.targets"))
             claims.append(Claim(fqn=f"{matrix.module}.{self.child(matrix)}", aspect="forward", setting="lora.name"))

@@ -1,6 +1,7 @@
 """Puts adapters next to linear layers and stacks of experts."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,13 +20,17 @@ if TYPE_CHECKING:
     from treering.anatomy.matrices import Matrix
     from treering.techniques.lora.settings import LoRASettings
 
+RESIDUAL = ("residual", "activation")
+
 
 def install(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
     """Put an adapter next to each matrix that the settings name."""
-    parts, names, undo, maps = {}, [], [], {}
+    parts, names, undo, maps, warnings = {}, [], [], {}, []
     added: list[module_forward.Switchable] = []
     matrices = config.matrices(site.anatomy)
     _check(model, config, matrices)
+    if config.init in RESIDUAL:
+        warnings = _residual_warnings(config, matrices, site)
     for matrix in matrices:
         module = model.get_submodule(matrix.module)
         stored = _stored_dtype(module, matrix)
@@ -45,7 +50,9 @@ def install(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
         prefix = f"{matrix.module}.{child}"
         maps[matrix.weight] = addend.trained(prefix, matrix)
         names += [f"{prefix}.A", f"{prefix}.B"]
-        parts[matrix.weight] = _part(matrix, config, prefix, dtype, stored, site.seed)
+        quantized = _quantized(matrix, site)
+        started = config if quantized or config.init not in RESIDUAL else replace(config, init="kaiming_zeros")
+        parts[matrix.weight] = _part(matrix, started, prefix, dtype, stored, site.seed)
 
     return Applied(
         trainable=tuple(names),
@@ -56,7 +63,33 @@ def install(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
         # PiSSA moved part of the base into A and B: without them, the model is not the base model.
         without=None if config.init == "pissa" else partial(module_forward.switched_off, added),
         notes=(_note(config, matrices),),
+        warnings=tuple(warnings),
     )
+
+
+def _quantized(matrix: "Matrix", site: Site) -> bool:
+    return any(not part.keeps_base for part in site.parts.get(matrix.weight, ()))
+
+
+def _residual_warnings(config: "LoRASettings", matrices: "Sequence[Matrix]", site: Site) -> list[str]:
+    """Return what a user who asked for a start from the residual has to know."""
+    plain = [matrix.weight for matrix in matrices if not _quantized(matrix, site)]
+    warnings = []
+    if plain:
+        warnings.append(
+            f"lora: init {config.init} starts from what quantizing leaves out, and {len(plain)} of {len(matrices)} "
+            f"weights are not quantized ({plain[0]}): their adapters start at kaiming_zeros"
+        )
+    if config.init == "activation" and site.statistics is not None:
+        from treering.curvature.counts import counted
+
+        for weight, tokens in counted(matrices, site.statistics).items():
+            if empty := tokens.count(0):
+                warnings.append(
+                    f"lora: no measured token reached {empty} of the {len(tokens)} matrices of {weight}: they start "
+                    "from the plain residual"
+                )
+    return warnings
 
 
 def _check(model: nn.Module, config: "LoRASettings", matrices: "Sequence[Matrix]") -> None:
@@ -100,23 +133,25 @@ def _part(
         BA = (tensors[f"{prefix}.B"].to(wide) @ tensors[f"{prefix}.A"].to(wide)).mul_(config.scale)
         return below + matrix.oriented(BA).to(below.device)
 
-    pissa = config.init == "pissa"
+    pissa, residual = config.init == "pissa", config.init in RESIDUAL
     return Part(
         names=(f"{prefix}.A", f"{prefix}.B"),
         split=splitter(matrix, config, prefix, seed),
         join=join,
-        reads_weight=pissa,
+        reads_weight=pissa or residual,
         moves_base=pissa,
         compute_dtype=None if config.dtype == "base" else dtype,
         independent_rows=bool(matrix.lead),
         tolerance=_tolerance(config, dtype, stored),
-        cost=float(matrix.rank * matrix.numel) if pissa else 0.0,
+        cost=float(matrix.rank * matrix.numel) if pissa or residual else 0.0,
+        identity=f"lora {config.init} {config.rank} {config.scale}" if residual else "",
+        measured=config.init == "activation",
     )
 
 
 def _tolerance(config: "LoRASettings", dtype: torch.dtype, stored: torch.dtype) -> float | None:
-    if config.init == "file":
-        return None  # an imported adapter changes the weight
+    if config.init == "file" or config.init in RESIDUAL:
+        return None  # an imported adapter changes the weight; a residual start brings back a part of it
     if config.init == "kaiming_zeros":
         return 0.0
     # The moved base is rounded to the dtype it is stored in, and A and B to theirs.

@@ -90,7 +90,9 @@ def describe(config: "LoRASettings", matrices: "Sequence[Matrix]") -> Adapter:
     }
     if stacks:
         body |= {"target_parameters": stacks, "peft_version": "0.21.2"}  # whose packing this is
-    return Adapter(name=config.name, keys=keys, config=body, derived=derived)
+    residual = config.init in ("residual", "activation")
+    only_with = "the quantized base, whose error it makes up for" if residual else ""
+    return Adapter(name=config.name, keys=keys, config=body, derived=derived, only_with=only_with)
 
 
 def _wrapper(matrix: "Matrix", matrices: "Sequence[Matrix]") -> str:

@@ -16,6 +16,20 @@ def forward(
     return y_TN if bias_N is None else y_TN + bias_N
 
 
+def closest(R_NM: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return (A, B) with s·BA the best rank-r approximation of R: of what quantizing leaves out, for example."""
+    U, S, Vh = torch.linalg.svd(R_NM, full_matrices=False)
+    return Vh[:rank], U[:, :rank] * S[:rank] / scale
+
+
+def closest_for_inputs(R_NM: Tensor, C_MM: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return (A, B) with the least E‖(R − s·BA) x‖² for inputs x with E[x xᵀ] = C, which has an inverse."""
+    values, Q = torch.linalg.eigh(C_MM)
+    root, inverse = Q * values.sqrt() @ Q.mT, Q / values.sqrt() @ Q.mT
+    A, B = closest(R_NM @ root, rank, scale)
+    return A @ inverse, B
+
+
 def pissa(W_NM: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return (base, A, B) with base + s·BA = W and s·BA the best rank-r approximation of W."""
     U, S, Vh = torch.linalg.svd(W_NM, full_matrices=False)

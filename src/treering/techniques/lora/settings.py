@@ -22,7 +22,7 @@ class LoRASettings:
     alpha: float | None = None
     rslora: bool = False
     dtype: Literal["float32", "bfloat16", "float16", "float64", "base", "fp32", "bf16", "fp16"] = "float32"
-    init: Literal["kaiming_zeros", "pissa", "file"] = "kaiming_zeros"
+    init: Literal["kaiming_zeros", "residual", "activation", "pissa", "file"] = "kaiming_zeros"
     file: str | None = None
 
     def __post_init__(self) -> None:

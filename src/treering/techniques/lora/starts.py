@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from treering.core.errors import CheckpointError
+from treering.core.errors import CheckpointError, PlanError
 from treering.core.seeds import generator
 from treering.technique import LazyTensor
 from treering.techniques.lora import reference
@@ -20,6 +20,8 @@ from treering.techniques.lora import reference
 if TYPE_CHECKING:
     from treering.anatomy.matrices import Matrix
     from treering.techniques.lora.settings import LoRASettings
+
+DAMPING = 1e-4  # of the mean eigenvalue of the inputs' moment: few tokens leave directions without any
 
 Split = Callable[[LazyTensor, Callable[[], Tensor], Mapping[str, Tensor] | None], dict[str, Tensor]]
 Pair = tuple[Tensor, Tensor]
@@ -36,6 +38,22 @@ def splitter(matrix: "Matrix", config: "LoRASettings", prefix: str, seed: int) -
         each = [reference.pissa(one, config.rank, config.scale) for one in (W if matrix.lead else [W])]
         base, A, B = (torch.stack(t) if matrix.lead else t[0] for t in zip(*each, strict=True))
         return named((A, B)) | {matrix.weight: matrix.oriented(base)}
+
+    def residual(weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None):
+        if weight.stored is not None:
+            raise PlanError(
+                f"lora: {matrix.weight} is stored quantized in the model's folder, so there is no residual to start "
+                "from; set lora.init to kaiming_zeros",
+                settings=("techniques.lora.init",),
+            )
+        R = matrix.oriented(weight.read().double() - below().double())
+        moments = moment(matrix, weight, statistics) if config.init == "activation" else None
+        each = [
+            _closest(one, None if moments is None else moments[i], config)
+            for i, one in enumerate(R if matrix.lead else [R])
+        ]
+        A, B = (torch.stack(t) if matrix.lead else t[0] for t in zip(*each, strict=True))
+        return named((A, B))
 
     def file(weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None):
         from treering.techniques.lora.peft_format import read_pair
@@ -56,7 +74,8 @@ def splitter(matrix: "Matrix", config: "LoRASettings", prefix: str, seed: int) -
     def named(pair: Pair) -> dict[str, Tensor]:
         return {f"{prefix}.A": pair[0], f"{prefix}.B": pair[1]}
 
-    return {"kaiming_zeros": kaiming_zeros, "pissa": pissa, "file": file}[config.init]
+    starts = {"kaiming_zeros": kaiming_zeros, "pissa": pissa, "file": file}
+    return starts.get(config.init, residual)
 
 
 def _stacked(matrix: "Matrix", weight: LazyTensor, start: "Callable[[Matrix], Pair]") -> Pair:
@@ -66,6 +85,37 @@ def _stacked(matrix: "Matrix", weight: LazyTensor, start: "Callable[[Matrix], Pa
     experts = matrix.each()[weight.start : weight.start + weight.shape[0]]
     pairs = [start(one) for one in experts]
     return torch.stack([A for A, _ in pairs]), torch.stack([B for _, B in pairs])
+
+
+def moment(matrix: "Matrix", weight: LazyTensor, statistics: Mapping[str, Tensor] | None) -> Tensor:
+    """Return the second moments of the inputs of the matrices that `weight` holds, [matrices, M, M]."""
+    remedy = (
+        "measure this model (treering measure MODEL --data FILE --to DIR) and name the folder as statistics.path, or "
+        "set lora.init to residual"
+    )
+    if statistics is None or "inputs" not in statistics:
+        raise PlanError(
+            f"lora: init activation needs the inputs of {matrix.weight}, and no statistics hold them; {remedy}",
+            settings=("statistics.path", "techniques.lora.init"),
+        )
+    moments = statistics["inputs"].double().reshape(-1, *statistics["inputs"].shape[-2:])
+    count = weight.shape[0] if matrix.lead else 1
+    if tuple(moments.shape) != (count, matrix.inputs, matrix.inputs):
+        raise PlanError(
+            f"lora: the statistics hold {tuple(moments.shape)} for {matrix.weight}, whose inputs need "
+            f"{(count, matrix.inputs, matrix.inputs)}; they are of another model: {remedy}",
+            settings=("statistics.path",),
+        )
+    return moments
+
+
+def _closest(R: Tensor, C: Tensor | None, config: "LoRASettings") -> Pair:
+    """Return the pair for one residual. Without inputs (an expert that no token reached) all directions count alike."""
+    mean = 0.0 if C is None else float(C.diagonal().mean())
+    if C is None or not mean > 0:
+        return reference.closest(R, config.rank, config.scale)
+    damped = C + DAMPING * mean * torch.eye(len(C), dtype=C.dtype)
+    return reference.closest_for_inputs(R, damped, config.rank, config.scale)
 
 
 def _kaiming_zeros(one: "Matrix", config: "LoRASettings", seed: int) -> Pair:
