@@ -103,6 +103,7 @@ class Reading:
     name = property(lambda self: self.tensor.name)
     shape = property(lambda self: self.tensor.shape)
     dtype = property(lambda self: self.tensor.dtype)
+    stored = None
 
     def read(self):
         return self._counted(self.tensor.read(), 0, self.shape[0] if self.shape else 1)

@@ -85,6 +85,7 @@ def explanation(config: "RunConfig", ranks: int, tokens: int) -> str:
             dropout=config.model.dropout,
             statistics=find(job_of(config)),
             roles=config.model.roles,
+            dequantize=config.model.dequantize,
             weights=False,
         )
         once = tokens * axis_size(plan.mesh, "replicate", "shard")
@@ -117,6 +118,7 @@ def _forecast(state: _State, length: int) -> "Forecast":
 def _subject(config: "RunConfig", ranks: int, length: int) -> "Subject":
     from treering.core.topology import mesh, sizes
     from treering.memory import Subject, pretend
+    from treering.plan.keep_stored import kept_of_folder
     from treering.plan.open_model import locate, named_dtype, read_config
     from treering.train.optimizers import build
 
@@ -133,7 +135,9 @@ def _subject(config: "RunConfig", ranks: int, length: int) -> "Subject":
     return Subject(
         config=model,
         dtype=stored if config.model.dtype == "auto" else named_dtype(config.model.dtype),
-        techniques=config.techniques.chosen(),
+        techniques=kept_of_folder(
+            config.techniques.chosen(), config.model.path, config.model.dtype, decode=config.model.dequantize
+        ),
         optimizers=optimizers,
         mesh=lambda: mesh(**asdict(config.mesh), device=pretend.NAME),
         world=ranks,

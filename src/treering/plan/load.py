@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from treering.core.errors import PlanError
 from treering.core.sharded import local, local_rows, put, put_rows
-from treering.plan.plan import Chain, Statistics, join, split
+from treering.plan.plan import Chain, Statistics, copies, join, split
 from treering.plan.prepared import Prepared
 from treering.plan.splitting import rows_at_once, split_all
 from treering.technique import LazyTensor
@@ -140,6 +140,8 @@ def fill(
                 errors[name] = _addition(chain, tensors, source.tensors[name])
                 for part_name, value in tensors.items():
                     put(live[part_name], value)
+    for name, tensor in copies(chains, source).items():
+        copy_rows(live[name], tensor)
     errors |= split_all(live, source, [c for c in chains.values() if c.reads], statistics, prepared, note)
     refuse_inexact(chains, errors)
     return errors
@@ -157,7 +159,13 @@ def refuse_inexact(chains: Mapping[str, Chain], errors: Mapping[str, float]) -> 
 
 
 @torch.no_grad()
-def refill(model: "nn.Module", source: Source, owned: Sequence[str], saved: Mapping[str, LazyTensor]) -> None:
+def refill(
+    model: "nn.Module",
+    source: Source,
+    chains: Mapping[str, Chain],
+    owned: Sequence[str],
+    saved: Mapping[str, LazyTensor],
+) -> None:
     """Resume from a checkpoint: `owned` from the saved values, the rest from the source. Nothing is split again."""
     live = plain_tensors(model)
     from_checkpoint = set(owned)
@@ -165,8 +173,8 @@ def refill(model: "nn.Module", source: Source, owned: Sequence[str], saved: Mapp
         for name in group:
             if name in live and name not in from_checkpoint:
                 copy_rows(live[name], source.tensors[name])
-    for name in owned:
-        copy_rows(live[name], saved[name])
+    for name, tensor in {**copies(chains, source), **{name: saved[name] for name in owned}}.items():
+        copy_rows(live[name], tensor)
 
 
 def copy_rows(target: Tensor, tensor: LazyTensor) -> None:

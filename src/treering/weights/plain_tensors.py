@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,9 @@ from treering.core.errors import CheckpointError, PlanError
 from treering.store.model_folder import tensor_headers
 from treering.store.untrusted import Header
 from treering.technique import StoredTensor
+from treering.weights.quantized.folder import QuantizedFolder
+from treering.weights.quantized.merge import merged, stored_tensor
+from treering.weights.quantized.opened import DecodedWeight, as_decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +37,7 @@ class PlainTensor:
     dtype: torch.dtype
     reader: Callable[[], Tensor]
     row_reader: Callable[[int, int], Tensor] | None = None
-    stored: StoredTensor | None = None  # not used yet: folders of quantized tensors are refused
+    stored: StoredTensor | None = None
 
     def read(self) -> Tensor:
         return self.reader()
@@ -51,6 +54,9 @@ class Source:
     groups: tuple[tuple[str, ...], ...]
     where: str
     unused: tuple[str, ...] = field(default=())  # tensors of the folder that the model does not have
+    shapes: Mapping[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # of the folder's tensors, decoded where quantized
     live_values: dict[str, Tensor] | None = None  # of a live model, until they have been copied
 
     @property
@@ -110,12 +116,21 @@ def keep_wide(model: "PreTrainedModel", dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(wide[by_group[match.lastgroup or ""]])
 
 
-def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
+def from_folder(
+    model: "PreTrainedModel", folder: Path, quantized: QuantizedFolder | None = None, *, keep: bool = True
+) -> Source:
     """Return the tensors of a Hugging Face folder, for a model (on meta) made from the folder's config.
 
-    Quantized weights are refused: config.json does not declare them, and their codes are not weights.
+    Codes that config.json does not declare are refused: they are not weights.
+
+    Args:
+        quantized: the folder's quantized weights, if it has any. Reading one decodes it to the model's dtype.
+        keep: whether they are also given as the folder stores them, as `LazyTensor.stored`.
     """
-    headers = tensor_headers(folder)
+    headers: dict[str, tuple[Any, Header]] = dict(tensor_headers(folder))
+    if quantized is not None:
+        headers = as_decoded(headers, quantized, model.dtype)
+    kept = quantized.weights if quantized is not None and keep else {}
     files = {key: path for key, (path, _) in headers.items()}
     wanted = plain_tensors(model)
     state = model.state_dict(keep_vars=True)
@@ -130,6 +145,8 @@ def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
             if target in wanted:
                 _refuse_codes(folder, headers, [key], target, wanted[target])
                 tensors[target] = _stored(target, key, files[key], wanted[target])
+                if key in kept:
+                    tensors[target] = replace(tensors[target], stored=stored_tensor(kept[key]))
                 groups.append((target,))
             elif target in state:
                 tied.append((key, target))
@@ -144,12 +161,14 @@ def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
         _refuse_codes(folder, headers, [key for key, _ in items], names[0], wanted[names[0]])
         by_rows = len(names) == 1 and reader.keeps_rows(names[0], tuple(wanted[names[0]].shape))
         for name in names:
+            merge = merged(reader.convert, [key for key, _ in items], name, tuple(wanted[name].shape), kept)
             tensors[name] = PlainTensor(
                 name=name,
                 shape=tuple(wanted[name].shape),
                 dtype=_dtype(files[items[0][0]], items[0][0]),
                 reader=lambda name=name, reader=reader: reader.read(name),  # type: ignore[misc]
                 row_reader=(lambda a, b, name=name, reader=reader: reader.rows(name, a, b)) if by_rows else None,  # type: ignore[misc]
+                stored=None if merge is None else stored_tensor(merge),
             )
         groups.append(names)
     _refuse_scales(folder, headers.keys() - set(unused), unused)
@@ -164,7 +183,13 @@ def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
     for key, target in tied:
         owner = next(name for name, value in wanted.items() if value is state[target])
         _refuse_other_copy(folder, headers[key], key, tensors[owner])
-    return Source(tensors=tensors, groups=tuple(groups), where=str(folder), unused=tuple(unused))
+    return Source(
+        tensors=tensors,
+        groups=tuple(groups),
+        where=str(folder),
+        unused=tuple(unused),
+        shapes={key: header.shape for key, (_, header) in headers.items()},
+    )
 
 
 ROWS = 4096  # that are compared at a time
@@ -198,7 +223,7 @@ def _refuse_codes(
 
 def _refuse_other_copy(folder: Path, stored: tuple[Path, Header], key: str, owner: PlainTensor) -> None:
     """Refuse a second copy of a tied tensor that differs from the first; equal copies are harmless."""
-    with safe_open(stored[0], "pt") as opened:
+    with _opened(stored[0], "pt") as opened:
         same = stored[1].shape == owner.shape and all(
             torch.equal(opened.get_slice(key)[row : row + ROWS], owner.rows(row, row + ROWS))
             for row in range(0, owner.shape[0], ROWS)
@@ -261,25 +286,30 @@ def places(
 
 
 def _stored(name: str, key: str, file: Path, like: Tensor) -> PlainTensor:
-    with safe_open(file, "pt") as opened:
+    with _opened(file, "pt") as opened:
         shape = tuple(opened.get_slice(key).get_shape())
     if shape != tuple(like.shape):
         raise CheckpointError(f"{file}: {key} has shape {shape}; the model's {name} has {tuple(like.shape)}")
 
     def read() -> Tensor:
-        with safe_open(file, "pt") as opened:
+        with _opened(file, "pt") as opened:
             return opened.get_tensor(key)
 
     def rows(start: int, stop: int) -> Tensor:
-        with safe_open(file, "pt") as opened:
+        with _opened(file, "pt") as opened:
             return opened.get_slice(key)[start:stop] if shape else opened.get_tensor(key)
 
     return PlainTensor(name=name, shape=shape, dtype=_dtype(file, key), reader=read, row_reader=rows)
 
 
+def _opened(file: Path | DecodedWeight, framework: str) -> Any:
+    """Return an opened safetensors file, or a quantized weight in its place."""
+    return file if isinstance(file, DecodedWeight) else safe_open(file, framework)
+
+
 def _dtype(file: Path, key: str) -> torch.dtype:
     """Return the dtype of a tensor in a file, from a slice without rows; a scalar has no rows to leave out."""
-    with safe_open(file, "pt") as opened:
+    with _opened(file, "pt") as opened:
         piece = opened.get_slice(key)
         return piece[:0].dtype if piece.get_shape() else opened.get_tensor(key).dtype
 
@@ -294,7 +324,7 @@ class _Converted:
         self.model, self.target, self.items, self.converter, self.files = model, target, items, converter, files
         self.ready: dict[str, Tensor] = {}
 
-    def _convert(self, get: Callable[[str], Tensor], items: Sequence[tuple[str, str]] = ()) -> dict[str, Tensor]:
+    def convert(self, get: Callable[[str], Tensor], items: Sequence[tuple[str, str]] = ()) -> dict[str, Tensor]:
         converter = deepcopy(self.converter)
         for key, pattern in items or self.items:
             converter.add_tensor(self.target, key, pattern, get(key))
@@ -302,11 +332,11 @@ class _Converted:
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
     def _shape_only(self, key: str) -> Tensor:
-        with safe_open(self.files[key], "pt") as opened:
+        with _opened(self.files[key], "pt") as opened:
             return torch.empty(opened.get_slice(key).get_shape(), device="meta")
 
     def _read(self, key: str) -> Tensor:
-        with safe_open(self.files[key], "pt") as opened:
+        with _opened(self.files[key], "pt") as opened:
             return opened.get_tensor(key)
 
     def keeps_rows(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -316,7 +346,7 @@ class _Converted:
         if not shape or not all(_within_rows(operation, len(shape)) for operation in others):
             return False
         first = self._experts(0, 1) if stacks else self.items
-        rows = self._convert(lambda key: self._shape_only(key)[: None if stacks else 1], first)
+        rows = self.convert(lambda key: self._shape_only(key)[: None if stacks else 1], first)
         return {n: tuple(v.shape) for n, v in rows.items()} == {name: (1, *shape[1:])}
 
     def _stacks(self) -> tuple[bool, list[Any]]:
@@ -339,16 +369,16 @@ class _Converted:
         if stop <= start:
             return self._empty(name)
         if self._stacks()[0]:
-            return self._convert(self._read, self._experts(start, stop))[name]
+            return self.convert(self._read, self._experts(start, stop))[name]
 
         def some(key: str) -> Tensor:
-            with safe_open(self.files[key], "pt") as opened:
+            with _opened(self.files[key], "pt") as opened:
                 return opened.get_slice(key)[start:stop]
 
-        return self._convert(some)[name]
+        return self.convert(some)[name]
 
     def _empty(self, name: str) -> Tensor:
-        shape = self._convert(self._shape_only)[name].shape
+        shape = self.convert(self._shape_only)[name].shape
         key = self.items[0][0]
         return torch.empty((0, *shape[1:]), dtype=_dtype(self.files[key], key))
 
@@ -356,7 +386,7 @@ class _Converted:
         """Return names of tensors that the model has, by converting on the meta device: no weight is read."""
         file = self.files[self.items[0][0]]
         try:
-            converted = self._convert(self._shape_only)
+            converted = self.convert(self._shape_only)
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{file}: {self.items[0][0]} and {len(self.items) - 1} more cannot be joined to {self.target}: {error}"
@@ -371,7 +401,7 @@ class _Converted:
 
     def read(self, name: str) -> Tensor:
         if name not in self.ready:
-            self.ready = self._convert(self._read)
+            self.ready = self.convert(self._read)
         return self.ready.pop(name)
 
 
