@@ -16,9 +16,8 @@ from treering.core.topology import mesh as make_mesh
 from treering.curvature import Statistics as Measured
 from treering.objectives import Objective
 from treering.plan import conflicts, open_model
-from treering.plan.apply import apply_all, resolve_all
+from treering.plan.apply import apply_all, keep_stored, resolve_all
 from treering.plan.batches import choose_objective
-from treering.plan.keep_stored import keep_stored
 from treering.plan.load import fill, materialise, refill, remember, to_meta
 from treering.plan.plan import Plan, Statistics
 from treering.plan.prepared import Prepared

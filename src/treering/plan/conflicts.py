@@ -48,10 +48,12 @@ def _check_pair(first: Technique, claims: Sequence[Claim], second: Technique, ot
     mine, other = clashes[0]
     remedies = [claim.remedy for claim in (mine, other) if claim.remedy]
     remedy = remedies[0] if remedies else "use one of the two techniques"
-    outs = [c.setting or name_of(t) for t, c in ((first, mine), (second, other)) if not c.remedy]
+    outs = [(c.setting or name_of(t), name_of(t)) for t, c in ((first, mine), (second, other)) if not c.remedy]
+    leave = " or of ".join(setting for setting, _ in outs)
+    leave += f", leave {outs[0][1]} out" if remedies and outs[0][0] != outs[0][1] else ""
     raise PlanError(
         f"{name_of(first)} and {name_of(second)} both {MEANING[mine.aspect]} of {_some(clashes)}. "
-        f"Leave {'it' if len(clashes) == 1 else 'them'} out of {' or of '.join(outs)}, or {remedy}",
+        f"Leave {'it' if len(clashes) == 1 else 'them'} out of {leave}, or {remedy}",
         settings=tuple(s for s in (mine.setting, other.setting) if s),
     )
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from treering.core.errors import PlanError
+from treering.core.collectives import gather_objects
+from treering.core.errors import CheckpointError, PlanError
 from treering.core.sharded import local, local_rows, put, put_rows
 from treering.plan.plan import Chain, Statistics, copies, join, split
 from treering.plan.prepared import Prepared
@@ -140,8 +141,7 @@ def fill(
                 errors[name] = _addition(chain, tensors, source.tensors[name])
                 for part_name, value in tensors.items():
                     put(live[part_name], value)
-    for name, tensor in copies(chains, source).items():
-        copy_rows(live[name], tensor)
+    _copy_stored(live, source, chains)
     errors |= split_all(live, source, [c for c in chains.values() if c.reads], statistics, prepared, note)
     refuse_inexact(chains, errors)
     return errors
@@ -173,8 +173,24 @@ def refill(
         for name in group:
             if name in live and name not in from_checkpoint:
                 copy_rows(live[name], source.tensors[name])
-    for name, tensor in {**copies(chains, source), **{name: saved[name] for name in owned}}.items():
-        copy_rows(live[name], tensor)
+    _copy_stored(live, source, chains)
+    for name in owned:
+        copy_rows(live[name], saved[name])
+
+
+def _copy_stored(live: Mapping[str, Tensor], source: Source, chains: Mapping[str, Chain]) -> None:
+    """Copy this rank's rows of what stays as the folder stores it. Damage that one rank sees is raised on all."""
+    tensors = copies(chains, source)
+    if not tensors:
+        return
+    problem = ""
+    try:
+        for name, tensor in tensors.items():
+            copy_rows(live[name], tensor)
+    except CheckpointError as error:
+        problem = str(error)
+    for text in filter(None, gather_objects(problem)):
+        raise CheckpointError(text)
 
 
 def copy_rows(target: Tensor, tensor: LazyTensor) -> None:

@@ -163,7 +163,8 @@ def reads(path):
 
     def counting(self, key, rows=slice(None), /):
         tensor = read(self, key, rows)
-        counted[key] = counted.get(key, 0) + (tensor.shape[0] if tensor.ndim else 1)
+        if not tensor.is_meta:
+            counted[key] = counted.get(key, 0) + (tensor.shape[0] if tensor.ndim else 1)
         return tensor
 
     opened.FolderReader.__call__ = counting
@@ -201,6 +202,29 @@ def test_checkpoints_leave_the_codes_to_the_folder_and_a_resume_takes_them_from_
         assert torch.equal(tensor.read(), ends[1].tensors[name].read()), name
     notes = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any("14 weights stay as the folder stores them: int4 (14)" in str(note) for note in notes)
+
+
+def resumed(root, first):
+    from dataclasses import replace
+
+    settings = quantized_job(root, output="ranks")
+    run_job(replace(settings, techniques=(*settings.techniques, tr.Shard())))
+    if first:
+        return None
+    newest = checkpoints.newest(root / "ranks" / "checkpoints", pytest.fail)
+    return {name: tensor.read() for name, tensor in newest.tensors.items() if "/" not in name}
+
+
+def test_a_run_on_two_ranks_resumes_on_three(tmp_path):
+    quantized_job(tmp_path)  # writes the folder once
+    on_ranks(2, resumed, tmp_path, True)
+    for step in ("step-10", "step-12"):
+        shutil.rmtree(tmp_path / "ranks" / "checkpoints" / step)
+    ends = on_ranks(3, resumed, tmp_path, False)
+    run_job(quantized_job(tmp_path, output="whole"))
+    whole = checkpoints.newest(tmp_path / "whole" / "checkpoints", pytest.fail).tensors
+    for name, value in ends[0].items():
+        assert_same(value, whole[name].read(), 1e-4)
 
 
 YAML = """
@@ -281,8 +305,8 @@ def test_projections_of_stored_weights_train(tmp_path):
 REFUSALS = {
     "another format": (
         [tr.Quantize(format="int8"), LORA],
-        r"quantize and stored both own how the weight is stored of .*Leave them out of quantize\.targets, or set "
-        r"model\.dequantize to true",
+        r"quantize and stored both own how the weight is stored of .*Leave them out of quantize\.targets, leave "
+        r"quantize out, or set model\.dequantize to true",
     ),
     "full": (
         [tr.Full()],
@@ -352,12 +376,36 @@ def damaged(folder, key, change):
 
 UP = "model.layers.1.mlp.up_proj"
 DAMAGE = {
-    "short codes": (f"{UP}.weight_packed", lambda t: t[:, :-8], r"model's .*up_proj.weight has \(128, 64\)"),
+    "short codes": (
+        f"{UP}.weight_packed",
+        lambda t: t[:, :-8],
+        r"scales of nvfp4 is uint8 \[128, 4\]; .*uint8 \[128, 3\]",
+    ),
     "short scales": (f"{UP}.weight_scale", lambda t: t[:, :-1], r"scales of nvfp4 is uint8 \[128, 3\]"),
     "few scales": (f"{UP}.weight_scale", lambda t: t[:-1], r"scales of nvfp4 is uint8 \[127, 4\]"),
     "nan scale": (f"{UP}.weight_global_scale", lambda t: t * torch.nan, "global scale of nvfp4 is not a positive"),
     "no scale": (f"{UP}.weight_scale", lambda t: None, r"has no .*up_proj\.weight_scale; the folder is incomplete"),
 }
+
+
+def on_each(folder):
+    with pytest.raises(tr.CheckpointError, match="a scale of nvfp4 is NaN"):
+        tr.compose(folder, [LORA, tr.Shard()])
+    return True
+
+
+def test_damage_that_one_rank_reads_is_raised_on_all(tmp_path):
+    folder = published("qwen3_moe", tmp_path / "m", WRITERS["nvfp4"])
+    damaged(folder, "model.layers.1.mlp.experts.3.up_proj.weight_scale", lambda t: torch.full_like(t, torch.nan))
+    assert on_ranks(2, on_each, folder) == [True, True]
+
+
+def test_wrong_sizes_are_refused_before_anything_is_loaded(tmp_path):
+    for name, key in (("bitsandbytes", ".absmax"), ("deepseek", "_scale_inv"), ("w4a16 asymmetric", "_zero_point")):
+        folder = published("llama", tmp_path / name, WRITERS[name])
+        damaged(folder, f"{UP}.weight{key}", lambda t: t[:-1])
+        with pytest.raises(tr.CheckpointError, match=r"up_proj\.weight: .*damaged"):
+            tr.plan.draft(folder, [LORA], weights=False)
 
 
 @pytest.mark.parametrize(("key", "change", "message"), DAMAGE.values(), ids=DAMAGE.keys())
@@ -366,6 +414,30 @@ def test_damaged_folders_are_refused(key, change, message, tmp_path):
     damaged(folder, key, change)
     with pytest.raises(tr.CheckpointError, match=message):
         tr.compose(folder, [LORA])
+
+
+def test_what_is_no_linear_is_decoded_and_said(tmp_path):
+    def chosen(key):
+        return folders.linears(key) or key.endswith("mlp.gate.weight") or key == "lm_head.weight"
+
+    folder = published("qwen3_moe", tmp_path / "m", WRITERS["fp8 channel"], chosen)
+    runs = [tr.compose(folder, [LORA]), tr.compose(folder, [LORA], dequantize=True)]
+    assert torch.equal(logits(runs[0]), logits(runs[1]))
+    shown = runs[0].explain()
+    assert "13 weights as the folder stores them: fp8 (13)" in shown
+    assert "2 others are no linear layers or experts, and are decoded, such as model.layers.0.mlp.gate.weight" in shown
+    with pytest.raises(tr.PlanError, match=r"Leave it out of tiledloss, or set model\.dequantize to true"):
+        tr.compose(folder, [LORA, tr.TiledLoss()])
+
+
+def test_measuring_sees_the_inputs_of_stored_weights(tmp_path):
+    folder = published("llama", tmp_path / "m", WRITERS["nvfp4"])
+    batches = [{"input_ids": IDS}]
+    measured = [tr.measure(tr.compose(folder, [], frozen=True, dequantize=d), batches) for d in (False, True)]
+    names = list(measured[0])
+    assert names == list(measured[1]) and len(names) == 14
+    for name in names:
+        assert_same(measured[0][name]["inputs"], measured[1][name]["inputs"], 1e-6)
 
 
 def test_merges_that_no_format_holds_are_refused_and_can_be_decoded(tmp_path):

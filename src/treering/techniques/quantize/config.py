@@ -85,10 +85,10 @@ class Stored:
 
     def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
         claims = []
-        remedy = "set model.dequantize to true: the folder holds the weight quantized, and that decodes it"
+        remedy = "set model.dequantize to true, which decodes what the folder holds quantized"
         for matrix in self.matrices(anatomy):
             claims.append(Claim(fqn=matrix.weight, aspect="storage", remedy=remedy))
-            claims.append(Claim(fqn=matrix.module, aspect="forward", exclusive=False))
+            claims.append(Claim(fqn=matrix.module, aspect="forward", exclusive=False, remedy=remedy))
         return claims
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:

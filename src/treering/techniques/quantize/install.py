@@ -48,8 +48,10 @@ def install_stored(model: nn.Module, matrices: "tuple[Matrix, ...]", weights: Ma
         elements += matrix.numel
         kinds[stored.form.label] += 1
     named = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
-    note = f"{len(parts)} weights as the folder stores them: {named}; {bits / max(elements, 1):.2f} bits an element"
-    return Applied(parts=parts, notes=(note,))
+    notes = [f"{len(parts)} weights as the folder stores them: {named}; {bits / max(elements, 1):.2f} bits an element"]
+    if others := sorted(weights.keys() - parts.keys() & set(dict(model.named_parameters()))):
+        notes.append(f"{len(others)} others are no linear layers or experts, and are decoded, such as {others[0]}")
+    return Applied(parts=parts, notes=tuple(notes))
 
 
 def _replace(

@@ -190,7 +190,7 @@ class _Module:
 
 def _by_words(words: Tensor, width: int, columns: int) -> Tensor:
     """Return unsigned codes of which each 32-bit word holds 32 // width, the first in its lowest bits."""
-    shifts = torch.arange(32 // width, dtype=torch.int32) * width
+    shifts = torch.arange(32 // width, dtype=torch.int32, device=words.device) * width
     codes = (words[..., None] >> shifts) & ((1 << width) - 1)
     return codes.flatten(-2)[..., :columns].to(torch.uint8)
 

@@ -45,14 +45,25 @@ def open_quantized(folder: Path) -> QuantizedFolder | None:
         return None
     headers = tensor_headers(folder)
     shapes = {name: (header.dtype, header.shape) for name, (_, header) in headers.items()}
-    return read_quantized(config, shapes, FolderReader(headers), str(folder))
+    reader = FolderReader(headers)
+    quantized = read_quantized(config, shapes, reader, str(folder))
+    reader.shapes_only = True
+    for weight in quantized.weights.values():  # a tensor of a wrong size is refused before anything is loaded
+        weight.read()
+    reader.shapes_only = False
+    return quantized
 
 
-@dataclass(frozen=True)
+@dataclass
 class FolderReader:
-    """Reads stored tensors, or rows of them, by the offsets in the headers: other bytes stay unread."""
+    """Reads stored tensors, or rows of them, by the offsets in the headers: other bytes stay unread.
+
+    Attributes:
+        shapes_only: return tensors on the meta device, and read nothing.
+    """
 
     headers: Headers
+    shapes_only: bool = False
 
     def __call__(self, key: str, rows: slice = EVERY, /) -> Tensor:
         """Return the tensor `key`, or `rows` of it along dimension 0."""
@@ -64,8 +75,8 @@ class FolderReader:
         start, stop, _ = rows.indices(count) if header.shape else (0, 1, 1)
         each = header.bytes // max(count, 1)
         shape = (max(0, stop - start), *header.shape[1:]) if header.shape else ()
-        if stop <= start or not each:
-            return torch.empty(shape, dtype=dtype)
+        if stop <= start or not each or self.shapes_only:
+            return torch.empty(shape, dtype=dtype, device="meta" if self.shapes_only else None)
         with path.open("rb") as file:
             first = 8 + int.from_bytes(file.read(8), "little") + header.start
             file.seek(first + start * each)

@@ -72,7 +72,9 @@ class QuantizedWeight:
             tensor = self.readers[key](slice(start, max(start, stop)))
         except RuntimeError as error:  # torch's, of lengths that do not fit together
             raise CheckpointError(f"{self.name}: {key} of {self.form.name}: {error}; the folder is damaged") from None
-        problem = self.form.damage({key: tensor}) if tuple(tensor.shape) == wanted else ""
+        problem = ""
+        if tuple(tensor.shape) == wanted and not tensor.is_meta:
+            problem = self.form.damage({key: tensor})
         if tensor.dtype != torch.uint8 or tuple(tensor.shape) != wanted:
             shown = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
             problem = f"{key} of {self.form.name} is {shown}; a weight of {list(self.shape)} needs uint8 {list(wanted)}"
