@@ -157,10 +157,9 @@ def _source(path: str, dtype: str, dequantize: bool) -> "Source | None":
     from treering.plan import open_model
 
     folder = open_model.locate(path)
+    model = open_model.on_meta(folder, dtype)
     quantized = open_model.quantized_weights(folder, decode=dequantize)
-    if quantized is None:
-        return None
-    return open_model.source_of(open_model.on_meta(folder, dtype), folder, quantized, keep=not dequantize)
+    return None if quantized is None else open_model.source_of(model, folder, quantized, keep=not dequantize)
 
 
 def _proposed(state: _State, length: int, limit: int) -> list[str]:

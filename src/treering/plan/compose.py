@@ -202,8 +202,8 @@ def _opened(
     """Return a model, on meta unless it is a live one, its folder, and the quantized weights of that."""
     if not isinstance(model, nn.Module):
         folder = open_model.locate(str(model))
-        quantized = open_model.quantized_weights(folder, decode=dequantize)
-        return open_model.on_meta(folder, dtype), folder, quantized
+        built = open_model.on_meta(folder, dtype)
+        return built, folder, open_model.quantized_weights(folder, decode=dequantize)
     _refuse_used(model)
     if dequantize:
         raise PlanError("dequantize is for folders with quantized weights, and the model is a live one; leave it out")

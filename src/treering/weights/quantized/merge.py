@@ -135,9 +135,9 @@ class MergedWeight:
             return replace(form, nested=False)
         if isinstance(form, NVFP4) and self.parts is not None and len(set(self.parts)) == 1:
             return replace(form, parts=len(self.parts))
-        at_edges = isinstance(form, FP8Block) and all(rows % form.block == 0 for rows in (self.parts or (1,))[:-1])
-        if at_edges and self.complete:
-            return form
+        if isinstance(form, FP8Block) and self.parts is not None and self.complete:
+            if all(rows % form.block == 0 for rows in self.parts[:-1]):
+                return form
         raise CheckpointError(
             f"{self.name} is merged of {len(self.sources)} weights in {form.name}, whose scales cannot be joined "
             f"exactly: rows {list(self.parts or ())} of one matrix. {REMEDY}"
