@@ -50,7 +50,10 @@ def check_folder(config: dict[str, Any], stored: dict[str, Tensor], decoded: Ten
         save_file({key: t.contiguous() for key, t in stored.items()}, file)
         shapes = {header.name: (header.dtype, tuple(header.shape)) for header in read_header(file)}
         (weight,) = read_quantized(
-            config, shapes, lambda key, rows=slice(None): stored[key][rows], "FOLDER"
+            config,
+            shapes,
+            lambda key, rows=slice(None): stored[key][rows] if stored[key].ndim else stored[key],
+            "FOLDER",
         ).weights.values()
         assert torch.equal(weight.dense(decoded.dtype), decoded), weight.form
 

@@ -53,6 +53,8 @@ def check(quantized, form, w, name=f"{NAME}.weight"):
     assert stored.name == name and stored.shape == tuple(w.shape) and stored.form == form
     packed = form.encode(w)
     assert {key: t.tolist() for key, t in stored.read().items()} == {key: t.tolist() for key, t in packed.items()}
+    for cut in (slice(0, 1), slice(len(w) // 3, len(w) - len(w) // 4)):
+        assert torch.equal(stored.dense(torch.float32, cut), stored.dense(torch.float32)[cut])
     return stored
 
 

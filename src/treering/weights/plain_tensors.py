@@ -175,6 +175,12 @@ def from_folder(
     missing = sorted(set(wanted) - set(tensors))
     if missing:
         _refuse_packed(folder, headers, missing[0], unused)
+        if others := [key for key in unused if quantized is not None and key in quantized.weights]:
+            raise CheckpointError(
+                f"{folder} has no tensor for {missing[0]}; it has quantized weights that no tensor of "
+                f"{type(model).__name__} is made of, such as {others[0]}: it is of another model, or in a layout that "
+                "is not read here. Take the unquantized model"
+            )
         raise CheckpointError(
             f"{folder} has no tensor for {missing[0]}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")

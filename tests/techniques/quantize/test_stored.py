@@ -126,10 +126,10 @@ def test_parts_of_other_scales_are_not_mixed_up(tmp_path):
         assert (value - expected).norm() < 0.15 * expected.norm()
 
 
-def on_mesh(paths):
+def on_mesh(paths, compute="stored", more=()):
     every = []
     for path in paths:
-        run = tr.compose(path, [LORA, tr.Shard()])
+        run = tr.compose(path, [LORA, tr.Shard(compute=compute), *more])
         before = codes(run)
         world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         train(run, [rows(4, seed=i)[rank::world] for i in range(2)])
@@ -156,7 +156,48 @@ def test_ranks_hold_the_same_codes_and_train_like_one_process(world, tmp_path):
             assert_all_same(trained, weights(run), 2e-6)
 
 
-def reads(path):
+def test_mixed_precision_and_recomputing_leave_the_codes_as_they_are(tmp_path):
+    names = ("nvfp4", "fp8 block", "bitsandbytes")
+    paths = [published("llama", tmp_path / name, WRITERS[name]) for name in names]
+    for rank in on_ranks(2, on_mesh, paths, "bfloat16", (tr.Recompute(), tr.TiledLoss())):
+        for (live, _), path in zip(rank, paths, strict=True):
+            stored = codes(tr.compose(path, [LORA]))
+            assert all(torch.equal(live[name], value) for name, value in stored.items())
+
+
+PROJECTED = tr.OSFT(protect="weights", form="one_sided", ratio=0.4, targets=("up_proj",))
+
+
+def projected(path, prepared):
+    run = tr.compose(path, [PROJECTED, tr.Shard()], prepared=prepared)
+    train(run, [rows(4, seed=i)[torch.distributed.get_rank() :: 2] for i in range(2)])
+    return weights(run)
+
+
+def test_ranks_share_projectors_of_stored_weights_and_no_codes(tmp_path):
+    folder = published("llama", tmp_path / "m", WRITERS["nvfp4"])
+    run = tr.compose(folder, [PROJECTED])
+    train(run, [rows(4, seed=i) for i in range(2)])
+    for trained in on_ranks(2, projected, folder, tmp_path / "prepared"):
+        assert_all_same(trained, weights(run), 1e-5)
+    results = list((tmp_path / "prepared").glob("*.safetensors"))
+    assert len(results) == 2 and not [name for file in results for name in load_file(file) if "packed" in name]
+
+
+def decoded_reads(path):
+    return reads(path, dequantize=True)
+
+
+@pytest.mark.parametrize("writer", ["nvfp4", "fp8 block", "fp8 tensor", "w4a16 asymmetric", "modelopt w4a16"])
+def test_a_rank_decodes_its_own_rows(writer, tmp_path):
+    folder = published("llama", tmp_path / "m", WRITERS[writer])
+    name = "model.layers.0.self_attn.o_proj"
+    code = f"{name}.weight_packed" if "modelopt" not in writer and "fp8" not in writer else f"{name}.weight"
+    whole = 32 if "modelopt" in writer else 64  # modelopt packs rows in pairs
+    assert [counted[code] for counted in on_ranks(2, decoded_reads, folder)] == [whole // 2] * 2
+
+
+def reads(path, **how):
     """The stored tensors that a rank reads, and how many rows of each."""
     counted = {}
     read = opened.FolderReader.__call__
@@ -168,7 +209,7 @@ def reads(path):
         return tensor
 
     opened.FolderReader.__call__ = counting
-    tr.compose(path, [LORA, tr.Shard()])
+    tr.compose(path, [LORA, tr.Shard()], **how)
     return counted
 
 
@@ -398,6 +439,15 @@ def test_damage_that_one_rank_reads_is_raised_on_all(tmp_path):
     folder = published("qwen3_moe", tmp_path / "m", WRITERS["nvfp4"])
     damaged(folder, "model.layers.1.mlp.experts.3.up_proj.weight_scale", lambda t: torch.full_like(t, torch.nan))
     assert on_ranks(2, on_each, folder) == [True, True]
+
+
+def test_a_layout_that_the_model_has_no_place_for_is_refused_by_name(tmp_path):
+    folder = published("llama", tmp_path / "m", WRITERS["nvfp4"])
+    file = folder / "model.safetensors"
+    names = {key: key.replace("mlp.up_proj", "mlp.other") for key in load_file(file)}
+    save_file({names[key]: t for key, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(tr.CheckpointError, match=r"quantized weights that no tensor of .* is made of, such as .*other"):
+        tr.compose(folder, [LORA])
 
 
 def test_wrong_sizes_are_refused_before_anything_is_loaded(tmp_path):

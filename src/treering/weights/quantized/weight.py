@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from treering.core.errors import CheckpointError
-from treering.formats import NVFP4, Format
+from treering.formats import NF4, NVFP4, Format, FP8Block
 from treering.formats.bits import as_bytes
 
 EVERY = slice(None)
@@ -52,12 +52,6 @@ class QuantizedWeight:
         *stack, rows, columns = self.shape
         return (*stack, columns, rows) if self.transposed else self.shape
 
-    @property
-    def by_rows(self) -> bool:
-        """Whether dimension 0 of every tensor can be cut as dimension 0 of the weight is."""
-        pieces = self.form.pieces(*self.shape[-2:]).values()
-        return len(self.shape) > 2 or all(piece.by_rows for piece in pieces)
-
     def piece(self, key: str, rows: slice = EVERY) -> Tensor:
         """Return one tensor of `form`, or rows of it, checked: wrong shapes and scales that are no numbers are refused.
 
@@ -82,17 +76,29 @@ class QuantizedWeight:
             raise CheckpointError(f"{self.name}: {problem}; the folder is damaged or not what its config.json says")
         return tensor
 
-    def read(self, rows: slice = EVERY) -> dict[str, Tensor]:
-        """Return the tensors of `form`; some rows of each only where `by_rows` holds."""
-        assert rows == EVERY or self.by_rows
-        return {key: self.piece(key, rows) for key in self.readers}
+    def read(self) -> dict[str, Tensor]:
+        """Return the tensors of `form`."""
+        return {key: self.piece(key) for key in self.readers}
 
     def dense(self, dtype: torch.dtype, rows: slice = EVERY) -> Tensor:
         """Return the weight, or rows along its dimension 0, as the unquantized parameter would hold it."""
-        cut = rows if self.by_rows else EVERY
-        weight = self.form.decode(self.read(cut), self.shape[-1], self.rounding).to(dtype)
-        weight = weight if cut == rows else weight[rows]
+        start, stop, _ = rows.indices(self.shape[0])
+        tensors, first = self._cut(start, stop)
+        decoded = self.form.decode(tensors, self.shape[-1], self.rounding).to(dtype)
+        weight = decoded[start - first : stop - first]
         return weight.mT.contiguous() if self.transposed else weight
+
+    def _cut(self, start: int, stop: int) -> tuple[dict[str, Tensor], int]:
+        """Return tensors that hold rows of the weight, `start` to `stop` among them, and which row is their first."""
+        if len(self.shape) > 2:  # experts
+            return {key: self.piece(key, slice(start, stop)) for key in self.readers}, start
+        if isinstance(self.form, NF4) and self.form.nested:  # its scales are blocked across rows
+            return self.read(), 0
+        block = self.form.block if isinstance(self.form, FP8Block) else 1
+        first = start - start % block
+        blocks = slice(first // block, -(-stop // block)) if block > 1 else EVERY
+        pieces = self.form.pieces(*self.shape)
+        return {key: self.piece(key, slice(first, stop) if pieces[key].by_rows else blocks) for key in pieces}, first
 
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
