@@ -16,10 +16,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def alone():
+    """One thread, and no process group that an earlier test made."""
     import torch
 
     torch.set_num_threads(1)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -8,6 +8,7 @@ from that of W: they are those of ⟨∂W, W(x)⟩, with W(x) the technique's fo
 SGD by hand then gives the weights that the run must export.
 """
 
+import re
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -27,15 +28,15 @@ RATE = 0.3
 MODELS = ("llama", "qwen3_moe")
 LAYOUTS = ("rows", "packed")
 WEIGHTS = ("q_proj", "down_proj")  # the second is a stack of experts in qwen3_moe
-LINEARS = {"llama": WEIGHTS, "qwen3_moe": ("q_proj", "o_proj")}  # what adapters can be added to
+LINEARS = {"llama": WEIGHTS, "qwen3_moe": ("q_proj", "o_proj")}  # what osft's adapters can be added to
 
 
 def techniques(model):
     linears = LINEARS[model]
     return {
         "full": tr.Full(),
-        "lora": tr.LoRA(targets=linears, rank=4, alpha=8.0, dtype="float64"),
-        "lora (pissa)": tr.LoRA(name="pissa", targets=linears, rank=4, alpha=8.0, dtype="float64", init="pissa"),
+        "lora": tr.LoRA(targets=WEIGHTS, rank=4, alpha=8.0, dtype="float64"),
+        "lora (pissa)": tr.LoRA(name="pissa", targets=WEIGHTS, rank=4, alpha=8.0, dtype="float64", init="pissa"),
         "osft": tr.OSFT(protect="weights", ratio=0.4, targets=WEIGHTS),
         "osft (one_sided)": tr.OSFT(protect="weights", ratio=0.4, targets=linears, form="one_sided"),
         "osft (forward)": tr.OSFT(protect="weights", ratio=0.4, targets=WEIGHTS, form="forward"),
@@ -199,7 +200,8 @@ def held_step(W, G):
 def weight_of(fqn):
     """The plain weight that the technique's module `fqn` stands for: a linear's, or one stack of experts."""
     parent, _, child = fqn.rpartition(".")
-    return f"{parent}.{child.removeprefix('osft_') if child.startswith('osft_') else 'weight'}"
+    stack = re.fullmatch(r"(?:osft|lora_default|lora_pissa)_(\w+)", child)
+    return f"{parent}.{stack[1] if stack else 'weight'}"
 
 
 def reference(model, plain, live, kind, trainable, layout):
@@ -239,7 +241,7 @@ def result(names, model, layout, folder):
         return str(error)
     with torch.no_grad():
         for name, parameter in run.trainable():
-            if name.endswith(".lora_default.B"):
+            if ".lora_default" in name and name.endswith(".B"):
                 parameter.fill_(0.02)  # at zero, half of the gradients would be zero and prove nothing
     live = {name: gather(value).clone() for name, value in run.plan.live().items()}
     kind = names[0].replace("lora (pissa)", "lora")
@@ -347,8 +349,8 @@ documents, on one rank and on two. *Equal*: gradients, and the exported weights 
 to the largest element) with a run of transformers' own model that knows no technique. *Refused*: `compose` raises a
 `PlanError` that names the settings, before any weight is read. There is no third state.
 
-Targets are `q_proj` and `down_proj`, which in qwen3_moe is a stack of experts. `lora` and `osft (one_sided)` are put
-next to linear layers only, so there they have `q_proj` and `o_proj`.
+Targets are `q_proj` and `down_proj`, which in qwen3_moe is a stack of experts. `osft (one_sided)` is put next to linear
+layers only, so there it has `q_proj` and `o_proj`.
 
 | techniques | llama, one rank | llama, two ranks | qwen3_moe, one rank | qwen3_moe, two ranks |
 |---|---|---|---|---|

@@ -24,6 +24,32 @@ def test_the_assignment_does_not_depend_on_the_order_of_names():
     assert assign(costs, 2) == assign(dict(reversed(costs.items())), 2) == {"a": 0, "b": 1, "c": 0, "d": 1}
 
 
+@given(
+    st.dictionaries(st.text(max_size=2), st.sampled_from([0.0, 1.0, 1.5, 7.0]), max_size=20),
+    st.integers(1, 5),
+    st.randoms(use_true_random=False),
+)
+def test_a_name_is_assigned_to_the_least_loaded_rank_that_may_own_it(costs, ranks, random):
+    allowed = {name: random.sample(range(ranks), random.randint(1, ranks)) for name in costs}
+    owners = assign(costs, ranks, may_own=lambda name, rank: rank in allowed[name])
+    load = [0.0] * ranks
+    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+        assert owners[name] == min(allowed[name], key=lambda rank: (load[rank], rank))
+        load[owners[name]] += costs[name]
+
+
+@given(st.dictionaries(st.integers(0, 99), st.floats(0, 10), max_size=30), st.integers(1, 6))
+def test_no_rank_is_given_more_names_than_it_may_have(costs, ranks):
+    most = -(-len(costs) // ranks)
+    owners = list(assign(costs, ranks, most=most).values())
+    assert len(owners) == len(costs) and all(owners.count(rank) <= most for rank in range(ranks))
+
+
+def test_with_fewer_places_than_names_there_is_an_error():
+    with pytest.raises(ValueError):
+        assign({"a": 1.0, "b": 1.0, "c": 1.0}, 2, most=1)
+
+
 def exchanged(sizes):
     """`sizes`: rows of the matrix that each rank owns, 0 for none."""
     ranks, rank = dist.get_world_size(), dist.get_rank()

@@ -29,7 +29,8 @@ class Adapter(nn.Module):
 
 
 def rows(context: Context) -> Iterator[Figure]:
-    from treering.experts.grouped_forward import grouped
+    from treering.core.module_forward import installed
+    from treering.experts.grouped_forward import Addition, grouped
 
     sizes, device = context.sizes, context.device.torch_device
     theirs = _layer(context)
@@ -38,7 +39,7 @@ def rows(context: Context) -> Iterator[Figure]:
     grouped(frozen.requires_grad_(False), "frozen")
     with_adapters = grouped(adapted.requires_grad_(False), "adapted")
     for leaf in with_adapters.stacks:
-        with_adapters.addends[leaf].append(Adapter(getattr(adapted, leaf)))
+        with_adapters.addends[leaf].append(Addition(Adapter(getattr(adapted, leaf))))
     draw = torch.Generator(device).manual_seed(0)
     shape = (sizes.experts_tokens, sizes.experts_hidden)
     hidden = torch.randn(shape, generator=draw, device=device, dtype=torch.bfloat16)
@@ -47,8 +48,9 @@ def rows(context: Context) -> Iterator[Figure]:
     incoming = torch.randn(shape, generator=draw, device=device, dtype=torch.bfloat16)
 
     def side(module: Any) -> Callable[[], None]:
-        addends = [m for many in getattr(module.forward, "addends", {}).values() for m in many]
-        trained = [p for m in (module, *addends) for p in m.parameters() if p.requires_grad]
+        forward = installed(module)
+        additions = [one for many in getattr(forward, "addends", {}).values() for one in many]
+        trained = [p for m in (module, *(a.addend for a in additions)) for p in m.parameters() if p.requires_grad]
 
         def run() -> None:
             x = hidden.detach().requires_grad_()

@@ -91,7 +91,8 @@ class LazyTensor(Protocol):
     """A plain weight that is read when asked for.
 
     `stored` is None where the folder holds the weight itself. Where it holds a quantized one, `stored` has its codes
-    and scales, and `read` decodes them.
+    and scales, and `read` decodes them. `start` is the place of its first row in the complete weight: not 0 where
+    `split` is given some of the rows, such as a few experts of a stack.
     """
 
     @property
@@ -100,6 +101,8 @@ class LazyTensor(Protocol):
     def dtype(self) -> "torch.dtype": ...
     @property
     def stored(self) -> StoredTensor | None: ...
+    @property
+    def start(self) -> int: ...
     def read(self) -> "Tensor": ...
     def rows(self, start: int, stop: int) -> "Tensor": ...
 

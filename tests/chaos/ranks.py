@@ -64,7 +64,8 @@ class Ranks:
     def kill(self, rank: int) -> None:
         """At once, as the kernel does when memory runs out. One that is gone already stays gone."""
         if self.processes[rank].exitcode is None:
-            os.kill(self.pids[rank], signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(self.pids[rank], signal.SIGKILL)
 
     def gone(self, seconds: float) -> bool:
         """Wait at most so long; whether any rank has ended by then."""

@@ -16,7 +16,7 @@ from treering.curvature import open as open_statistics
 from treering.train import calibration, train
 from treering.train import measurements as rings
 from treering.train.callbacks import Callback
-from treering.train.config import Checkpoint, Statistics
+from treering.train.config import Checkpoint, StatisticsSection
 from treering.train.export import export
 from treering.train.prepare import open_data, open_tokenizer
 from treering.train.run import draft_of
@@ -27,7 +27,7 @@ TOKENS = 300
 
 def toy(root, output="run", **changes):
     settings = changes.pop("train", {})
-    own = {"statistics": Statistics(tokens=TOKENS)} | changes
+    own = {"statistics": StatisticsSection(tokens=TOKENS)} | changes
     return job(root, output, train=SHORT | settings, **own)
 
 
@@ -101,14 +101,14 @@ def test_without_statistics_nothing_is_measured(tmp_path):
 def test_a_named_folder_is_used_and_must_be_there(root):
     elsewhere = root / "elsewhere"
     (root / "model" / "statistics").rename(elsewhere)
-    train(toy(root, statistics=Statistics(path=str(elsewhere), tokens=TOKENS)))
+    train(toy(root, statistics=StatisticsSection(path=str(elsewhere), tokens=TOKENS)))
     assert len(open_statistics(root / "run" / "statistics").rings) == 2
     with pytest.raises(tr.CheckpointError, match="treering measure"):
-        train(toy(root, "other", statistics=Statistics(path=str(root / "nowhere"))))
+        train(toy(root, "other", statistics=StatisticsSection(path=str(root / "nowhere"))))
 
 
 def test_no_tokens_add_no_ring_and_the_old_ones_are_carried_on(root, caplog):
-    made = toy(root, statistics=Statistics(tokens=0))
+    made = toy(root, statistics=StatisticsSection(tokens=0))
     train(made)
     assert not (root / "run" / "statistics").exists()
     exported = export(made, root / "exported")
@@ -179,7 +179,7 @@ def test_a_run_is_not_gone_on_with_other_statistics(root):
 def test_statistics_of_another_model_are_refused_before_anything_is_read(root):
     from dataclasses import replace
 
-    other = toy(root, statistics=Statistics(path=str(root / "model" / "statistics")))
+    other = toy(root, statistics=StatisticsSection(path=str(root / "model" / "statistics")))
     wide = folder(root / "wide", hidden_size=64)
     with pytest.raises(tr.CheckpointError, match="another model"):
         draft_of(replace(other, model=replace(other.model, path=str(wide))))

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tests.data.data_templates import END, SPECIAL, STRUCTURAL, TEMPLATES
 from treering.core.errors import DataError
 from treering.data.config import Data
-from treering.data.encode import Encoder, recipe
+from treering.data.encode import Encoder
+from treering.data.encoding_recipe import recipe
 from treering.data.formats import Sample
 from treering.data.sources.records import SampleError
 

@@ -115,6 +115,30 @@ def test_every_rank_gets_as_many_bins_and_none_is_lost(lengths, ranks):
         assert costs == sorted(costs, reverse=True)
 
 
+def assigned_before(bins, lengths, ranks):
+    """The loop of the first version. Which rank computes which bin, and in which order, is part of a run's identity."""
+    bins_per_rank = -(-len(bins) // ranks)
+    costs = [cost(documents, lengths) for documents in bins]
+    assigned, load = [[] for _ in range(ranks)], [0.0] * ranks
+    for i in sorted(range(len(bins)), key=lambda i: (-costs[i], i)):
+        rank = min((r for r in range(ranks) if len(assigned[r]) < bins_per_rank), key=lambda r: (load[r], r))
+        assigned[rank].append(bins[i])
+        load[rank] += costs[i]
+    return [share + [[] for _ in range(bins_per_rank - len(share))] for share in assigned]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    bins=st.lists(st.lists(st.sampled_from([2, 2, 3, 100, 8192]) | st.integers(2, 9000), max_size=6), max_size=40),
+    ranks=st.integers(1, 17),
+)
+def test_bins_are_assigned_as_by_the_first_version(bins, ranks):
+    lengths = np.array([length for documents in bins for length in documents], dtype=np.int32)
+    ends = np.cumsum([len(documents) for documents in bins], dtype=int)
+    indices = [list(range(end - len(documents), end)) for documents, end in zip(bins, ends)]
+    assert assign_bins(indices, lengths, ranks) == assigned_before(indices, lengths, ranks)
+
+
 def test_assignment_balances_attention():
     """One document of a bin's size costs more than many short ones of the same number of tokens."""
     lengths = np.array([8192, 8192, *[128] * 128], dtype=np.int32)

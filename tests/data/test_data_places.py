@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from treering.data.config import Data
-from treering.data.encode import Encoder, recipe
+from treering.data.encode import Encoder
+from treering.data.encoding_recipe import recipe
 from treering.data.formats import Sample
 from treering.data.token_places import Offsets, Placer, Spelled, Tokens
 

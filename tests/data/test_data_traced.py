@@ -6,18 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treering.data.chat.conversation import left_out, pieces_of, trace
+from treering.data.chat.conversation import left_out, pieces_of, trace, traced
 from treering.data.chat.filters import to_json
-from treering.data.chat.traced import (
-    MixedTextsError,
-    TextSource,
-    Traced,
-    concat,
-    opaque,
-    plain,
-    plain_inside,
-    traced,
-)
+from treering.data.chat.traced import Traced, concat, opaque, plain, plain_inside
+from treering.data.chat.traced_parts import MixedTextsError, TextSource
 
 TEXT = st.text(st.sampled_from("ab \n\t<|é😀\"\\'%"), max_size=12)
 SOME = st.one_of(st.none(), st.sampled_from(["a", " ", "b<", "\n", "ab"]))
@@ -89,6 +81,16 @@ def test_changed_letters_keep_their_message(text):
         result = getattr(source(text), change)()
         assert plain(result) == getattr(text, change)()
         assert not result or result._parts[0].source is not None
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=TEXT, width=st.integers(0, 20))
+def test_padded_texts_keep_their_message(text, width):
+    for change, arguments in [("center", (width, "*")), ("ljust", (width,)), ("rjust", (width,)), ("zfill", (width,))]:
+        result = getattr(source(text), change)(*arguments)
+        assert plain(result) == getattr(text, change)(*arguments)
+        assert result._parts[0].source is not None and result._parts[0].stop == len(text)
+    assert plain(source(text).expandtabs(tabsize=width)) == text.expandtabs(tabsize=width)
 
 
 VALUES = st.recursive(

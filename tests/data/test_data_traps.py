@@ -11,7 +11,8 @@ from tests.data.data_templates import CHATML, TEMPLATES
 from treering.core.errors import DataError
 from treering.data.chat.messages import check_messages
 from treering.data.config import Data
-from treering.data.encode import Encoder, recipe
+from treering.data.encode import Encoder
+from treering.data.encoding_recipe import recipe
 from treering.data.formats import Sample
 from treering.data.sources.records import SampleError
 

@@ -10,6 +10,7 @@ from tests.experts.families import FAMILIES, experts_of, family
 from tests.same import assert_all_same, assert_same
 from tests.zoo import VOCABULARY
 from treering.core.errors import PlanError
+from treering.core.module_forward import installed
 from treering.experts import products, reference
 from treering.experts.grouped_forward import GroupedForward, grouped, release
 from treering.experts.routing import route
@@ -146,7 +147,7 @@ def test_the_last_user_gives_the_modules_own_forward_back():
     first, second = grouped(module, fqn), grouped(module, fqn)
     assert first is second
     release(first)()
-    assert isinstance(module.forward, GroupedForward)
+    assert isinstance(installed(module), GroupedForward)
     undo = release(second)
     undo()
     undo()
@@ -163,7 +164,7 @@ def test_a_copy_computes_with_its_own_weights():
             module.down_proj.zero_()
     ids = torch.arange(8)[None]
     assert not torch.equal(other(input_ids=ids).logits, model(input_ids=ids).logits)
-    assert all(module.forward.module is module for module in experts_of(other).values())
+    assert all(installed(module).module is module for module in experts_of(other).values())
 
 
 def test_modules_without_the_interface_are_refused_by_name():

@@ -19,6 +19,7 @@ from treering.plan.open_model import on_meta
 from treering.plan.prepared import Prepared
 from treering.technique import Applied, Claim, Part, Stage
 from treering.weights import plain_tensors
+from treering.weights.quantized import opened
 
 EXPERTS = {"qwen3_moe": "num_experts", "mixtral": "num_local_experts"}
 
@@ -66,7 +67,7 @@ def test_stacked_experts_are_read_one_at_a_time(arch, tmp_path, monkeypatch):
     stacks = [tensor for tensor in source.tensors.values() if len(tensor.shape) == 3]
     assert len(stacks) == (2 if arch == "deepseek_v3" else 4)
     log = []
-    monkeypatch.setattr(plain_tensors, "safe_open", Opened(plain_tensors.safe_open, log))
+    monkeypatch.setattr(opened, "safe_open", Opened(opened.safe_open, log))
     for tensor in stacks:
         whole, experts = tensor.read(), tensor.shape[0]
         for start in range(experts + 1):
@@ -104,6 +105,8 @@ class Reading:
     shape = property(lambda self: self.tensor.shape)
     dtype = property(lambda self: self.tensor.dtype)
     stored = None
+
+    start = 0
 
     def read(self):
         return self._counted(self.tensor.read(), 0, self.shape[0] if self.shape else 1)

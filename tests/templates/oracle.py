@@ -14,7 +14,8 @@ from treering.data.chat.mask import Chat
 from treering.data.chat.messages import check_messages
 from treering.data.chat.template import Template
 from treering.data.config import Data
-from treering.data.encode import Encoded, Encoder, recipe
+from treering.data.encode import Encoded, Encoder
+from treering.data.encoding_recipe import recipe
 from treering.data.formats import Sample
 from treering.data.sources.records import SampleError
 

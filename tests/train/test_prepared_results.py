@@ -24,7 +24,7 @@ from treering.technique import Applied, Claim, Part, Stage
 from treering.train import train
 from treering.train.checkpoints import files as checkpoint
 from treering.train.checkpoints import manifest
-from treering.train.config import Checkpoint, Statistics
+from treering.train.config import Checkpoint, StatisticsSection
 from treering.train.export import export, reopen
 
 LAST, CUT = 8, 5
@@ -37,7 +37,7 @@ def settings(root, output, *, protect="inputs", self_contained=False, techniques
         output,
         techniques=(tr.OSFT(protect=protect, ratio=0.4, keep_initial=True), *techniques),
         train={"steps": LAST, "checkpoint": saving},
-        statistics=Statistics(tokens=0),
+        statistics=StatisticsSection(tokens=0),
         **changes,
     )
 
@@ -157,7 +157,7 @@ def test_without_results_and_statistics_the_error_names_both(root, where):
     def cut():
         made = settings(root, "cut")
         path = str(root / "measured") if where == "statistics.path" else None
-        return replace(made, statistics=Statistics(path=path, tokens=0))
+        return replace(made, statistics=StatisticsSection(path=path, tokens=0))
 
     if where == "statistics.path":
         (root / "model" / "statistics").rename(root / "measured")

@@ -10,7 +10,7 @@ An anatomy is pure data without a reference to the model. Importing this package
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from treering.anatomy.names import matches, select, select_parameters
+from treering.anatomy.names import matches, select, select_matrices, select_parameters
 from treering.anatomy.parts import ROLES, Anatomy, Attention, Block, Experts, Head, Linear, Parameter, Role
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = [
     "examine",
     "matches",
     "select",
+    "select_matrices",
     "select_parameters",
 ]
 

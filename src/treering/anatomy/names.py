@@ -4,13 +4,16 @@ import difflib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from treering.anatomy.parts import Anatomy, Linear, Parameter
 from treering.core.errors import PlanError
 
+if TYPE_CHECKING:
+    from treering.anatomy.matrices import Matrix
+
 _LEAVES = ("weight", "bias")
-_Named = TypeVar("_Named", Linear, Parameter)
+_Named = TypeVar("_Named", Linear, Parameter, "Matrix")
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -30,6 +33,22 @@ def select(anatomy: Anatomy, patterns: str | Iterable[str]) -> tuple[Linear, ...
     """Return the linear layers that at least one pattern names, in the model's order. A pattern that names none is an
     error."""
     return _select(anatomy, anatomy.linears, patterns, lambda linear: (linear.fqn, linear.weight), "linear layer")
+
+
+def select_matrices(anatomy: Anatomy, patterns: str | Iterable[str]) -> "tuple[Matrix, ...]":
+    """Return the weights of linear layers and the stacks of experts that at least one pattern names, in the model's
+    order. Experts are named by their parameter (`…experts.down_proj`)."""
+    from treering.anatomy.matrices import of_experts, of_linear
+
+    each = [of_linear(linear) for linear in anatomy.linears]
+    each += [stack for experts in anatomy.experts for stack in of_experts(anatomy, experts)]
+    order = {name: i for i, name in enumerate(anatomy.parameters)}
+    each.sort(key=lambda matrix: order[matrix.weight])
+
+    def names(matrix: "Matrix") -> tuple[str, ...]:
+        return (matrix.weight,) if matrix.lead else (matrix.module, matrix.weight)
+
+    return _select(anatomy, each, patterns, names, "linear layer and no stack of experts")
 
 
 def select_parameters(anatomy: Anatomy, patterns: str | Iterable[str]) -> tuple[Parameter, ...]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from treering.cli.saved import CheckpointTensor, damage, describe_saved
+from treering.cli.saved import TensorDescription, damage, describe_saved
 from treering.cli.text import count, masked, plain, short, size
 from treering.core.errors import CheckpointError
 from treering.store.untrusted import Header, basename, read_header, read_json
@@ -215,7 +215,7 @@ def _safetensors(folder: Path) -> list[Path]:
     return [f for f in sorted(folder.glob("*.safetensors")) if _regular(f)]
 
 
-def _totals(tensors: Iterable[Header | CheckpointTensor]) -> dict[str, str]:
+def _totals(tensors: Iterable[Header | TensorDescription]) -> dict[str, str]:
     tensors = list(tensors)
     if not tensors:
         return {}
@@ -228,8 +228,8 @@ def _totals(tensors: Iterable[Header | CheckpointTensor]) -> dict[str, str]:
     }
 
 
-def _rows(tensors: Iterable[Header | CheckpointTensor]) -> tuple[TensorGroup, ...]:
-    groups: dict[tuple[str, str, tuple[int, ...]], list[Header | CheckpointTensor]] = {}
+def _rows(tensors: Iterable[Header | TensorDescription]) -> tuple[TensorGroup, ...]:
+    groups: dict[tuple[str, str, tuple[int, ...]], list[Header | TensorDescription]] = {}
     for tensor in tensors:
         # `model.layers.17.mlp` and `model.layers.3.mlp` are one row.
         name = re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", tensor.name)

@@ -15,7 +15,7 @@ KINDS = {"optimizer": "optimizer state", "state": "technique state"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointTensor:
+class TensorDescription:
     """A complete tensor of a checkpoint, of which each rank's file has rows."""
 
     name: str
@@ -29,13 +29,13 @@ class CheckpointTensor:
         return math.prod(self.shape)
 
 
-def describe_saved(folder: Path) -> tuple[dict[str, str], list[CheckpointTensor]]:
+def describe_saved(folder: Path) -> tuple[dict[str, str], list[TensorDescription]]:
     """Return facts and tensors of a checkpoint. A damaged manifest is an error."""
     from treering.train.checkpoints import manifest
 
     description = manifest.load(folder)
     tensors = [
-        CheckpointTensor(name=n, dtype=e.dtype, shape=e.shape, bytes=math.prod(e.shape) * manifest.WIDTHS[e.dtype])
+        TensorDescription(name=n, dtype=e.dtype, shape=e.shape, bytes=math.prod(e.shape) * manifest.WIDTHS[e.dtype])
         for n, e in description.tensors.items()
     ]
     facts = {"step": str(description.step), "ranks": str(description.world)}
@@ -93,7 +93,7 @@ def _prepared(folder: Path, digests: Mapping[str, str]) -> str:
     return f"{len(digests)} in {plain(str(results))}{missing}"
 
 
-def _kinds(tensors: list[CheckpointTensor]) -> Counter[str]:
+def _kinds(tensors: list[TensorDescription]) -> Counter[str]:
     kinds: Counter[str] = Counter()
     for tensor in tensors:
         first, slash, _ = tensor.name.partition("/")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,12 @@ class ModuleForward:
         return self.former
 
 
+class Switchable(Protocol):
+    """Something that is added to an output, and left out while `off` is not 0."""
+
+    off: int
+
+
 class AddedForward(ModuleForward):
     """Return the output of a module plus that of `addend`, a child of the module, for the same input.
 
@@ -68,7 +74,7 @@ class AddedForward(ModuleForward):
 
 
 @contextmanager
-def switched_off(added: Sequence[AddedForward]) -> Iterator[None]:
+def switched_off(added: Sequence[Switchable]) -> Iterator[None]:
     """Compute without the addends of `added`, and without gradients.
 
     A forward with gradients would be wrong with recompute: its blocks run again in a backward after this context, when
@@ -82,6 +88,13 @@ def switched_off(added: Sequence[AddedForward]) -> Iterator[None]:
     finally:
         for forward in added:
             forward.off -= 1
+
+
+def installed(module: nn.Module) -> Any:
+    """Return what replaces the module's forward: a ModuleForward, a callable of somebody else, or None."""
+    forward = module.__dict__.get("forward")
+    bound_to = getattr(forward, "__self__", None)
+    return bound_to if isinstance(bound_to, ModuleForward) else forward
 
 
 def install(forward: ModuleForward) -> Callable[[], None]:

@@ -1,6 +1,6 @@
 """Ownership among ranks: work assigned to ranks, and rows of matrices exchanged with the rank that owns each."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,22 +10,36 @@ from torch import Tensor
 
 from treering.core.sharded import local
 
-Name = TypeVar("Name", bound=str)
+Name = TypeVar("Name", int, str, tuple[str, int])
 
 
-def assign(costs: Mapping[Name, float], ranks: int) -> dict[Name, int]:
+def assign(
+    costs: Mapping[Name, float],
+    ranks: int,
+    *,
+    most: int | None = None,
+    may_own: Callable[[Name, int], bool] = lambda name, rank: True,
+) -> dict[Name, int]:
     """Return the rank of each name: the costliest first, each to the rank with the least so far; ties by name.
 
     The names come in the order in which they were assigned.
 
+    Args:
+        costs: the cost of each name.
+        ranks: how many ranks there are.
+        most: how many names a rank is given at most. With fewer places than names there is a ValueError.
+        may_own: whether a name may be assigned to a rank. For each name there is a rank that may own it.
+
     >>> assign({"a": 1, "b": 5, "c": 3, "d": 3}, 2)
     {'b': 0, 'c': 1, 'd': 1, 'a': 0}
     """
-    load = [0.0] * ranks
+    load, given = [0.0] * ranks, [0] * ranks
     owners: dict[Name, int] = {}
     for name in sorted(costs, key=lambda name: (-costs[name], name)):
-        owners[name] = load.index(min(load))
-        load[owners[name]] += costs[name]
+        candidates = [rank for rank in range(ranks) if given[rank] != most and may_own(name, rank)]
+        owner = owners[name] = min(candidates, key=load.__getitem__)
+        load[owner] += costs[name]
+        given[owner] += 1
     return owners
 
 

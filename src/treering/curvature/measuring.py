@@ -1,47 +1,31 @@
 """A complete measurement: every batch through the model, as often as memory requires, one tensor written at a time."""
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from treering.anatomy import examine
 from treering.core.collectives import gather_objects
 from treering.core.errors import DataError, PlanError
-from treering.core.sharded import settle
-from treering.core.topology import AXES, axis_size
 from treering.curvature.adding import added, joint, refuse_other
 from treering.curvature.disk import open_folder, writing
+from treering.curvature.measured_model import Batch, Composed, MaskedBatches, MeasuredModel, evaluating, real_tokens
 from treering.curvature.observe import Observer, observe
 from treering.curvature.observer import summed
 from treering.curvature.statistics import Counts, Entry, Ring, Statistics, in_memory, sizes
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
     from treering.anatomy import Anatomy
 
 MEMORY_LIMIT = 8 << 30  # bytes of sums at a time
-_INPUTS = ("input_ids", "position_ids", "attention_mask", "documents")
-Batch = dict[str, Any]
-
-
-class Composed(Protocol):
-    """A `treering.Run`."""
-
-    model: Any
-    plan: Any
-
-    def ready(self, micro_batches: Sequence[Batch]) -> list[Batch]: ...
 
 
 def measure(
@@ -81,20 +65,18 @@ def measure(
         known = tr.measure(model, [{"input_ids": ids}])
         run = tr.compose("MODEL", [tr.OSFT()], statistics=known, prepared="prepared")
     """
-    subject = _Subject.of(model, anatomy, mesh)
+    subject = MeasuredModel.of(model, anatomy, mesh)
     every = list(batches)
     if not every:
         raise DataError("there is no batch to measure; every rank needs at least one")
     masked_batches = [(batch, real_tokens(batch, tokens)) for batch in every]
     _refuse_nothing(subject, masked_batches, tokens)
-    with _evaluating(subject.model):
+    with evaluating(subject.model):
         owners, passes = _passes(subject, masked_batches, memory_limit or _memory_limit(subject.device))
         return _measured(subject, masked_batches, owners, passes, ring or Ring(name="", tokens=0), onto, to, progress)
 
 
-def _refuse_nothing(
-    subject: "_Subject", masked_batches: Sequence[tuple[Batch, Tensor | None]], tokens: Literal["real", "trained"]
-) -> None:
+def _refuse_nothing(subject: MeasuredModel, masked_batches: MaskedBatches, tokens: Literal["real", "trained"]) -> None:
     """Raise a DataError if no token of any rank counts. One rank alone may have nothing but padding."""
     if int(summed(torch.tensor(_count(masked_batches), device=subject.device), subject.groups)) == 0:
         what = "predicts a trained token (are all labels -100?)" if tokens == "trained" else "is not padding"
@@ -104,87 +86,12 @@ def _refuse_nothing(
         )
 
 
-def _count(masked_batches: Sequence[tuple[Batch, Tensor | None]]) -> int:
+def _count(masked_batches: MaskedBatches) -> int:
     """Return the number of tokens of this rank's batches that are to be counted."""
     return sum(batch["input_ids"].numel() if real is None else int((real != 0).sum()) for batch, real in masked_batches)
 
 
-class _Subject:
-    """The model that is measured, and how to get a batch into it."""
-
-    def __init__(self, model: nn.Module, anatomy: "Anatomy", mesh: "DeviceMesh | None", run: Composed | None):
-        self.model, self.anatomy, self.run = model, anatomy, run
-        self.mesh = mesh
-        self.groups = _groups(mesh, ("replicate", "shard"))
-        self.shared = axis_size(mesh, "sequence", "expert")  # ranks that are given the same batches
-        self.device = run.plan.device if run is not None else next(model.parameters()).device
-        self.short = {"use_cache": False}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            self.short["logits_to_keep"] = 1  # type: ignore[assignment]  # the logits are not used
-
-    @classmethod
-    def of(cls, model: "nn.Module | Composed", anatomy: "Anatomy | None", mesh: "DeviceMesh | None") -> "_Subject":
-        if isinstance(model, nn.Module):
-            return cls(model, anatomy or examine(model), mesh, None)  # type: ignore[arg-type]
-        return cls(model.model, anatomy or model.plan.anatomy, mesh or model.plan.mesh, model)
-
-    def agree(self, given: int, seen: int) -> None:
-        """Let sums run over all ranks among which different tokens lie. A collective where ranks share batches.
-
-        Args:
-            given: Tokens of this rank's batches that are to be counted.
-            seen: Tokens that this rank's model has counted: fewer where a technique cuts rows.
-        """
-        if self.shared == 1:
-            return
-        every = _groups(self.mesh, AXES)
-        total = int(summed(torch.tensor(given, device=self.device), self.groups))
-        counted = int(summed(torch.tensor(seen, device=self.device), every))
-        if counted == total:
-            self.groups = every
-        elif counted != total * self.shared:
-            raise PlanError(
-                f"the batches have {total} tokens to be measured, and the {self.shared} ranks that share each batch "
-                f"have seen {counted} together; a technique that cuts rows must leave each token (and its place in "
-                "`real`) on one of these ranks, one that does not must leave it on all of them"
-            )
-
-    def forward(self, seen: Observer, batch: Batch, real: Tensor | None) -> None:
-        if self.run is not None:
-            if real is None and self.shared > 1:  # a technique that cuts rows may pad them, too
-                real = torch.ones(batch["input_ids"].shape, dtype=torch.bool)
-            [batch] = self.run.ready([batch if real is None else {**batch, "real": real}])
-            real = batch.get("real")
-        inputs = {n: batch[n] for n in _INPUTS if batch.get(n) is not None}
-        inputs = {n: v.to(self.device) if hasattr(v, "to") else v for n, v in inputs.items()}
-        with seen.counting(real):
-            self.model(**inputs, **self.short)
-
-
-def real_tokens(batch: Batch, tokens: Literal["real", "trained"]) -> Tensor | None:
-    """Return which tokens of a batch count, [B, S]; None: all."""
-    ids = batch["input_ids"]
-    if "samples" in batch and not batch["samples"]:  # padding for a rank that has no document of its own
-        return torch.zeros(ids.shape, dtype=torch.bool)
-    real = batch.get("real", batch.get("attention_mask"))
-    if real is None and ids.shape[0] > 1 and batch.get("documents") is None:
-        raise DataError(
-            f"a batch of {ids.shape[0]} rows does not separate padding from tokens; give it `real` or "
-            "`attention_mask`, [B, S], or measure packed rows"
-        )
-    if tokens == "real":
-        return real
-    if "targets" in batch:
-        predicts = batch["targets"].cpu() != -100
-    else:  # a batch that no run has made ready
-        predicts = torch.zeros(ids.shape, dtype=torch.bool)
-        predicts[:, :-1] = batch["labels"][:, 1:] != -100
-    return predicts if real is None else predicts & (real.cpu() != 0)
-
-
-def _passes(
-    subject: _Subject, masked_batches: Sequence[tuple[Batch, Tensor | None]], limit: int
-) -> tuple[Any, list[set[str]]]:
+def _passes(subject: MeasuredModel, masked_batches: MaskedBatches, limit: int) -> tuple[Any, list[set[str]]]:
     """Return owners, and the weights of each pass. Where several are needed, one forward shows which share inputs."""
     shapes = sizes(subject.anatomy)
     if sum(map(_bytes, shapes.values())) <= limit:
@@ -222,8 +129,8 @@ def _bytes(shape: tuple[int, ...]) -> int:
 
 
 def _measured(
-    subject: _Subject,
-    masked_batches: Sequence[tuple[Batch, Tensor | None]],
+    subject: MeasuredModel,
+    masked_batches: MaskedBatches,
     owners: dict[str, str] | None,
     passes: Sequence[set[str]],
     ring: Ring,
@@ -259,8 +166,8 @@ def _measured(
 
 
 def _watched(
-    subject: _Subject,
-    masked_batches: Sequence[tuple[Batch, Tensor | None]],
+    subject: MeasuredModel,
+    masked_batches: MaskedBatches,
     passes: Sequence[set[str]],
     progress: Callable[[int, int], None],
 ) -> Iterator[Observer]:
@@ -291,7 +198,7 @@ def _keys_of(owner: str, owners: Mapping[str, str], keys: Mapping[str, str]) -> 
     return [key for key in dict.fromkeys(keys.values()) if owners[key] == owner]
 
 
-def _described(subject: _Subject, owners: Mapping[str, str]) -> Statistics:
+def _described(subject: MeasuredModel, owners: Mapping[str, str]) -> Statistics:
     """Return statistics without values that describe what would be measured, for a message."""
     shapes = sizes(subject.anatomy)
     entries = {w: Entry(key=w, tokens=0, shape=shapes[w], digest="") for w in owners}
@@ -302,27 +209,3 @@ def _described(subject: _Subject, owners: Mapping[str, str]) -> Statistics:
         read=lambda entry: Tensor(),
         where="this model",
     )
-
-
-def _groups(mesh: "DeviceMesh | None", axes: Sequence[str]) -> "list[ProcessGroup]":
-    """Return the groups of `axes`; without a mesh that has them, one of all ranks."""
-    if mesh is not None and set(axes) <= set(mesh.mesh_dim_names or ()):
-        return [mesh[axis].get_group() for axis in axes if mesh[axis].size() > 1]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        assert dist.group.WORLD is not None
-        return [dist.group.WORLD]
-    return []
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and gradients off inside the context, and restore the mode of every module."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        settle(model)  # FSDP frees gathered parameters in a backward, which did not run

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from treering.core.errors import DataError
 from treering.data import cache
 from treering.data.config import Data, Format
-from treering.data.encode import recipe
+from treering.data.encoding_recipe import recipe
 from treering.data.formats import detect
 from treering.data.sources import reading as sources
 from treering.data.sources.records import SampleError

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from treering.core.owners import assign
 from treering.data.examples import Document, Examples
 from treering.data.order import Order
 
@@ -80,13 +81,10 @@ def assign_bins(
     a rank are in descending cost, so that the i-th micro-steps of all ranks cost about the same.
     """
     bins_per_rank = -(-len(bins) // ranks)
-    costs = [cost(documents, lengths, quadratic) for documents in bins]
+    costs = {i: cost(documents, lengths, quadratic) for i, documents in enumerate(bins)}
     assigned: list[list[list[int]]] = [[] for _ in range(ranks)]
-    load = [0.0] * ranks
-    for i in sorted(range(len(bins)), key=lambda i: (-costs[i], i)):
-        rank = min((r for r in range(ranks) if len(assigned[r]) < bins_per_rank), key=lambda r: (load[r], r))
+    for i, rank in assign(costs, ranks, most=bins_per_rank).items():
         assigned[rank].append(bins[i])
-        load[rank] += costs[i]
     return [share + [[] for _ in range(bins_per_rank - len(share))] for share in assigned]
 
 

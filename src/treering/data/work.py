@@ -15,7 +15,8 @@ from tokenizers import Encoding
 
 from treering.core.errors import DataError
 from treering.data.config import Data, Format
-from treering.data.encode import Encoded, Encoder, PreparedTexts, Recipe
+from treering.data.encode import Encoded, Encoder, PreparedTexts
+from treering.data.encoding_recipe import Recipe
 from treering.data.formats import Sample, parse
 from treering.data.sources.records import Record, SampleError
 

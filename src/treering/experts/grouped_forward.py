@@ -17,12 +17,12 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from treering.core.errors import PlanError
-from treering.core.module_forward import ModuleForward, install
+from treering.core.module_forward import ModuleForward, install, installed
 from treering.experts.products import stack_product
 from treering.experts.routing import Routing, route
 
 
-class Source(Protocol):
+class StackSource(Protocol):
     """Where the weight of a stack comes from. An object, so that copies of the model refer to their own."""
 
     def product(self, x_SM: Tensor, routing: Routing) -> Tensor:
@@ -30,10 +30,18 @@ class Source(Protocol):
         ...
 
 
-class Observer(Protocol):
+class ProductObserver(Protocol):
     def see(self, stack: str, x_SM: Tensor, y_SN: Tensor, routing: Routing) -> None:
         """Called with the rows that a stack multiplies and their products, once for each forward."""
         ...
+
+
+class Addition:
+    """An adapter of a stack. `off`: the number of `module_forward.switched_off` contexts that are active."""
+
+    def __init__(self, addend: nn.Module):
+        self.addend = addend
+        self.off = 0
 
 
 class Plain:
@@ -50,18 +58,24 @@ class Plain:
 class GroupedForward(ModuleForward):
     """What is called in place of an experts module's forward.
 
+    `addends` are called, while they are on, with (rows, offsets).
+
     Args:
         module: of a class that has transformers' experts interface; see `unsupported`.
     """
+
+    as_method = True
 
     def __init__(self, module: nn.Module):
         super().__init__(module)
         experts: Any = module
         first = "gate_up_proj" if experts.has_gate else "up_proj"
         self.stacks = (first, "down_proj")
-        self.sources: dict[str, Source] = {leaf: Plain(module, leaf, experts.is_transposed) for leaf in self.stacks}
-        self.addends: dict[str, list[nn.Module]] = {leaf: [] for leaf in self.stacks}
-        self.observers: list[Observer] = []
+        self.sources: dict[str, StackSource] = {
+            leaf: Plain(module, leaf, experts.is_transposed) for leaf in self.stacks
+        }
+        self.addends: dict[str, list[Addition]] = {leaf: [] for leaf in self.stacks}
+        self.observers: list[ProductObserver] = []
         self.users = 0
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -81,8 +95,9 @@ class GroupedForward(ModuleForward):
         experts: Any = self.module
         if experts.has_bias:
             y = y + getattr(experts, f"{leaf}_bias")[routing.experts]
-        for addend in self.addends[leaf]:
-            y = y + addend(x, routing.offsets)
+        for addition in self.addends[leaf]:
+            if not addition.off:
+                y = y + addition.addend(x, routing.offsets)
         for observer in self.observers:
             observer.see(leaf, x, y, routing)
         return y
@@ -106,7 +121,7 @@ def grouped(module: nn.Module, name: str) -> GroupedForward:
         module: the experts module.
         name: its full name, for messages.
     """
-    current = module.__dict__.get("forward")
+    current = installed(module)
     if not isinstance(current, GroupedForward):
         if reason := unsupported(module):
             raise PlanError(f"{name}: {reason}, so its experts cannot be adapted, quantized or measured")
@@ -120,8 +135,9 @@ def grouped(module: nn.Module, name: str) -> GroupedForward:
     return current
 
 
-def release(forward: GroupedForward) -> Callable[[], None]:
-    """Return what gives back one `grouped`; the last one restores the module's own forward."""
+def release(forward: GroupedForward, addition: Addition | None = None) -> Callable[[], None]:
+    """Return what gives back one `grouped`, with the `addition` that it was for; the last one restores the module's
+    own forward."""
     done = False
 
     def undo() -> None:
@@ -129,6 +145,9 @@ def release(forward: GroupedForward) -> Callable[[], None]:
         if done:
             return
         done = True
+        for additions in forward.addends.values():
+            if addition in additions:
+                additions.remove(addition)
         forward.users -= 1
         if not forward.users:
             del forward.module.__dict__["forward"]

@@ -50,7 +50,7 @@ def stack_product(x_SM: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
 def low_rank(x_SM: Tensor, A_ErM: Tensor, B_ENr: Tensor, offsets: Tensor, scale: float) -> Tensor:
     """Return scale · x Aᵀ Bᵀ by expert, computed in the dtype of A and returned in that of x.
 
-    Saved for the backward: x itself, which the base product saves as well, and the [S, r] product x Aᵀ.
+    Saved for the backward: x itself, which the base product saves as well, and the [S, r] product scale · x Aᵀ.
     """
     return _LowRank.apply(x_SM, A_ErM, B_ENr, offsets, scale)
 
@@ -76,20 +76,20 @@ class _StackProduct(torch.autograd.Function):
 class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, offsets: Tensor, scale: float) -> Tensor:
-        low = rows_by_stack(x.to(A.dtype), _padded(A, 1).mT, offsets)
+        low = _scaled(rows_by_stack(x.to(A.dtype), _padded(A, 1).mT, offsets), scale)
         ctx.save_for_backward(x, A, B, low, offsets)
         ctx.scale = scale
-        return (rows_by_stack(low, _padded(B, 2).mT, offsets) * scale).to(x.dtype)
+        return rows_by_stack(low, _padded(B, 2).mT, offsets).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, low, offsets = ctx.saved_tensors
         rank = A.shape[1]
-        g = (g.to(A.dtype) * ctx.scale).contiguous()
+        g = g.to(A.dtype).contiguous()
         dx = dA = dB = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            dlow = rows_by_stack(g, _padded(B, 2), offsets)  # [S, r]
+            dlow = _scaled(rows_by_stack(g, _padded(B, 2), offsets), ctx.scale)  # [S, r]
         if ctx.needs_input_grad[0]:
             dx = rows_by_stack(dlow, _padded(A, 1), offsets).to(x.dtype)
         if ctx.needs_input_grad[1]:
@@ -97,6 +97,11 @@ class _LowRank(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dB = rows_by_rows(g, low, offsets)[..., :rank].contiguous()
         return dx, dA, dB, None, None
+
+
+def _scaled(low_Sr: Tensor, scale: float) -> Tensor:
+    """Scale the narrow products, in place: the wide ones have N / r times as many elements."""
+    return low_Sr if scale == 1.0 else low_Sr.mul_(scale)
 
 
 def _padded(factor: Tensor, dim: int) -> Tensor:

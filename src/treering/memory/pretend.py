@@ -46,7 +46,7 @@ class _Event(torch.Event):
     def synchronize(self) -> None: ...
 
 
-class _Module:
+class _DeviceModule:
     """The result of `torch.get_device_module` for the stand-in: one device, one stream, no random numbers."""
 
     Stream, Event = _Stream, _Event
@@ -104,7 +104,7 @@ def accelerator() -> torch.device:
             f"memory is planned on a stand-in for an accelerator, and torch's only place for one is taken by {taken}; "
             "plan on a machine without it"
         )
-    registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+    registration._setup_privateuseone_for_python_backend(NAME, backend_module=_DeviceModule())
     _kernels()
     _refuse_late()
     return torch.device(NAME, 0)

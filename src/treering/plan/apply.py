@@ -156,6 +156,10 @@ class ReproducedTensor:
     def stored(self) -> StoredTensor | None:
         return self.original.stored
 
+    @property
+    def start(self) -> int:
+        return self.original.start
+
     @torch.no_grad()
     def read(self) -> Tensor:
         weight = self.original.read()

@@ -101,8 +101,9 @@ def check_units(
                     raise PlanError(
                         f"{name_of(technique)} runs {claim.fqn} several times, and {claim.fqn}.{name} inside it is an "
                         "FSDP unit of its own, because its dtype is not that of the arithmetic around it: it would be "
-                        "gathered each time. Give it that dtype (lora.dtype: base), or set shard.compute to stored",
-                        settings=(claim.setting, "shard.compute"),
+                        "gathered each time. Set model.dtype to that of shard.compute, so that the base is not cast; "
+                        f"or give {claim.fqn}.{name} that dtype (lora.dtype: base), or set shard.compute to stored",
+                        settings=("model.dtype", claim.setting, "shard.compute"),
                     )
 
 

@@ -24,7 +24,7 @@ from treering.store.model_folder import tensor_files
 from treering.store.publish import on_first, published, refuse_full, refuse_taken
 from treering.store.tensor_writer import LIMIT, TensorWriter
 from treering.technique import Adapter
-from treering.weights.plain_tensors import to_file_layout
+from treering.weights.conversion import to_file_layout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -4,6 +4,7 @@ Plain parameters are copied; a weight that a technique stores in parts goes thro
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from treering.core.errors import CheckpointError, PlanError
 from treering.core.sharded import local, local_rows, put, put_rows
 from treering.plan.plan import Chain, Statistics, copies, join, split
 from treering.plan.prepared import Prepared
-from treering.plan.splitting import rows_at_once, split_all
+from treering.plan.splitting import prepare, rows_at_once
 from treering.technique import LazyTensor
 from treering.weights.plain_tensors import Source, plain_tensors
 
@@ -137,12 +138,14 @@ def fill(
             if name in live and not (chain and chain.moves_base):
                 copy_rows(live[name], source.tensors[name])
             if chain and not chain.reads:
-                tensors = split(chain, source.tensors[name], live, (statistics or {}).get(name))
-                errors[name] = _addition(chain, tensors, source.tensors[name])
-                for part_name, value in tensors.items():
-                    put(live[part_name], value)
+                errors[name] = _start(chain, source.tensors[name], live, (statistics or {}).get(name))
     _copy_stored(live, source, chains)
-    errors |= split_all(live, source, [c for c in chains.values() if c.reads], statistics, prepared, note)
+    reading = [chain for chain in chains.values() if chain.reads]
+    errors |= prepare(live, source, reading, statistics, prepared, note)
+    if prepared is not None:
+        for chain in reading:
+            for name in chain.names:
+                put_rows(live[name], prepared.tensor(chain.name, name).rows(*local_rows(live[name])))
     refuse_inexact(chains, errors)
     return errors
 
@@ -209,8 +212,46 @@ def copy_rows(target: Tensor, tensor: LazyTensor) -> None:
         shard[first - start : last - start].copy_(tensor.rows(first, last))
 
 
+def _start(
+    chain: Chain, weight: LazyTensor, live: Mapping[str, Tensor], statistics: Mapping[str, Tensor] | None
+) -> float:
+    """Set the first values of a chain that does not read the weight: of a stack, those of this rank's experts, one at a
+    time. Return the largest value that they add to the weight: 0, unless values are imported."""
+    if not chain.names:  # it is copied as it is stored
+        return 0.0
+    if not chain.independent_rows or len(weight.shape) < 3:
+        tensors = split(chain, weight, live, statistics)
+        for name, value in tensors.items():
+            put(live[name], value)
+        return _addition(chain, tensors, weight)
+    first, last = local_rows(live[chain.names[0]])
+    largest = 0.0
+    for expert in range(first, last):
+        one = _Shape(shape=(1, *weight.shape[1:]), dtype=weight.dtype, start=expert)
+        tensors = split(chain, one, live, statistics)
+        for name, value in tensors.items():
+            local(live[name])[expert - first].copy_(value[0])
+        largest = max(largest, _addition(chain, tensors, one))
+    return largest
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    """Some rows of a weight that nobody reads: a LazyTensor with a shape and a place."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int
+    stored: None = None
+
+    def read(self) -> Tensor:
+        raise AssertionError("a part with reads_weight=False has read the weight")
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.read()
+
+
 def _addition(chain: Chain, tensors: Mapping[str, Tensor], weight: LazyTensor) -> float:
-    """Return the largest value that a start adds which never reads the weight: 0, unless values are imported."""
     if any(part.tolerance is None for part in chain.parts):
         return 0.0
     nothing = torch.zeros(()).expand(weight.shape)  # without memory: this must not be the peak of loading

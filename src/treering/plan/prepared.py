@@ -68,6 +68,10 @@ class PreparedTensor:
     dtype: torch.dtype
 
     @property
+    def start(self) -> int:
+        return 0
+
+    @property
     def stored(self) -> None:
         return None
 

@@ -12,7 +12,8 @@ from treering.plan.plan import Plan
 from treering.plan.values import announced, groups, joined, live_values
 from treering.store.publish import on_first, refuse_full
 from treering.store.tensor_writer import size
-from treering.weights.plain_tensors import Source, places, to_file_layout
+from treering.weights.conversion import places, to_file_layout
+from treering.weights.plain_tensors import Source
 
 
 def rehearse(plan: Plan, folder: Path) -> None:

@@ -175,7 +175,7 @@ class Run:
         self._refuse_attached()
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         named = self.trainable()
-        self._check_same(named, optimizers)
+        step.check_optimizers(named, optimizers)
         report = step.take(optimizers, named, self.plan.applied, clip)
         self.number += 1
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
@@ -191,7 +191,7 @@ class Run:
         Clipping and any guard are the loop's; a clip that runs before this sees the gradient before projection.
         Returns a function that removes the hooks.
         """
-        self._check_same(self.trainable(), [optimizer])
+        step.check_optimizers(self.trainable(), [optimizer])
         self._refuse_attached()
         self._attached = True
 
@@ -225,20 +225,6 @@ class Run:
     def _refuse_attached(self) -> None:
         if self._attached:
             raise PlanError("the hooks of run.attach() are on an optimizer: each step would be projected twice. Detach")
-
-    def _check_same(self, named: Sequence[tuple[str, nn.Parameter]], optimizers: Sequence[Optimizer]) -> None:
-        """Refuse optimizers that leave a trainable parameter out, which would never learn, or step one twice."""
-        stepped = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-        wanted = {id(p): name for name, p in named}
-        if len(stepped) == len(wanted) and set(stepped) == set(wanted):
-            return
-        absent = [name for key, name in wanted.items() if key not in set(stepped)]
-        strange = len([key for key in stepped if key not in wanted])
-        raise PlanError(
-            "the optimizer's parameters are not exactly the trainable ones: "
-            f"{len(absent)} missing ({', '.join(absent[:3]) or '—'}), {strange} not trainable, "
-            f"{len(stepped) - len(set(stepped))} twice. Make it with run.optimizer(…) or from run.trainable()"
-        )
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of the techniques for the present parameters, by name."""

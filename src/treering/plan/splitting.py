@@ -15,7 +15,8 @@ from torch import Tensor
 
 from treering.core.collectives import gather_objects
 from treering.core.errors import PlanError
-from treering.core.sharded import local, local_rows, put, put_rows
+from treering.core.owners import assign
+from treering.core.sharded import local, local_rows, put
 from treering.plan.plan import Chain, Statistics, join, split
 from treering.plan.prepared import ERROR, Prepared, digest, key
 from treering.technique import LazyTensor, StoredTensor
@@ -58,9 +59,13 @@ class SplitResult:
 
 @dataclass(frozen=True)
 class InMemory:
-    """A LazyTensor whose values have been read; those of a stored weight, decoded."""
+    """A LazyTensor whose values have been read; those of a stored weight, decoded.
+
+    `start` is the place of its first row in the complete weight.
+    """
 
     tensor: Tensor
+    start: int = 0
     stored: StoredTensor | None = None
 
     @property
@@ -97,25 +102,6 @@ def rows_at_once(tensor: LazyTensor) -> int:
 
 
 @torch.no_grad()
-def split_all(
-    live: Mapping[str, Tensor],
-    source: "Source",
-    chains: Sequence[Chain],
-    statistics: Statistics | None,
-    prepared: Prepared | None,
-    note: Callable[[str], None],
-) -> dict[str, float]:
-    """Set the values of the tensors of `chains`. Return ‖join(split(W)) − W‖/‖W‖ by plain name. A collective."""
-    errors = prepare(live, source, chains, statistics, prepared, note)
-    if prepared is not None:
-        for chain in chains:
-            for name in chain.names:
-                start, stop = local_rows(live[name])
-                put_rows(live[name], prepared.tensor(chain.name, name).rows(start, stop))
-    return errors
-
-
-@torch.no_grad()
 def prepare(
     live: Mapping[str, Tensor],
     source: "Source",
@@ -147,7 +133,7 @@ def prepare(
             weight: LazyTensor = source.tensors[chain.name]
             pieces_of_chain = [piece for piece in pieces if piece.chain is chain]
             if len(pieces_of_chain) > 1 and rows_at_once(weight) >= rows[chain.name]:
-                weight = InMemory(weight.read(), weight.stored)
+                weight = InMemory(weight.read(), stored=weight.stored)
             for piece in pieces_of_chain:
                 results[piece.id] = splitter.result(piece, weight)
     except Exception as error:
@@ -191,7 +177,9 @@ class _Splitter:
         chain, prepared = piece.chain, self.prepared
         plain = weight.rows(piece.start, piece.stop) if chain.independent_rows else weight.read()
         statistics = self._statistics(piece, plain)
-        form = ("rows",) if chain.independent_rows else ()
+        form = ["rows"] if chain.independent_rows else []
+        if form and not all(part.reads_weight for part in chain.parts):
+            form.append(str(piece.start))  # equal experts have seeds of their own
         name = key(digest(plain), chain.identity, *form, _identity(chain, self.live, statistics))
         if prepared is not None:
             problem = prepared.problem(name, (*chain.names, ERROR))
@@ -202,7 +190,7 @@ class _Splitter:
             if problem:
                 self.repeated.append((problem, f"{prepared.path(name)} of {chain.name}"))
         stored = _stored_rows(weight.stored, piece) if chain.independent_rows else weight.stored
-        tensors = split(chain, InMemory(plain, stored), self.live, statistics)
+        tensors = split(chain, InMemory(plain, piece.start, stored), self.live, statistics)
         base = tensors.get(chain.name, plain if chain.name in self.live else torch.zeros_like(plain))
         wide = plain.to(torch.promote_types(plain.dtype, torch.float32))
         norm = wide.norm().clamp_min(torch.finfo(torch.float32).tiny)
@@ -269,15 +257,17 @@ def _assigned(
     chains: Sequence[Chain], source: "Source", rows_of_ranks: Sequence[Mapping[str, tuple[int, int]]]
 ) -> list[list[SplitPiece]]:
     """Return each rank's pieces: longest first, each to the least loaded rank that stores its first row."""
+    every = (piece for chain in chains for piece in _pieces(chain, source, 0, row_count(source.tensors[chain.name])))
+    pieces = {piece.id: piece for piece in every}
+
+    def stores(id_: tuple[str, int], rank: int) -> bool:
+        start, stop = rows_of_ranks[rank][id_[0]]
+        return start <= id_[1] < stop
+
+    owners = assign({id_: piece.cost for id_, piece in pieces.items()}, len(rows_of_ranks), may_own=stores)
     assigned: list[list[SplitPiece]] = [[] for _ in rows_of_ranks]
-    load = [0.0] * len(rows_of_ranks)
-    pieces = [piece for chain in chains for piece in _pieces(chain, source, 0, row_count(source.tensors[chain.name]))]
-    for piece in sorted(pieces, key=lambda piece: (-piece.cost, piece.id)):
-        name = piece.chain.name
-        ranks = [i for i, ranges in enumerate(rows_of_ranks) if ranges[name][0] <= piece.start < ranges[name][1]]
-        least = min(ranks, key=lambda rank: (load[rank], rank))
-        assigned[least].append(piece)
-        load[least] += piece.cost
+    for id_, rank in owners.items():
+        assigned[rank].append(pieces[id_])
     return assigned
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from treering.core.collectives import gather_objects
-from treering.core.errors import NumericsError
+from treering.core.errors import NumericsError, PlanError
 from treering.core.sharded import local, sharded_axes, sum_of_squares
 from treering.technique import Applied
 
@@ -55,6 +55,21 @@ def take(
             if one.after_step is not None:
                 one.after_step()
     return StepReport(norm=norm, skipped=not finite)
+
+
+def check_optimizers(named: Sequence[tuple[str, Tensor]], optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers that leave a trainable parameter out, which would never learn, or step one twice."""
+    stepped = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    wanted = {id(p): name for name, p in named}
+    if len(stepped) == len(wanted) and set(stepped) == set(wanted):
+        return
+    absent = [name for key, name in wanted.items() if key not in set(stepped)]
+    strange = len([key for key in stepped if key not in wanted])
+    raise PlanError(
+        "the optimizer's parameters are not exactly the trainable ones: "
+        f"{len(absent)} missing ({', '.join(absent[:3]) or '—'}), {strange} not trainable, "
+        f"{len(stepped) - len(set(stepped))} twice. Make it with run.optimizer(…) or from run.trainable()"
+    )
 
 
 def norm_over_meshes(gradients: Iterable[Tensor]) -> Tensor:

@@ -10,7 +10,8 @@ from treering.core.errors import PlanError
 from treering.core.sharded import gather
 from treering.plan.plan import Chain, Plan, copies, join
 from treering.technique import LazyTensor
-from treering.weights.plain_tensors import export_groups, plain_tensors, to_file_layout
+from treering.weights.conversion import export_groups, to_file_layout
+from treering.weights.plain_tensors import plain_tensors
 
 
 @dataclass(frozen=True, kw_only=True)

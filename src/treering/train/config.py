@@ -132,7 +132,7 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Statistics:
+class StatisticsSection:
     """Statistics, by `treering measure`, of text that the model must keep; a run adds those of its training data."""
 
     path: str | None = None  # a folder of `treering measure`; null: `statistics` in the model's folder, if there is one
@@ -158,7 +158,7 @@ class Job:
     techniques: tuple[Technique, ...]
     output: str
     train: Train = field(default_factory=Train)
-    statistics: Statistics = field(default_factory=Statistics)
+    statistics: StatisticsSection = field(default_factory=StatisticsSection)
     mesh: Mapping[str, int] = field(default_factory=dict)  # keywords of treering.mesh
     seed: int = 0
     written: str = ""  # the resolved configuration as text, kept in the output folder

@@ -13,7 +13,7 @@ from treering.plan.values import saved_values
 from treering.store.publish import on_first, refuse_taken
 from treering.technique import LazyTensor, Stage
 from treering.train.checkpoints import files as checkpoint
-from treering.train.checkpoints.manager import CheckpointManager, changed_sources, check_same
+from treering.train.checkpoints.identity import changed_sources, check_same, identity_of
 from treering.train.config import Job
 from treering.train.measurements import carried, find
 
@@ -49,7 +49,7 @@ def _completed(
         Path(job.output) / "prepared",
         checkpoint=str(saved.folder),
         statistics=statistics,
-        changed=changed_sources(saved, CheckpointManager(job, plan, None, statistics).identity()),
+        changed=changed_sources(saved, identity_of(job, plan, None, statistics)),
         exported_only=exported_only,
         note=logging.getLogger("treering").warning,
     )
@@ -74,7 +74,7 @@ def reread(job: Job, *, step: int | None = None) -> tuple[Plan, checkpoint.Saved
     lasting = tuple(t for t in job.techniques if t.stage in (Stage.QUANTIZE, Stage.ADAPT))
     job = replace(job, techniques=lasting, mesh={})
     plan = draft_of(job)
-    identity = CheckpointManager(job, plan, None, find(job)).identity()
+    identity = identity_of(job, plan, None, find(job))
     check_same(
         saved, {name: identity[name] for name in ("techniques", "dtype", "weights")}, plan.techniques
     )  # with others, its tensors would not fit, be cast, or be added to weights that they were not trained on

@@ -15,7 +15,7 @@ from treering.core.errors import PlanError
 from treering.core.topology import data_rank
 from treering.data.chat.template import Template
 from treering.data.config import Format
-from treering.data.encode import ALPACA
+from treering.data.encoding_recipe import ALPACA
 from treering.data.examples import Examples, build
 from treering.data.loader import Loader
 from treering.data.order import Order

@@ -539,3 +539,18 @@ def test_transformers_is_never_asked_to_load_or_convert_a_quantized_folder(tmp_p
     run = tr.compose(folder, [LORA])
     assert not hasattr(run.model.config, "quantization_config")
     assert type(run.model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("arch", ["qwen3_moe", "gpt_oss"])
+def test_adapters_of_experts_on_stored_weights_train_as_on_the_decoded_ones(arch, tmp_path):
+    if arch == "gpt_oss":
+        folder = folders.gpt_oss(tmp_path / "m")
+    else:
+        folder = published(arch, tmp_path / "m", WRITERS["nvfp4"])
+    adapters = tr.LoRA(rank=2, targets=("gate_up_proj", "down_proj", "q_proj"))
+    runs = [tr.compose(folder, [adapters]), tr.compose(folder, [adapters], dequantize=True)]
+    before = codes(runs[0])
+    losses = [train(run, [rows(3, seed=i) for i in range(3)]) for run in runs]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert_all_same(weights(runs[0]), weights(runs[1]), 1e-5)
+    assert all(torch.equal(codes(runs[0])[name], value) for name, value in before.items())

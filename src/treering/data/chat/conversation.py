@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from treering.data.chat.messages import THOUGHTS
-from treering.data.chat.traced import TextSource, Traced, TracedPart, traced
+from treering.data.chat.traced import Traced
+from treering.data.chat.traced_parts import FieldPath, TextSource, TracedPart
 
-_CONTENT = ("content",)
 TOOLS = -1  # the turn of texts that belong to no message
 _REQUIRED_OF_CALL = ("name", "arguments")
 Span = tuple[int, int]
@@ -46,10 +46,6 @@ def _traced_message(message: dict[str, Any], turn: int, sources: list[TextSource
     for field, value in message.items():
         if field == "role" or value is None:
             fields[field] = value
-        elif field == "content" and type(value) is str:
-            source = TextSource(turn, _CONTENT, value, True)
-            sources.append(source)
-            fields[field] = Traced(value, (TracedPart(len(value), source, 0, len(value)),))
         elif field == "tool_calls":
             fields[field] = [_traced_call(call, turn, (field, i), sources) for i, call in enumerate(value)]
         elif field in THOUGHTS and (same := next((fields[f] for f in THOUGHTS if fields.get(f) == value), None)):
@@ -69,6 +65,24 @@ def _traced_call(
         else:
             fields[field] = traced(value, turn, (*path, field), sources, field in _REQUIRED_OF_CALL)
     return fields
+
+
+def traced(value: Any, turn: int, path: FieldPath, sources: list[TextSource], required: bool) -> Any:
+    """Return `value` with each string in it traced; the sources of the strings are appended to `sources`."""
+    if isinstance(value, str):
+        source = TextSource(turn, path, value, required)
+        sources.append(source)
+        return Traced(value, (TracedPart(len(value), source, 0, len(value)),))
+    if isinstance(value, dict):
+        return {
+            traced(key, turn, (*path, "key", key), sources, required): traced(
+                entry, turn, (*path, key), sources, required
+            )
+            for key, entry in value.items()
+        }
+    if isinstance(value, list):
+        return [traced(entry, turn, (*path, i), sources, required) for i, entry in enumerate(value)]
+    return value
 
 
 def pieces_of(texts: Iterable[str]) -> list[TextPiece]:

@@ -10,7 +10,8 @@ import jinja2.filters
 import markupsafe
 from jinja2.utils import Namespace
 
-from treering.data.chat.traced import TextSource, Traced, TracedPart, concat, holds_traced, opaque, plain, plain_inside
+from treering.data.chat.traced import Traced, concat, holds_traced, opaque, plain, plain_inside
+from treering.data.chat.traced_parts import TextSource, TracedPart
 
 
 def to_json(

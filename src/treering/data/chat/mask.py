@@ -10,7 +10,7 @@ from treering.data.chat.control_tokens import ControlTokens
 from treering.data.chat.conversation import TOOLS, Conversation, Span, TextPiece, forms, left_out, trace
 from treering.data.chat.messages import THOUGHTS
 from treering.data.chat.template import REFUSED, RenderedText, Template
-from treering.data.chat.traced import TextSource
+from treering.data.chat.traced_parts import TextSource
 from treering.data.chat.turns import Turn, Turns
 from treering.data.formats import Sample
 from treering.data.sources.records import SampleError, bad

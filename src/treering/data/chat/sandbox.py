@@ -30,15 +30,7 @@ from treering.data.chat.filters import (
     to_json,
 )
 from treering.data.chat.template_code import GenerationTag, MeteredCode, with_charges
-from treering.data.chat.traced import (
-    PRODUCING,
-    Traced,
-    concat,
-    holds_traced,
-    opaque,
-    plain,
-    plain_inside,
-)
+from treering.data.chat.traced import PRODUCING, Traced, concat, holds_traced, opaque, plain, plain_inside
 
 LONGEST = 1 << 20  # characters of a template
 _REMOVED = ("pprint", "urlize", "random", "xmlattr", "urlencode")
@@ -49,24 +41,10 @@ _CHEAP |= {"float", "true", "false", "callable", "odd", "even", "sameas", "filte
 _TRACING = {"attr", "batch", "capitalize", "count", "d", "default", "dictsort", "first", "groupby", "items", "join"}
 _TRACING |= {"last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse"}
 _TRACING |= {"safe", "select", "selectattr", "slice", "sort", "string", "sum", "tojson", "trim", "unique", "upper"}
-_COMPLETE = {
-    "center",
-    "e",
-    "escape",
-    "forceescape",
-    "indent",
-    "title",
-    "wordwrap",
-}  # of the others, those that leave out nothing
-_OF_TEXT = {
-    "capitalize",
-    "lower",
-    "replace",
-    "safe",
-    "string",
-    "trim",
-    "upper",
-}  # of the former, those that turn other values into text
+# Of the others, those that leave out nothing.
+_COMPLETE = {"center", "e", "escape", "forceescape", "indent", "title", "wordwrap"}
+# Of the tracing filters, those that turn other values into text.
+_OF_TEXT = {"capitalize", "lower", "replace", "safe", "string", "trim", "upper"}
 
 
 class Environment(ImmutableSandboxedEnvironment):
@@ -247,21 +225,8 @@ class Environment(ImmutableSandboxedEnvironment):
 
 
 _OF_DICT = frozenset(dir(dict))
-_WRITTEN = (
-    str,
-    int,
-    float,
-    bool,
-    type(None),
-    jinja2.Undefined,
-    list,
-    tuple,
-    dict,
-    set,
-    KeysView,
-    ValuesView,
-    ItemsView,
-)
+_CONTAINERS = (list, tuple, dict, set, KeysView, ValuesView, ItemsView)
+_WRITTEN = (str, int, float, bool, type(None), jinja2.Undefined, *_CONTAINERS)
 
 
 class MisplacedTagError(Exception):

@@ -12,7 +12,7 @@ from treering.data.chat.conversation import Span, TextPiece, pieces_of
 from treering.data.chat.cost import TooExpensiveError
 from treering.data.chat.messages import THOUGHTS
 from treering.data.chat.sandbox import Environment, MisplacedTagError, PythonNotationError
-from treering.data.chat.traced import MixedTextsError
+from treering.data.chat.traced_parts import MixedTextsError
 from treering.data.sources.records import bad
 
 REFUSED = "refused by the template"  # a kind of SampleError

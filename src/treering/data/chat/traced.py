@@ -8,53 +8,33 @@ compares, searches and prints like an ordinary one, so a template decides exactl
 
 import bisect
 import itertools
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
-from typing import Any, NamedTuple, SupportsIndex
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from typing import Any, SupportsIndex
 
-FieldPath = tuple[str | int, ...]
-
-
-class TextSource(NamedTuple):
-    """A string of a conversation, at `path` of message `turn` (-1: the tools)."""
-
-    turn: int
-    path: FieldPath
-    text: str
-    required: bool  # a rendering must not leave it out
-
-    @property
-    def field(self) -> FieldPath:
-        """The field of the message: its content, its thought, or the name or arguments of a call."""
-        return self.path[:4] if self.path[0] == "tool_calls" else self.path[:1]
-
-
-class TracedPart(NamedTuple):
-    """`length` characters of a traced string. Without a source they are the template's.
-
-    Otherwise they are the characters [start, stop) of the source: unchanged if the lengths are equal, else rewritten
-    (as JSON writes a quote as two characters). `mixed`: text of the template may be among them.
-    """
-
-    length: int
-    source: TextSource | None = None
-    start: int = 0
-    stop: int = 0
-    mixed: bool = False
-
-    def cut(self, low: int, high: int, complete: bool) -> "TracedPart":
-        """Return its characters [low, high). `complete`: if it was rewritten, only blanks and quotes are cut off."""
-        if self.source is None or (self.stop - self.start != self.length and complete):
-            return self._replace(length=high - low)
-        if self.stop - self.start != self.length:  # it is not known which characters of the source these are
-            return self._replace(length=high - low, stop=self.start)
-        return self._replace(length=high - low, start=self.start + low, stop=self.start + high)
-
+from treering.data.chat.traced_parts import TracedPart, append_part, part_of_all
 
 _SEVERAL = (list, tuple, KeysView, ValuesView, ItemsView, set, frozenset)
 
 
-class MixedTextsError(Exception):
-    """Texts of several messages went through an operation whose result cannot be traced character by character."""
+def _casing(method: Callable[[str], str]) -> Callable[..., str]:
+    """Return a method of str that changes characters in place, traced."""
+
+    def cased(self: "Traced") -> str:
+        text = method(plain(self))
+        return Traced(text, self._parts) if len(text) == len(self) else opaque(text, (self,), complete=True)
+
+    cased.__name__ = method.__name__
+    return cased
+
+
+def _padding(method: Callable[..., str]) -> Callable[..., str]:
+    """Return a method of str that adds blanks or digits, traced as one part."""
+
+    def padded(self: "Traced", *args: Any, **kwargs: Any) -> str:
+        return opaque(method(plain(self), *args, **kwargs), (self,), complete=True)
+
+    padded.__name__ = method.__name__
+    return padded
 
 
 class Traced(str):
@@ -189,67 +169,25 @@ class Traced(str):
             pieces.append(item)
         return concat(pieces)
 
-    def lower(self) -> str:
-        return self._changed(plain(self).lower())
-
-    def upper(self) -> str:
-        return self._changed(plain(self).upper())
-
-    def title(self) -> str:
-        return self._changed(plain(self).title())
-
-    def capitalize(self) -> str:
-        return self._changed(plain(self).capitalize())
-
-    def swapcase(self) -> str:
-        return self._changed(plain(self).swapcase())
-
-    def casefold(self) -> str:
-        return self._changed(plain(self).casefold())
-
-    def center(self, width: SupportsIndex, fill: str = " ", /) -> str:
-        return opaque(plain(self).center(width, fill), (self,), complete=True)
-
-    def ljust(self, width: SupportsIndex, fill: str = " ", /) -> str:
-        return opaque(plain(self).ljust(width, fill), (self,), complete=True)
-
-    def rjust(self, width: SupportsIndex, fill: str = " ", /) -> str:
-        return opaque(plain(self).rjust(width, fill), (self,), complete=True)
-
-    def zfill(self, width: SupportsIndex, /) -> str:
-        return opaque(plain(self).zfill(width), (self,), complete=True)
-
-    def expandtabs(self, tabsize: SupportsIndex = 8) -> str:  # type: ignore[override]
-        return opaque(plain(self).expandtabs(tabsize), (self,), complete=True)
+    lower = _casing(str.lower)
+    upper = _casing(str.upper)
+    title = _casing(str.title)
+    capitalize = _casing(str.capitalize)
+    swapcase = _casing(str.swapcase)
+    casefold = _casing(str.casefold)
+    center = _padding(str.center)
+    ljust = _padding(str.ljust)
+    rjust = _padding(str.rjust)
+    zfill = _padding(str.zfill)
+    expandtabs = _padding(str.expandtabs)
 
     def translate(self, table: Any, /) -> str:
         return opaque(plain(self).translate(table), (self, table))
-
-    def _changed(self, text: str) -> str:
-        return Traced(text, self._parts) if len(text) == len(self) else opaque(text, (self,), complete=True)
 
 
 _LONGEST_EDGE = 64
 _EDGES = " \t\r\n\"'"  # around a value that JSON writes
 PRODUCING = {"join", "replace", "center", "ljust", "rjust", "translate"}  # their results contain their arguments
-
-
-def traced(value: Any, turn: int, path: FieldPath, sources: list[TextSource], required: bool) -> Any:
-    """Return `value` with each string in it traced; the sources of the strings are appended to `sources`."""
-    if isinstance(value, str):
-        source = TextSource(turn, path, value, required)
-        sources.append(source)
-        return Traced(value, (TracedPart(len(value), source, 0, len(value)),))
-    if isinstance(value, dict):
-        return {
-            traced(key, turn, (*path, "key", key), sources, required): traced(
-                entry, turn, (*path, key), sources, required
-            )
-            for key, entry in value.items()
-        }
-    if isinstance(value, list):
-        return [traced(entry, turn, (*path, i), sources, required) for i, entry in enumerate(value)]
-    return value
 
 
 def plain(text: str) -> str:
@@ -284,7 +222,7 @@ def concat(pieces: Iterable[str]) -> str:
             if literal:
                 parts.append(TracedPart(literal))
                 literal = 0
-            _append(parts, part)
+            append_part(parts, part)
     if not parts:
         return "".join(pieces)
     if literal:
@@ -296,17 +234,6 @@ def _replaced(text: str) -> str:
     """Return an empty string that represents all of `text`, which was replaced by something else."""
     parts = text._parts if isinstance(text, Traced) else ()
     return Traced("", tuple(part._replace(length=0) for part in parts if part.source))
-
-
-def _append(parts: list[TracedPart], part: TracedPart) -> None:
-    """Add a part of the data, joined with the last part if it continues it."""
-    last = parts[-1] if parts else None
-    if last is not None and part.source is last.source:
-        verbatim = part.length == part.stop - part.start and last.length == last.stop - last.start
-        if verbatim and part.start == last.stop and not (part.mixed or last.mixed):
-            parts[-1] = TracedPart(last.length + part.length, last.source, last.start, part.stop)
-            return
-    parts.append(part)
 
 
 def holds_traced(value: Any) -> bool:
@@ -323,24 +250,8 @@ def opaque(text: str, inputs: Iterable[Any], *, complete: bool = False) -> str:
 
     `complete`: the operation leaves nothing out; else a part that does not occur in the result counts as left out.
     """
-    parts, literal = _collected(list(inputs))
-    used = [part for part in parts if part.source is not None]
-    if not used:
-        return text
-    if not complete:
-        used = [part if _occurs(part, text) else part._replace(stop=part.start) for part in used]
-    turns = {part.source.turn for part in used if part.source is not None}
-    if len(turns) > 1:
-        raise MixedTextsError
-    first, *rest = used
-    mixed = literal or any(part.mixed for part in used)
-    part_of_all = TracedPart(len(text), first.source, first.start, first.stop, mixed)
-    return Traced(text, (part_of_all, *(part._replace(length=0) for part in rest)))
-
-
-def _occurs(part: TracedPart, text: str) -> bool:
-    assert part.source is not None
-    return part.source.text[part.start : part.stop].strip() in text
+    parts = part_of_all(text, *_collected(list(inputs)), complete=complete)
+    return text if parts is None else Traced(text, parts)
 
 
 def _collected(value: Any) -> tuple[list[TracedPart], bool]:

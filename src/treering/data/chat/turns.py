@@ -18,6 +18,16 @@ from typing import Any, NamedTuple
 from treering.data.chat.control_tokens import ControlTokens
 from treering.data.chat.conversation import Conversation, TextPiece, trace
 from treering.data.chat.template import RenderedText
+from treering.data.chat.turn_borders import (
+    FieldRun,
+    common_length,
+    end_of_turn,
+    field_runs,
+    last_run,
+    shared_end,
+    shared_length,
+    word_border,
+)
 from treering.data.sources.records import SampleError, bad
 
 _CACHED = 4096
@@ -47,15 +57,6 @@ class _Around:
     end: int  # characters of the text behind it that belong to the turn
     endless: bool
     unprompted: bool
-
-
-class _Run(NamedTuple):
-    """Pieces of one field of one message with nothing between them."""
-
-    begin: int
-    end: int
-    last: TextPiece
-    after: int  # index of the first piece behind it
 
 
 class Turns:
@@ -111,7 +112,7 @@ class _Finder:
 
     def turn(self) -> Turn:
         """Return the turn, or raise SampleError."""
-        runs = _runs(self.own_pieces)
+        runs = field_runs(self.own_pieces)
         if not runs:
             raise self._not_written()
         first = self.own_pieces[0][0]
@@ -131,7 +132,7 @@ class _Finder:
         missing = f"the tool call {name!r}" if name and sources[0].path[0] == "tool_calls" else "all texts of this turn"
         return self._bad(f"the chat template leaves out {missing}")
 
-    def _key(self, before: str, runs: list[_Run]) -> Hashable:
+    def _key(self, before: str, runs: list[FieldRun]) -> Hashable:
         """Return a key that is equal for turns with equal texts around them, so that each is divided once."""
         messages = self.conversation.messages
         message = messages[self.index]
@@ -145,28 +146,36 @@ class _Finder:
         around = (precedes, follows, messages[0]["role"], self.conversation.tools is None)
         return texts, around, shape, runs[0].last.source.field[0], len(runs) > 1
 
-    def _next(self, run: _Run) -> int:
+    def _next(self, run: FieldRun) -> int:
         return self.pieces[run.after].begin if run.after < len(self.pieces) else len(self.text)
 
-    def _divide(self, before: str, runs: list[_Run]) -> _Around:
+    def _divide(self, before: str, runs: list[FieldRun]) -> _Around:
         messages = self.conversation.messages
         ended = self.render(messages[: self.index + 1], False)
         pieces = [(i, piece) for i, piece in enumerate(ended.visible) if piece.source.turn == self.index]
-        ended_runs = _runs(pieces)
+        ended_runs = field_runs(pieces)
         if not ended_runs:
             raise self._not_written()
         start, unprompted = self._start(before, runs[0])
-        last = self._last(runs, ended_runs)
-        end, endless = self._end(self._tail(ended, before), runs[last].end, self._next(runs[last]))
+        last = last_run(runs, ended_runs)
+        if last is None:
+            raise self._bad("the chat template leaves out what this turn ends with")
+        begin, tail = runs[last].end, self._tail(ended, before)
+        border = self.rendered.loop_end(begin, self.index)  # text behind it belongs to another message
+        behind = self.text[begin : self._next(runs[last])]
+        ending = end_of_turn(self._control, tail, behind, border - begin if border else None)
+        if ending is None:
+            raise self._bad(f"no end of turn: the chat template ends it with {tail[-40:]!r} only when it is last")
+        end, endless = ending
         return _Around(start, len(runs) - 1 - last, end, endless, unprompted)
 
-    def _start(self, before: str, run: _Run) -> tuple[int, bool]:
+    def _start(self, before: str, run: FieldRun) -> tuple[int, bool]:
         """Return the length of the text before the turn that is not trained, and whether the prompt is longer."""
         prompted, plain, has_prompt = self._prompt(self.index)
-        common = self._common(prompted, before)
+        common = common_length(self._control, prompted, before)
         if common < len(prompted):  # where they differ, no word is divided
-            common = self._word_border(before, common)
-        if common > _shared(plain, before):
+            common = word_border(self._control, before, common)
+        if common > shared_length(plain, before):
             return common, common < len(prompted)
         if not has_prompt:
             return self._start_without_prompt(before, plain, run), False
@@ -193,7 +202,7 @@ class _Finder:
         begin = len(plain.text) - len(plain.tail)
         return prompted.tail, plain.text[begin : max(begin, plain.after_loops())], False
 
-    def _start_without_prompt(self, before: str, plain: str, run: _Run) -> int:
+    def _start_without_prompt(self, before: str, plain: str, run: FieldRun) -> int:
         if before == plain:
             return len(before)
         # Where no prompt is needed (the turn continues behind a tool's answer), what follows is the assistant's.
@@ -232,7 +241,7 @@ class _Finder:
         return ended.tail if alone and not self._control.any.search(inside) else inside
 
     def _tail_without_loop(self, tail: str, before: str) -> str:
-        shared = _shared_end(tail, before)
+        shared = shared_end(tail, before)
         if not self._prompt(self.index)[2] and self._control.any.search(shared):
             raise self._bad(
                 f"the chat template writes {shared[-40:]!r} behind each conversation, which looks like the beginning "
@@ -240,98 +249,12 @@ class _Finder:
             )
         return tail
 
-    def _last(self, runs: list[_Run], ended: list[_Run]) -> int:
-        """Return the index of the run that ends the turn: the last one if the conversation ends with this turn."""
-        wanted = ended[-1].last
-        same = [run for run in ended if run.last.source is wanted.source and run.last.stop == wanted.stop]
-        stops = [run.last.stop for run in runs if run.last.source is wanted.source]
-        most = max(stops, default=-1)
-        ends = [i for i, run in enumerate(runs) if run.last.source is wanted.source and run.last.stop == most]
-        if len(ends) < len(same):
-            raise self._bad("the chat template leaves out what this turn ends with")
-        last = ends[len(same) - 1]
-        seen = [run.last.source for run in runs[: last + 1]]
-        while (
-            last + 1 < len(runs)
-            and runs[last + 1].last.source not in seen
-            and runs[last + 1].after == (runs[last].after + 1)
-        ):  # written only if the turn is not the last one, as the number of a call
-            last += 1
-        return last
-
-    def _end(self, tail: str, begin: int, stop: int) -> tuple[int, bool]:
-        """Return the length of the text [begin, stop) that belongs to the turn, and whether the turn is endless.
-
-        `tail` is the text that ends the turn when it is the last one.
-        """
-        control, behind = self._control, self.text[begin:stop]
-        border = self.rendered.loop_end(begin, self.index)  # text behind it belongs to another message
-        tokens = list(control.any.finditer(tail))
-        common = self._common(tail, behind)
-        inside = [m.end() for m in tokens if m.end() <= common]
-        closing = bool(tokens) and not tail[tokens[-1].end() :].strip()
-        closed = [m.end() for m in control.special.finditer(tail, 0, common)]
-        complete = bool(inside) and inside[-1] == tokens[-1].end()
-        if closed and (not complete or closed[-1] == inside[-1]):
-            return closed[-1], False
-        if complete:  # by a token that may also be inside a turn: the text behind it belongs to the turn
-            return (inside[-1] if not tail[inside[-1] : common].strip() else common), False
-        other = control.any.match(behind, common)
-        if closing and tokens[-1].start() == common and other and border and begin + other.end() <= border:
-            return other.end(), False  # the last turn of a conversation ends with another token than earlier ones
-        if closing and border and (at := behind.find(tokens[-1][0], 0, border - begin)) >= 0:
-            return at + len(tokens[-1][0]), False
-        if tail[common:].strip():
-            raise self._bad(f"no end of turn: the chat template ends it with {tail[-40:]!r} only when it is last")
-        return common, not behind[:common].strip()
-
-    def _word_border(self, text: str, at: int) -> int:
-        """Return the last place up to `at` that is behind a blank or a control token."""
-        ends = [token.end() for token in self._control.any.finditer(text, 0, at) if token.end() <= at]
-        blank = max((i + 1 for i in range(at) if text[i].isspace()), default=0)
-        return at if at == len(text) else max([blank, *ends], default=0)
-
     def _bad(self, message: str) -> SampleError:
         return _bad(self.where, self.index, message)
 
     @property
     def _control(self) -> ControlTokens:
         return self.turns._control
-
-    def _common(self, a: str, b: str) -> int:
-        """Return the length of the common beginning, without the first half of a control token."""
-        length = _shared(a, b)
-        for text in (a, b):
-            near = max(0, length - 64)
-            for token in self._control.any.finditer(text, near, length + 64):
-                if token.start() < length < token.end():
-                    length = token.start()
-        return length
-
-
-def _runs(turn_pieces: Sequence[tuple[int, TextPiece]]) -> list[_Run]:
-    """Return the runs of a turn. `turn_pieces` are its pieces, with their indices among all."""
-    runs: list[_Run] = []
-    for i, piece in turn_pieces:
-        last = runs[-1] if runs else None
-        if last is not None and last.end == piece.begin and last.last.source.field == piece.source.field:
-            runs[-1] = _Run(last.begin, piece.end, piece, i + 1)
-        else:
-            runs.append(_Run(piece.begin, piece.end, piece, i + 1))
-    return runs
-
-
-def _shared(a: str, b: str) -> int:
-    """Return the length of the common beginning."""
-    for i, (x, y) in enumerate(zip(a, b)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
-
-
-def _shared_end(a: str, b: str) -> str:
-    length = _shared(a[::-1], b[::-1])
-    return a[len(a) - length :]
 
 
 def _bad(where: str, index: int, message: str) -> SampleError:

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(LoRASettings):
-    """Add low-rank adapters to linear layers: W x + (alpha / rank) B A x, with A and B trained and W frozen.
+    """Add low-rank adapters to linear layers, and to each expert of stacked experts.
 
-    targets   `all-linear`: every linear inside the blocks but routers; or patterns of module names
+    y = W x + (alpha / rank) B A x, with A and B trained and W frozen.
+
+    targets   `all-linear`: every linear and all experts inside the blocks, no routers; or patterns of names
     alpha     numerator of the scale; null: equal to `rank`, so that the scale is 1
     rslora    scale alpha / √rank, which keeps the size of updates when the rank grows
-    dtype     of A, B and their arithmetic, whatever the base is stored or computed in; `base`: that of the weight
+    dtype     of A, B and their arithmetic, whatever the base is stored or computed in; `base`: that of the weight.
+              fp32, bf16 and fp16 are short for float32, bfloat16 and float16
     init      kaiming_zeros: A random, B zero, so that training starts at the base model
               pissa: A and B take the largest singular directions of W and W keeps the rest
               file: A and B from the peft folder `file`
@@ -61,12 +64,12 @@ class LoRA(LoRASettings):
                 Claim(fqn=matrix.weight, aspect="addend", exclusive=pissa, needs=needs, setting="lora.targets")
             )
             claims.append(Claim(fqn=matrix.weight, aspect="gradient", exclusive=False, setting="lora.targets"))
-            claims.append(Claim(fqn=f"{matrix.module}.lora_{self.name}", aspect="forward", setting="lora.name"))
+            claims.append(Claim(fqn=f"{matrix.module}.{self.child(matrix)}", aspect="forward", setting="lora.name"))
         if not claims:
             raise PlanError(f"lora: no linear of this {anatomy.model_type} model is a target; see lora.targets")
         return claims
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:
-        from treering.techniques.lora.addend import install
+        from treering.techniques.lora.install import install
 
         return install(model, self, site)

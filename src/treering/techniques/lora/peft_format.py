@@ -1,12 +1,22 @@
-"""Adapter folders as peft writes and reads them: adapter_config.json and adapter_model.safetensors."""
+"""Adapter folders as peft writes and reads them: adapter_config.json and adapter_model.safetensors.
 
+Adapters of stacked experts are 2-D there, and are called after the module that holds the stacks, not after the stack:
+
+    A [E · r, inputs], an expert's rows together        B [outputs, r · E], of each rank all experts together
+    MODULE.base_layer.lora_A    the first adapted stack of the module, if two are          MODULE.lora_A    the last one
+
+Before peft 0.19 inputs and outputs were exchanged. The two cannot be told apart where they are equal, except by the
+version that the folder names.
+"""
+
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treering.core.errors import CheckpointError
+from treering.core.errors import CheckpointError, PlanError
 from treering.store.untrusted import in_folder, read_header, read_json
-from treering.technique import Adapter
+from treering.technique import Adapter, Derived
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +25,16 @@ if TYPE_CHECKING:
     from treering.techniques.lora.settings import LoRASettings
 
 PREFIX = "base_model.model."  # peft's wrapper classes show in its keys
-READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "bias", "init_lora_weights"}
+READ = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "target_modules",
+    "target_parameters",
+    "bias",
+    "init_lora_weights",
+}
 # Where the adapter came from and how it was trained: nothing that changes what its tensors mean. Any other key that is
 # set changes the arithmetic in a way that this lora does not have, and is refused, not ignored.
 HARMLESS = {
@@ -46,10 +65,16 @@ STARTS = ("gaussian", "eva", "orthogonal")  # of peft, by name, that leave the b
 
 def describe(config: "LoRASettings", matrices: "Sequence[Matrix]") -> Adapter:
     """Return how the adapters of `matrices` are published: peft's keys and its adapter_config.json."""
-    keys = {}
+    keys, derived = {}, {}
     for matrix in matrices:
         for half in ("A", "B"):
-            keys[f"{matrix.module}.lora_{config.name}.{half}"] = f"{PREFIX}{matrix.module}.lora_{half}.weight"
+            name = f"{matrix.module}.{config.child(matrix)}.{half}"
+            if not matrix.lead:
+                keys[name] = f"{PREFIX}{matrix.module}.lora_{half}.weight"
+            else:
+                key = f"{PREFIX}{_wrapper(matrix, matrices)}.lora_{half}.weight"
+                derived[key] = _packed(name, half, matrix, config.rank)
+    stacks = [matrix.weight for matrix in matrices if matrix.lead]
     body: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -58,12 +83,32 @@ def describe(config: "LoRASettings", matrices: "Sequence[Matrix]") -> Adapter:
         "use_rslora": config.rslora,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(matrix.transposed for matrix in matrices),
-        "target_modules": [matrix.module for matrix in matrices],
+        "fan_in_fan_out": any(matrix.transposed for matrix in matrices if not matrix.lead),
+        "target_modules": [matrix.module for matrix in matrices if not matrix.lead],
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    return Adapter(name=config.name, keys=keys, config=body)
+    if stacks:
+        body |= {"target_parameters": stacks, "peft_version": "0.21.2"}  # whose packing this is
+    return Adapter(name=config.name, keys=keys, config=body, derived=derived)
+
+
+def _wrapper(matrix: "Matrix", matrices: "Sequence[Matrix]") -> str:
+    """Return the name under which peft stores the adapter of a stack: its wrappers of one module are nested, the first
+    parameter innermost."""
+    of_module = [m.weight for m in matrices if m.module == matrix.module]
+    if len(of_module) > 2:
+        raise PlanError(f"lora: {matrix.module} holds {len(of_module)} stacks, and peft has names for two")
+    return matrix.module if matrix.weight == of_module[-1] else f"{matrix.module}.base_layer"
+
+
+def _packed(name: str, half: str, matrix: "Matrix", rank: int) -> Derived:
+    experts = matrix.lead[0]
+    if half == "A":
+        shape: tuple[int, ...] = (experts * rank, matrix.inputs)
+        return Derived(names=(name,), shape=shape, make=lambda tensors: tensors[name].reshape(shape))
+    shape = (matrix.outputs, rank * experts)
+    return Derived(names=(name,), shape=shape, make=lambda tensors: tensors[name].permute(1, 2, 0).reshape(shape))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -82,7 +127,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: lora_alpha is {alpha!r}; it must be a number greater than 0")
     return {
         # peft matches by suffix or regular expression; the tensors in the file are the sure list
-        "targets": tuple(_adapted(folder)),
+        "targets": tuple(_adapted(folder, body)),
         "rank": rank,
         "alpha": float(alpha),
         "rslora": bool(body.get("use_rslora", False)),
@@ -99,22 +144,52 @@ def _refuse_unknown(path: Path, body: Mapping[str, Any]) -> None:
             f"{path}: init_lora_weights is {start!r}, a start that changes the base model, so the adapter does not fit "
             "the original one; let peft convert it when it saves (path_initial_model_for_weight_conversion)"
         )
-    if not isinstance(body.get("target_modules"), str | list) or not body["target_modules"]:
-        raise CheckpointError(f"{path}: target_modules is {body.get('target_modules')!r}; it must name modules")
+    modules, parameters = body.get("target_modules"), body.get("target_parameters")
+    if not isinstance(parameters or [], list):
+        raise CheckpointError(f"{path}: target_parameters is {parameters!r}; it must be a list of names")
+    if not (isinstance(modules, str | list) and modules) and not parameters:
+        raise CheckpointError(f"{path}: target_modules is {modules!r}; it must name modules")
 
 
-def read_pair(folder: Path, fqn: str) -> "tuple[Tensor, Tensor]":
-    """Return (A, B) of the linear layer `fqn`."""
+def read_pair(folder: Path, matrix: "Matrix", rank: int) -> "tuple[Tensor, Tensor]":
+    """Return (A, B) of a linear layer, or of a stack of experts: [E, r, inputs] and [E, outputs, r]."""
     path = _tensors_file(folder)
     with _opened(path) as file:
-        keys = {f"{PREFIX}{fqn}.{name}.weight" for name in ("lora_A", "lora_B")}
-        absent = sorted(keys - set(file.keys()))
-        if absent:
+        name, present = matrix.module, set(file.keys())
+        inner = matrix.lead and not matrix.leaf.startswith("down")  # the first stack of its module
+        if inner and f"{PREFIX}{name}.base_layer.lora_A.weight" in present:
+            name = f"{name}.base_layer"
+        keys = [f"{PREFIX}{name}.{half}.weight" for half in ("lora_A", "lora_B")]
+        if absent := [key for key in keys if key not in present]:
             raise CheckpointError(f"{path} has no {' and no '.join(absent)}; it is not an adapter of this model")
-        return tuple(file.get_tensor(f"{PREFIX}{fqn}.{name}.weight") for name in ("lora_A", "lora_B"))  # type: ignore[return-value]
+        A, B = (file.get_tensor(key) for key in keys)
+    if not matrix.lead:
+        return A, B
+    experts = matrix.lead[0]
+    wanted = (experts * rank, matrix.inputs), (matrix.outputs, rank * experts)
+    shapes = tuple(A.shape), tuple(B.shape)
+    exchanged = (experts * rank, matrix.outputs), (matrix.inputs, rank * experts)
+    if shapes == exchanged and (shapes != wanted or _exchanges(folder)):
+        raise CheckpointError(
+            f"{path}: the adapters of {matrix.weight} have inputs and outputs exchanged, as peft before 0.19 wrote "
+            "them. Open the folder with the peft that wrote it, merge it or convert it, and save it with a newer one"
+        )
+    if shapes != wanted:
+        raise CheckpointError(
+            f"{path}: the adapters of {matrix.weight} are {shapes[0]} and {shapes[1]}; this model and rank {rank} need "
+            f"{wanted[0]} and {wanted[1]}"
+        )
+    return A.view(experts, rank, -1), B.view(matrix.outputs, rank, experts).permute(2, 0, 1)
 
 
-def _adapted(folder: Path) -> list[str]:
+def _exchanges(folder: Path) -> bool:
+    """Return whether the folder is of a peft that exchanged inputs and outputs of experts, or does not say."""
+    version = re.match(r"(\d+)\.(\d+)", str(read_json(folder / "adapter_config.json").get("peft_version", "")))
+    return version is None or (int(version[1]), int(version[2])) < (0, 19)
+
+
+def _adapted(folder: Path, body: Mapping[str, Any]) -> list[str]:
+    """Return the names of what the tensors of the folder adapt: modules, and parameters that stack experts."""
     path = _tensors_file(folder)
     with _opened(path) as file:
         keys = list(file.keys())
@@ -126,7 +201,24 @@ def _adapted(folder: Path) -> list[str]:
     single = sorted(halves[0] ^ halves[1])
     if single:
         raise CheckpointError(f"{path} has no {single[0]}{ends[single[0] in halves[0]]}, the other half of an adapter")
-    return [key.removeprefix(PREFIX).removesuffix(ends[0]) for key in keys if key.endswith(ends[0])]
+    modules = [key.removeprefix(PREFIX).removesuffix(ends[0]) for key in keys if key.endswith(ends[0])]
+    stacked = [str(name) for name in body.get("target_parameters") or []]
+    return list(dict.fromkeys(name for module in modules for name in _targets(path, module, stacked)))
+
+
+def _targets(path: Path, module: str, stacked: Sequence[str]) -> list[str]:
+    """Return the targets that a module of the file stands for: itself, or the stacks that peft was asked to adapt."""
+    holder = module.removesuffix(".base_layer")
+    leaves = [name.rpartition(".")[2] for name in stacked if _ends(holder, name.rpartition(".")[0])]
+    if not leaves:
+        if holder != module:
+            raise CheckpointError(f"{path}: {module} is no linear layer, and target_parameters names none of {holder}")
+        return [module]
+    return [f"{holder}.{leaf}" for leaf in leaves]
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}") or not end
 
 
 def _opened(path: Path) -> Any:

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from treering.anatomy import Anatomy
     from treering.anatomy.matrices import Matrix
 
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRASettings:
@@ -19,11 +21,12 @@ class LoRASettings:
     rank: int = 16
     alpha: float | None = None
     rslora: bool = False
-    dtype: Literal["float32", "bfloat16", "float64", "base"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "float64", "base", "fp32", "bf16", "fp16"] = "float32"
     init: Literal["kaiming_zeros", "pissa", "file"] = "kaiming_zeros"
     file: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", SHORT.get(self.dtype, self.dtype))
         if not self.name.isidentifier():
             raise ConfigError(
                 f"name is {self.name!r}; use letters, digits and _ (it becomes a module name)", field="name"
@@ -45,18 +48,22 @@ class LoRASettings:
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / self.rank**0.5 if self.rslora else alpha / self.rank
 
+    def child(self, matrix: "Matrix") -> str:
+        """Return the name of the adapter's module inside the module that holds the weight."""
+        return f"lora_{self.name}_{matrix.leaf}" if matrix.lead else f"lora_{self.name}"
+
     def matrices(self, anatomy: "Anatomy") -> "tuple[Matrix, ...]":
-        """Return the weights of the linear layers that get an adapter, in the model's order."""
-        from treering.anatomy import select
-        from treering.anatomy.matrices import all_linear, of_linear
+        """Return the weights that get an adapter, stacks of experts included, in the model's order."""
+        from treering.anatomy import select_matrices
+        from treering.anatomy.matrices import all_linear
 
         if self.targets == "all-linear":
-            return tuple(matrix for matrix in all_linear(anatomy) if matrix.experts is None)
-        chosen = select(anatomy, self.targets)
-        for linear in chosen:
-            if linear.role == "head" and anatomy.head is not None and anatomy.head.tied_to is not None:
+            return all_linear(anatomy)
+        chosen = select_matrices(anatomy, self.targets)
+        for matrix in chosen:
+            if matrix.role == "head" and anatomy.head is not None and anatomy.head.tied_to is not None:
                 raise PlanError(
-                    f"lora: {linear.fqn} is tied to {anatomy.head.tied_to}; an adapter on it would change the "
+                    f"lora: {matrix.module} is tied to {anatomy.head.tied_to}; an adapter on it would change the "
                     "embedding as well on export. Leave the head out of lora.targets"
                 )
-        return tuple(of_linear(linear) for linear in chosen)
+        return chosen

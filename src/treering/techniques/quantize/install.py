@@ -27,7 +27,7 @@ def install_packed(model: nn.Module, config: "QuantizeSettings", site: Site) -> 
     for matrix in config.matrices(site.anatomy):
         dtype = model.get_parameter(matrix.weight).dtype
         form = config.form(matrix, str(dtype).removeprefix("torch."))
-        packed, own = _replace(model, matrix, form)
+        packed, own = _replace(model, matrix, form, dtype)
         parts[matrix.weight] = _part(config, matrix, packed, own, dtype)
         bits += form.bits(matrix.outputs, matrix.inputs) * matrix.numel
         elements += matrix.numel
@@ -42,7 +42,7 @@ def install_stored(model: nn.Module, matrices: "tuple[Matrix, ...]", weights: Ma
     kinds: Counter[str] = Counter()
     for matrix in matrices:
         dtype, stored = model.get_parameter(matrix.weight).dtype, weights[matrix.weight]
-        packed, own = _replace(model, matrix, stored.form, stored.rounding)
+        packed, own = _replace(model, matrix, stored.form, dtype, stored.rounding)
         parts[matrix.weight] = _stored_part(matrix, packed, own, dtype)
         bits += stored.form.bits(matrix.outputs, matrix.inputs) * matrix.numel
         elements += matrix.numel
@@ -55,11 +55,12 @@ def install_stored(model: nn.Module, matrices: "tuple[Matrix, ...]", weights: Ma
 
 
 def _replace(
-    model: nn.Module, matrix: "Matrix", form: Format, rounding: torch.dtype | None = None
+    model: nn.Module, matrix: "Matrix", form: Format, dtype: torch.dtype, rounding: torch.dtype | None = None
 ) -> tuple[PackedWeight, str]:
     """Put a packed weight in the place of a plain one. Return it and its live name."""
     module = model.get_submodule(matrix.module)
-    packed = PackedWeight(form, (*matrix.lead, matrix.outputs, matrix.inputs), torch.device("meta"), rounding)
+    shape = (*matrix.lead, matrix.outputs, matrix.inputs)
+    packed = PackedWeight(form, shape, torch.device("meta"), dtype, rounding)
     child = "packed" if matrix.experts is None else f"packed_{matrix.leaf}"
     delattr(module, matrix.leaf)
     module.add_module(child, packed)

@@ -31,12 +31,20 @@ class PackedWeight(nn.Module):
     Args:
         form: the number format.
         shape: of the weight, outputs before inputs, experts in front.
+        plain_dtype: that the weight would have as a plain parameter.
         rounding: what decoded weights are rounded to before they are cast to the dtype of the product; None: to none.
     """
 
-    def __init__(self, form: Format, shape: tuple[int, ...], device: torch.device, rounding: torch.dtype | None = None):
+    def __init__(
+        self,
+        form: Format,
+        shape: tuple[int, ...],
+        device: torch.device,
+        plain_dtype: torch.dtype,
+        rounding: torch.dtype | None = None,
+    ):
         super().__init__()
-        self.form, self.shape, self.rounding = form, shape, rounding
+        self.form, self.shape, self.plain_dtype, self.rounding = form, shape, plain_dtype, rounding
         *stack, rows, columns = shape
         for key, piece in form.pieces(rows, columns).items():
             empty = torch.empty(*stack, *piece.shape, dtype=torch.uint8, device=device)

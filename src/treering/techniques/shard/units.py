@@ -1,5 +1,6 @@
 """The choice of modules that become FSDP units, their policies, and what `hold` keeps complete."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -50,10 +51,15 @@ def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[tuple[
     for unit in plan_units(site.anatomy):
         order = _order(unit, site.anatomy)
         modules = [model.get_submodule(fqn) for fqn in unit]
-        for name, dtype in pinned.items():
-            inside = any(name.startswith(f"{fqn}.") or fqn == "" for fqn in unit)
-            module = model.get_submodule(name)
-            if inside and not isinstance(module, FSDPModule) and _needs_own_unit(modules, module, dtype, config):
+        inside = {
+            module: dtype
+            for name, dtype in pinned.items()
+            if any(name.startswith(f"{fqn}.") or fqn == "" for fqn in unit)
+            and not isinstance(module := model.get_submodule(name), FSDPModule)
+        }
+        compute = _cast(config, modules, inside)
+        for module, dtype in inside.items():
+            if _needs_own_unit(modules, module, dtype, compute):
                 policy = MixedPrecisionPolicy(
                     param_dtype=dtype, reduce_dtype=_reduce(config, {dtype}), cast_forward_inputs=False
                 )
@@ -64,7 +70,7 @@ def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[tuple[
         _check_uniform(dict(zip(unit, modules)))
         target = modules if len(modules) > 1 else modules[0]
         root = unit == ("",)
-        policy = _policy(config, modules)
+        policy = _policy(config, modules, compute)
         kinds = {"compute": policy.param_dtype, "reduce": policy.reduce_dtype, "kept": root or not reshard}
         sharded.append((order, ShardedUnit.of(modules, mesh, **kinds)))  # type: ignore[arg-type]
         # The root's own parameters (the last norm) are used at the very end of the forward and at the very start of
@@ -116,8 +122,23 @@ def _refuse_copy(*_: Any) -> NoReturn:
     )
 
 
-def _policy(config: "ShardSettings", unit: list[nn.Module]) -> MixedPrecisionPolicy:
-    compute = None if config.compute == "stored" else getattr(torch, config.compute)
+def _cast(
+    config: "ShardSettings", unit: list[nn.Module], pinned: Mapping[nn.Module, torch.dtype]
+) -> torch.dtype | None:
+    """Return the dtype to which a unit casts its parameters for arithmetic; None: it casts none.
+
+    A unit whose own parameters are stored in that dtype casts nothing, and what is pinned to another dtype can be in
+    it: a unit for each adapter would be a gather for each, and inside tiles one for each tile.
+    """
+    if config.compute == "stored":
+        return None
+    compute: torch.dtype = getattr(torch, config.compute)
+    apart = {p for module in pinned for p in module.parameters()}
+    own = {p.dtype for module in unit for p in module.parameters() if p not in apart and p.is_floating_point()}
+    return None if own == {compute} and pinned else compute
+
+
+def _policy(config: "ShardSettings", unit: list[nn.Module], compute: torch.dtype | None) -> MixedPrecisionPolicy:
     gradients = {compute or p.dtype for module in unit for p in module.parameters() if p.requires_grad}
     return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=_reduce(config, gradients))
 
@@ -154,10 +175,10 @@ def _pinned(model: nn.Module, site: Site) -> dict[str, torch.dtype]:
     return modules
 
 
-def _needs_own_unit(unit: list[nn.Module], module: nn.Module, dtype: torch.dtype, config: "ShardSettings") -> bool:
-    """Return whether `module` needs a unit of its own, which costs a gather: where the unit around it would cast it or
-    trains another dtype."""
-    if config.compute != "stored" and getattr(torch, config.compute) != dtype:
+def _needs_own_unit(unit: list[nn.Module], module: nn.Module, dtype: torch.dtype, compute: torch.dtype | None) -> bool:
+    """Return whether `module` needs a unit of its own, which costs a gather: where the unit around it casts its
+    parameters to another dtype, or trains another one."""
+    if compute not in (None, dtype):
         return True
     # One unit's trainable parameters must share a dtype; frozen ones may differ.
     parameters = set(module.parameters())

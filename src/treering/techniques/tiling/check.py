@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from treering.core.errors import PlanError
 from treering.technique import recomputing
-from treering.techniques.tiling.engine import Replay
+from treering.techniques.tiling.engine import Replay, as_tuple
 
 SLICE = 32  # tokens that are computed both ways
 COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional", "_dtensor", "fsdp")
@@ -61,9 +61,9 @@ class TileCheck:
         cut = [x.split([half, x.shape[dims - 1] - half], dims - 1) for x in tokens]
         with torch.no_grad(), recomputing("tile"), _NoCollective(self._error), replay.again():
             before = torch.get_rng_state()
-            outputs = _tuple(fn(*tokens))
+            outputs = as_tuple(fn(*tokens))
             random = not torch.equal(before, torch.get_rng_state()) or self._drops(tokens[0])
-            halves = [_tuple(fn(*(x[i] for x in cut))) for i in (0, 1)]
+            halves = [as_tuple(fn(*(x[i] for x in cut))) for i in (0, 1)]
         if [b._version for b in buffers] != versions:
             raise self._error("its forward changes a buffer, which would happen once for each tile and pass")
         if random:
@@ -115,7 +115,3 @@ def _close(value: Tensor, expected: Tensor, replay: Replay) -> bool:
     if not bool(torch.isfinite(largest)):
         return True  # infinities cannot be compared; the step's guard sees them
     return bool(((value - expected).abs().max() <= eps**0.5 * largest).item())
-
-
-def _tuple(result: Any) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)

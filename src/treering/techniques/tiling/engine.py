@@ -2,17 +2,16 @@
 
 A job runs `body(*tiles of tokens, *weights)` once per tile, first without a graph, and in the backward again, tile by
 tile, with one. Weights are inputs of the function like any other: their gradients are taken per tile from aliases,
-summed here, and incoming to autograd once. So whatever observes a weight (DDP, FSDP, hooks, accumulation)
+summed here, and given to autograd once. So whatever observes a weight (DDP, FSDP, hooks, accumulation)
 sees one gradient, as without tiles.
 
 The tokens are kept by a separate node. In a recomputed region, asking that node for them ends the recomputation
 there, before the tiles are run: two forwards in all, not three.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,75 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from treering.technique import recomputing
-
-Out = Literal["cat", "sum"]
-
-
-class Gradient:
-    """The gradient of one input, collected over tiles: its rows, where the input is cut; a sum, where tiles share it.
-
-    Sums are kept in float32 or wider and rounded once at the end (`wide`): added up in bfloat16, a thousand tiles
-    would lose a tenth of the digits that there are.
-    """
-
-    def __init__(self, like: Tensor, *, cut: bool, tiles: int, wide: bool):
-        self.like, self.cut, self.tiles = like, cut, tiles
-        self.dtype = torch.promote_types(like.dtype, torch.float32) if wide else like.dtype
-        self.value: Tensor | None = None
-        self.owned = False
-
-    def add(self, gradient: Tensor | None, start: int, stop: int) -> None:
-        if self.cut and self.tiles > 1:
-            self._rows(gradient, start, stop)
-        elif gradient is None:
-            return
-        elif self.value is None:
-            self.value = gradient  # not a copy: autograd may have incoming the same tensor to another input as well
-        elif not self.owned:
-            self.value, self.owned = self.value.to(self.dtype) + gradient, True
-        else:
-            self.value.add_(gradient)
-
-    def _rows(self, gradient: Tensor | None, start: int, stop: int) -> None:
-        if gradient is None and self.value is None:
-            return
-        if self.value is None:
-            self.value = torch.empty(self.like.shape, dtype=self.like.dtype, device=self.like.device)
-            self.value[:start].zero_()
-        if gradient is None:
-            self.value[start:stop].zero_()
-        else:
-            self.value[start:stop].copy_(gradient)
-
-    def result(self) -> Tensor | None:
-        return None if self.value is None else self.value.to(self.like.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TileJob:
-    """`bounds` cut dimension 0 of the inputs that `cut` marks; each tile sees all of the others."""
-
-    body: Callable[..., Any]
-    bounds: tuple[tuple[int, int], ...]
-    tokens: int  # so many inputs are kept for the backward; those after them are weights, kept by reference
-    cut: tuple[bool, ...]
-    out: Out
-    wide: bool  # sums in float32
-    lead: tuple[int, ...] = ()  # the shape of the result's rows; allocated so, because FSDP warns of views
-
-    def tile(self, inputs: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
-        single = len(self.bounds) == 1
-        return [x[start:stop] if cut and not single else x for x, cut in zip(inputs, self.cut)]
-
-    def rows(self, gradient: Tensor) -> Tensor:
-        return gradient.flatten(0, len(self.lead) - 1) if self.lead else gradient
-
-    def gradients(self, inputs: Sequence[Tensor], needed: Sequence[bool]) -> dict[int, Gradient]:
-        return {
-            i: Gradient(x, cut=self.cut[i], tiles=len(self.bounds), wide=self.wide)
-            for i, (x, wanted) in enumerate(zip(inputs, needed))
-            if wanted
-        }
+from treering.techniques.tiling.tile_job import Gradient, TileJob
 
 
 def run(job: TileJob, *inputs: Tensor) -> Any:
@@ -161,7 +92,7 @@ class _Tiles(torch.autograd.Function):
             for start, stop in job.bounds:
                 tile = job.tile(plain, start, stop)
                 _leaves(tile, sums)
-                outputs = _tuple(job.body(*tile))
+                outputs = as_tuple(job.body(*tile))
                 incoming = [job.rows(g)[start:stop] if g is not None and job.out == "cat" else g for g in gradients]
                 pairs = [(y, g) for y, g in zip(outputs, incoming) if g is not None and y.requires_grad]
                 _take(sums, [y for y, _ in pairs], [g.to(y.dtype) for y, g in pairs], tile, start, stop)
@@ -185,7 +116,7 @@ class _Now(torch.autograd.Function):
                 _leaves(tile, sums)
                 result = job.body(*tile)
                 box.several = isinstance(result, tuple)
-                first, *more = _tuple(result)
+                first, *more = as_tuple(result)
                 if first.requires_grad:
                     _take(sums, [first], [torch.ones_like(first)], tile, start, stop)
                 values = [y.detach() for y in (first, *more)]
@@ -211,7 +142,7 @@ def _forward(job: TileJob, box: _Box, inputs: Sequence[Tensor]) -> tuple[Tensor,
     for start, stop in job.bounds:
         result = job.body(*job.tile(inputs, start, stop))
         box.several = isinstance(result, tuple)
-        outputs = _tuple(result)
+        outputs = as_tuple(result)
         if len(job.bounds) == 1:
             return outputs
         if job.out == "sum":
@@ -248,7 +179,8 @@ def _take(
         gradient.add(value, start, stop)
 
 
-def _tuple(result: Any) -> tuple[Tensor, ...]:
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    """Return what a body returns, a tensor or several, as a tuple."""
     return result if isinstance(result, tuple) else (result,)
 
 

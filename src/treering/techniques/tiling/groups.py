@@ -15,8 +15,11 @@ import transformers
 from torch import Tensor
 
 from treering.core.errors import PlanError
-from treering.techniques.tiling.engine import TileJob, run
+from treering.core.module_forward import installed
+from treering.experts.grouped_forward import GroupedForward
+from treering.techniques.tiling.engine import run
 from treering.techniques.tiling.tile import TiledRegion, bounds, put, slots
+from treering.techniques.tiling.tile_job import TileJob
 
 if TYPE_CHECKING:
     from treering.anatomy import Experts
@@ -40,6 +43,8 @@ def check_groups(module: Any, experts: "Experts", setting: str) -> None:
     if not unstacked and eager and "num_classes=self.num_experts)" in source:
         what = "its eager form has no number for experts that are elsewhere (experts_implementation grouped_mm has)"
         known = False
+    if isinstance(installed(module), GroupedForward):
+        what, known = "they have adapters", False
     if not unstacked and not KNOWS_ELSEWHERE:
         version = transformers.__version__
         what = f"transformers {version} has no number for experts that are elsewhere (5.18 and newer have)"

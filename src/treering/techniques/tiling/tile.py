@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from treering.core.errors import PlanError
 from treering.techniques.tiling.check import TileCheck
-from treering.techniques.tiling.engine import Out, TileJob, run, run_now
+from treering.techniques.tiling.engine import run, run_now
 from treering.techniques.tiling.settings import Tile
+from treering.techniques.tiling.tile_job import Out, TileJob
 
 GIB = 2**30
 ALIGNED = 64  # longer tiles begin at multiples of it: kernels are slow on ragged rows

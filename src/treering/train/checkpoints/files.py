@@ -63,6 +63,10 @@ class CheckpointTensor:
         return getattr(torch, self.entry.dtype)
 
     @property
+    def start(self) -> int:
+        return 0
+
+    @property
     def stored(self) -> None:
         """Checkpoints hold values as they train."""
         return None

@@ -1,10 +1,9 @@
-"""The checkpoints of a run: loading and saving them, what must not change between them, and which one is the best."""
+"""The checkpoints of a run: loading and saving them, the counts they carry, and which one is the best."""
 
 import hashlib
-import json
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,15 @@ from torch.optim import Optimizer
 
 from treering.core.collectives import is_first
 from treering.core.errors import CheckpointError
-from treering.core.settings import with_current_names
 from treering.curvature import Statistics
 from treering.plan import Plan, Run, StepReport, load
 from treering.plan.prepared import Prepared
 from treering.plan.refill import completed, recorded
-from treering.store.model_folder import fingerprint
 from treering.train.checkpoints import files as checkpoint
 from treering.train.checkpoints import state
+from treering.train.checkpoints.identity import changed_sources, check_same, identity_of
 from treering.train.config import Job
 from treering.train.prepare import RunData
-
-TENSORS = ("techniques", "dtype", "initialise", "optimizer")  # if one of these changes, the tensors would not fit
-SOURCES = ("model", "weights", "statistics", "seed")  # what prepared results are made from
 
 
 @dataclass(kw_only=True)
@@ -160,7 +155,7 @@ class CheckpointManager:
         prepared = Prepared(self.prepared)
         if newest is None:
             return load(self.plan, statistics=self.statistics, prepared=prepared)
-        identity = self.identity()
+        identity = identity_of(self.job, self.plan, self.data, self.statistics)
         for text in check_same(newest, identity, self.plan.techniques, force=self.job.train.checkpoint.force):
             note(text)
         tensors = completed(
@@ -221,7 +216,7 @@ class CheckpointManager:
     def _save(self, run: Run, optimizers: Sequence[Optimizer], step: int) -> Path:
         mesh = self.plan.mesh
         facts = {
-            "identity": self.identity(),
+            "identity": identity_of(self.job, self.plan, self.data, self.statistics),
             "counts": asdict(self.progress),
             "eval": self._eval(),
             "position": None if self.data is None else self.data.train.position(step),
@@ -239,56 +234,3 @@ class CheckpointManager:
 
     def _eval(self) -> str | None:
         return None if self.data is None or self.data.held_out is None else self.data.held_out.digest
-
-    def identity(self) -> dict[str, Any]:
-        """Return what identifies this run: with any of it changed, a resumed run would be another one."""
-        settings = self.job.train
-        identity: dict[str, Any] = {
-            "model": self.plan.source_name,
-            "techniques": [repr(t) for t in self.plan.techniques if t.stage.name in ("QUANTIZE", "ADAPT")],
-            "dtype": sorted({str(dtype).removeprefix("torch.") for _, dtype in self.plan.plain.values()}),
-            "initialise": self.job.model.initialise,
-            "weights": None if self.job.model.initialise or self.plan.folder is None else fingerprint(self.plan.folder),
-            "optimizer": settings.optimizer.name,
-            "seed": self.job.seed,
-            "statistics": None if self.statistics is None else self.statistics.digest,
-        }
-        if self.data is not None:
-            identity |= {
-                "data": self.data.examples.digest,
-                "tokens_per_step": self.data.tokens_per_step,
-                "max_length": self.job.data.max_length,
-                "packing": self.data.packing,
-                "shuffle": self.job.data.shuffle,
-            }
-        return json.loads(json.dumps(identity))
-
-
-def check_same(
-    saved: checkpoint.SavedCheckpoint, now: Mapping[str, Any], techniques: Iterable[object], force: bool = False
-) -> list[str]:
-    """Refuse to resume as another run. With `force`, return notes on changes that leave the tensors as they are.
-
-    Args:
-        techniques: of this run: an earlier version may have written a setting's former name.
-    """
-    then = dict(saved.facts.get("identity", {}))
-    for technique in techniques:
-        then["techniques"] = [with_current_names(type(technique), text) for text in then.get("techniques", ())]
-    notes = []
-    for name, value in now.items():
-        if then.get(name) == value:
-            continue
-        text = f"{saved.folder} was made with another {name}: {then.get(name)!r}, and this run has {value!r}"
-        if force and name not in TENSORS:
-            notes.append(f"forced: {text}")
-            continue
-        remedy = "Restore the setting, or give the new run another output folder"
-        raise CheckpointError(f"{text}. {remedy}" + ("" if name in TENSORS else "; --force resumes all the same"))
-    return notes
-
-
-def changed_sources(saved: checkpoint.SavedCheckpoint, now: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return which of the things that prepared results are made from are not those of the checkpoint."""
-    then = saved.facts.get("identity", {})
-    return tuple(name for name in SOURCES if then.get(name) != now[name])

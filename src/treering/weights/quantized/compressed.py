@@ -33,7 +33,7 @@ def compressed(config: Mapping[str, Any], shapes: Shapes, read: Read, folder: st
         need(shapes, f"{name}.weight_scale", f"{name}.weight", folder)
         if f"{name}.weight_g_idx" in shapes:
             raise CheckpointError(f"{folder}: {name} orders its groups by activations (weight_g_idx); refused")
-        module = _Module(name, _arguments(groups, name, folder), shapes, read, folder)
+        module = _CompressedLinear(name, _arguments(groups, name, folder), shapes, read, folder)
         yield module.packed() if leaf == "weight_packed" else module.eight_bits()
 
 
@@ -59,7 +59,7 @@ def _matches(pattern: str, module: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Module:
+class _CompressedLinear:
     """The tensors of one linear. `arguments` are the settings of its group."""
 
     name: str

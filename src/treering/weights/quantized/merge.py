@@ -47,6 +47,10 @@ class StoredPiece:
     def stored(self) -> None:
         return None
 
+    @property
+    def start(self) -> int:
+        return 0
+
     def read(self) -> Tensor:
         return self.weight.piece(self.key)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from treering.core.errors import CheckpointError
@@ -120,6 +121,11 @@ class DecodedWeight:
         if stop <= start:
             return torch.empty((0, *self.weight.dense_shape[1:]), dtype=self.dtype)
         return self.weight.dense(self.dtype, slice(start, stop))
+
+
+def open_tensors(file: Path | DecodedWeight) -> Any:
+    """Return an opened safetensors file, or a quantized weight in its place, which reads like one."""
+    return file if isinstance(file, DecodedWeight) else safe_open(file, "pt")
 
 
 def as_decoded(headers: Headers, quantized: QuantizedFolder, dtype: torch.dtype) -> dict[str, tuple[Any, Header]]:

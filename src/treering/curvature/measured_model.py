@@ -1,0 +1,134 @@
+"""A model that is measured: how a batch is put through it, which tokens count, and over which ranks sums run."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from treering.anatomy import examine
+from treering.core.errors import DataError, PlanError
+from treering.core.sharded import settle
+from treering.core.topology import AXES, axis_size
+from treering.curvature.observer import Observer, summed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from treering.anatomy import Anatomy
+
+_INPUTS = ("input_ids", "position_ids", "attention_mask", "documents")
+Batch = dict[str, Any]
+MaskedBatches = Sequence[tuple[Batch, Tensor | None]]  # with the tokens that count, [B, S]; None: all
+
+
+class Composed(Protocol):
+    """A `treering.Run`."""
+
+    model: Any
+    plan: Any
+
+    def ready(self, micro_batches: Sequence[Batch]) -> list[Batch]: ...
+
+
+class MeasuredModel:
+    """The model that is measured, and how to get a batch into it."""
+
+    def __init__(self, model: nn.Module, anatomy: "Anatomy", mesh: "DeviceMesh | None", run: Composed | None):
+        self.model, self.anatomy, self.run = model, anatomy, run
+        self.mesh = mesh
+        self.groups = _groups(mesh, ("replicate", "shard"))
+        self.shared = axis_size(mesh, "sequence", "expert")  # ranks that are given the same batches
+        self.device = run.plan.device if run is not None else next(model.parameters()).device
+        self.short = {"use_cache": False}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            self.short["logits_to_keep"] = 1  # type: ignore[assignment]  # the logits are not used
+
+    @classmethod
+    def of(cls, model: "nn.Module | Composed", anatomy: "Anatomy | None", mesh: "DeviceMesh | None") -> "MeasuredModel":
+        """Return a live model or a composed run as what is measured."""
+        if isinstance(model, nn.Module):
+            return cls(model, anatomy or examine(model), mesh, None)  # type: ignore[arg-type]
+        return cls(model.model, anatomy or model.plan.anatomy, mesh or model.plan.mesh, model)
+
+    def agree(self, given: int, seen: int) -> None:
+        """Let sums run over all ranks among which different tokens lie. A collective where ranks share batches.
+
+        Args:
+            given: Tokens of this rank's batches that are to be counted.
+            seen: Tokens that this rank's model has counted: fewer where a technique cuts rows.
+        """
+        if self.shared == 1:
+            return
+        every = _groups(self.mesh, AXES)
+        total = int(summed(torch.tensor(given, device=self.device), self.groups))
+        counted = int(summed(torch.tensor(seen, device=self.device), every))
+        if counted == total:
+            self.groups = every
+        elif counted != total * self.shared:
+            raise PlanError(
+                f"the batches have {total} tokens to be measured, and the {self.shared} ranks that share each batch "
+                f"have seen {counted} together; a technique that cuts rows must leave each token (and its place in "
+                "`real`) on one of these ranks, one that does not must leave it on all of them"
+            )
+
+    def forward(self, seen: Observer, batch: Batch, real: Tensor | None) -> None:
+        """Put a batch through the model; `seen` counts the tokens that are `real`, [B, S]."""
+        if self.run is not None:
+            if real is None and self.shared > 1:  # a technique that cuts rows may pad them, too
+                real = torch.ones(batch["input_ids"].shape, dtype=torch.bool)
+            [batch] = self.run.ready([batch if real is None else {**batch, "real": real}])
+            real = batch.get("real")
+        inputs = {n: batch[n] for n in _INPUTS if batch.get(n) is not None}
+        inputs = {n: v.to(self.device) if hasattr(v, "to") else v for n, v in inputs.items()}
+        with seen.counting(real):
+            self.model(**inputs, **self.short)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and gradients off inside the context, and restore the mode of every module."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        settle(model)  # FSDP frees gathered parameters in a backward, which did not run
+
+
+def real_tokens(batch: Batch, tokens: Literal["real", "trained"]) -> Tensor | None:
+    """Return which tokens of a batch count, [B, S]; None: all."""
+    ids = batch["input_ids"]
+    if "samples" in batch and not batch["samples"]:  # padding for a rank that has no document of its own
+        return torch.zeros(ids.shape, dtype=torch.bool)
+    real = batch.get("real", batch.get("attention_mask"))
+    if real is None and ids.shape[0] > 1 and batch.get("documents") is None:
+        raise DataError(
+            f"a batch of {ids.shape[0]} rows does not separate padding from tokens; give it `real` or "
+            "`attention_mask`, [B, S], or measure packed rows"
+        )
+    if tokens == "real":
+        return real
+    if "targets" in batch:
+        predicts = batch["targets"].cpu() != -100
+    else:  # a batch that no run has made ready
+        predicts = torch.zeros(ids.shape, dtype=torch.bool)
+        predicts[:, :-1] = batch["labels"][:, 1:] != -100
+    return predicts if real is None else predicts & (real.cpu() != 0)
+
+
+def _groups(mesh: "DeviceMesh | None", axes: Sequence[str]) -> "list[ProcessGroup]":
+    """Return the groups of `axes`; without a mesh that has them, one of all ranks."""
+    if mesh is not None and set(axes) <= set(mesh.mesh_dim_names or ()):
+        return [mesh[axis].get_group() for axis in axes if mesh[axis].size() > 1]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        assert dist.group.WORLD is not None
+        return [dist.group.WORLD]
+    return []

@@ -1,0 +1,123 @@
+"""Puts adapters next to linear layers and stacks of experts."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from treering.core import module_forward
+from treering.core.errors import PlanError
+from treering.experts.grouped_forward import Addition, grouped, release, unsupported
+from treering.technique import Applied, Part, Site
+from treering.techniques.lora.addend import Addend, ExpertAddend
+from treering.techniques.lora.peft_format import describe
+from treering.techniques.lora.starts import splitter
+
+if TYPE_CHECKING:
+    from treering.anatomy.matrices import Matrix
+    from treering.techniques.lora.settings import LoRASettings
+
+
+def install(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
+    """Put an adapter next to each matrix that the settings name."""
+    parts, names, undo, maps = {}, [], [], {}
+    added: list[module_forward.Switchable] = []
+    matrices = config.matrices(site.anatomy)
+    _check(model, config, matrices)
+    for matrix in matrices:
+        module = model.get_submodule(matrix.module)
+        stored = _stored_dtype(module, matrix)
+        dtype = stored if config.dtype == "base" else getattr(torch, config.dtype)
+        addend = (ExpertAddend if matrix.lead else Addend)(matrix, config.rank, config.scale, dtype)
+        child = config.child(matrix)
+        module.add_module(child, addend)
+        if matrix.lead:
+            forward, addition = grouped(module, matrix.module), Addition(addend)
+            forward.addends[matrix.leaf].append(addition)
+            undo.append(release(forward, addition))
+            added.append(addition)
+        else:
+            added_forward = module_forward.AddedForward(module, addend)
+            undo.append(module_forward.install(added_forward))
+            added.append(added_forward)
+        prefix = f"{matrix.module}.{child}"
+        maps[matrix.weight] = addend.trained(prefix, matrix)
+        names += [f"{prefix}.A", f"{prefix}.B"]
+        parts[matrix.weight] = _part(matrix, config, prefix, dtype, stored, site.seed)
+
+    return Applied(
+        trainable=tuple(names),
+        parts=parts,
+        adapter=describe(config, matrices),
+        undo=module_forward.undo_all(undo),
+        maps=maps,
+        # PiSSA moved part of the base into A and B: without them, the model is not the base model.
+        without=None if config.init == "pissa" else partial(module_forward.switched_off, added),
+        notes=(_note(config, matrices),),
+    )
+
+
+def _check(model: nn.Module, config: "LoRASettings", matrices: "Sequence[Matrix]") -> None:
+    """Raise PlanError before anything is changed."""
+    for matrix in matrices:
+        module = model.get_submodule(matrix.module)
+        if hasattr(module, config.child(matrix)):
+            raise PlanError(
+                f"lora: {matrix.module} already has an adapter called {config.name!r}; give this one another name"
+            )
+        if matrix.lead and (reason := unsupported(module)):
+            raise PlanError(
+                f"lora: {matrix.weight}: {reason}, so its experts cannot have adapters. Leave them out: "
+                "lora.targets: [q_proj, k_proj, v_proj, o_proj]",
+                settings=("lora.targets",),
+            )
+
+
+def _stored_dtype(module: nn.Module, matrix: "Matrix") -> torch.dtype:
+    """Return the dtype of the plain weight, or the one that it would have where codes or factors are stored."""
+    weight = getattr(module, matrix.leaf, None)
+    if isinstance(weight, Tensor):
+        return weight.dtype
+    children = [child for child in module.children() if isinstance(getattr(child, "plain_dtype", None), torch.dtype)]
+    return children[0].plain_dtype if children else torch.float32  # type: ignore[return-value]
+
+
+def _note(config: "LoRASettings", matrices: "Sequence[Matrix]") -> str:
+    linears = sum(not matrix.lead for matrix in matrices)
+    stacks = [matrix for matrix in matrices if matrix.lead]
+    kinds = [f"{linears} adapters"] if linears else []
+    kinds += [f"adapters for each expert of {len(stacks)} stacks"] if stacks else []
+    return f"{' and '.join(kinds)} of rank {config.rank}, scale {config.scale:g}, start {config.init}"
+
+
+def _part(
+    matrix: "Matrix", config: "LoRASettings", prefix: str, dtype: torch.dtype, stored: torch.dtype, seed: int
+) -> Part:
+    def join(tensors: Mapping[str, Tensor], below: Tensor) -> Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        BA = (tensors[f"{prefix}.B"].to(wide) @ tensors[f"{prefix}.A"].to(wide)).mul_(config.scale)
+        return below + matrix.oriented(BA).to(below.device)
+
+    pissa = config.init == "pissa"
+    return Part(
+        names=(f"{prefix}.A", f"{prefix}.B"),
+        split=splitter(matrix, config, prefix, seed),
+        join=join,
+        reads_weight=pissa,
+        moves_base=pissa,
+        compute_dtype=None if config.dtype == "base" else dtype,
+        independent_rows=bool(matrix.lead),
+        tolerance=_tolerance(config, dtype, stored),
+        cost=float(matrix.rank * matrix.numel) if pissa else 0.0,
+    )
+
+
+def _tolerance(config: "LoRASettings", dtype: torch.dtype, stored: torch.dtype) -> float | None:
+    if config.init == "file":
+        return None  # an imported adapter changes the weight
+    if config.init == "kaiming_zeros":
+        return 0.0
+    # The moved base is rounded to the dtype it is stored in, and A and B to theirs.
+    return 4 * max(torch.finfo(stored).eps, torch.finfo(dtype).eps)

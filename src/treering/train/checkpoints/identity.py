@@ -1,0 +1,76 @@
+"""What identifies a run, kept in each checkpoint, and what may be changed between a checkpoint and a resume."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from treering.core.errors import CheckpointError
+from treering.core.settings import with_current_names
+from treering.curvature import Statistics
+from treering.plan import Plan
+from treering.store.model_folder import fingerprint
+from treering.train.checkpoints import files as checkpoint
+from treering.train.config import Job
+from treering.train.prepare import RunData
+
+TENSORS = ("techniques", "dtype", "initialise", "optimizer")  # if one of these changes, the tensors would not fit
+SOURCES = ("model", "weights", "statistics", "seed")  # what prepared results are made from
+
+
+def identity_of(job: Job, plan: Plan, data: RunData | None, statistics: Statistics | None) -> dict[str, Any]:
+    """Return what identifies a run: with any of it changed, a resumed run would be another one.
+
+    Args:
+        data: None where a checkpoint is only exported.
+        statistics: those that the run begins with, if any.
+    """
+    settings = job.train
+    identity: dict[str, Any] = {
+        "model": plan.source_name,
+        "techniques": [repr(t) for t in plan.techniques if t.stage.name in ("QUANTIZE", "ADAPT")],
+        "dtype": sorted({str(dtype).removeprefix("torch.") for _, dtype in plan.plain.values()}),
+        "initialise": job.model.initialise,
+        "weights": None if job.model.initialise or plan.folder is None else fingerprint(plan.folder),
+        "optimizer": settings.optimizer.name,
+        "seed": job.seed,
+        "statistics": None if statistics is None else statistics.digest,
+    }
+    if data is not None:
+        identity |= {
+            "data": data.examples.digest,
+            "tokens_per_step": data.tokens_per_step,
+            "max_length": job.data.max_length,
+            "packing": data.packing,
+            "shuffle": job.data.shuffle,
+        }
+    return json.loads(json.dumps(identity))
+
+
+def check_same(
+    saved: checkpoint.SavedCheckpoint, now: Mapping[str, Any], techniques: Iterable[object], force: bool = False
+) -> list[str]:
+    """Refuse to resume as another run. With `force`, return notes on changes that leave the tensors as they are.
+
+    Args:
+        techniques: of this run: an earlier version may have written a setting's former name.
+    """
+    then = dict(saved.facts.get("identity", {}))
+    for technique in techniques:
+        then["techniques"] = [with_current_names(type(technique), text) for text in then.get("techniques", ())]
+    notes = []
+    for name, value in now.items():
+        if then.get(name) == value:
+            continue
+        text = f"{saved.folder} was made with another {name}: {then.get(name)!r}, and this run has {value!r}"
+        if force and name not in TENSORS:
+            notes.append(f"forced: {text}")
+            continue
+        remedy = "Restore the setting, or give the new run another output folder"
+        raise CheckpointError(f"{text}. {remedy}" + ("" if name in TENSORS else "; --force resumes all the same"))
+    return notes
+
+
+def changed_sources(saved: checkpoint.SavedCheckpoint, now: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return which of the things that prepared results are made from are not those of the checkpoint."""
+    then = saved.facts.get("identity", {})
+    return tuple(name for name in SOURCES if then.get(name) != now[name])
