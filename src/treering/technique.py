@@ -61,6 +61,7 @@ class Claim:
         exclusive: No other technique may claim the same aspect of the same name.
         needs: What must hold for the claim to be possible, whoever claims what else.
         setting: The key of the technique's config that decides this claim, for messages.
+        remedy: What to do, for messages, where no setting of the technique leaves the weight to another one.
     """
 
     fqn: str
@@ -68,31 +69,30 @@ class Claim:
     exclusive: bool = True
     needs: tuple[Need, ...] = ()
     setting: str = ""
+    remedy: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """How a folder holds a quantized tensor.
+    """How a folder holds a quantized weight W […, outputs, inputs], experts of a stack in front.
 
     Attributes:
-        format: The name of the number format, such as `float8_e4m3fn` or `mxfp4`.
-        codes: The tensor of codes, as it lies in the file.
-        scales: The tensors that turn codes into numbers, by what the format calls them.
-        block: The shape of the block of weights that shares one scale.
+        form: The number format, a `treering.formats.Format`.
+        tensors: The uint8 tensors of the format, by its names for them. Those of a stack have experts in front.
+        rounding: The dtype to which the format's own library rounds W before anything uses it; None: to none.
     """
 
-    format: str
-    codes: "LazyTensor"
-    scales: "Mapping[str, LazyTensor]"
-    block: tuple[int, ...]
+    form: Any
+    tensors: "Mapping[str, LazyTensor]"
+    rounding: "torch.dtype | None" = None
 
 
 class LazyTensor(Protocol):
     """A plain weight that is read when asked for.
 
-    `stored` is None where the folder holds the weight itself, and the codes and scales where it holds a quantized one.
-    `start` is the place of its first row in the complete weight: not 0 where `split` is given some of the rows, such as
-    a few experts of a stack.
+    `stored` is None where the folder holds the weight itself. Where it holds a quantized one, `stored` has its codes
+    and scales, and `read` decodes them. `start` is the place of its first row in the complete weight: not 0 where
+    `split` is given some of the rows, such as a few experts of a stack.
     """
 
     @property
@@ -132,6 +132,9 @@ class Part:
             there, bit for bit, or makes them again by `split`, equal to rounding. So none of them may be trained or
             changed after the start, and nothing that is saved may depend on the sign or the order of their directions:
             a projector may be made again, a basis that trained coefficients refer to may not.
+        copies: Live names that have the values of the folder's own tensors, each with its name in
+            `LazyTensor.stored.tensors`. They are copied as plain weights are, each rank its rows, by no `split`, and no
+            checkpoint or prepared result holds them. `split` returns them where another part reads the weight.
     """
 
     names: tuple[str, ...]
@@ -148,6 +151,7 @@ class Part:
     identity: str = ""
     measured: bool = True
     saved: bool = True
+    copies: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,9 +360,11 @@ class Applied:
 class Technique(Protocol):
     """What `compose` accepts.
 
-    Two more methods are optional. `resolve(anatomy, source, statistics) -> Technique` sees, in `source.tensors`, what
+    More methods are optional. `resolve(anatomy, source, statistics) -> Technique` sees, in `source.tensors`, what
     techniques of the stage QUANTIZE reproduce of a weight, as `read()`, and the weight itself as `original`.
     `lighter() -> Sequence[Variant]`, a class or static method, names what makes a run need less memory.
+    `with_stored(stored) -> Technique` returns the technique that keeps weights as their folder stores them, by plain
+    name; `for_stored() -> Technique`, a class or static method, one to add if none of those given `keeps_stored`.
     """
 
     @property

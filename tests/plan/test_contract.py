@@ -14,6 +14,7 @@ from tests.same import assert_same
 from tests.toy import packed, rows, train
 from tests.zoo import build, save
 from treering.core.module_forward import ModuleForward, install
+from treering.formats import FP8
 from treering.plan.batches import with_targets
 from treering.plan.compose import DraftSettings
 from treering.technique import Applied, Claim, LazyTensor, Part, Stage, StoredTensor, Variant
@@ -255,9 +256,9 @@ def test_a_tensor_says_how_its_folder_stores_it(tmp_path):
     run = tr.compose(save("llama", tmp_path), [tr.Full()])
     assert {tensor.stored for tensor in run.plan.source.tensors.values()} == {None}
     codes = PlainTensor(name="w", shape=(4, 4), dtype=torch.uint8, reader=lambda: torch.zeros(4, 4))
-    stored = StoredTensor(format="float8_e4m3fn", codes=codes, scales={"scale": codes}, block=(2, 4))
+    stored = StoredTensor(form=FP8(), tensors={"codes": codes, "scales": codes})
     tensor: LazyTensor = replace(codes, stored=stored)
-    assert tensor.stored.block == (2, 4) and tensor.stored.codes.stored is None
+    assert tensor.stored.form == FP8() and tensor.stored.tensors["codes"].stored is None
 
 
 def test_every_variant_changes_its_technique_once_and_says_what_to_write():

@@ -18,7 +18,8 @@ from treering.plan import draft, load, splitting
 from treering.plan.open_model import on_meta
 from treering.plan.prepared import Prepared
 from treering.technique import Applied, Claim, Part, Stage
-from treering.weights import conversion, plain_tensors
+from treering.weights import plain_tensors
+from treering.weights.quantized import opened
 
 EXPERTS = {"qwen3_moe": "num_experts", "mixtral": "num_local_experts"}
 
@@ -66,7 +67,7 @@ def test_stacked_experts_are_read_one_at_a_time(arch, tmp_path, monkeypatch):
     stacks = [tensor for tensor in source.tensors.values() if len(tensor.shape) == 3]
     assert len(stacks) == (2 if arch == "deepseek_v3" else 4)
     log = []
-    monkeypatch.setattr(conversion, "safe_open", Opened(conversion.safe_open, log))
+    monkeypatch.setattr(opened, "safe_open", Opened(opened.safe_open, log))
     for tensor in stacks:
         whole, experts = tensor.read(), tensor.shape[0]
         for start in range(experts + 1):
@@ -103,6 +104,7 @@ class Reading:
     name = property(lambda self: self.tensor.name)
     shape = property(lambda self: self.tensor.shape)
     dtype = property(lambda self: self.tensor.dtype)
+    stored = None
 
     start = 0
 

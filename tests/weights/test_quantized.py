@@ -11,6 +11,7 @@ from treering.core.errors import CheckpointError
 from treering.formats import FP8, MXFP4, NF4, NVFP4, FP8Block, Integer
 from treering.store.untrusted import read_header
 from treering.weights.quantized.folder import read_quantized
+from treering.weights.quantized.opened import FolderReader
 
 NAME = "model.layers.0.mlp.up_proj"
 
@@ -24,14 +25,9 @@ def opened(folder: layouts.Folder, path: Path):
     config, tensors = folder
     file = path / "model.safetensors"
     save_file({key: t.contiguous() for key, t in tensors.items()}, file)
-    from safetensors import safe_open
-
-    def read(key):
-        with safe_open(file, "pt") as stored:
-            return stored.get_tensor(key)
-
-    shapes = {header.name: (header.dtype, tuple(header.shape)) for header in read_header(file)}
-    return read_quantized(config, shapes, read, "FOLDER")
+    headers = {header.name: (file, header) for header in read_header(file)}
+    shapes = {name: (header.dtype, header.shape) for name, (_, header) in headers.items()}
+    return read_quantized(config, shapes, FolderReader(headers), "FOLDER")
 
 
 COMPRESSED = [
@@ -57,6 +53,8 @@ def check(quantized, form, w, name=f"{NAME}.weight"):
     assert stored.name == name and stored.shape == tuple(w.shape) and stored.form == form
     packed = form.encode(w)
     assert {key: t.tolist() for key, t in stored.read().items()} == {key: t.tolist() for key, t in packed.items()}
+    for cut in (slice(0, 1), slice(len(w) // 3, len(w) - len(w) // 4)):
+        assert torch.equal(stored.dense(torch.float32, cut), stored.dense(torch.float32)[cut])
     return stored
 
 
@@ -69,7 +67,7 @@ def test_compressed_tensors(form, tmp_path):
     decoded = form.decode(form.encode(w), 256, rounding)
     assert torch.equal(stored.dense(torch.float32), decoded.float())
     assert torch.equal(stored.dense(torch.bfloat16), decoded.bfloat16())
-    assert "1 weights stay as the folder stores them" in quantized.notes[0]
+    assert "1 weights stay as the folder stores them" in quantized.notes()[0]
 
 
 @pytest.mark.parametrize("width", [3, 5, 6])
@@ -107,7 +105,7 @@ def test_modelopt(form, tmp_path):
     check(quantized, form, weight())
     if isinstance(form, NVFP4):
         assert quantized.ignored == (f"{NAME}.input_scale",)
-        assert "quantized activations, which are not quantized here" in quantized.notes[1]
+        assert "1 tensors of the folder are ignored: input_scale (1)" in quantized.notes()[1]
 
 
 @pytest.mark.parametrize("nested", [True, False])

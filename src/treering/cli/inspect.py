@@ -104,12 +104,31 @@ def _model(folder: Path, warnings: list[str]) -> FolderReport:
     )
     if "auto_map" in config:
         warnings.append("config.json names Python code (auto_map): it is never run")
-    if "quantization_config" in config:
-        facts["quantization"] = short(str(_mapping(config["quantization_config"]).get("quant_method", "unnamed")))
+    facts |= _quantization(folder, warnings)
     tensors = _tensors(folder, warnings)
     if not tensors:
         warnings.append("there are no safetensors files: only the structure can be used")
     return FolderReport(kind="model", facts={**facts, **_totals(tensors)}, rows=_rows(tensors), warnings=warnings)
+
+
+def _quantization(folder: Path, warnings: list[str]) -> dict[str, str]:
+    """Return the method and the number formats of quantized weights; what cannot be read of them is a warning."""
+    from treering.weights.quantized.folder import count as counted
+    from treering.weights.quantized.opened import open_quantized, quantization
+
+    described = quantization(folder)
+    if described is None:
+        return {}
+    method = short(str(described.get("quant_method", "modelopt" if "quantization" in described else "unnamed")))
+    try:
+        quantized = open_quantized(folder)
+    except CheckpointError as error:
+        warnings.append(plain(str(error)))
+        return {"quantization": method}
+    assert quantized is not None
+    kinds = counted(weight.form.label for weight in quantized.weights.values())
+    ignored = f"; {len(quantized.ignored)} scales of activations" if quantized.ignored else ""
+    return {"quantization": f"{method}: {kinds}{ignored}"}
 
 
 def _adapter(folder: Path, warnings: list[str]) -> FolderReport:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from treering.memory.search import Switch
     from treering.plan import Run
     from treering.technique import Variant
+    from treering.weights.plain_tensors import Source
 
 UNITS = {"GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6}
 MOST_RANKS = 1024  # that are proposed
@@ -85,6 +86,7 @@ def explanation(config: "RunConfig", ranks: int, tokens: int) -> str:
             dropout=config.model.dropout,
             statistics=find(job_of(config)),
             roles=config.model.roles,
+            dequantize=config.model.dequantize,
             weights=False,
         )
         once = tokens * axis_size(plan.mesh, "replicate", "shard")
@@ -117,6 +119,7 @@ def _forecast(state: _State, length: int) -> "Forecast":
 def _subject(config: "RunConfig", ranks: int, length: int) -> "Subject":
     from treering.core.topology import mesh, sizes
     from treering.memory import Subject, pretend
+    from treering.plan.apply import keep_stored
     from treering.plan.open_model import locate, named_dtype, read_config
     from treering.train.optimizers import build
 
@@ -133,7 +136,9 @@ def _subject(config: "RunConfig", ranks: int, length: int) -> "Subject":
     return Subject(
         config=model,
         dtype=stored if config.model.dtype == "auto" else named_dtype(config.model.dtype),
-        techniques=config.techniques.chosen(),
+        techniques=keep_stored(
+            config.techniques.chosen(), _source(config.model.path, config.model.dtype, config.model.dequantize)
+        ),
         optimizers=optimizers,
         mesh=lambda: mesh(**asdict(config.mesh), device=pretend.NAME),
         world=ranks,
@@ -144,6 +149,17 @@ def _subject(config: "RunConfig", ranks: int, length: int) -> "Subject":
         dropout=config.model.dropout,
         roles=config.model.roles,
     )
+
+
+@cache
+def _source(path: str, dtype: str, dequantize: bool) -> "Source | None":
+    """Return the tensors of a folder with quantized weights, once for all forecasts; None: it has none."""
+    from treering.plan import open_model
+
+    folder = open_model.locate(path)
+    model = open_model.on_meta(folder, dtype)
+    quantized = open_model.quantized_weights(folder, decode=dequantize)
+    return None if quantized is None else open_model.source_of(model, folder, quantized, keep=not dequantize)
 
 
 def _proposed(state: _State, length: int, limit: int) -> list[str]:

@@ -69,7 +69,7 @@ class FP8(ScaledFormat):
         return fused.octets(tensors["codes"], table, from_bytes(tensors["scales"], self.dtype), dtype)
 
     def damage(self, tensors: Tensors) -> str:
-        if has_nan(tensors["codes"]):
+        if "codes" in tensors and has_nan(tensors["codes"]):
             return "a code of fp8 is NaN (byte 127 or 255)"
         return self.not_finite(tensors)
 
@@ -117,7 +117,7 @@ class FP8Block(ScaledFormat):
         return fused.blocks(tensors["codes"], table, from_bytes(tensors["scales"], self.dtype), self.block, dtype)
 
     def damage(self, tensors: Tensors) -> str:
-        if has_nan(tensors["codes"]):
+        if "codes" in tensors and has_nan(tensors["codes"]):
             return "a code of fp8_block is NaN (byte 127 or 255)"
         return self.not_finite(tensors)
 

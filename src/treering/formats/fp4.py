@@ -50,7 +50,8 @@ class MXFP4(Format):
         return fused.nibbles(tensors["codes"], table, e8m0_values(tensors["scales"]), False, dtype)
 
     def damage(self, tensors: Tensors) -> str:
-        return "a scale of mxfp4 is NaN (byte 255)" if bool((tensors["scales"] == 255).any()) else ""
+        damaged = "scales" in tensors and bool((tensors["scales"] == 255).any())
+        return "a scale of mxfp4 is NaN (byte 255)" if damaged else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +114,9 @@ class NVFP4(Format):
         return fused.nibbles(tensors["codes"], table, step.flatten(-3, -2), False, dtype)
 
     def damage(self, tensors: Tensors) -> str:
-        if has_nan(tensors["scales"]):
+        if "scales" in tensors and has_nan(tensors["scales"]):
             return "a scale of nvfp4 is NaN (byte 127 or 255)"
-        whole = from_bytes(tensors["global"], torch.float32)
+        whole = from_bytes(tensors["global"], torch.float32) if "global" in tensors else torch.ones(())
         if not bool((whole.isfinite() & (whole > 0)).all()):
             return "a global scale of nvfp4 is not a positive finite number"
         return ""

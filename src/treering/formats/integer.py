@@ -33,6 +33,10 @@ class Integer(ScaledFormat):
     asymmetric: bool = False
 
     @property
+    def label(self) -> str:
+        return f"int{self.width}"
+
+    @property
     def _half(self) -> int:
         return 1 << (self.width - 1)
 

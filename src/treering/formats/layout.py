@@ -69,7 +69,10 @@ class Format(ABC):
 
     @abstractmethod
     def damage(self, tensors: Tensors) -> str:
-        """Return which scale or code is no number that this format can hold, or the empty string."""
+        """Return which scale or code is no number that this format can hold, or the empty string.
+
+        `tensors` may be some of a weight's tensors, and some rows of each.
+        """
 
     def problem(self, tensors: Tensors, shape: tuple[int, ...]) -> str:
         """Return what is wrong with tensors that claim to hold a weight of `shape`, or the empty string."""
@@ -90,6 +93,11 @@ class Format(ABC):
         """Return the stored bits per element of a matrix of this shape, scales included."""
         return 8 * sum(math.prod(p.shape) for p in self.pieces(rows, columns).values()) / (rows * columns)
 
+    @property
+    def label(self) -> str:
+        """The name for people; that of integers says their width."""
+        return self.name
+
     def settings(self) -> dict[str, Any]:
         """Return the name and the fields, as JSON can hold them: `formats.from_settings` reads them."""
         return {"format": self.name} | {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
@@ -106,7 +114,7 @@ class ScaledFormat(Format):
 
     def not_finite(self, tensors: Tensors) -> str:
         """Return the message of `damage` about a scale that is not finite, or the empty string."""
-        finite = bool(from_bytes(tensors["scales"], self.dtype).isfinite().all())
+        finite = "scales" not in tensors or bool(from_bytes(tensors["scales"], self.dtype).isfinite().all())
         return "" if finite else f"a scale of {self.name} is not finite"
 
 

@@ -99,14 +99,16 @@ class NF4(Format):
 
     def decode(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor:
         table = constant(TABLE, tensors["codes"].device)
-        return fused.nibbles(tensors["codes"], table, self._absmax(tensors), True, dtype)
+        return fused.nibbles(tensors["codes"], table, self.scales(tensors), True, dtype)
 
     def damage(self, tensors: Tensors) -> str:
         floats = ("nested", "offset") if self.nested else ("scales",)
-        finite = all(bool(from_bytes(tensors[key], torch.float32).isfinite().all()) for key in floats)
+        stored = [from_bytes(tensors[key], torch.float32) for key in floats if key in tensors]
+        finite = all(bool(scales.isfinite().all()) for scales in stored)
         return "" if finite else "a scale of nf4 is not finite"
 
-    def _absmax(self, tensors: Tensors) -> Tensor:
+    def scales(self, tensors: Tensors) -> Tensor:
+        """Return the scale of each block in float32, [..., rows, blocks]."""
         if not self.nested:
             return from_bytes(tensors["scales"], torch.float32)
         codes = tensors["scales"]

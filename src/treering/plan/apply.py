@@ -1,9 +1,10 @@
 """Applies techniques to a model one after the other; later ones see the weights that quantizing ones reproduce."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -73,6 +74,19 @@ def _check_names(
         raise AssertionError(
             f"{technique!r} changed names it did not claim: added {sorted(added)}, removed {sorted(removed)}"
         )
+
+
+def keep_stored(techniques: Iterable[Technique], source: Source | None) -> tuple[Technique, ...]:
+    """Return `techniques` with one among them that keeps the weights which `source` has as stored ones, if any."""
+    tensors: Mapping[str, Any] = source.tensors if source is not None else {}
+    stored: dict[str, StoredTensor] = {name: t.stored for name, t in tensors.items() if t.stored is not None}
+    kept = tuple(one.with_stored(stored) if hasattr(one, "with_stored") else one for one in techniques)
+    if not stored or any(getattr(one, "keeps_stored", False) for one in kept):
+        return kept
+    # The list of techniques is not imported by name: plan knows techniques through the contract alone.
+    every = import_module("treering.techniques").TECHNIQUES.values()
+    added = next(cls.for_stored() for cls in every if hasattr(cls, "for_stored"))
+    return (*kept, added.with_stored(stored))
 
 
 def resolve_all(
@@ -148,8 +162,10 @@ class ReproducedTensor:
 
     @torch.no_grad()
     def read(self) -> Tensor:
-        tensors = split(self.chain, self.original, self.live, self.statistics)
         weight = self.original.read()
+        if self.original.stored is not None and any(part.copies for part in self.chain.parts):
+            return weight.to(self.dtype)  # what is kept as it is stored is decoded without an error
+        tensors = split(self.chain, self.original, self.live, self.statistics)
         plain = weight if self.chain.name in self.live else torch.zeros_like(weight)
         return join(self.chain.parts, tensors, tensors.get(self.chain.name, plain))
 

@@ -16,7 +16,7 @@ from treering.core.topology import mesh as make_mesh
 from treering.curvature import Statistics as Measured
 from treering.objectives import Objective
 from treering.plan import conflicts, open_model
-from treering.plan.apply import apply_all, resolve_all
+from treering.plan.apply import apply_all, keep_stored, resolve_all
 from treering.plan.batches import choose_objective
 from treering.plan.load import fill, materialise, refill, remember, to_meta
 from treering.plan.plan import Plan, Statistics
@@ -29,6 +29,8 @@ from treering.weights.plain_tensors import plain_tensors
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
+
+    from treering.weights.quantized.folder import QuantizedFolder
 
 
 COMPOSED = "_treering_composed"  # marks a model: composed again, it would have adapters instead of plain weights
@@ -45,6 +47,7 @@ class DraftSettings(TypedDict, total=False):
     roles: Mapping[str, str] | None
     frozen: bool
     objective: Objective | None
+    dequantize: bool
 
 
 def compose(
@@ -61,7 +64,8 @@ def compose(
             are replaced.
         techniques: In any order.
         prepared: A folder for results of splitting (an SVD), shared by all ranks; needed with several ranks.
-        **drafting: `mesh`, `dtype`, `seed`, `dropout`, `statistics`, `roles`, `frozen`, `objective`: see `draft`.
+        **drafting: `mesh`, `dtype`, `seed`, `dropout`, `statistics`, `roles`, `frozen`, `objective`, `dequantize`: see
+            `draft`.
 
     Example:
         run = tr.compose("Qwen/Qwen3-0.6B", [tr.LoRA(rank=16), tr.Shard()], mesh=tr.mesh(), dtype="float32")
@@ -82,6 +86,7 @@ def draft(
     roles: Mapping[str, str] | None = None,
     frozen: bool = False,
     objective: Objective | None = None,
+    dequantize: bool = False,
     weights: bool = True,
     name: str | None = None,
     folder: Path | None = None,
@@ -99,24 +104,22 @@ def draft(
         roles: Pattern → role, where the anatomy cannot decide (see its message).
         frozen: Nothing is trained: for measuring, and for teachers. Techniques that train are refused.
         objective: What `run.loss` evaluates; None: cross-entropy.
+        dequantize: Decode the weights that a folder holds quantized, to `dtype`; else they stay as they are stored.
         weights: If False, only a config is needed, and the plan cannot be loaded.
         name: The model's name in `explain()`.
         folder: With a live model's tokenizer, to be exported with it.
     """
-    ordered = _ordered(techniques)
     live = isinstance(model, nn.Module)
-    folder = folder if live else open_model.locate(str(model))
-    built = model if live else open_model.on_meta(folder, dtype)  # type: ignore[arg-type]
-    assert isinstance(built, nn.Module)
-    _refuse_used(built)
-    if live and dtype != "auto" and built.dtype != open_model.named_dtype(dtype):
-        raise PlanError(f"dtype is {dtype} and the live model is {built.dtype}; cast it before, or leave dtype out")
+    built, folder, quantized = _opened(model, folder, dtype, dequantize)
     source_name = name or (type(built).__name__ if live else str(model))  # FSDP will rename the class
     anatomy = examine(built, roles)
     if isinstance(statistics, Measured):
         statistics.check(anatomy)
     open_model.quiet_dropout(built, dropout)
-    source = open_model.source_of(built, None if live else folder) if weights else None  # type: ignore[arg-type]
+    read = weights or quantized is not None  # in which formats a folder holds weights is in the headers of its files
+    source = open_model.source_of(built, None if live else folder, quantized, keep=not dequantize) if read else None
+    ordered = _ordered(keep_stored(_ordered(techniques), source))
+    source = source if weights else None
     if mesh is None and (any(t.stage == Stage.SHARD for t in ordered) or _several_ranks()):
         mesh = make_mesh()  # of all ranks: without one, each would train a separate model without any error
     site = Site(anatomy=anatomy, mesh=mesh, seed=seed, statistics=statistics)
@@ -159,6 +162,7 @@ def draft(
         objective=objective,
         unpackable=unpackable,
         restore=restore,
+        notes=() if quantized is None else quantized.notes(built.dtype if dequantize else None),
     )
 
 
@@ -185,11 +189,27 @@ def load(
         errors = fill(plan.model, plan.source, plan.chains, statistics=statistics, prepared=store, note=notes.append)
     else:
         refuse_incomplete(plan, resume)
-        refill(plan.model, plan.source, plan.owned, resume)
+        refill(plan.model, plan.source, plan.chains, plan.owned, resume)
         errors = {}
     plan.source.release()
     plan.model.train()
     return Run(plan, errors, notes=tuple(notes), prepared=store)
+
+
+def _opened(
+    model: "str | Path | PreTrainedModel", folder: Path | None, dtype: str, dequantize: bool
+) -> "tuple[PreTrainedModel, Path | None, QuantizedFolder | None]":
+    """Return a model, on meta unless it is a live one, its folder, and the quantized weights of that."""
+    if not isinstance(model, nn.Module):
+        folder = open_model.locate(str(model))
+        built = open_model.on_meta(folder, dtype)
+        return built, folder, open_model.quantized_weights(folder, decode=dequantize)
+    _refuse_used(model)
+    if dequantize:
+        raise PlanError("dequantize is for folders with quantized weights, and the model is a live one; leave it out")
+    if dtype != "auto" and model.dtype != open_model.named_dtype(dtype):
+        raise PlanError(f"dtype is {dtype} and the live model is {model.dtype}; cast it before, or leave dtype out")
+    return model, folder, None
 
 
 def _ordered(techniques: Iterable[Technique]) -> tuple[Technique, ...]:

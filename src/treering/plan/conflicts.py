@@ -46,10 +46,14 @@ def _check_pair(first: Technique, claims: Sequence[Claim], second: Technique, ot
     if not clashes:
         return
     mine, other = clashes[0]
+    remedies = [claim.remedy for claim in (mine, other) if claim.remedy]
+    remedy = remedies[0] if remedies else "use one of the two techniques"
+    outs = [(c.setting or name_of(t), name_of(t)) for t, c in ((first, mine), (second, other)) if not c.remedy]
+    leave = " or of ".join(setting for setting, _ in outs)
+    leave += f", leave {outs[0][1]} out" if remedies and outs[0][0] != outs[0][1] else ""
     raise PlanError(
         f"{name_of(first)} and {name_of(second)} both {MEANING[mine.aspect]} of {_some(clashes)}. "
-        f"Leave {'it' if len(clashes) == 1 else 'them'} out of {mine.setting or name_of(first)} "
-        f"or of {other.setting or name_of(second)}, or use one of the two techniques",
+        f"Leave {'it' if len(clashes) == 1 else 'them'} out of {leave}, or {remedy}",
         settings=tuple(s for s in (mine.setting, other.setting) if s),
     )
 
@@ -62,9 +66,10 @@ def _check_needs(claimed: Sequence[tuple[Technique, Sequence[Claim]]]) -> None:
             if "plain_weight" in claim.needs and claim.fqn in stored:
                 owner, storage = stored[claim.fqn]
                 if owner is not technique:
+                    out = f", or {storage.remedy}" if storage.remedy else f" or of {storage.setting}"
                     raise PlanError(
                         f"{name_of(technique)} needs the plain weight of {claim.fqn}, which {name_of(owner)} stores in "
-                        f"its own form. Leave it out of {claim.setting} or of {storage.setting}",
+                        f"its own form. Leave it out of {claim.setting}{out}",
                         settings=(claim.setting, storage.setting),
                     )
             if "no_fsdp_unit_inside" in claim.needs:

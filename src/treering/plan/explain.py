@@ -82,7 +82,7 @@ def explain(
     if text := unused(plan):
         lines.append(f"  {text}")
     warnings = [warning for applied in plan.applied for warning in applied.warnings]
-    return "\n".join([*lines, *(f"  {note}" for note in (*warnings, *notes))])
+    return "\n".join([*lines, *(f"  {note}" for note in (*plan.notes, *warnings, *notes))])
 
 
 def _communication(plan: Plan, work: Workload) -> list[str]:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from treering.core.errors import PlanError
+from treering.core.collectives import gather_objects
+from treering.core.errors import CheckpointError, PlanError
 from treering.core.sharded import local, local_rows, put, put_rows
-from treering.plan.plan import Chain, Statistics, join, split
+from treering.plan.plan import Chain, Statistics, copies, join, split
 from treering.plan.prepared import Prepared
 from treering.plan.splitting import prepare, rows_at_once
 from treering.technique import LazyTensor
@@ -138,6 +139,7 @@ def fill(
                 copy_rows(live[name], source.tensors[name])
             if chain and not chain.reads:
                 errors[name] = _start(chain, source.tensors[name], live, (statistics or {}).get(name))
+    _copy_stored(live, source, chains)
     reading = [chain for chain in chains.values() if chain.reads]
     errors |= prepare(live, source, reading, statistics, prepared, note)
     if prepared is not None:
@@ -160,7 +162,13 @@ def refuse_inexact(chains: Mapping[str, Chain], errors: Mapping[str, float]) -> 
 
 
 @torch.no_grad()
-def refill(model: "nn.Module", source: Source, owned: Sequence[str], saved: Mapping[str, LazyTensor]) -> None:
+def refill(
+    model: "nn.Module",
+    source: Source,
+    chains: Mapping[str, Chain],
+    owned: Sequence[str],
+    saved: Mapping[str, LazyTensor],
+) -> None:
     """Resume from a checkpoint: `owned` from the saved values, the rest from the source. Nothing is split again."""
     live = plain_tensors(model)
     from_checkpoint = set(owned)
@@ -168,8 +176,24 @@ def refill(model: "nn.Module", source: Source, owned: Sequence[str], saved: Mapp
         for name in group:
             if name in live and name not in from_checkpoint:
                 copy_rows(live[name], source.tensors[name])
+    _copy_stored(live, source, chains)
     for name in owned:
         copy_rows(live[name], saved[name])
+
+
+def _copy_stored(live: Mapping[str, Tensor], source: Source, chains: Mapping[str, Chain]) -> None:
+    """Copy this rank's rows of what stays as the folder stores it. Damage that one rank sees is raised on all."""
+    tensors = copies(chains, source)
+    if not tensors:
+        return
+    problem = ""
+    try:
+        for name, tensor in tensors.items():
+            copy_rows(live[name], tensor)
+    except CheckpointError as error:
+        problem = str(error)
+    for text in filter(None, gather_objects(problem)):
+        raise CheckpointError(text)
 
 
 def copy_rows(target: Tensor, tensor: LazyTensor) -> None:
@@ -193,6 +217,8 @@ def _start(
 ) -> float:
     """Set the first values of a chain that does not read the weight: of a stack, those of this rank's experts, one at a
     time. Return the largest value that they add to the weight: 0, unless values are imported."""
+    if not chain.names:  # it is copied as it is stored
+        return 0.0
     if not chain.independent_rows or len(weight.shape) < 3:
         tensors = split(chain, weight, live, statistics)
         for name, value in tensors.items():

@@ -10,6 +10,8 @@ from treering.core.errors import CheckpointError, PlanError
 from treering.core.seeds import derive
 from treering.store.untrusted import check_folder, first_line
 from treering.weights.plain_tensors import Source, from_folder, from_model, keep_wide
+from treering.weights.quantized.folder import QuantizedFolder
+from treering.weights.quantized.opened import IN_CONFIG, open_quantized
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -82,7 +84,8 @@ def named_dtype(name: str) -> torch.dtype:
 
 
 def read_config(folder: Path) -> "PretrainedConfig":
-    """Return the config of a folder; raise an error for one that cannot be read or trained."""
+    """Return the config of a folder, without how its weights are quantized; raise an error for one that cannot be read
+    or trained."""
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
@@ -94,8 +97,10 @@ def read_config(folder: Path) -> "PretrainedConfig":
         raise CheckpointError(f"{folder}/config.json cannot be used: {first_line(error)}") from None
     if config.dtype is not None and not isinstance(config.dtype, torch.dtype):
         raise CheckpointError(f"{folder}/config.json: dtype is {str(config.dtype)[:80]!r}, which is not a dtype")
-    if getattr(config, "quantization_config", None):
-        raise PlanError(f"{folder} holds quantized weights; this version trains dense ones: take the dense model")
+    for one in (config, config.get_text_config()):
+        for key in IN_CONFIG:  # transformers would replace modules; the weights are read by `quantized_weights`
+            if hasattr(one, key):
+                delattr(one, key)
     if getattr(config, "output_router_logits", False):
         raise PlanError(
             "the config asks for the router's auxiliary loss (output_router_logits), which transformers computes over "
@@ -117,9 +122,27 @@ def initialised(folder: Path, dtype: str, seed: int) -> "PreTrainedModel":
     return model
 
 
-def source_of(model: "PreTrainedModel", folder: Path | None) -> Source:
-    """Return the plain tensors of `folder` for `model`, or those of the live model."""
-    return from_model(model) if folder is None else from_folder(model, folder)
+def quantized_weights(folder: Path, *, decode: bool) -> QuantizedFolder | None:
+    """Return the quantized weights of a folder, None if it has none. PlanError if there are none to `decode`."""
+    quantized = open_quantized(folder)
+    if decode and quantized is None:
+        raise PlanError(
+            f"model.dequantize is set, and {folder} holds no quantized weights; leave it out",
+            settings=("model.dequantize",),
+        )
+    return quantized
+
+
+def source_of(
+    model: "PreTrainedModel", folder: Path | None, quantized: QuantizedFolder | None = None, *, keep: bool = True
+) -> Source:
+    """Return the plain tensors of `folder` for `model`, or those of the live model.
+
+    Args:
+        quantized: the quantized weights of the folder.
+        keep: whether these are given as they are stored, besides decoded.
+    """
+    return from_model(model) if folder is None else from_folder(model, folder, quantized, keep=keep)
 
 
 def quiet_dropout(model: nn.Module, mode: Dropout) -> None:

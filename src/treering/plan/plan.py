@@ -54,8 +54,9 @@ class Chain:
 
     @property
     def names(self) -> list[str]:
-        """The tensors that splitting gives values to. A base that no part changes is read from the source."""
-        part_names = {name for part in self.parts for name in part.names}
+        """The tensors that splitting gives values to. A base that no part changes is read from the source, and so are
+        copies of its stored tensors."""
+        part_names = {name for part in self.parts for name in part.names if name not in part.copies}
         return sorted(part_names | ({self.name} if self.moves_base else set()))
 
 
@@ -68,10 +69,11 @@ def split(
     def base() -> Tensor:
         if chain.name in tensors:
             return tensors[chain.name]
-        plain = weight.read()
-        return plain if chain.name in live else torch.zeros_like(plain)
+        return weight.read() if chain.name in live else torch.zeros(weight.shape, dtype=weight.dtype)
 
     for position, part in enumerate(chain.parts):
+        if part.copies and not chain.reads:  # nobody needs them here: `copies` gives them their values
+            continue
         earlier = chain.parts[:position]
 
         def below(earlier: tuple[Part, ...] = earlier) -> Tensor:
@@ -81,6 +83,18 @@ def split(
             values = part.split(weight, below, statistics)
         for name, value in values.items():
             tensors[name] = value.to(live[name].dtype)
+    return tensors
+
+
+def copies(chains: Mapping[str, Chain], source: Source) -> dict[str, LazyTensor]:
+    """Return the tensors of the source that parts keep as they are stored, by live name."""
+    tensors: dict[str, LazyTensor] = {}
+    for name, chain in chains.items():
+        for part in chain.parts:
+            if part.copies:
+                stored = source.tensors[name].stored
+                assert stored is not None, f"{name} is not stored quantized"
+                tensors |= {live: stored.tensors[key] for live, key in part.copies.items()}
     return tensors
 
 
@@ -115,6 +129,7 @@ class Plan:
     objective: Objective
     unpackable: str | None = None  # why packed batches are refused
     restore: tuple[Callable[[], None], ...] = ()  # removes the packed attention
+    notes: tuple[str, ...] = ()  # for the user, about the folder
 
     def tokens(self, length: int) -> range:
         """Return the range of tokens of a row of `length` that this rank computes."""
@@ -149,7 +164,7 @@ class Plan:
         names = {name for applied in self.applied for name in applied.trainable}
         for plain_name, chain in self.chains.items():
             for part in chain.parts:
-                names.update(part.names)
+                names.update(name for name in part.names if name not in part.copies)
                 if part.moves_base:
                     names.add(plain_name)
         return tuple(sorted(names))

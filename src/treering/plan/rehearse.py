@@ -4,17 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from treering.core.errors import CheckpointError, PlanError
 from treering.plan.export import adapter_layout, exportable, layout
 from treering.plan.plan import Plan
 from treering.plan.values import announced, groups, joined, live_values
-from treering.store.model_folder import tensor_files
 from treering.store.publish import on_first, refuse_full
 from treering.store.tensor_writer import size
 from treering.weights.conversion import places, to_file_layout
+from treering.weights.plain_tensors import Source
 
 
 def rehearse(plan: Plan, folder: Path) -> None:
@@ -28,9 +27,9 @@ def rehearse(plan: Plan, folder: Path) -> None:
     for group in groups(plan, _one_block(plan)):
         tensors = {name: joined(plan, name, values).cpu() for name in group}
         on_first(lambda group=group, tensors=tensors: _check(plan, group, tensors), "rehearsing the export")  # type: ignore[misc]
-    if plan.folder is not None and plan.source is not None and plan.source.live_values is None:
-        source = plan.folder
-        on_first(lambda: _compare(plan, expected, source), f"comparing the export with {source}")
+    if plan.source is not None and plan.source.live_values is None:
+        source = plan.source
+        on_first(lambda: _compare(plan, expected, source), f"comparing the export with {source.where}")
 
 
 def _one_block(plan: Plan) -> list[str]:
@@ -66,24 +65,24 @@ def _check(plan: Plan, group: tuple[str, ...], tensors: dict[str, Tensor]) -> No
         )
 
 
-def _compare(plan: Plan, expected: Mapping[str, Tensor], source: Path) -> None:
+def _compare(plan: Plan, expected: Mapping[str, Tensor], source: Source) -> None:
     """Refuse an export that would not be read as the same tensors. Names and dtypes may differ from the source's."""
-    files = tensor_files(source)
-    for name in sorted(set(expected) & set(files)):
-        with safe_open(files[name], "pt") as opened:
-            shape = tuple(opened.get_slice(name).get_shape())
-        if shape != tuple(expected[name].shape):
+    for name in sorted(set(expected) & set(source.shapes)):
+        if source.shapes[name] != tuple(expected[name].shape):
             raise CheckpointError(
-                f"{name} would be exported with shape {tuple(expected[name].shape)}; {source} has {shape}"
+                f"{name} would be exported with shape {tuple(expected[name].shape)}; {source.where} has "
+                f"{source.shapes[name]}"
             )
     names = dict(plan.plain)
-    before, _ = places(plan.model, files, names)
+    before, _ = places(plan.model, source.shapes, names)
     after, _ = places(plan.model, expected, names)
-    unused = set(plan.source.unused) if plan.source is not None else set()
+    unused = set(source.unused)
     for target, items in before.items():
         keys = [key for key, _ in items if key not in unused]
         if _has(plan, target, items) and keys and len(after.get(target, ())) != len(keys):
-            raise CheckpointError(f"{keys[0]} of {source} becomes {target}, and no export of it would be read as that")
+            raise CheckpointError(
+                f"{keys[0]} of {source.where} becomes {target}, and no export of it would be read as that"
+            )
 
 
 def _has(plan: Plan, target: str, items: Sequence[tuple[str, str | None]]) -> bool:

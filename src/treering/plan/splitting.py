@@ -6,7 +6,7 @@ assigned to the rank with the least work. Where several ranks need a result, it 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,7 @@ from treering.core.owners import assign
 from treering.core.sharded import local, local_rows, put
 from treering.plan.plan import Chain, Statistics, join, split
 from treering.plan.prepared import ERROR, Prepared, digest, key
-from treering.technique import LazyTensor
+from treering.technique import LazyTensor, StoredTensor
 from treering.weights.plain_tensors import PlainTensor
 
 if TYPE_CHECKING:
@@ -59,10 +59,14 @@ class SplitResult:
 
 @dataclass(frozen=True)
 class InMemory:
-    """A LazyTensor whose values have been read; `start`: the place of its first row in the complete weight."""
+    """A LazyTensor whose values have been read; those of a stored weight, decoded.
+
+    `start` is the place of its first row in the complete weight.
+    """
 
     tensor: Tensor
     start: int = 0
+    stored: StoredTensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,10 +75,6 @@ class InMemory:
     @property
     def dtype(self) -> torch.dtype:
         return self.tensor.dtype
-
-    @property
-    def stored(self) -> None:
-        return None
 
     def read(self) -> Tensor:
         return self.tensor
@@ -133,7 +133,7 @@ def prepare(
             weight: LazyTensor = source.tensors[chain.name]
             pieces_of_chain = [piece for piece in pieces if piece.chain is chain]
             if len(pieces_of_chain) > 1 and rows_at_once(weight) >= rows[chain.name]:
-                weight = InMemory(weight.read())
+                weight = InMemory(weight.read(), stored=weight.stored)
             for piece in pieces_of_chain:
                 results[piece.id] = splitter.result(piece, weight)
     except Exception as error:
@@ -189,11 +189,13 @@ class _Splitter:
                 return SplitResult(key=name, error=error, norm=norm[0] if norm else 1.0)
             if problem:
                 self.repeated.append((problem, f"{prepared.path(name)} of {chain.name}"))
-        tensors = split(chain, InMemory(plain, piece.start), self.live, statistics)
+        stored = _stored_rows(weight.stored, piece) if chain.independent_rows else weight.stored
+        tensors = split(chain, InMemory(plain, piece.start, stored), self.live, statistics)
         base = tensors.get(chain.name, plain if chain.name in self.live else torch.zeros_like(plain))
         wide = plain.to(torch.promote_types(plain.dtype, torch.float32))
         norm = wide.norm().clamp_min(torch.finfo(torch.float32).tiny)
         error = float((join(chain.parts, tensors, base) - wide).norm() / norm)
+        tensors = {name: value for name, value in tensors.items() if name in chain.names}
         if prepared is not None:
             errors = torch.tensor([error, float(norm)], dtype=torch.float64)
             prepared.write(name, tensors | {ERROR: errors})
@@ -215,6 +217,13 @@ class _Splitter:
             name: value[piece.start : piece.stop] if value.ndim and value.shape[0] == piece.rows else value
             for name, value in statistics.items()
         }
+
+
+def _stored_rows(stored: StoredTensor | None, piece: SplitPiece) -> StoredTensor | None:
+    if stored is None:
+        return None
+    rows = {key: InMemory(tensor.rows(piece.start, piece.stop)) for key, tensor in stored.tensors.items()}
+    return replace(stored, tensors=rows)
 
 
 def _rows_of_rank(chain: Chain, live: Mapping[str, Tensor], rows: int) -> tuple[int, int]:

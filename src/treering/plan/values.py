@@ -8,7 +8,7 @@ from torch import Tensor
 
 from treering.core.errors import PlanError
 from treering.core.sharded import gather
-from treering.plan.plan import Chain, Plan, join
+from treering.plan.plan import Chain, Plan, copies, join
 from treering.technique import LazyTensor
 from treering.weights.conversion import export_groups, to_file_layout
 from treering.weights.plain_tensors import plain_tensors
@@ -32,7 +32,8 @@ def saved_values(plan: Plan, saved: Mapping[str, LazyTensor]) -> Values:
     """Return the values of a run that is not in memory: owned ones from `saved`, the others from the source."""
     if plan.source is None:
         raise PlanError("this plan was drafted without weights")
-    live, owned, source = plain_tensors(plan.model), set(plan.owned), plan.source.tensors
+    live, owned = plain_tensors(plan.model), set(plan.owned)
+    source = {**plan.source.tensors, **copies(plan.chains, plan.source)}
 
     def read(name: str) -> Tensor:
         tensor: LazyTensor = saved[name] if name in owned else source[name]

@@ -122,6 +122,7 @@ class Model:
     path: str
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     dropout: Literal["refuse", "off", "per_rank"] = "refuse"
+    dequantize: bool = False  # decode the weights that the folder holds quantized; else they stay as they are stored
     initialise: bool = False  # random weights from the folder's config.json: pretraining from nothing
     roles: Mapping[str, str] = field(default_factory=dict)  # pattern -> role, where the anatomy knows none
 

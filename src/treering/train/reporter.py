@@ -80,7 +80,9 @@ class Reporter:
         if start:
             self.note(f"resumes after step {start}")
         warnings = [warning for applied in self.plan.applied for warning in applied.warnings]
-        for text in filter(None, (unused(self.plan), *warnings, *run.notes, *data.notes, *_coarse(run))):
+        for text in filter(
+            None, (unused(self.plan), *self.plan.notes, *warnings, *run.notes, *data.notes, *_coarse(run))
+        ):
             self.note(text)
         facts = {
             "model": self.plan.source_name,

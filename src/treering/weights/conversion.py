@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from treering.core.errors import CheckpointError
+from treering.weights.quantized.opened import open_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +52,7 @@ class ConvertedTensors:
         self.model, self.target, self.items, self.converter, self.files = model, target, items, converter, files
         self.ready: dict[str, Tensor] = {}
 
-    def _convert(self, get: Callable[[str], Tensor], items: Sequence[tuple[str, str]] = ()) -> dict[str, Tensor]:
+    def convert(self, get: Callable[[str], Tensor], items: Sequence[tuple[str, str]] = ()) -> dict[str, Tensor]:
         converter = deepcopy(self.converter)
         for key, pattern in items or self.items:
             converter.add_tensor(self.target, key, pattern, get(key))
@@ -60,11 +60,11 @@ class ConvertedTensors:
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
     def _shape_only(self, key: str) -> Tensor:
-        with safe_open(self.files[key], "pt") as opened:
+        with open_tensors(self.files[key]) as opened:
             return torch.empty(opened.get_slice(key).get_shape(), device="meta")
 
     def _read(self, key: str) -> Tensor:
-        with safe_open(self.files[key], "pt") as opened:
+        with open_tensors(self.files[key]) as opened:
             return opened.get_tensor(key)
 
     def keeps_rows(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -74,7 +74,7 @@ class ConvertedTensors:
         if not shape or not all(_within_rows(operation, len(shape)) for operation in others):
             return False
         first = self._experts(0, 1) if stacks else self.items
-        rows = self._convert(lambda key: self._shape_only(key)[: None if stacks else 1], first)
+        rows = self.convert(lambda key: self._shape_only(key)[: None if stacks else 1], first)
         return {n: tuple(v.shape) for n, v in rows.items()} == {name: (1, *shape[1:])}
 
     def _stacks(self) -> tuple[bool, list[Any]]:
@@ -97,16 +97,16 @@ class ConvertedTensors:
         if stop <= start:
             return self._empty(name)
         if self._stacks()[0]:
-            return self._convert(self._read, self._experts(start, stop))[name]
+            return self.convert(self._read, self._experts(start, stop))[name]
 
         def some(key: str) -> Tensor:
-            with safe_open(self.files[key], "pt") as opened:
+            with open_tensors(self.files[key]) as opened:
                 return opened.get_slice(key)[start:stop]
 
-        return self._convert(some)[name]
+        return self.convert(some)[name]
 
     def _empty(self, name: str) -> Tensor:
-        shape = self._convert(self._shape_only)[name].shape
+        shape = self.convert(self._shape_only)[name].shape
         key = self.items[0][0]
         return torch.empty((0, *shape[1:]), dtype=stored_dtype(self.files[key], key))
 
@@ -114,7 +114,7 @@ class ConvertedTensors:
         """Return names of tensors that the model has, by converting on the meta device: no weight is read."""
         file = self.files[self.items[0][0]]
         try:
-            converted = self._convert(self._shape_only)
+            converted = self.convert(self._shape_only)
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{file}: {self.items[0][0]} and {len(self.items) - 1} more cannot be joined to {self.target}: {error}"
@@ -129,7 +129,7 @@ class ConvertedTensors:
 
     def read(self, name: str) -> Tensor:
         if name not in self.ready:
-            self.ready = self._convert(self._read)
+            self.ready = self.convert(self._read)
         return self.ready.pop(name)
 
 
@@ -148,7 +148,7 @@ def _within_rows(operation: Any, ndim: int) -> bool:
 
 def stored_dtype(file: Path, key: str) -> torch.dtype:
     """Return the dtype of a tensor in a file, from a slice without rows; a scalar has no rows to leave out."""
-    with safe_open(file, "pt") as opened:
+    with open_tensors(file) as opened:
         piece = opened.get_slice(key)
         return piece[:0].dtype if piece.get_shape() else opened.get_tensor(key).dtype
 

@@ -4,12 +4,11 @@ Tensors that a folder stores in another shape than the module go through `conver
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from treering.core.errors import CheckpointError, PlanError
@@ -17,6 +16,9 @@ from treering.store.model_folder import tensor_headers
 from treering.store.untrusted import Header
 from treering.technique import StoredTensor
 from treering.weights.conversion import ConvertedTensors, places, stored_dtype
+from treering.weights.quantized.folder import QuantizedFolder
+from treering.weights.quantized.merge import merged, stored_tensor
+from treering.weights.quantized.opened import as_decoded, open_tensors
 from treering.weights.undeclared_codes import refuse_codes, refuse_packed, refuse_scales
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ class PlainTensor:
     dtype: torch.dtype
     reader: Callable[[], Tensor]
     row_reader: Callable[[int, int], Tensor] | None = None
-    stored: StoredTensor | None = None  # not used yet: folders of quantized tensors are refused
+    stored: StoredTensor | None = None
     start: int = 0
 
     def read(self) -> Tensor:
@@ -52,6 +54,9 @@ class Source:
     groups: tuple[tuple[str, ...], ...]
     where: str
     unused: tuple[str, ...] = field(default=())  # tensors of the folder that the model does not have
+    shapes: Mapping[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # of the folder's tensors, decoded where quantized
     live_values: dict[str, Tensor] | None = None  # of a live model, until they have been copied
 
     @property
@@ -111,12 +116,21 @@ def keep_wide(model: "PreTrainedModel", dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(wide[by_group[match.lastgroup or ""]])
 
 
-def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
+def from_folder(
+    model: "PreTrainedModel", folder: Path, quantized: QuantizedFolder | None = None, *, keep: bool = True
+) -> Source:
     """Return the tensors of a Hugging Face folder, for a model (on meta) made from the folder's config.
 
-    Quantized weights are refused: config.json does not declare them, and their codes are not weights.
+    Codes that config.json does not declare are refused: they are not weights.
+
+    Args:
+        quantized: the folder's quantized weights, if it has any. Reading one decodes it to the model's dtype.
+        keep: whether they are also given as the folder stores them, as `LazyTensor.stored`.
     """
-    headers = tensor_headers(folder)
+    headers: dict[str, tuple[Any, Header]] = dict(tensor_headers(folder))
+    if quantized is not None:
+        headers = as_decoded(headers, quantized, model.dtype)
+    kept = quantized.weights if quantized is not None and keep else {}
     files = {key: path for key, (path, _) in headers.items()}
     wanted = plain_tensors(model)
     state = model.state_dict(keep_vars=True)
@@ -131,6 +145,8 @@ def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
             if target in wanted:
                 refuse_codes(folder, headers, [key], target, wanted[target])
                 tensors[target] = _stored(target, key, files[key], wanted[target])
+                if key in kept:
+                    tensors[target] = replace(tensors[target], stored=stored_tensor(kept[key]))
                 groups.append((target,))
             elif target in state:
                 tied.append((key, target))
@@ -145,18 +161,26 @@ def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
         refuse_codes(folder, headers, [key for key, _ in items], names[0], wanted[names[0]])
         by_rows = len(names) == 1 and reader.keeps_rows(names[0], tuple(wanted[names[0]].shape))
         for name in names:
+            merge = merged(reader.convert, [key for key, _ in items], name, tuple(wanted[name].shape), kept)
             tensors[name] = PlainTensor(
                 name=name,
                 shape=tuple(wanted[name].shape),
                 dtype=stored_dtype(files[items[0][0]], items[0][0]),
                 reader=lambda name=name, reader=reader: reader.read(name),  # type: ignore[misc]
                 row_reader=(lambda a, b, name=name, reader=reader: reader.rows(name, a, b)) if by_rows else None,  # type: ignore[misc]
+                stored=None if merge is None else stored_tensor(merge),
             )
         groups.append(names)
     refuse_scales(folder, headers.keys() - set(unused), unused)
     missing = sorted(set(wanted) - set(tensors))
     if missing:
         refuse_packed(folder, headers, missing[0], unused)
+        if others := [key for key in unused if quantized is not None and key in quantized.weights]:
+            raise CheckpointError(
+                f"{folder} has no tensor for {missing[0]}; it has quantized weights that no tensor of "
+                f"{type(model).__name__} is made of, such as {others[0]}: it is of another model, or in a layout that "
+                "is not read here. Take the unquantized model"
+            )
         raise CheckpointError(
             f"{folder} has no tensor for {missing[0]}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
@@ -165,12 +189,18 @@ def from_folder(model: "PreTrainedModel", folder: Path) -> Source:
     for key, target in tied:
         owner = next(name for name, value in wanted.items() if value is state[target])
         _refuse_other_copy(folder, headers[key], key, tensors[owner])
-    return Source(tensors=tensors, groups=tuple(groups), where=str(folder), unused=tuple(unused))
+    return Source(
+        tensors=tensors,
+        groups=tuple(groups),
+        where=str(folder),
+        unused=tuple(unused),
+        shapes={key: header.shape for key, (_, header) in headers.items()},
+    )
 
 
 def _refuse_other_copy(folder: Path, stored: tuple[Path, Header], key: str, owner: PlainTensor) -> None:
     """Refuse a second copy of a tied tensor that differs from the first; equal copies are harmless."""
-    with safe_open(stored[0], "pt") as opened:
+    with open_tensors(stored[0]) as opened:
         same = stored[1].shape == owner.shape and all(
             torch.equal(opened.get_slice(key)[row : row + COMPARED_ROWS], owner.rows(row, row + COMPARED_ROWS))
             for row in range(0, owner.shape[0], COMPARED_ROWS)
@@ -184,17 +214,17 @@ def _refuse_other_copy(folder: Path, stored: tuple[Path, Header], key: str, owne
 
 
 def _stored(name: str, key: str, file: Path, like: Tensor) -> PlainTensor:
-    with safe_open(file, "pt") as opened:
+    with open_tensors(file) as opened:
         shape = tuple(opened.get_slice(key).get_shape())
     if shape != tuple(like.shape):
         raise CheckpointError(f"{file}: {key} has shape {shape}; the model's {name} has {tuple(like.shape)}")
 
     def read() -> Tensor:
-        with safe_open(file, "pt") as opened:
+        with open_tensors(file) as opened:
             return opened.get_tensor(key)
 
     def rows(start: int, stop: int) -> Tensor:
-        with safe_open(file, "pt") as opened:
+        with open_tensors(file) as opened:
             return opened.get_slice(key)[start:stop] if shape else opened.get_tensor(key)
 
     return PlainTensor(name=name, shape=shape, dtype=stored_dtype(file, key), reader=read, row_reader=rows)

@@ -1,10 +1,11 @@
 """The technique `quantize`: weights stored as codes of a number format, and decoded where they multiply."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from treering.core.errors import PlanError
-from treering.technique import Applied, Claim, Site, Stage
+from treering.technique import Applied, Claim, Site, Stage, StoredTensor, Technique
 from treering.techniques.quantize.settings import QuantizeSettings
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from treering.anatomy import Anatomy
+    from treering.anatomy.matrices import Matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +21,7 @@ class Quantize(QuantizeSettings):
     """Weights W are stored as Q(W), frozen; adapters on them learn.
 
     format    int8, int4, int3, fp8, fp8_block, nf4, mxfp4 or nvfp4: see treering.formats
+              stored: what the folder holds quantized stays as it is; the default for such folders
     targets   `all-linear`: linears of attention and MLP and experts inside the blocks, no routers; or patterns of names
     group     inputs that share a scale, of int4 and int3
     clip      max: the largest value of each group is kept; mse: groups saturate where that lowers the squared error
@@ -28,6 +31,23 @@ class Quantize(QuantizeSettings):
     """
 
     stage: ClassVar[Stage] = Stage.QUANTIZE
+
+    @classmethod
+    def for_stored(cls) -> "Quantize":
+        """Return the technique for a folder with quantized weights, if the user names none."""
+        return cls(format="stored")
+
+    def with_stored(self, stored: Mapping[str, StoredTensor]) -> Technique:
+        """Return the technique that keeps `stored`, by plain name, as it is; of another format this one."""
+        if self.format != "stored":
+            return self
+        if not stored:
+            raise PlanError(
+                "quantize: format is stored, and the model has no weights that its folder holds quantized. Name a "
+                "number format, such as nvfp4; with model.dequantize they are decoded, so leave quantize out",
+                settings=("quantize.format",),
+            )
+        return Stored(weights=stored)
 
     def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
         claims = []
@@ -43,3 +63,35 @@ class Quantize(QuantizeSettings):
         from treering.techniques.quantize.install import install_packed
 
         return install_packed(model, self, site)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Weights that a folder holds quantized, kept bit for bit: what `Quantize(format="stored")` becomes.
+
+    Attributes:
+        weights: by plain name. Those that are not of a linear layer or of experts are decoded instead.
+    """
+
+    stage: ClassVar[Stage] = Stage.QUANTIZE
+    keeps_stored: ClassVar[bool] = True
+    weights: Mapping[str, StoredTensor] = field(repr=False)  # the folder's digest identifies them in a checkpoint
+
+    def matrices(self, anatomy: "Anatomy") -> "tuple[Matrix, ...]":
+        """Return the matrices that are kept."""
+        from treering.anatomy.matrices import matrices
+
+        return tuple(matrix for matrix in matrices(anatomy) if matrix.weight in self.weights)
+
+    def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
+        claims = []
+        remedy = "set model.dequantize to true, which decodes what the folder holds quantized"
+        for matrix in self.matrices(anatomy):
+            claims.append(Claim(fqn=matrix.weight, aspect="storage", remedy=remedy))
+            claims.append(Claim(fqn=matrix.module, aspect="forward", exclusive=False, remedy=remedy))
+        return claims
+
+    def apply(self, model: "nn.Module", site: Site) -> Applied:
+        from treering.techniques.quantize.install import install_stored
+
+        return install_stored(model, self.matrices(site.anatomy), self.weights)

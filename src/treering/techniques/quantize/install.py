@@ -1,5 +1,6 @@
 """Puts packed weights in the place of plain ones."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from treering.core.errors import PlanError
 from treering.core.module_forward import install
 from treering.experts.grouped_forward import grouped
+from treering.formats import Format
 from treering.formats.search import best_clip
-from treering.technique import Applied, LazyTensor, Part, Site
+from treering.technique import Applied, LazyTensor, Part, Site, StoredTensor
 from treering.techniques.quantize.packed import PackedExperts, PackedForward, PackedWeight
 
 if TYPE_CHECKING:
@@ -19,25 +21,54 @@ if TYPE_CHECKING:
 
 
 def install_packed(model: nn.Module, config: "QuantizeSettings", site: Site) -> Applied:
+    """Replace plain weights by ones that are encoded when they are loaded."""
     parts: dict[str, Part] = {}
     bits = elements = 0.0
     for matrix in config.matrices(site.anatomy):
-        module = model.get_submodule(matrix.module)
-        weight = model.get_parameter(matrix.weight)
-        form = config.form(matrix, str(weight.dtype).removeprefix("torch."))
-        packed = PackedWeight(form, (*matrix.lead, matrix.outputs, matrix.inputs), torch.device("meta"), weight.dtype)
-        child = "packed" if matrix.experts is None else f"packed_{matrix.leaf}"
-        delattr(module, matrix.leaf)
-        module.add_module(child, packed)
-        if matrix.experts is None:
-            install(PackedForward(module, packed))
-        else:
-            grouped(module, matrix.module).sources[matrix.leaf] = PackedExperts(packed)
-        parts[matrix.weight] = _part(config, matrix, packed, f"{matrix.module}.{child}", weight.dtype)
+        dtype = model.get_parameter(matrix.weight).dtype
+        form = config.form(matrix, str(dtype).removeprefix("torch."))
+        packed, own = _replace(model, matrix, form, dtype)
+        parts[matrix.weight] = _part(config, matrix, packed, own, dtype)
         bits += form.bits(matrix.outputs, matrix.inputs) * matrix.numel
         elements += matrix.numel
     note = f"{len(parts)} weights in {config.format}, {bits / elements:.2f} bits an element, scales included"
     return Applied(parts=parts, notes=(note,))
+
+
+def install_stored(model: nn.Module, matrices: "tuple[Matrix, ...]", weights: Mapping[str, StoredTensor]) -> Applied:
+    """Replace plain weights by ones whose codes and scales are those of the folder, `weights` by plain name."""
+    parts: dict[str, Part] = {}
+    bits = elements = 0.0
+    kinds: Counter[str] = Counter()
+    for matrix in matrices:
+        dtype, stored = model.get_parameter(matrix.weight).dtype, weights[matrix.weight]
+        packed, own = _replace(model, matrix, stored.form, dtype, stored.rounding)
+        parts[matrix.weight] = _stored_part(matrix, packed, own, dtype)
+        bits += stored.form.bits(matrix.outputs, matrix.inputs) * matrix.numel
+        elements += matrix.numel
+        kinds[stored.form.label] += 1
+    named = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
+    notes = [f"{len(parts)} weights as the folder stores them: {named}; {bits / max(elements, 1):.2f} bits an element"]
+    if others := sorted(weights.keys() - parts.keys() & set(dict(model.named_parameters()))):
+        notes.append(f"{len(others)} others are no linear layers or experts, and are decoded, such as {others[0]}")
+    return Applied(parts=parts, notes=tuple(notes))
+
+
+def _replace(
+    model: nn.Module, matrix: "Matrix", form: Format, dtype: torch.dtype, rounding: torch.dtype | None = None
+) -> tuple[PackedWeight, str]:
+    """Put a packed weight in the place of a plain one. Return it and its live name."""
+    module = model.get_submodule(matrix.module)
+    shape = (*matrix.lead, matrix.outputs, matrix.inputs)
+    packed = PackedWeight(form, shape, torch.device("meta"), dtype, rounding)
+    child = "packed" if matrix.experts is None else f"packed_{matrix.leaf}"
+    delattr(module, matrix.leaf)
+    module.add_module(child, packed)
+    if matrix.experts is None:
+        install(PackedForward(module, packed))
+    else:
+        grouped(module, matrix.module).sources[matrix.leaf] = PackedExperts(packed)
+    return packed, f"{matrix.module}.{child}"
 
 
 def _part(config: "QuantizeSettings", matrix: "Matrix", packed: PackedWeight, own: str, dtype: torch.dtype) -> Part:
@@ -54,21 +85,53 @@ def _part(config: "QuantizeSettings", matrix: "Matrix", packed: PackedWeight, ow
             clip = best_clip(form, W)
         return {f"{own}.{key}": t for key, t in form.encode(W, clip=clip).items()}
 
-    def join(tensors: Mapping[str, Tensor], below: Tensor) -> Tensor:
-        stored = {key: tensors[f"{own}.{key}"] for key in packed.keys}
-        W = form.decode(stored, matrix.inputs, torch.promote_types(dtype, torch.float32))
-        return below + matrix.oriented(W).to(below.device)
-
-    by_rows = all(piece.by_rows for piece in form.pieces(matrix.outputs, matrix.inputs).values())
     return Part(
         names=tuple(f"{own}.{key}" for key in packed.keys),
         split=split,
-        join=join,
+        join=_decoded(matrix, packed, own, dtype),
         keeps_base=False,
         saved=False,
-        independent_rows=bool(matrix.lead) or (by_rows and not matrix.transposed),
+        independent_rows=_independent(matrix, form),
         tolerance=None,  # rounding is what it is for; how much is reported
         cost=float(matrix.numel) * (9 if config.clip == "mse" else 1),
         identity=f"quantize {form.settings()} {config.clip}",
         measured=False,
     )
+
+
+def _stored_part(matrix: "Matrix", packed: PackedWeight, own: str, dtype: torch.dtype) -> Part:
+    def split(
+        weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]:
+        assert weight.stored is not None, f"{matrix.weight} is not stored quantized"
+        return {f"{own}.{key}": weight.stored.tensors[key].read() for key in packed.keys}
+
+    return Part(
+        names=tuple(f"{own}.{key}" for key in packed.keys),
+        split=split,
+        join=_decoded(matrix, packed, own, dtype),
+        reads_weight=False,
+        keeps_base=False,
+        independent_rows=_independent(matrix, packed.form),
+        tolerance=None,
+        identity="stored",
+        measured=False,
+        copies={f"{own}.{key}": key for key in packed.keys},
+    )
+
+
+def _decoded(matrix: "Matrix", packed: PackedWeight, own: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Return the `join` of a packed weight."""
+
+    def join(tensors: Mapping[str, Tensor], below: Tensor) -> Tensor:
+        stored = {key: tensors[f"{own}.{key}"] for key in packed.keys}
+        W = packed.decode(stored, torch.promote_types(dtype, torch.float32))
+        return below + matrix.oriented(W).to(below.device)
+
+    return join
+
+
+def _independent(matrix: "Matrix", form: Format) -> bool:
+    """Return whether rows of the plain weight can be encoded, or kept, without the others."""
+    by_rows = all(piece.by_rows for piece in form.pieces(matrix.outputs, matrix.inputs).values())
+    return bool(matrix.lead) or (by_rows and not matrix.transposed)

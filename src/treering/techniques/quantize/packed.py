@@ -32,11 +32,19 @@ class PackedWeight(nn.Module):
         form: the number format.
         shape: of the weight, outputs before inputs, experts in front.
         plain_dtype: that the weight would have as a plain parameter.
+        rounding: what decoded weights are rounded to before they are cast to the dtype of the product; None: to none.
     """
 
-    def __init__(self, form: Format, shape: tuple[int, ...], device: torch.device, plain_dtype: torch.dtype):
+    def __init__(
+        self,
+        form: Format,
+        shape: tuple[int, ...],
+        device: torch.device,
+        plain_dtype: torch.dtype,
+        rounding: torch.dtype | None = None,
+    ):
         super().__init__()
-        self.form, self.shape, self.plain_dtype = form, shape, plain_dtype
+        self.form, self.shape, self.plain_dtype, self.rounding = form, shape, plain_dtype, rounding
         *stack, rows, columns = shape
         for key, piece in form.pieces(rows, columns).items():
             empty = torch.empty(*stack, *piece.shape, dtype=torch.uint8, device=device)
@@ -49,7 +57,13 @@ class PackedWeight(nn.Module):
     def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         """Return x Q(W)ᵀ; rows of a stack are sorted by expert, and end at `offsets`."""
         tensors = tuple(getattr(self, key) for key in self.keys)
-        return _PackedProduct.apply(x, self.form, self.shape, offsets, self.keys, *tensors)
+        return _PackedProduct.apply(x, self, offsets, self.keys, *tensors)
+
+    def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Return the weight that `tensors` hold, of all experts or of some."""
+        if self.rounding is None:
+            return self.form.decode(tensors, self.shape[-1], dtype)
+        return self.form.decode(tensors, self.shape[-1], self.rounding).to(dtype)
 
 
 class PackedForward(ModuleForward):
@@ -82,18 +96,17 @@ class _PackedProduct(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        form: Format,
-        shape: tuple[int, ...],
+        weight: PackedWeight,
         offsets: Tensor | None,
         keys: tuple[str, ...],
         *tensors: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(offsets, *tensors)
-        ctx.form, ctx.shape, ctx.keys = form, shape, keys
+        ctx.weight, ctx.keys = weight, keys
         packed = dict(zip(keys, tensors, strict=True))
         if offsets is None:
-            return F.linear(x, form.decode(packed, shape[-1], x.dtype))
-        return _by_groups(x, offsets, form, shape, packed, lambda rows, W, ends: rows_by_stack(rows, W.mT, ends))
+            return F.linear(x, weight.decode(packed, x.dtype))
+        return _by_groups(x, offsets, weight, packed, lambda rows, W, ends: rows_by_stack(rows, W.mT, ends))
 
     @staticmethod
     @once_differentiable
@@ -102,17 +115,16 @@ class _PackedProduct(torch.autograd.Function):
         packed = dict(zip(ctx.keys, tensors, strict=True))
         dx = None
         if ctx.needs_input_grad[0] and offsets is None:
-            dx = g @ ctx.form.decode(packed, ctx.shape[-1], g.dtype)
+            dx = g @ ctx.weight.decode(packed, g.dtype)
         elif ctx.needs_input_grad[0]:
-            dx = _by_groups(g.contiguous(), offsets, ctx.form, ctx.shape, packed, rows_by_stack)
-        return dx, *(None for _ in range(4 + len(tensors)))
+            dx = _by_groups(g.contiguous(), offsets, ctx.weight, packed, rows_by_stack)
+        return dx, *(None for _ in range(3 + len(tensors)))
 
 
 def _by_groups(
     x: Tensor,
     offsets: Tensor,
-    form: Format,
-    shape: tuple[int, ...],
+    weight: PackedWeight,
     packed: Mapping[str, Tensor],
     product: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
@@ -120,20 +132,21 @@ def _by_groups(
 
     Rows are sorted by expert, so those of consecutive experts with tokens are consecutive too.
     """
+    shape = weight.shape
     size = max(1, GROUP_BYTES // (shape[-1] * shape[-2] * x.element_size()))
     if isinstance(offsets, FakeTensor) or offsets.is_meta:  # sizes alone are computed: as if one group had all tokens
         group = list(range(min(size, shape[0])))
-        return product(x, form.decode(_some(packed, group), shape[-1], x.dtype), offsets[: len(group)])
+        return product(x, weight.decode(_some(packed, group), x.dtype), offsets[: len(group)])
     ends = offsets.tolist()
     starts = [0, *ends[:-1]]
     hit = [e for e, (start, end) in enumerate(zip(starts, ends, strict=True)) if end > start]
     if not hit:
-        return product(x, form.decode(_some(packed, [0]), shape[-1], x.dtype), offsets[:1])
+        return product(x, weight.decode(_some(packed, [0]), x.dtype), offsets[:1])
     out = []
     for first in range(0, len(hit), size):
         group = hit[first : first + size]
         start = starts[group[0]]
-        W = form.decode(_some(packed, group), shape[-1], x.dtype)
+        W = weight.decode(_some(packed, group), x.dtype)
         inside = torch.tensor([ends[e] - start for e in group], dtype=torch.int32, device=x.device)
         out.append(product(x[start : ends[group[-1]]], W, inside))
     return torch.cat(out) if len(out) > 1 else out[0]

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from treering.anatomy.matrices import Matrix
     from treering.formats import Format
 
-FormatName = Literal["int8", "int4", "int3", "fp8", "fp8_block", "nf4", "mxfp4", "nvfp4"]
+FormatName = Literal["int8", "int4", "int3", "fp8", "fp8_block", "nf4", "mxfp4", "nvfp4", "stored"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,12 @@ class QuantizeSettings:
     clip: Literal["max", "mse"] = "max"
 
     def __post_init__(self) -> None:
+        if self.format == "stored" and (self.targets, self.group, self.clip) != ("all-linear", None, "max"):
+            raise ConfigError(
+                "format is stored, which keeps every weight that the folder holds quantized, as it is; leave targets, "
+                "group and clip out",
+                field="format",
+            )
         if self.targets != "all-linear" and (isinstance(self.targets, str) or not self.targets):
             raise ConfigError(
                 f"targets is {self.targets!r}; write all-linear or a list of patterns such as experts", field="targets"

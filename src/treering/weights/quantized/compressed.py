@@ -11,7 +11,7 @@ from torch import Tensor
 from treering.core.errors import CheckpointError
 from treering.formats import FP8, MXFP4, Format, FP8Block, Integer
 from treering.formats.bits import as_bytes, pack_stream, row_bytes, unpack_stream
-from treering.weights.quantized.weight import DTYPES, QuantizedWeight, Read, Shapes, need, nvfp4_pieces
+from treering.weights.quantized.weight import DTYPES, PieceReader, QuantizedWeight, Read, Shapes, need, nvfp4_pieces
 
 
 def compressed(config: Mapping[str, Any], shapes: Shapes, read: Read, folder: str) -> Iterator[QuantizedWeight]:
@@ -88,13 +88,19 @@ class _CompressedLinear:
         shape = self.shapes[weight][1]
         form = self._eight_bit_form()
 
-        def pieces() -> dict[str, Tensor]:
-            codes = as_bytes(self.read(weight))
-            codes = codes ^ 0x80 if isinstance(form, Integer) else codes  # codes of Integer are biased by 128
-            scales = self.read(scale).reshape(form.groups(*shape)[0], -1)
-            return {"codes": codes, "scales": as_bytes(scales)}
+        bias = 0x80 if isinstance(form, Integer) else 0  # codes of Integer are biased by 128
+        readers: dict[str, PieceReader] = {
+            "codes": lambda rows: as_bytes(self.read(weight, rows)) ^ bias,
+            "scales": lambda rows: self._scales(form.groups(*shape)[0], rows),
+        }
+        return QuantizedWeight(name=weight, shape=shape, form=form, keys=(weight, scale), readers=readers)
 
-        return QuantizedWeight(name=weight, shape=shape, form=form, keys=(weight, scale), pieces=pieces)
+    def _scales(self, number: int, rows: slice) -> Tensor:
+        """Return rows of the scales, of which there are `number`: stored as vector or matrix, or one without rows."""
+        key = self.key("weight_scale")
+        if self.shapes[key][1][:1] == (number,):
+            return as_bytes(self.read(key, rows).reshape(rows.stop - rows.start, -1))
+        return as_bytes(self.read(key).reshape(number, -1))[rows]
 
     def _eight_bit_form(self) -> Format:
         kind, strategy = self.arguments.get("type", "int"), self.arguments.get("strategy")
@@ -119,16 +125,19 @@ class _CompressedLinear:
             raise self._unknown()
         form: Format = MXFP4()
         keys: tuple[str, ...] = (packed, scale)
-        pieces = lambda: {"codes": self.read(packed), "scales": as_bytes(self.read(scale))}  # noqa: E731
+        readers: dict[str, PieceReader] = {
+            "codes": lambda rows: self.read(packed, rows),
+            "scales": lambda rows: as_bytes(self.read(scale, rows)),
+        }
         if self.shapes[scale][0] == "F8_E4M3":
             names = ("weight_packed", "weight_global_scale")
-            form, keys, pieces = nvfp4_pieces(self.name, *names, "divide", self.shapes, self.read, self.folder)
+            form, keys, readers = nvfp4_pieces(self.name, *names, "divide", self.shapes, self.read, self.folder)
         return QuantizedWeight(
             name=self.key("weight"),
             shape=(rows, 2 * words),
             form=form,
             keys=keys,
-            pieces=pieces,
+            readers=readers,
             rounding=torch.bfloat16,  # the library decodes 4-bit floats to it, whatever the model's dtype
         )
 
@@ -153,20 +162,22 @@ class _CompressedLinear:
             )
         form = Integer(width=width, group=self.group, scale_dtype=self.scale_dtype, asymmetric=asymmetric)  # type: ignore[arg-type]
 
-        def pieces() -> dict[str, Tensor]:
-            codes = self.read(packed)
-            codes = as_bytes(codes) if words == stream else pack_stream(_by_words(codes, width, columns), width)
-            scales = self.read(scale).reshape(form.groups(rows, columns)[0], -1)
-            tensors = {"codes": codes, "scales": as_bytes(scales)}
-            if asymmetric:
-                # Packed along the rows, unlike the codes.
-                unpack = _by_stream if words == stream else _by_words
-                biased = unpack(self.read(zeros).mT.contiguous(), width, len(scales)).mT
-                tensors["zeros"] = as_bytes((biased.to(torch.int16) - (1 << width - 1)).to(torch.int8))
-            return tensors
+        number = form.groups(rows, columns)[0]
 
+        def codes(cut: slice) -> Tensor:
+            stored = self.read(packed, cut)
+            return as_bytes(stored) if words == stream else pack_stream(_by_words(stored, width, columns), width)
+
+        def zero_points(cut: slice) -> Tensor:
+            # Packed along the rows, unlike the codes.
+            unpack = _by_stream if words == stream else _by_words
+            biased = unpack(self.read(zeros).mT.contiguous(), width, number).mT[cut]
+            return as_bytes((biased.to(torch.int16) - (1 << width - 1)).to(torch.int8))
+
+        readers: dict[str, PieceReader] = {"codes": codes, "scales": lambda cut: self._scales(number, cut)}
+        readers |= {"zeros": zero_points} if asymmetric else {}
         keys = (packed, scale, shape, zeros) if asymmetric else (packed, scale, shape)
-        return QuantizedWeight(name=self.key("weight"), shape=(rows, columns), form=form, keys=keys, pieces=pieces)
+        return QuantizedWeight(name=self.key("weight"), shape=(rows, columns), form=form, keys=keys, readers=readers)
 
     def _unknown(self) -> CheckpointError:
         asked = ("type", "num_bits", "strategy", "symmetric")
@@ -179,7 +190,7 @@ class _CompressedLinear:
 
 def _by_words(words: Tensor, width: int, columns: int) -> Tensor:
     """Return unsigned codes of which each 32-bit word holds 32 // width, the first in its lowest bits."""
-    shifts = torch.arange(32 // width, dtype=torch.int32) * width
+    shifts = torch.arange(32 // width, dtype=torch.int32, device=words.device) * width
     codes = (words[..., None] >> shifts) & ((1 << width) - 1)
     return codes.flatten(-2)[..., :columns].to(torch.uint8)
 

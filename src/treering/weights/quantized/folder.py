@@ -4,13 +4,16 @@ Codes and scales are taken as they are: nothing is decoded and encoded again. tr
 some of these folders as other weights without an error.
 """
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from treering.core.errors import CheckpointError
-from treering.formats import Integer
 from treering.weights.quantized.compressed import compressed
 from treering.weights.quantized.modelopt import modelopt
 from treering.weights.quantized.published import bitsandbytes, deepseek, gpt_oss
@@ -19,11 +22,43 @@ from treering.weights.quantized.weight import QuantizedWeight, Read, Shapes
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedFolder:
-    """The quantized weights of a folder by name, the tensors that describe activations only, and notes for users."""
+    """The quantized weights of a folder.
+
+    Attributes:
+        weights: by name.
+        ignored: the stored tensors that describe activations only.
+        activations: whether the folder's config asks for quantized activations.
+    """
 
     weights: Mapping[str, QuantizedWeight]
     ignored: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    activations: bool = False
+
+    def notes(self, decoded: torch.dtype | None = None) -> tuple[str, ...]:
+        """Return messages for the user.
+
+        Args:
+            decoded: the dtype to which all weights are decoded; None: they stay as they are stored.
+        """
+        kinds = count(weight.form.label for weight in self.weights.values())
+        notes = [f"{len(self.weights)} weights stay as the folder stores them: {kinds}"]
+        if decoded is not None:
+            elements = sum(math.prod(weight.shape) for weight in self.weights.values())
+            bits = sum(w.form.bits(*w.shape[-2:]) * math.prod(w.shape) for w in self.weights.values())
+            kind = str(decoded).removeprefix("torch.")
+            notes = [
+                f"{len(self.weights)} quantized weights ({kinds}) are decoded to {kind}: "
+                f"{elements * decoded.itemsize / 2**20:,.1f} MiB, and {bits / 8 / 2**20:,.1f} MiB as they are stored"
+            ]
+        if self.ignored:
+            notes.append(
+                f"{len(self.ignored)} tensors of the folder are ignored: "
+                f"{count(key.rpartition('.')[2] for key in self.ignored)}; they scale quantized activations, and "
+                "activations are not quantized here"
+            )
+        elif self.activations:
+            notes.append("the folder also describes quantized activations, which are not quantized here")
+        return tuple(notes)
 
 
 REFUSED = {
@@ -62,7 +97,7 @@ def read_quantized(config: Mapping[str, Any], shapes: Shapes, read: Read, folder
         why = REFUSED.get(method, "this way of quantizing")
         raise CheckpointError(
             f"{folder}: quant_method is {method or 'not given'!r}, and {why} cannot be read here. What can: "
-            f"{', '.join(readers)}. Take the unquantized model and quantize it: treering quantize MODEL --format nvfp4"
+            f"{', '.join(readers)}. Take the unquantized model and let techniques.quantize quantize it"
         )
     weights = {w.name: w for w in readers[method](config, shapes, read, folder)}
     if not weights:
@@ -71,18 +106,12 @@ def read_quantized(config: Mapping[str, Any], shapes: Shapes, read: Read, folder
             "is incomplete, or its config.json belongs to another one"
         )
     ignored = tuple(key for key in shapes if ACTIVATIONS.fullmatch(key))
-    notes: tuple[str, ...] = (f"{len(weights)} weights stay as the folder stores them: {_kinds(weights.values())}",)
-    if ignored or _quantizes_activations(config):
-        notes += ("the folder also describes quantized activations, which are not quantized here",)
-    return QuantizedFolder(weights=weights, ignored=ignored, notes=notes)
+    return QuantizedFolder(weights=weights, ignored=ignored, activations=_quantizes_activations(config))
 
 
-def _kinds(weights: Iterable[QuantizedWeight]) -> str:
-    counts: dict[str, int] = {}
-    for weight in weights:
-        name = f"int{weight.form.width}" if isinstance(weight.form, Integer) else weight.form.name
-        counts[name] = counts.get(name, 0) + 1
-    return ", ".join(f"{name} ({count})" for name, count in counts.items())
+def count(names: Iterable[str]) -> str:
+    """Return how often each name occurs, as text: `nvfp4 (12), fp8 (2)`."""
+    return ", ".join(f"{name} ({number})" for name, number in Counter(names).items())
 
 
 def _quantizes_activations(config: Mapping[str, Any]) -> bool:

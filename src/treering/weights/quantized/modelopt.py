@@ -9,7 +9,7 @@ from torch import Tensor
 from treering.core.errors import CheckpointError
 from treering.formats import FP8, Integer
 from treering.formats.bits import as_bytes, pack_stream
-from treering.weights.quantized.weight import DTYPES, QuantizedWeight, Read, Shapes, need, nvfp4_pieces
+from treering.weights.quantized.weight import DTYPES, PieceReader, QuantizedWeight, Read, Shapes, need, nvfp4_pieces
 
 
 def modelopt(config: Mapping[str, Any], shapes: Shapes, read: Read, folder: str) -> Iterator[QuantizedWeight]:
@@ -21,6 +21,7 @@ def modelopt(config: Mapping[str, Any], shapes: Shapes, read: Read, folder: str)
             f"{folder}: {scaled} scales the inputs of a quantized weight (AWQ, SmoothQuant, SVDQuant), which is not "
             "done here. Take a folder without it, or the unquantized model"
         )
+    readers: dict[str, PieceReader]
     for key, (dtype, shape) in shapes.items():
         module, _, leaf = key.rpartition(".")
         scale = f"{module}.weight_scale"
@@ -29,18 +30,23 @@ def modelopt(config: Mapping[str, Any], shapes: Shapes, read: Read, folder: str)
         need(shapes, scale, key, folder)
         kind, scale_shape = shapes[scale]
         if dtype == "U8" and kind == "F8_E4M3":
-            form, keys, pieces = nvfp4_pieces(module, "weight", "weight_scale_2", "multiply", shapes, read, folder)
-            yield QuantizedWeight(name=key, shape=(shape[0], 2 * shape[1]), form=form, keys=keys, pieces=pieces)
+            form, keys, readers = nvfp4_pieces(module, "weight", "weight_scale_2", "multiply", shapes, read, folder)
+            yield QuantizedWeight(name=key, shape=(shape[0], 2 * shape[1]), form=form, keys=keys, readers=readers)
         elif dtype == "U8" and kind in ("F32", "BF16", "F16") and len(scale_shape) == 2:
             rows, columns = 2 * shape[0], shape[1]
             form = Integer(width=4, group=columns // scale_shape[1], scale_dtype=DTYPES[kind])
 
-            def int4(key: str = key, scale: str = scale) -> dict[str, Tensor]:
-                packed = read(key)  # rows in pairs, the even one in the low half, two's complement
-                codes = torch.stack((packed & 15, packed >> 4), 1).flatten(0, 1) ^ 8
-                return {"codes": pack_stream(codes, 4), "scales": as_bytes(read(scale))}
+            def int4(rows: slice, key: str = key) -> Tensor:
+                first = rows.start // 2
+                packed = read(key, slice(first, -(-rows.stop // 2)))  # rows in pairs, the even one in the low half
+                codes = torch.stack((packed & 15, packed >> 4), 1).flatten(0, 1) ^ 8  # were two's complement
+                return pack_stream(codes[rows.start - 2 * first : rows.stop - 2 * first], 4)
 
-            yield QuantizedWeight(name=key, shape=(rows, columns), form=form, keys=(key, scale), pieces=int4)
+            def group_scales(rows: slice, scale: str = scale) -> Tensor:
+                return as_bytes(read(scale, rows))
+
+            readers = {"codes": int4, "scales": group_scales}
+            yield QuantizedWeight(name=key, shape=(rows, columns), form=form, keys=(key, scale), readers=readers)
         elif dtype in ("F8_E4M3", "I8") and kind in ("F32", "BF16", "F16") and len(scale_shape) <= 1:
             channel = scale_shape == (shape[0],) and shape[0] > 1
             form = (
@@ -49,11 +55,14 @@ def modelopt(config: Mapping[str, Any], shapes: Shapes, read: Read, folder: str)
                 else Integer(width=8, group=0 if channel else -1, scale_dtype=DTYPES[kind])
             )
 
-            def eight(key: str = key, scale: str = scale, integer: bool = dtype == "I8") -> dict[str, Tensor]:
-                codes = as_bytes(read(key))
-                return {"codes": codes ^ 0x80 if integer else codes, "scales": as_bytes(read(scale).reshape(-1, 1))}
+            def eight(rows: slice, key: str = key, bias: int = 0x80 if dtype == "I8" else 0) -> Tensor:
+                return as_bytes(read(key, rows)) ^ bias
 
-            yield QuantizedWeight(name=key, shape=shape, form=form, keys=(key, scale), pieces=eight)
+            def row_scales(rows: slice, scale: str = scale) -> Tensor:
+                return as_bytes(read(scale).reshape(-1, 1))[rows]
+
+            readers = {"codes": eight, "scales": row_scales}
+            yield QuantizedWeight(name=key, shape=shape, form=form, keys=(key, scale), readers=readers)
         else:
             raise CheckpointError(
                 f"{folder}: {key} ({dtype}) with scales {kind} {list(scale_shape)} is no format of modelopt that is "

@@ -12,7 +12,7 @@ from treering.formats import MXFP4, NF4, FP8Block
 from treering.formats.bits import as_bytes
 from treering.formats.nf4 import TABLE, nested_map
 from treering.store.untrusted.files import parse_json
-from treering.weights.quantized.weight import QuantizedWeight, Read, Shapes, need
+from treering.weights.quantized.weight import PieceReader, QuantizedWeight, Read, Shapes, need
 
 
 def gpt_oss(config: Mapping[str, Any], shapes: Shapes, read: Read, folder: str) -> Iterator[QuantizedWeight]:
@@ -26,15 +26,16 @@ def gpt_oss(config: Mapping[str, Any], shapes: Shapes, read: Read, folder: str) 
         if len(shape) != 4 or shape[-1] != 16:
             raise CheckpointError(f"{folder}: {key} has shape {list(shape)}; [experts, rows, groups, 16] is expected")
 
-        def pieces(key: str = key, scales: str = scales) -> dict[str, Tensor]:
-            return {"codes": read(key).flatten(-2).contiguous(), "scales": read(scales)}
-
+        readers: dict[str, PieceReader] = {
+            "codes": lambda rows, key=key: read(key, rows).flatten(-2),  # type: ignore[misc]
+            "scales": lambda rows, scales=scales: read(scales, rows),  # type: ignore[misc]
+        }
         yield QuantizedWeight(
             name=name,
             shape=(shape[0], shape[1], 32 * shape[2]),
             form=MXFP4(),
             keys=(key, scales),
-            pieces=pieces,
+            readers=readers,
             transposed=True,
             rounding=torch.bfloat16,
         )
@@ -54,13 +55,17 @@ def deepseek(config: Mapping[str, Any], shapes: Shapes, read: Read, folder: str)
         scales = f"{key}_scale_inv"
         need(shapes, scales, key, folder)
 
-        def pieces(key: str = key, scales: str = scales) -> dict[str, Tensor]:
-            stored = read(scales)
+        def block_scales(rows: slice, scales: str = scales) -> Tensor:
+            stored = read(scales, rows)
             if stored.dtype == torch.uint8:  # powers of two (scale_fmt: ue8m0)
                 stored = stored.view(torch.float8_e8m0fnu)
-            return {"codes": as_bytes(read(key)), "scales": as_bytes(stored.float())}
+            return as_bytes(stored.float())
 
-        yield QuantizedWeight(name=key, shape=shape, form=FP8Block(block=size[0]), keys=(key, scales), pieces=pieces)
+        readers: dict[str, PieceReader] = {
+            "codes": lambda rows, key=key: as_bytes(read(key, rows)),  # type: ignore[misc]
+            "scales": block_scales,
+        }
+        yield QuantizedWeight(name=key, shape=shape, form=FP8Block(block=size[0]), keys=(key, scales), readers=readers)
 
 
 def bitsandbytes(config: Mapping[str, Any], shapes: Shapes, read: Read, folder: str) -> Iterator[QuantizedWeight]:
@@ -86,22 +91,41 @@ def bitsandbytes(config: Mapping[str, Any], shapes: Shapes, read: Read, folder: 
             raise CheckpointError(f"{folder}: {key} describes shape {shape} and nested blocks that are not read here")
         if reason := form.refusal(*shape):
             raise CheckpointError(f"{folder}: {name}: {reason}, so its blocks cross rows; take the dense model")
-        keys = [name, key] + [k for k in shapes if k.startswith(f"{name}.") and k != key]
+        keys = (name, key, *(k for k in shapes if k.startswith(f"{name}.") and k != key))
         tables = [(f"{name}.quant_map", TABLE)] + ([(f"{name}.nested_quant_map", nested_map())] if nested else [])
         for table, values in tables:
             need(shapes, table, name, folder)
             if not torch.equal(read(table).float(), torch.tensor(values)):
                 raise CheckpointError(f"{folder}: {table} is another table than bitsandbytes ships")
 
-        def pieces(name: str = name, state: Any = state, shape: Any = shape, form: NF4 = form) -> dict[str, Tensor]:
-            codes = as_bytes(read(name)).flatten().reshape(shape[0], shape[1] // 2)
-            absmax = read(f"{name}.absmax").reshape(shape[0], -1)
-            if not form.nested:
-                return {"codes": codes, "scales": as_bytes(absmax)}
-            offset = torch.tensor([[float(state["nested_offset"])]], dtype=torch.float32)
-            nested = as_bytes(read(f"{name}.nested_absmax").float()[:, None])
-            return {"codes": codes, "scales": absmax, "nested": nested, "offset": as_bytes(offset)}
-
         dtype = str(state.get("dtype", "float32"))
         rounding = getattr(torch, dtype) if dtype in ("float32", "bfloat16", "float16") else torch.float32
-        yield QuantizedWeight(name=name, shape=shape, form=form, keys=tuple(keys), pieces=pieces, rounding=rounding)
+        readers = _nf4_pieces(name, shape, form, state, shapes, read)
+        yield QuantizedWeight(name=name, shape=shape, form=form, keys=keys, readers=readers, rounding=rounding)
+
+
+def _nf4_pieces(
+    name: str, shape: tuple[int, ...], form: NF4, state: Mapping[str, Any], shapes: Shapes, read: Read
+) -> dict[str, PieceReader]:
+    """Return the readers of a matrix whose codes and scales are stored as vectors of the flattened matrix."""
+    blocks = shape[1] // form.block
+    # Codes are bytes in tensors of any dtype; a row may begin within an element of it.
+    size = 2 if shapes[name][0] in ("BF16", "F16") else 4 if shapes[name][0] == "F32" else 1
+
+    def codes(rows: slice) -> Tensor:
+        each, rest = divmod(shape[1] // 2, size)
+        if rest:
+            return as_bytes(read(name)).flatten().reshape(-1, shape[1] // 2)[rows]
+        stored = read(name, slice(rows.start * each, rows.stop * each))
+        return as_bytes(stored.flatten()).reshape(-1, shape[1] // 2)
+
+    def scales(rows: slice) -> Tensor:
+        absmax = read(f"{name}.absmax", slice(rows.start * blocks, rows.stop * blocks)).reshape(-1, blocks)
+        return absmax if form.nested else as_bytes(absmax)
+
+    readers: dict[str, PieceReader] = {"codes": codes, "scales": scales}
+    if form.nested:
+        offset = torch.tensor([[float(state["nested_offset"])]], dtype=torch.float32)
+        readers["nested"] = lambda rows: as_bytes(read(f"{name}.nested_absmax", rows).float()[:, None])
+        readers["offset"] = lambda rows: as_bytes(offset)[rows]
+    return readers
