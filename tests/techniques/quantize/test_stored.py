@@ -355,6 +355,7 @@ REFUSALS = {
     ),
     "osft": ([tr.OSFT(protect="weights")], r"osft needs the plain weight of .*or set model\.dequantize to true"),
     "pissa": ([tr.LoRA(rank=2, init="pissa")], r"lora needs the plain weight of .*or set model\.dequantize to true"),
+    "residual": ([tr.LoRA(rank=2, init="residual")], r"is stored quantized in the model's folder.*kaiming_zeros"),
     "nothing learns": ([], "nothing would be trained"),
 }
 
