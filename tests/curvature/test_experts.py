@@ -101,6 +101,22 @@ def test_packed_documents_count_like_rows():
         assert together[weight]["tokens"].tolist() == apart[weight]["tokens"].tolist()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_experts_that_are_stored_as_codes_are_measured_as_the_decoded_ones(name):
+    quantize = tr.Quantize(format="int8")
+    run = tr.compose(build(name), [quantize], frozen=True)
+    plain = build(name)
+    with torch.no_grad():
+        decoded = dict(run.plain())
+        for weight, parameter in plain.named_parameters():
+            parameter.copy_(decoded[weight])
+    wanted = tr.measure(plain, [rows(documents())])
+    found = tr.measure(run, [rows(documents())])
+    for weight, one in wanted.items():
+        assert_same(found[weight]["inputs"], one["inputs"], 5e-6, weight)
+        assert found[weight]["tokens"].tolist() == one["tokens"].tolist()
+
+
 def test_experts_that_are_computed_another_way_are_refused():
     model = build("mixtral")
     anatomy = examine(model)

@@ -6,7 +6,7 @@ times 6e-8, far below the 1e-2 by which any 30,000 tokens miss the mean of their
 the memory, most of which a measurement needs for its sums. Of a float64 model everything is float64.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,12 @@ from torch import Tensor, nn
 
 from treering.anatomy.matrices import of_experts
 from treering.core.errors import PlanError
+from treering.core.module_forward import installed
 from treering.curvature.observer import Observer
+from treering.experts.grouped_forward import GroupedForward, grouped, release, unsupported
+from treering.experts.routing import Routing
 from treering.experts.stacked_forward import ExpertProduct, watch_products
+from treering.technique import recompute_state
 
 if TYPE_CHECKING:
     from treering.anatomy import Anatomy, Experts
@@ -83,15 +87,45 @@ class _LinearHook:
 
 
 def _observe_experts(observer: Observer, model: nn.Module, experts: "Experts") -> Callable[[], None]:
+    """Observe the products of stacked experts: in the grouped forward, whatever their weights are stored in; or, of a
+    class that it does not know, in the class's own forward, which reads plain parameters."""
     module: Any = model.get_submodule(experts.fqn)
     stacks = of_experts(observer.anatomy, experts)
+    present, plain = installed(module), all(stack.leaf in module._parameters for stack in stacks)
+    if isinstance(present, GroupedForward) or (plain and present is None and not unsupported(module)):
+        forward = grouped(module, experts.fqn)
+        rows = _GroupedInputs(observer, {stack.leaf: stack.weight for stack in stacks})
+        forward.observers.append(rows)
+        return release(forward, observer=rows)
     for stack in stacks:
-        if stack.leaf not in module._parameters:
+        if not plain:
             raise PlanError(
                 f"{stack.weight} is no longer a plain parameter, so its experts' inputs cannot be measured; "
                 "measure the exported model instead: treering measure DIR --data FILE --to DIR/statistics"
             )
     return watch_products(module, stacks, _ExpertInputs(observer, experts.fqn))
+
+
+@dataclass(frozen=True, eq=False)
+class _GroupedInputs:
+    """Adds the rows of grouped products to the sums of the observer, expert by expert. `weights`: by stack."""
+
+    observer: Observer
+    weights: Mapping[str, str]
+
+    def see(self, stack: str, x_SM: Tensor, y_SN: Tensor, routing: Routing) -> None:
+        weight, observer = self.weights[stack], self.observer
+        if recompute_state() != "forward" or weight not in observer.weights or not observer.owns(weight, x_SM):
+            return
+        rows, ends = x_SM.detach(), routing.offsets
+        if observer.real is not None:
+            observer.refuse_unless(len(rows) == len(observer.real) * routing.choices, weight)
+            real = observer.real[routing.tokens]
+            rows, ends = rows[real], torch.cumsum(torch.bincount(routing.experts[real], minlength=len(ends)), 0)
+        start = 0
+        for expert, end in enumerate(ends.tolist()):
+            observer.add(weight, rows[start:end], expert)
+            start = end
 
 
 @dataclass(frozen=True)

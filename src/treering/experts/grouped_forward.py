@@ -135,9 +135,11 @@ def grouped(module: nn.Module, name: str) -> GroupedForward:
     return current
 
 
-def release(forward: GroupedForward, addition: Addition | None = None) -> Callable[[], None]:
-    """Return what gives back one `grouped`, with the `addition` that it was for; the last one restores the module's
-    own forward."""
+def release(
+    forward: GroupedForward, addition: Addition | None = None, observer: "ProductObserver | None" = None
+) -> Callable[[], None]:
+    """Return what gives back one `grouped`, with the addition or the observer that it was for; the last one restores
+    the module's own forward."""
     done = False
 
     def undo() -> None:
@@ -148,6 +150,8 @@ def release(forward: GroupedForward, addition: Addition | None = None) -> Callab
         for additions in forward.addends.values():
             if addition in additions:
                 additions.remove(addition)
+        if observer in forward.observers:
+            forward.observers.remove(observer)
         forward.users -= 1
         if not forward.users:
             del forward.module.__dict__["forward"]
