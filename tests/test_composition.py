@@ -100,13 +100,13 @@ TABLE: dict[tuple[str, ...], tuple[str, str]] = {
     ("full", "recompute", "shard", "compile"): (EQUAL, EQUAL),
     **{(name, "shard", "compile"): (EQUAL, EQUAL) for name in ADAPTING},
 }
-# Where a model differs. Weights of experts are made of factors, or of codes, in the forward that tiles would replace.
+# Where a model differs. Weights of experts are made of factors in the forward that tiles would replace.
 DIFFERENT: dict[str, dict[tuple[str, ...], tuple[str, str]]] = {
     "llama": {},
     "qwen3_moe": {
         names: (REPLACED, REPLACED)
         for names in TABLE
-        if {*FACTORED, "quantize"} & set(names) and {"tiledmlp", "tiledblock"} & set(names)
+        if {*FACTORED} & set(names) and {"tiledmlp", "tiledblock"} & set(names)
     },
 }
 

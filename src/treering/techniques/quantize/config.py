@@ -54,7 +54,8 @@ class Quantize(QuantizeSettings):
         for matrix in self.matrices(anatomy):
             self.form(matrix, "float32")
             claims.append(Claim(fqn=matrix.weight, aspect="storage", setting="quantize.targets"))
-            claims.append(Claim(fqn=matrix.module, aspect="forward", exclusive=False, setting="quantize.targets"))
+            if not matrix.lead:  # experts keep their grouped forward, around which tiles may be
+                claims.append(Claim(fqn=matrix.module, aspect="forward", exclusive=False, setting="quantize.targets"))
         if not claims:
             raise PlanError(f"quantize: this {anatomy.model_type} model has no linear that is a target")
         return claims
@@ -88,7 +89,8 @@ class Stored:
         remedy = "set model.dequantize to true, which decodes what the folder holds quantized"
         for matrix in self.matrices(anatomy):
             claims.append(Claim(fqn=matrix.weight, aspect="storage", remedy=remedy))
-            claims.append(Claim(fqn=matrix.module, aspect="forward", exclusive=False, remedy=remedy))
+            if not matrix.lead:
+                claims.append(Claim(fqn=matrix.module, aspect="forward", exclusive=False, remedy=remedy))
         return claims
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from treering.anatomy.matrices import of_experts
 from treering.core import module_forward
 from treering.core.errors import PlanError
 from treering.technique import Applied, Site
@@ -100,7 +101,7 @@ def tile_experts(
     router has seen all tokens before, so a loss on its output keeps its gradient."""
     module: Any = model.get_submodule(experts.fqn)
     hidden = model.config.hidden_size  # type: ignore[union-attr]
-    rows = sum(p.shape[1] if p.shape[2] == hidden else p.shape[2] for n, p in _stacked(model, experts))
+    rows = sum(m.outputs if m.inputs == hidden else m.inputs for m in of_experts(anatomy, experts))
     if config.experts == "groups":
         groups.check_groups(module, experts, setting)
     return module_forward.install(_TiledExperts(module, config, experts, rows, setting))
@@ -131,10 +132,6 @@ class _TiledExperts(module_forward.ModuleForward):
         if config.experts == "groups":
             return groups.call(self.module, experts, region, fn, tokens, dims, size, wide)
         return region(fn, *tokens, size=size, dims=dims, wide=wide)
-
-
-def _stacked(model: nn.Module, experts: "Experts") -> list[tuple[str, Tensor]]:
-    return [(name, model.get_parameter(name)) for name in experts.stacked]
 
 
 def _of_tokens(
