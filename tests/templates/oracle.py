@@ -6,13 +6,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from treering.core.errors import DataError
 from treering.data.chat.conversation import forms
 from treering.data.chat.mask import Chat
 from treering.data.chat.messages import check_messages
-from treering.data.chat.template import Template
+from treering.data.chat.template import Template, _aliased
 from treering.data.config import Data
 from treering.data.encode import Encoded, Encoder
 from treering.data.encoding_recipe import recipe
@@ -20,6 +21,9 @@ from treering.data.formats import Sample
 from treering.data.sources.records import SampleError
 
 from .conversations import Maker
+
+# Before 5.17 or so, transformers gave a template thoughts under the one name that they had.
+READS_THOUGHTS = hasattr(chat_template_utils, "_REASONING_FIELDS")
 
 
 class Difference(AssertionError):
@@ -75,6 +79,7 @@ class Oracle:
     def _rendered(self, messages: Sequence[dict[str, Any]], tools: Any) -> list[str]:
         """What transformers makes of the conversation, in each form that tool calls may have."""
         texts = []
+        messages = list(messages) if READS_THOUGHTS else _aliased(messages)
         for form in forms(list(messages)):
             try:
                 # Not `apply_chat_template`, which takes out what is null before the template can test for it.

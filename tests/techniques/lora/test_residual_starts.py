@@ -7,6 +7,7 @@ import treering as tr
 from tests.experts.families import family
 from tests.ranks import on_ranks
 from tests.same import assert_same
+from tests.skips import sharded_codes
 from tests.toy import rows
 from tests.zoo import build
 from treering.core.errors import PlanError
@@ -88,6 +89,7 @@ def on_two(arch, folder):
     return {name: gather(p) for name, p in run.trainable()}
 
 
+@sharded_codes
 @pytest.mark.parametrize("arch", ["llama", "qwen3_moe"])
 def test_ranks_start_where_one_process_starts(arch, tmp_path):
     wanted = {name: p.detach() for name, p in started(arch, "residual").trainable()}

@@ -7,6 +7,7 @@ import treering as tr
 from tests.experts.families import FAMILIES, family
 from tests.ranks import on_ranks
 from tests.same import assert_all_same, assert_same
+from tests.skips import sharded_codes
 from tests.toy import gradients, rows, train, weights
 from tests.zoo import build, save
 from treering import formats
@@ -86,6 +87,7 @@ def on_mesh(arch, settings, shard, folder):
     return weights(run), before
 
 
+@sharded_codes
 @pytest.mark.parametrize("arch", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_train_like_one_process(world, arch, tmp_path):
@@ -98,6 +100,7 @@ def test_ranks_train_like_one_process(world, arch, tmp_path):
         assert {name: t.tolist() for name, t in stored.items()} == {name: t.tolist() for name, t in codes.items()}
 
 
+@sharded_codes
 def test_mixed_precision_rounds_neither_codes_nor_scales(tmp_path):
     for _, stored in on_ranks(2, on_mesh, "llama", FORMATS["nvfp4"], {"compute": "bfloat16"}, tmp_path):
         assert {name.rpartition(".")[2] for name in stored} == {"codes", "scales", "global"}
@@ -193,6 +196,7 @@ def test_settings_that_mean_nothing_are_refused():
             tr.Quantize(**settings)
 
 
+@sharded_codes
 def test_memory_of_quantized_experts_is_planned_from_shapes(tmp_path, capsys):
     save("qwen3_moe", tmp_path / "model")
     (tmp_path / "run.yaml").write_text(

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import treering as tr
 from tests.ranks import on_ranks
 from tests.same import assert_all_same, assert_same
+from tests.skips import sharded_codes
 from tests.toy import rows, train, weights
 from tests.toy_run import folder as toy_folder
 from tests.toy_run import job
@@ -139,6 +140,7 @@ def on_mesh(paths, compute="stored", more=()):
     return every
 
 
+@sharded_codes
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_hold_the_same_codes_and_train_like_one_process(world, tmp_path):
     """No folder for prepared results is needed: each rank reads its own rows of codes."""
@@ -156,6 +158,7 @@ def test_ranks_hold_the_same_codes_and_train_like_one_process(world, tmp_path):
             assert_all_same(trained, weights(run), 2e-6)
 
 
+@sharded_codes
 def test_mixed_precision_and_recomputing_leave_the_codes_as_they_are(tmp_path):
     names = ("nvfp4", "fp8 block", "bitsandbytes")
     paths = [published("llama", tmp_path / name, WRITERS[name]) for name in names]
@@ -174,6 +177,7 @@ def projected(path, prepared):
     return weights(run)
 
 
+@sharded_codes
 def test_ranks_share_projectors_of_stored_weights_and_no_codes(tmp_path):
     folder = published("llama", tmp_path / "m", WRITERS["nvfp4"])
     run = tr.compose(folder, [PROJECTED])
@@ -188,6 +192,7 @@ def decoded_reads(path):
     return reads(path, dequantize=True)
 
 
+@sharded_codes
 @pytest.mark.parametrize("writer", ["nvfp4", "fp8 block", "fp8 tensor", "w4a16 asymmetric", "modelopt w4a16"])
 def test_a_rank_decodes_its_own_rows(writer, tmp_path):
     folder = published("llama", tmp_path / "m", WRITERS[writer])
@@ -213,6 +218,7 @@ def reads(path, **how):
     return counted
 
 
+@sharded_codes
 def test_a_rank_reads_its_own_experts_and_its_own_rows(tmp_path):
     folder = published("qwen3_moe", tmp_path / "m", WRITERS["nvfp4"])
     for rank, counted in enumerate(on_ranks(2, reads, folder)):
@@ -256,6 +262,7 @@ def resumed(root, first):
     return {name: tensor.read() for name, tensor in newest.tensors.items() if "/" not in name}
 
 
+@sharded_codes
 def test_a_run_on_two_ranks_resumes_on_three(tmp_path):
     quantized_job(tmp_path)  # writes the folder once
     on_ranks(2, resumed, tmp_path, True)
@@ -284,6 +291,7 @@ def planned(folder, capsys, more="", quantize=""):
     return status, shown.out + shown.err
 
 
+@sharded_codes
 def test_plan_counts_what_is_stored(tmp_path, capsys):
     folder = published("qwen3_moe", tmp_path / "m", WRITERS["modelopt nvfp4"])
     status, shown = planned(folder, capsys)
@@ -436,6 +444,7 @@ def on_each(folder):
     return True
 
 
+@sharded_codes
 def test_damage_that_one_rank_reads_is_raised_on_all(tmp_path):
     folder = published("qwen3_moe", tmp_path / "m", WRITERS["nvfp4"])
     damaged(folder, "model.layers.1.mlp.experts.3.up_proj.weight_scale", lambda t: torch.full_like(t, torch.nan))

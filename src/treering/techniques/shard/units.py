@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from treering.anatomy import Anatomy
     from treering.techniques.shard.settings import ShardSettings
 
+# Before 2.12 FSDP asked for gradients of every parameter, and torch has none for integers.
+SHARDS_CODES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
+
 
 def plan_units(anatomy: "Anatomy") -> list[tuple[str, ...]]:
     """Return module names, a tuple per unit, in the order of wrapping; the root, "", last.
@@ -40,6 +43,12 @@ def plan_units(anatomy: "Anatomy") -> list[tuple[str, ...]]:
 def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[tuple[str, ...], ShardTraffic]:
     """Wrap `model` in place. Return the lines for explain(), and what the units send."""
     assert site.mesh is not None
+    if not SHARDS_CODES and not all(p.is_floating_point() for p in model.parameters()):
+        raise PlanError(
+            f"shard: torch {torch.__version__} cannot shard the codes of packed weights, and 2.12 and newer can; "
+            "install one of these, or leave quantize or shard out",
+            settings=("techniques.quantize", "techniques.shard"),
+        )
     mesh = parameter_mesh(site.mesh)
     offload: OffloadPolicy = OffloadPolicy()
     if config.offload == "cpu":
