@@ -21,7 +21,7 @@ def e2m1_table(device: torch.device) -> Tensor:
 
 def e2m1_codes(x: Tensor) -> Tensor:
     """Return the nearest codes as uint8: ties to the even code, larger values saturate, −0.0 keeps its sign."""
-    size = x.abs().float()
+    size = x.abs().float().contiguous()  # torch would copy it, with a warning
     code = torch.bucketize(size, constant(_MIDDLES, x.device))
     for tie in _TIES_UP:
         code += size == tie

@@ -40,7 +40,7 @@ def nested_map() -> tuple[float, ...]:
 def nearest(x: Tensor, values: tuple[float, ...]) -> Tensor:
     """Return as uint8 the index of the nearest of the sorted `values`; ties go to the lower one."""
     table = constant(values, x.device)
-    return torch.bucketize(x, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    return torch.bucketize(x.contiguous(), (table[1:] + table[:-1]) / 2).to(torch.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
