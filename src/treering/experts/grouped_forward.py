@@ -97,7 +97,7 @@ class GroupedForward(ModuleForward):
             y = y + getattr(experts, f"{leaf}_bias")[routing.experts]
         for addition in self.addends[leaf]:
             if not addition.off:
-                y = y + addition.addend(x, routing.offsets)
+                y.add_(addition.addend(x, routing.offsets))  # in place: y is as large as the layer's activations
         for observer in self.observers:
             observer.see(leaf, x, y, routing)
         return y
