@@ -121,7 +121,7 @@ def _with_gradients(
 
 
 def _cost_of_sinks(context: Context) -> Iterator[Figure]:
-    """Forward and backward with sinks beside those without."""
+    """Forward and backward with sinks next to those without."""
     from treering.attention import Documents, attend
 
     device, sizes = context.device.torch_device, context.sizes

@@ -22,18 +22,18 @@ ROWS = {
     "memory": _plan("memory:forecast", "measured peaks against `treering plan`, six configurations"),
     "lora": _plan("steps:lora", "tokens per second of a whole 8B shape with LoRA", 100),
     "osft": _plan("steps:osft", "a step of OSFT, two forms, against full fine-tuning", 60),
-    "experts": _plan("experts:rows", "a mixture layer beside transformers' grouped_mm, and with adapters", 20),
+    "experts": _plan("experts:rows", "a mixture layer next to transformers' grouped_mm, and with adapters", 20),
     "qlora": _plan("quantized:whole", "tokens per second and memory of a whole 8B shape in NF4 with LoRA", 45),
     "formats": _plan("quantized:formats", "a step of LoRA on weights in each number format", 45),
-    "decode": _plan("quantized:decode", "reading packed weights beside a plain copy of as many bytes", 20),
+    "decode": _plan("quantized:decode", "reading packed weights next to a plain copy of as many bytes", 20),
     "products": _plan("projection:products", "float32 products of operators in four ways", 20),
     "projection": _plan("projection:rows", "projecting V of each matrix, in three forms", 20),
     "loss": _plan("loss:rows", "the tiled loss against the plain one and Liger's", 45),
     "tiles": _plan("tiles:rows", "MLP and block tiles inside recompute", 45),
     "varying": _plan("memory:varying", "reserved memory when lengths vary", 40),
-    "compile": _plan("steps:compiled", "compiled blocks beside plain ones"),
+    "compile": _plan("steps:compiled", "compiled blocks next to plain ones"),
     "longest": _plan("longest:rows", "the longest sequence that an 8B shape can be trained on"),
-    "watchdog": _plan("heartbeat:rows", "the watchdog beside NCCL", 30),
+    "watchdog": _plan("heartbeat:rows", "the watchdog next to NCCL", 30),
 }
 
 

@@ -1,4 +1,4 @@
-"""One mixture layer of Qwen3-30B-A3B: our grouped forward beside transformers' `grouped_mm`, and what adapters add."""
+"""One mixture layer of Qwen3-30B-A3B: our grouped forward next to transformers' `grouped_mm`, and what adapters add."""
 
 import copy
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""The watchdog beside NCCL: it starts, writes heartbeats while collectives run, and ends without a trace.
+"""The watchdog next to NCCL: it starts, writes heartbeats while collectives run, and ends without a trace.
 
 With one rank the watchdog of a run starts nothing. Here it is made to watch a group of one, because two ranks of NCCL
 cannot share a card.

@@ -2,7 +2,7 @@
 
 With offloaded inputs a block's memory is used again by the next, so that the peak does not depend on the depth: a few
 layers are run, and the weights of the others are held as one tensor. What that leaves out is host memory, which is
-tokens × width × 2 bytes for each of 31 blocks and is reported beside it.
+tokens × width × 2 bytes for each of 31 blocks and is reported next to it.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Head and cross-entropy in tiles, beside the plain form and Liger's fused one where it is installed."""
+"""Head and cross-entropy in tiles, next to the plain form and Liger's fused one where it is installed."""
 
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec

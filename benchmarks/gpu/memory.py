@@ -18,7 +18,7 @@ WITHIN = 0.05  # of the measured peak
 
 
 def forecast(context: Context) -> Iterator[Figure]:
-    """The forecast runs beside the measurements, in a process that sees the card and in one that does not."""
+    """The forecast runs next to the measurements, in a process that sees the card and in one that does not."""
     plans = {"hidden": _plan(context, CUDA_VISIBLE_DEVICES="")}
     if not context.dry:
         plans["visible"] = _plan(context)
@@ -98,7 +98,7 @@ def _peak(context: Context, techniques: list[Any], dtype: torch.dtype, tokens: i
 
 
 def varying(context: Context) -> Iterator[Figure]:
-    """Memory that the allocator holds beside what tensors use, over steps of lengths that nobody sorted."""
+    """Memory that the allocator holds next to what tensors use, over steps of lengths that nobody sorted."""
     import treering as tr
 
     sizes, device = context.sizes, context.device

@@ -39,7 +39,7 @@ def _equal_bits(context: Context) -> Iterator[Figure]:
 
 
 def _cost(context: Context) -> Iterator[Figure]:
-    """Forward and backward with offload beside the same without."""
+    """Forward and backward with offload next to the same without."""
     import treering as tr
 
     sizes = context.sizes

@@ -53,7 +53,7 @@ def rows(context: Context) -> Iterator[Figure]:
 
 
 def products(context: Context) -> Iterator[Figure]:
-    """G P of each matrix of an 8B block: time beside float32, and the error beside float64."""
+    """G P of each matrix of an 8B block: time next to float32, and the error next to float64."""
     from treering.core.full_precision import full_precision, product
 
     device = context.device.torch_device

@@ -1,4 +1,4 @@
-"""LoRA on packed weights: a step in each number format beside one on plain weights, and a whole 8B shape in NF4."""
+"""LoRA on packed weights: a step in each number format next to one on plain weights, and a whole 8B shape in NF4."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +13,7 @@ FORMATS = ("nf4", "nvfp4", "mxfp4", "int4", "int8", "fp8", "fp8_block")
 
 
 def formats(context: Context) -> Iterator[Figure]:
-    """Each format beside plain bfloat16 weights, in turn; the models of a few layers are on the device together."""
+    """Each format next to plain bfloat16 weights, in turn; the models of a few layers are on the device together."""
     sizes = context.sizes
     data = batch(context, sizes.lora_tokens)
     sides: dict[str, Callable[[], None]] = {}
@@ -40,7 +40,7 @@ def formats(context: Context) -> Iterator[Figure]:
 
 
 def decode(context: Context) -> Iterator[Figure]:
-    """Bytes read and written while a packed matrix becomes bfloat16, a second, beside those of a copy."""
+    """Bytes read and written while a packed matrix becomes bfloat16, a second, next to those of a copy."""
     from treering.formats import named
 
     sizes, device = context.sizes, context.device.torch_device

@@ -56,7 +56,7 @@ def _compile(context: Context) -> Any:
 
 
 def compiled(context: Context) -> Iterator[Figure]:
-    """Blocks compiled by inductor beside the same blocks as they are, and how far the gradients differ."""
+    """Blocks compiled by inductor next to the same blocks as they are, and how far the gradients differ."""
     import treering as tr
 
     sizes = context.sizes
@@ -86,10 +86,10 @@ def compiled(context: Context) -> Iterator[Figure]:
 
 
 def osft(context: Context) -> Iterator[Figure]:
-    """A step of the default form beside the same step of the same weights with nothing protected.
+    """A step of the default form next to the same step of the same weights with nothing protected.
 
     Both sides are one model: full fine-tuning of the linears is the run without what OSFT does around a step. The form
-    that trains coefficients in place of the weights has a model of its own beside it.
+    that trains coefficients in place of the weights has a model of its own next to it.
     """
     import treering as tr
 

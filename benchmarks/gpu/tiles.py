@@ -1,4 +1,4 @@
-"""MLPs and whole blocks in tiles inside recompute, beside recompute alone: forward and backward of a few layers."""
+"""MLPs and whole blocks in tiles inside recompute, next to recompute alone: forward and backward of a few layers."""
 
 from collections.abc import Iterator
 

@@ -22,7 +22,7 @@ from treering.data.sources.records import SampleError
 
 from .conversations import Maker
 
-# Before 5.17 or so, transformers gave a template thoughts under the one name that they had.
+# transformers 5.16, for one, gives a template thoughts under the one name that they have in the message.
 READS_THOUGHTS = hasattr(chat_template_utils, "_REASONING_FIELDS")
 
 
