@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Two processes at a time, each file's tests in one of them: most tests have one thread.
+TESTS := -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test test-all test-oldest test-newest test-templates test-formats test-gpu bench-gpu lint bench clean
 
@@ -10,10 +12,10 @@ demo: $(STAMP)
 	$(BIN)/treering demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python $(TESTS)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python $(TESTS) -m "slow or not slow"
 
 test-templates: $(STAMP)
 	$(BIN)/python -m tests.templates.fuzz
@@ -24,7 +26,7 @@ test-formats: $(STAMP)
 # The default tests with the oldest versions that pyproject.toml allows, and with the newest that were tried: some
 # gigabytes each, because pip may take the CUDA build of torch. CPU builds fit as well, from an index that has them.
 test-oldest test-newest: test-%: .venv-%/.installed
-	.venv-$*/bin/python -m pytest
+	.venv-$*/bin/python $(TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

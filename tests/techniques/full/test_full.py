@@ -28,7 +28,7 @@ def test_without_patterns_everything_learns(arch):
             f"model.layers.0.self_attn.{x}_proj.weight" for x in "kvo"
         }),
     ],
-    ids=str,
+    ids=("one name", "names and a pattern", "a pattern less others"),
 )  # fmt: skip
 def test_patterns_choose(technique, wanted):
     assert learns(technique) == wanted
