@@ -147,8 +147,8 @@ def configured(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+        ({"rank_pattern": {"q_proj": "8"}}, "rank_pattern"),
+        ({"alpha_pattern": [8]}, "alpha_pattern"),
         ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),

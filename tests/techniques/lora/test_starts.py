@@ -60,9 +60,8 @@ def test_pissa_moves_the_largest_directions_into_the_adapter(arch, settings):
         W = before[linear.weight].double()
         W = W.T if linear.transposed else W
         S = torch.linalg.svdvals(W)
-        adapter = reference.merged(
-            torch.zeros_like(W), module.lora_default.A.double(), module.lora_default.B.double(), config.scale
-        )
+        A, B = module.lora_default.A.double(), module.lora_default.B.double()
+        adapter = reference.merged(torch.zeros_like(W), A, B, config.of(linear).scale)
         # Eckart–Young: no matrix of rank r is closer, and what stays in the base is the rest of the spectrum
         assert_same((W - adapter).norm(), S[3:].norm(), 1e-5, "distance to the best rank-3 approximation")
         base = module.weight.detach().double()

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from treering.core.errors import PlanError
 from treering.technique import Applied, Claim, Need, Site, Stage
-from treering.techniques.lora.settings import LoRASettings
+from treering.techniques.lora.settings import RESIDUAL, LoRASettings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from treering.anatomy import Anatomy
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LoRA(LoRASettings):
     """Add low-rank adapters to linear layers, and to each expert of stacked experts.
 
@@ -31,9 +31,15 @@ class LoRA(LoRASettings):
               activation: the same, with the least error for measured inputs (`treering measure`)
               pissa: A and B take the largest singular directions of W and W keeps the rest
               file: A and B from the peft folder `file`
+    patterns  pattern -> rank, alpha, dtype, init of the targets that it names; later patterns override earlier ones
+    allocate  uniform: every matrix has the same rank
+              greedy: matrices and experts where it brings back more of what `quantize` left out have a larger one, with
+              the same number of parameters in total
+    ranks     weight -> rank of each of its matrices: what `allocate` decided, written by `resolve`
 
     Example:
         run = tr.compose("MODEL", [tr.LoRA(rank=16, targets=("q_proj", "v_proj"))])
+        run = tr.compose("MODEL", [tr.LoRA(rank=16, patterns={"*.experts.*": {"rank": 4}})])
     """
 
     stage: ClassVar[Stage] = Stage.ADAPT
@@ -49,16 +55,26 @@ class LoRA(LoRASettings):
 
         return cls(name=name, init="file", file=str(folder), **read_config(Path(folder)))
 
+    def resolve(self, anatomy: "Anatomy", source: Any, statistics: Any) -> "LoRA":
+        """Return these settings with the ranks that `allocate` chooses, once weights can be read."""
+        if self.allocate == "uniform" or self.ranks or source is None:
+            return self
+        from treering.techniques.lora.allocate import allocated
+
+        return allocated(self, anatomy, source, statistics)
+
     def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
         claims = []
         for matrix in self.matrices(anatomy):
-            if self.rank > matrix.rank:
+            own = self.of(matrix)
+            if own.rank > matrix.rank:
                 raise PlanError(
-                    f"lora: rank {self.rank} exceeds what {matrix.module} ({matrix.outputs} × {matrix.inputs}) can "
-                    f"have; set lora.rank to at most {matrix.rank} or leave it out of lora.targets"
+                    f"lora: rank {own.rank} exceeds what {matrix.module} ({matrix.outputs} × {matrix.inputs}) can "
+                    f"have; set its rank to at most {matrix.rank} (lora.rank or lora.patterns) or leave it out of "
+                    "lora.targets"
                 )
-            alone = self.init in ("pissa", "residual", "activation")
-            needs: tuple[Need, ...] = ("plain_weight",) if self.init == "pissa" else ()
+            alone = own.init in ("pissa", *RESIDUAL)
+            needs: tuple[Need, ...] = ("plain_weight",) if own.init == "pissa" else ()
             # The addend is shared: several adapters add up; but a start that moves the base must be alone on it.
             # The gradient is claimed as well, so that a technique which trains the weight itself is refused next to
             # an adapter instead of training the same thing twice.

@@ -14,13 +14,12 @@ from treering.experts.grouped_forward import Addition, grouped, release, unsuppo
 from treering.technique import Applied, Part, Site
 from treering.techniques.lora.addend import Addend, ExpertAddend
 from treering.techniques.lora.peft_format import describe
+from treering.techniques.lora.settings import RESIDUAL
 from treering.techniques.lora.starts import splitter
 
 if TYPE_CHECKING:
     from treering.anatomy.matrices import Matrix
-    from treering.techniques.lora.settings import LoRASettings
-
-RESIDUAL = ("residual", "activation")
+    from treering.techniques.lora.settings import AdapterSettings, LoRASettings
 
 
 def install(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
@@ -29,13 +28,13 @@ def install(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
     added: list[module_forward.Switchable] = []
     matrices = config.matrices(site.anatomy)
     _check(model, config, matrices)
-    if config.init in RESIDUAL:
-        warnings = _residual_warnings(config, matrices, site)
+    warnings = _residual_warnings(config, matrices, site)
     for matrix in matrices:
+        own = config.of(matrix)
         module = model.get_submodule(matrix.module)
         stored = _stored_dtype(module, matrix)
-        dtype = stored if config.dtype == "base" else getattr(torch, config.dtype)
-        addend = (ExpertAddend if matrix.lead else Addend)(matrix, config.rank, config.scale, dtype)
+        dtype = stored if own.dtype == "base" else getattr(torch, own.dtype)
+        addend = (ExpertAddend if matrix.lead else Addend)(matrix, own.rank, own.scale, dtype)
         child = config.child(matrix)
         module.add_module(child, addend)
         if matrix.lead:
@@ -50,9 +49,9 @@ def install(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
         prefix = f"{matrix.module}.{child}"
         maps[matrix.weight] = addend.trained(prefix, matrix)
         names += [f"{prefix}.A", f"{prefix}.B"]
-        quantized = _quantized(matrix, site)
-        started = config if quantized or config.init not in RESIDUAL else replace(config, init="kaiming_zeros")
-        parts[matrix.weight] = _part(matrix, started, prefix, dtype, stored, site.seed)
+        if own.init in RESIDUAL and not _quantized(matrix, site):
+            own = replace(own, init="kaiming_zeros")
+        parts[matrix.weight] = _part(matrix, own, prefix, dtype, stored, site.seed)
 
     return Applied(
         trainable=tuple(names),
@@ -61,7 +60,9 @@ def install(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
         undo=module_forward.undo_all(undo),
         maps=maps,
         # PiSSA moved part of the base into A and B: without them, the model is not the base model.
-        without=None if config.init == "pissa" else partial(module_forward.switched_off, added),
+        without=None
+        if any(config.of(m).init == "pissa" for m in matrices)
+        else partial(module_forward.switched_off, added),
         notes=(_note(config, matrices),),
         warnings=tuple(warnings),
     )
@@ -73,17 +74,19 @@ def _quantized(matrix: "Matrix", site: Site) -> bool:
 
 def _residual_warnings(config: "LoRASettings", matrices: "Sequence[Matrix]", site: Site) -> list[str]:
     """Return what a user who asked for a start from the residual has to know."""
+    matrices = [matrix for matrix in matrices if config.of(matrix).init in RESIDUAL]
     plain = [matrix.weight for matrix in matrices if not _quantized(matrix, site)]
     warnings = []
     if plain:
         warnings.append(
-            f"lora: init {config.init} starts from what quantizing leaves out, and {len(plain)} of {len(matrices)} "
-            f"weights are not quantized ({plain[0]}): their adapters start at kaiming_zeros"
+            f"lora: init {config.of(matrices[0]).init} starts from what quantizing leaves out, and {len(plain)} of "
+            f"{len(matrices)} weights are not quantized ({plain[0]}): their adapters start at kaiming_zeros"
         )
-    if config.init == "activation" and site.statistics is not None:
+    measured = [matrix for matrix in matrices if config.of(matrix).init == "activation"]
+    if measured and site.statistics is not None:
         from treering.curvature.counts import counted
 
-        for weight, tokens in counted(matrices, site.statistics).items():
+        for weight, tokens in counted(measured, site.statistics).items():
             if empty := tokens.count(0):
                 warnings.append(
                     f"lora: no measured token reached {empty} of the {len(tokens)} matrices of {weight}: they start "
@@ -122,11 +125,23 @@ def _note(config: "LoRASettings", matrices: "Sequence[Matrix]") -> str:
     stacks = [matrix for matrix in matrices if matrix.lead]
     kinds = [f"{linears} adapters"] if linears else []
     kinds += [f"adapters for each expert of {len(stacks)} stacks"] if stacks else []
-    return f"{' and '.join(kinds)} of rank {config.rank}, scale {config.scale:g}, start {config.init}"
+    every = [config.of(matrix) for matrix in matrices]
+    ranks = [rank for one in every for rank in one.ranks]
+    starts, scales = ({getattr(one, name): None for one in every} for name in ("init", "scale"))
+    rank = f"rank {ranks[0]}" if len(set(ranks)) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
+    scale = f"scale {' or '.join(f'{scale:g}' for scale in sorted(scales))}"
+    note = f"{' and '.join(kinds)} of {rank}, {scale}, start {' or '.join(starts)}"
+    if config.allocate == "uniform":
+        return note
+    if not config.ranks:
+        return f"{note}; ranks are chosen when weights are read, and until then they are equal"
+    stored = sum(one.rank * len(one.ranks) * (m.outputs + m.inputs) for one, m in zip(every, matrices, strict=True))
+    used = sum(sum(one.ranks) * (m.outputs + m.inputs) for one, m in zip(every, matrices, strict=True))
+    return f"{note}; {used:,} trained numbers, stored as {stored:,}: the ranks of a stack are filled up with zeros"
 
 
 def _part(
-    matrix: "Matrix", config: "LoRASettings", prefix: str, dtype: torch.dtype, stored: torch.dtype, seed: int
+    matrix: "Matrix", config: "AdapterSettings", prefix: str, dtype: torch.dtype, stored: torch.dtype, seed: int
 ) -> Part:
     def join(tensors: Mapping[str, Tensor], below: Tensor) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
@@ -144,12 +159,17 @@ def _part(
         independent_rows=bool(matrix.lead),
         tolerance=_tolerance(config, dtype, stored),
         cost=float(matrix.rank * matrix.numel) if pissa or residual else 0.0,
-        identity=f"lora {config.init} {config.rank} {config.scale}" if residual else "",
+        identity=_identity(config) if residual else "",
         measured=config.init == "activation",
     )
 
 
-def _tolerance(config: "LoRASettings", dtype: torch.dtype, stored: torch.dtype) -> float | None:
+def _identity(config: "AdapterSettings") -> str:
+    unequal = f" {config.ranks}" if len(set(config.ranks)) > 1 else ""
+    return f"lora {config.init} {config.rank} {config.scale}{unequal}"
+
+
+def _tolerance(config: "AdapterSettings", dtype: torch.dtype, stored: torch.dtype) -> float | None:
     if config.init == "file" or config.init in RESIDUAL:
         return None  # an imported adapter changes the weight; a residual start brings back a part of it
     if config.init == "kaiming_zeros":

@@ -9,6 +9,7 @@ Before peft 0.19 inputs and outputs were exchanged. The two cannot be told apart
 version that the folder names.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from treering.core.errors import CheckpointError, PlanError
 from treering.store.untrusted import in_folder, read_header, read_json
 from treering.technique import Adapter, Derived
+from treering.techniques.lora.settings import RESIDUAL, LoRAPattern
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +32,8 @@ READ = {
     "r",
     "lora_alpha",
     "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
     "target_modules",
     "target_parameters",
     "bias",
@@ -73,7 +77,7 @@ def describe(config: "LoRASettings", matrices: "Sequence[Matrix]") -> Adapter:
                 keys[name] = f"{PREFIX}{matrix.module}.lora_{half}.weight"
             else:
                 key = f"{PREFIX}{_wrapper(matrix, matrices)}.lora_{half}.weight"
-                derived[key] = _packed(name, half, matrix, config.rank)
+                derived[key] = _packed(name, half, matrix, config.of(matrix).rank)
     stacks = [matrix.weight for matrix in matrices if matrix.lead]
     body: dict[str, Any] = {
         "peft_type": "LORA",
@@ -88,11 +92,25 @@ def describe(config: "LoRASettings", matrices: "Sequence[Matrix]") -> Adapter:
         "inference_mode": True,
         "init_lora_weights": True,
     }
+    body |= _patterns(config, matrices, body)
     if stacks:
         body |= {"target_parameters": stacks, "peft_version": "0.21.2"}  # whose packing this is
-    residual = config.init in ("residual", "activation")
+    residual = any(config.of(matrix).init in RESIDUAL for matrix in matrices)
     only_with = "the quantized base, whose error it makes up for" if residual else ""
     return Adapter(name=config.name, keys=keys, config=body, derived=derived, only_with=only_with)
+
+
+def _patterns(config: "LoRASettings", matrices: "Sequence[Matrix]", body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return peft's rank_pattern and alpha_pattern: where these differ from what `body` says of all."""
+    rank_pattern, alpha_pattern = {}, {}
+    for matrix in matrices:
+        own, name = config.of(matrix), matrix.weight if matrix.lead else matrix.module
+        if own.rank != body["r"]:
+            rank_pattern[name] = own.rank
+        alpha = own.scale * (own.rank**0.5 if config.rslora else own.rank)
+        if not math.isclose(alpha, body["lora_alpha"]):
+            alpha_pattern[name] = alpha
+    return {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
 
 
 def _wrapper(matrix: "Matrix", matrices: "Sequence[Matrix]") -> str:
@@ -127,13 +145,37 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: r is {rank!r}; it must be a whole number of at least 1")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha > 0:
         raise CheckpointError(f"{path}: lora_alpha is {alpha!r}; it must be a number greater than 0")
+    # peft matches modules by suffix or regular expression; the tensors in the file are the sure list
+    targets = tuple(_adapted(folder, body))
     return {
-        # peft matches by suffix or regular expression; the tensors in the file are the sure list
-        "targets": tuple(_adapted(folder, body)),
+        "targets": targets,
         "rank": rank,
         "alpha": float(alpha),
         "rslora": bool(body.get("use_rslora", False)),
+        "patterns": _read_patterns(path, body, targets),
     }
+
+
+def _read_patterns(path: Path, body: Mapping[str, Any], targets: Sequence[str]) -> dict[str, LoRAPattern]:
+    """Return what rank_pattern and alpha_pattern say of the targets that they name."""
+    chosen: dict[str, dict[str, Any]] = {}
+    for key, field in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
+        patterns = body.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise CheckpointError(f"{path}: {key} is {patterns!r}; it must be a mapping of names")
+        for name, value in patterns.items():
+            number = isinstance(value, int if field == "rank" else int | float) and not isinstance(value, bool)
+            if not number or not value > 0:
+                raise CheckpointError(f"{path}: {key} gives {name!r} {value!r}; it must be a number greater than 0")
+            if not re.fullmatch(r"[\w.]+", name):
+                raise CheckpointError(
+                    f"{path}: {key} has the regular expression {name!r}, which is not evaluated for a file that may be "
+                    "anybody's; write the modules' names in its place, each with its value"
+                )
+        for target in targets:  # the first that matches counts, as in peft
+            if (name := next((name for name in patterns if _ends(target, name)), None)) is not None:
+                chosen.setdefault(target, {})[field] = patterns[name]
+    return {target: LoRAPattern(**fields) for target, fields in chosen.items()}
 
 
 def _refuse_unknown(path: Path, body: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from treering.core.errors import CheckpointError, PlanError
 from treering.core.seeds import generator
@@ -19,7 +20,7 @@ from treering.techniques.lora import reference
 
 if TYPE_CHECKING:
     from treering.anatomy.matrices import Matrix
-    from treering.techniques.lora.settings import LoRASettings
+    from treering.techniques.lora.settings import AdapterSettings
 
 DAMPING = 1e-4  # of the mean eigenvalue of the inputs' moment: few tokens leave directions without any
 
@@ -27,8 +28,12 @@ Split = Callable[[LazyTensor, Callable[[], Tensor], Mapping[str, Tensor] | None]
 Pair = tuple[Tensor, Tensor]
 
 
-def splitter(matrix: "Matrix", config: "LoRASettings", prefix: str, seed: int) -> Split:
+def splitter(matrix: "Matrix", config: "AdapterSettings", prefix: str, seed: int) -> Split:
     """Return the `split` of a Part (see technique.py) for the start `config.init`; A and B are named after `prefix`."""
+
+    def ranks(weight: LazyTensor) -> tuple[int, ...]:
+        """Return the rank of each matrix that `weight` holds."""
+        return config.ranks[weight.start : weight.start + weight.shape[0]] if matrix.lead else config.ranks
 
     def kaiming_zeros(weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None):
         return named(_stacked(matrix, weight, lambda one: _kaiming_zeros(one, config, seed)))
@@ -49,8 +54,8 @@ def splitter(matrix: "Matrix", config: "LoRASettings", prefix: str, seed: int) -
         R = matrix.oriented(weight.read().double() - below().double())
         moments = moment(matrix, weight, statistics) if config.init == "activation" else None
         each = [
-            _closest(one, None if moments is None else moments[i], config)
-            for i, one in enumerate(R if matrix.lead else [R])
+            widened(_closest(one, None if moments is None else moments[i], rank, config.scale), config.rank)
+            for i, (one, rank) in enumerate(zip(R if matrix.lead else [R], ranks(weight), strict=True))
         ]
         A, B = (torch.stack(t) if matrix.lead else t[0] for t in zip(*each, strict=True))
         return named((A, B))
@@ -109,16 +114,29 @@ def moment(matrix: "Matrix", weight: LazyTensor, statistics: Mapping[str, Tensor
     return moments
 
 
-def _closest(R: Tensor, C: Tensor | None, config: "LoRASettings") -> Pair:
+def _closest(R: Tensor, C: Tensor | None, rank: int, scale: float) -> Pair:
     """Return the pair for one residual. Without inputs (an expert that no token reached) all directions count alike."""
+    C = damped(C)
+    if C is None:
+        return reference.closest(R, rank, scale)
+    return reference.closest_for_inputs(R, C, rank, scale)
+
+
+def damped(C: Tensor | None) -> Tensor | None:
+    """Return a moment of inputs that has an inverse; None where there were no inputs."""
     mean = 0.0 if C is None else float(C.diagonal().mean())
     if C is None or not mean > 0:
-        return reference.closest(R, config.rank, config.scale)
-    damped = C + DAMPING * mean * torch.eye(len(C), dtype=C.dtype)
-    return reference.closest_for_inputs(R, damped, config.rank, config.scale)
+        return None
+    return C + DAMPING * mean * torch.eye(len(C), dtype=C.dtype)
 
 
-def _kaiming_zeros(one: "Matrix", config: "LoRASettings", seed: int) -> Pair:
+def widened(pair: Pair, rank: int) -> Pair:
+    """Return the pair with zeros up to `rank`: they add nothing, and neither half has a gradient there."""
+    (A, B), missing = pair, rank - len(pair[0])
+    return F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
+
+
+def _kaiming_zeros(one: "Matrix", config: "AdapterSettings", seed: int) -> Pair:
     bound = math.sqrt(1 / one.inputs)  # kaiming_uniform with a = √5, as peft and the paper's code start
     A = torch.empty(config.rank, one.inputs)
     A.uniform_(-bound, bound, generator=generator(seed, "lora", config.name, one.name))
