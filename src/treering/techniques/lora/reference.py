@@ -23,11 +23,17 @@ def closest(R_NM: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def closest_for_inputs(R_NM: Tensor, C_MM: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Return (A, B) with the least E‖(R − s·BA) x‖² for inputs x with E[x xᵀ] = C, which has an inverse."""
+    """Return (A, B) with the least E‖(R − s·BA) x‖² for inputs x with E[x xᵀ] = C, which has an inverse.
+
+    Rows of A have length 1, as those of `closest`: a direction that inputs hardly use would make its row long, and a
+    step of an optimizer for its column of B would change the weight by as much.
+    """
     values, Q = torch.linalg.eigh(C_MM)
     root, inverse = Q * values.sqrt() @ Q.mT, Q / values.sqrt() @ Q.mT
     A, B = closest(R_NM @ root, rank, scale)
-    return A @ inverse, B
+    A = A @ inverse
+    length = A.norm(dim=1)
+    return A / length[:, None], B * length
 
 
 def pissa(W_NM: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
