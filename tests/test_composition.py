@@ -29,17 +29,15 @@ RATE = 0.3
 MODELS = ("llama", "qwen3_moe")
 LAYOUTS = ("rows", "packed")
 WEIGHTS = ("q_proj", "down_proj")  # the second is a stack of experts in qwen3_moe
-LINEARS = {"llama": WEIGHTS, "qwen3_moe": ("q_proj", "o_proj")}  # what osft's adapters can be added to
 
 
 def techniques(model):
-    linears = LINEARS[model]
     return {
         "full": tr.Full(),
         "lora": tr.LoRA(targets=WEIGHTS, rank=4, alpha=8.0, dtype="float64"),
         "lora (pissa)": tr.LoRA(name="pissa", targets=WEIGHTS, rank=4, alpha=8.0, dtype="float64", init="pissa"),
         "osft": tr.OSFT(protect="weights", ratio=0.4, targets=WEIGHTS),
-        "osft (one_sided)": tr.OSFT(protect="weights", ratio=0.4, targets=linears, form="one_sided"),
+        "osft (one_sided)": tr.OSFT(protect="weights", ratio=0.4, targets=WEIGHTS, form="one_sided"),
         "osft (forward)": tr.OSFT(protect="weights", ratio=0.4, targets=WEIGHTS, form="forward"),
         "osft (factors)": tr.OSFT(protect="weights", ratio=0.4, targets=WEIGHTS, form="factors"),
         "quantize": tr.Quantize(format="int8", targets=WEIGHTS),
@@ -158,13 +156,13 @@ def adapter(own, base):
     """ΔW = B_out Z P, and its mirror."""
     Z = own["Z"]
     for end in ("out", "in"):
-        values = own[f"values_{end}"]
+        values = own[f"values_{end}"][..., None, :]
         if f"B_{end}" in own:
             P = own[f"B_{end}"] * values
-            Z = P @ Z if end == "out" else Z @ P.T
+            Z = P @ Z if end == "out" else Z @ P.mT
         else:
-            Q, rest = own[f"Q_{end}"], own[f"rest_{end}"]
-            P = rest * torch.eye(len(Q), dtype=Q.dtype) + (Q * (values - rest)) @ Q.T
+            Q, rest = own[f"Q_{end}"], own[f"rest_{end}"][..., None]
+            P = rest * torch.eye(Q.shape[-2], dtype=Q.dtype) + (Q * (values - rest)) @ Q.mT
             Z = P @ Z if end == "out" else Z @ P
     return base + Z
 
@@ -362,8 +360,7 @@ documents, on one rank and on two. *Equal*: gradients, and the exported weights 
 to the largest element) with a run of transformers' own model that knows no technique. *Refused*: `compose` raises a
 `PlanError` that names the settings, before any weight is read. There is no third state.
 
-Targets are `q_proj` and `down_proj`, which in qwen3_moe is a stack of experts. `osft (one_sided)` is put next to linear
-layers only, so there it has `q_proj` and `o_proj`.
+Targets are `q_proj` and `down_proj`, which in qwen3_moe is a stack of experts.
 
 | techniques | llama, one rank | llama, two ranks | qwen3_moe, one rank | qwen3_moe, two ranks |
 |---|---|---|---|---|

@@ -1,24 +1,20 @@
 """Adapter folders as peft writes and reads them: adapter_config.json and adapter_model.safetensors.
 
-Adapters of stacked experts are 2-D there, and are called after the module that holds the stacks, not after the stack:
-
-    A [E · r, inputs], an expert's rows together        B [outputs, r · E], of each rank all experts together
-    MODULE.base_layer.lora_A    the first adapted stack of the module, if two are          MODULE.lora_A    the last one
-
-Before peft 0.19 inputs and outputs were exchanged. The two cannot be told apart where they are equal, except by the
-version that the folder names.
+Their layout, and how experts lie in it, is that of `weights.peft_layout`. Before peft 0.19 inputs and outputs of
+experts were exchanged. The two cannot be told apart where they are equal, except by the version that the folder names.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treering.core.errors import CheckpointError, PlanError
+from treering.core.errors import CheckpointError
 from treering.store.untrusted import in_folder, read_header, read_json
-from treering.technique import Adapter, Derived
+from treering.technique import Adapter
 from treering.techniques.lora.settings import RESIDUAL, LoRAPattern
+from treering.weights import peft_layout
+from treering.weights.peft_layout import HALVES, PREFIX, Half, PublishedPair
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +22,6 @@ if TYPE_CHECKING:
     from treering.anatomy.matrices import Matrix
     from treering.techniques.lora.settings import LoRASettings
 
-PREFIX = "base_model.model."  # peft's wrapper classes show in its keys
 READ = {
     "peft_type",
     "r",
@@ -69,66 +64,26 @@ STARTS = ("gaussian", "eva", "orthogonal")  # of peft, by name, that leave the b
 
 def describe(config: "LoRASettings", matrices: "Sequence[Matrix]") -> Adapter:
     """Return how the adapters of `matrices` are published: peft's keys and its adapter_config.json."""
-    keys, derived = {}, {}
-    for matrix in matrices:
-        for half in ("A", "B"):
-            name = f"{matrix.module}.{config.child(matrix)}.{half}"
-            if not matrix.lead:
-                keys[name] = f"{PREFIX}{matrix.module}.lora_{half}.weight"
-            else:
-                key = f"{PREFIX}{_wrapper(matrix, matrices)}.lora_{half}.weight"
-                derived[key] = _packed(name, half, matrix, config.of(matrix).rank)
-    stacks = [matrix.weight for matrix in matrices if matrix.lead]
-    body: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": config.rank,
-        "lora_alpha": config.rank if config.alpha is None else config.alpha,
-        "use_rslora": config.rslora,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": any(matrix.transposed for matrix in matrices if not matrix.lead),
-        "target_modules": [matrix.module for matrix in matrices if not matrix.lead],
-        "inference_mode": True,
-        "init_lora_weights": True,
-    }
-    body |= _patterns(config, matrices, body)
-    if stacks:
-        body |= {"target_parameters": stacks, "peft_version": "0.21.2"}  # whose packing this is
+    alpha = config.rank if config.alpha is None else config.alpha
     residual = any(config.of(matrix).init in RESIDUAL for matrix in matrices)
     only_with = "the quantized base, whose error it makes up for" if residual else ""
-    return Adapter(name=config.name, keys=keys, config=body, derived=derived, only_with=only_with)
+    pairs = [_pair(config, matrix) for matrix in matrices]
+    return peft_layout.describe(
+        config.name, pairs, rank=config.rank, alpha=alpha, rslora=config.rslora, only_with=only_with
+    )
 
 
-def _patterns(config: "LoRASettings", matrices: "Sequence[Matrix]", body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return peft's rank_pattern and alpha_pattern: where these differ from what `body` says of all."""
-    rank_pattern, alpha_pattern = {}, {}
-    for matrix in matrices:
-        own, name = config.of(matrix), matrix.weight if matrix.lead else matrix.module
-        if own.rank != body["r"]:
-            rank_pattern[name] = own.rank
-        alpha = own.scale * (own.rank**0.5 if config.rslora else own.rank)
-        if not math.isclose(alpha, body["lora_alpha"]):
-            alpha_pattern[name] = alpha
-    return {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
-
-
-def _wrapper(matrix: "Matrix", matrices: "Sequence[Matrix]") -> str:
-    """Return the name under which peft stores the adapter of a stack: its wrappers of one module are nested, the first
-    parameter innermost."""
-    of_module = [m.weight for m in matrices if m.module == matrix.module]
-    if len(of_module) > 2:
-        raise PlanError(f"lora: {matrix.module} holds {len(of_module)} stacks, and peft has names for two")
-    return matrix.module if matrix.weight == of_module[-1] else f"{matrix.module}.base_layer"
-
-
-def _packed(name: str, half: str, matrix: "Matrix", rank: int) -> Derived:
-    experts = matrix.lead[0]
-    if half == "A":
-        shape: tuple[int, ...] = (experts * rank, matrix.inputs)
-        return Derived(names=(name,), shape=shape, make=lambda tensors: tensors[name].reshape(shape))
-    shape = (matrix.outputs, rank * experts)
-    return Derived(names=(name,), shape=shape, make=lambda tensors: tensors[name].permute(1, 2, 0).reshape(shape))
+def _pair(config: "LoRASettings", matrix: "Matrix") -> PublishedPair:
+    own = config.of(matrix)
+    names: dict[Half, str] = {half: f"{matrix.module}.{config.child(matrix)}.{half}" for half in HALVES}
+    return PublishedPair(
+        matrix=matrix,
+        rank=own.rank,
+        alpha=own.scale * (own.rank**0.5 if config.rslora else own.rank),
+        names=tuple(names.values()),
+        half=lambda half, tensors: tensors[names[half]],
+        parameters=names,
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

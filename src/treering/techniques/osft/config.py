@@ -101,7 +101,10 @@ class OSFT(OSFTSettings):
             if self.form in ADDENDS:
                 claims[-1] = Claim(fqn=weight, aspect="gradient", exclusive=True, setting="osft.targets")
                 claims.append(Claim(fqn=weight, aspect="addend", setting="osft.targets"))
-            if self.form != "update":
+            if self.form in ADDENDS and target.lead:  # registered with the experts' one forward
+                own = f"{target.module}.osft_{target.leaf}"
+                claims.append(Claim(fqn=own, aspect="forward", setting="osft.targets"))
+            elif self.form != "update":
                 claims.append(Claim(fqn=target.module, aspect="forward", exclusive=False, setting="osft.targets"))
         for name in unprotected(self, anatomy, chosen):
             claims.append(Claim(fqn=name, aspect="gradient", needs=("plain_weight",), setting="osft.train"))
@@ -124,12 +127,6 @@ class OSFT(OSFTSettings):
                     f"osft: {target.weight} has {directions(self, target)} directions, and osft.free is "
                     f"{trainable(self, target)}",
                     settings=("techniques.osft.free",),
-                )
-            if self.form in ADDENDS and target.experts is not None:
-                raise PlanError(
-                    f"osft: form {self.form} puts adapters next to linear layers, and {target.weight} is a stack of "
-                    "experts; use form update, or name other osft.targets",
-                    settings=("techniques.osft.form", "techniques.osft.targets"),
                 )
         if not any(trainable(self, target) for target in chosen) and not self.train:
             raise PlanError(

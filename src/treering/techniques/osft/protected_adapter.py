@@ -5,11 +5,14 @@
 On each end is a basis B of the trainable directions, or, where that would not be smaller, the operator P, applied to Z
 in the forward. one_sided has one basis, on the end where the trainable directions are few and all of them are in it;
 core has both, which for a weight that is not square leaves out what is trainable on the longer end alone.
+
+Of a stack of experts every tensor has a leading dimension E, and the adapter is called with rows sorted by expert.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +21,17 @@ from torch.nn import functional as F
 from treering.anatomy.matrices import Matrix
 from treering.core import module_forward
 from treering.core.full_precision import full_precision, product
-from treering.technique import Adapter, Applied, Derived, LazyTensor, Part, Site, TrainedMatrix
+from treering.experts.grouped_forward import Addition, grouped, release
+from treering.experts.products import stack_product
+from treering.technique import Adapter, Applied, LazyTensor, Part, Site, TrainedMatrix
 from treering.techniques.osft.protection import operators
 from treering.techniques.osft.protection.coverage import frozen
 from treering.techniques.osft.protection.operators import End, Operator, OperatorShape
+from treering.weights import peft_layout
+from treering.weights.peft_layout import Half, PublishedPair
 
 if TYPE_CHECKING:
     from treering.techniques.osft.settings import OSFTSettings
-
-PREFIX = "base_model.model."  # peft's wrapper classes show in its keys
 
 
 class ProtectedAdapter(nn.Module):
@@ -38,15 +43,15 @@ class ProtectedAdapter(nn.Module):
     def __init__(self, matrix: Matrix, shapes: Mapping[End, OperatorShape], dtype: torch.dtype):
         super().__init__()
         self.shapes = dict(shapes)
-        sizes = {"out": matrix.outputs, "in": matrix.inputs}
+        sizes, lead = {"out": matrix.outputs, "in": matrix.inputs}, matrix.lead
         for end, shape in shapes.items():
-            self._add_frozen(f"B_{end}" if shape.thin else f"Q_{end}", (shape.size, shape.columns), dtype)
-            self._add_frozen(f"values_{end}", (shape.columns,), dtype)
+            self._add_frozen(f"B_{end}" if shape.thin else f"Q_{end}", (*lead, shape.size, shape.columns), dtype)
+            self._add_frozen(f"values_{end}", (*lead, shape.columns), dtype)
             if shape.thin:
                 sizes[end] = shape.columns
             else:
-                self._add_frozen(f"rest_{end}", (1,), dtype)
-        self.Z = nn.Parameter(torch.empty(sizes["out"], sizes["in"], dtype=dtype, device="meta"))
+                self._add_frozen(f"rest_{end}", (*lead, 1), dtype)
+        self.Z = nn.Parameter(torch.empty(*lead, sizes["out"], sizes["in"], dtype=dtype, device="meta"))
 
     def _add_frozen(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False))
@@ -64,19 +69,45 @@ class ProtectedAdapter(nn.Module):
         thin_out = "out" in self.shapes and self.shapes["out"].thin
         return base + (F.linear(y, tensors["B_out"].to(y.dtype)) if thin_out else y)
 
-    def trained(self, name: str, linear: str) -> TrainedMatrix:
+    def trained(self, name: str, matrix: Matrix) -> tuple[TrainedMatrix, ...]:
         """Return where the inputs and output gradients of Z, whose live name is `name`, are seen."""
-        ends = {end: partial(self._seen, end) if end in self.shapes else None for end in ("in", "out")}
-        return TrainedMatrix(name=name, module=linear, inputs=ends["in"], outputs=ends["out"])
 
-    def _seen(self, end: End, rows: Tensor) -> Tensor:
+        def seen(end: End, expert: int | None) -> "Callable[[Tensor], Tensor] | None":
+            return partial(self._seen, end, expert) if end in self.shapes else None
+
+        return tuple(
+            TrainedMatrix(
+                name=name,
+                module=one.module,
+                expert=one.expert,
+                inputs=seen("in", one.expert),
+                outputs=seen("out", one.expert),
+            )
+            for one in matrix.each()
+        )
+
+    def _seen(self, end: End, expert: int | None, rows: Tensor) -> Tensor:
         """Return inputs or output gradients, one token a row, as Z sees them at one end."""
-        tensors = dict(self.named_parameters())
+        tensors = {name: t if expert is None else t[expert] for name, t in self.named_parameters()}
         values, rows = tensors[f"values_{end}"], rows.to(self.Z.dtype)
         with full_precision():
             if self.shapes[end].thin:
                 return rows @ tensors[f"B_{end}"] * values
             return Operator(tensors[f"Q_{end}"], values, tensors[f"rest_{end}"]).right(rows)
+
+
+class ExpertProtectedAdapter(ProtectedAdapter):
+    """The adapters of a stack of experts."""
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Return c · B_out Z B_inᵀ x for rows x [S, M] that are sorted by expert and end at `offsets`."""
+        tensors = dict(self.named_parameters())
+        thin = {end: shape.thin for end, shape in self.shapes.items()}
+        with full_precision():
+            Z = projected(self.shapes, tensors)
+            x_low = stack_product(x, tensors["B_in"].mT, offsets) if thin.get("in") else x
+        y = stack_product(x_low.to(x.dtype), Z.to(x.dtype), offsets)
+        return stack_product(y, tensors["B_out"].to(y.dtype), offsets) if thin.get("out") else y
 
 
 def projected(shapes: Mapping[End, OperatorShape], tensors: Mapping[str, Tensor]) -> Tensor:
@@ -85,7 +116,7 @@ def projected(shapes: Mapping[End, OperatorShape], tensors: Mapping[str, Tensor]
     for end, shape in shapes.items():
         values = tensors[f"values_{end}"]
         if shape.thin:
-            Z = Z * values if end == "in" else values[:, None] * Z
+            Z = Z * values[..., None, :] if end == "in" else values[..., :, None] * Z
         else:
             operator = Operator(tensors[f"Q_{end}"], values, tensors[f"rest_{end}"])
             Z = operator.right(Z) if end == "in" else operator.left(Z)
@@ -102,20 +133,28 @@ def change(shapes: Mapping[End, OperatorShape], tensors: Mapping[str, Tensor]) -
 
 
 def install(model: nn.Module, config: "OSFTSettings", site: Site, chosen: Sequence[Matrix]) -> Applied:
-    """Put an adapter next to each of the linear layers `chosen`."""
+    """Put an adapter next to each of the matrices `chosen`: linear layers and stacks of experts."""
     parts, names, undo, maps = {}, [], [], {}
-    added: list[module_forward.AddedForward] = []
+    added: list[module_forward.Switchable] = []
     for matrix in chosen:
         module = model.get_submodule(matrix.module)
-        weight = getattr(module, "weight", None)
+        weight = getattr(module, matrix.leaf, None)
         dtype = torch.promote_types(torch.float32 if weight is None else weight.dtype, torch.float32)
-        adapter = ProtectedAdapter(matrix, operators.adapter_shapes(config, matrix), dtype)
-        module.add_module("osft", adapter)
-        added.append(module_forward.AddedForward(module, adapter))
-        undo.append(module_forward.install(added[-1]))
-        prefix = f"{matrix.module}.osft"
+        kind = ExpertProtectedAdapter if matrix.lead else ProtectedAdapter
+        adapter = kind(matrix, operators.adapter_shapes(config, matrix), dtype)
+        module.add_module(_child(matrix), adapter)
+        if matrix.lead:
+            forward, addition = grouped(module, matrix.module), Addition(adapter)
+            forward.addends[matrix.leaf].append(addition)
+            undo.append(release(forward, addition))
+            added.append(addition)
+        else:
+            added_forward = module_forward.AddedForward(module, adapter)
+            undo.append(module_forward.install(added_forward))
+            added.append(added_forward)
+        prefix = f"{matrix.module}.{_child(matrix)}"
         names.append(f"{prefix}.Z")
-        maps[matrix.weight] = (adapter.trained(f"{prefix}.Z", matrix.module),)
+        maps[matrix.weight] = adapter.trained(f"{prefix}.Z", matrix)
         parts[matrix.weight] = _part(matrix, config, prefix, adapter, dtype)
 
     return Applied(
@@ -129,6 +168,10 @@ def install(model: nn.Module, config: "OSFTSettings", site: Site, chosen: Sequen
     )
 
 
+def _child(matrix: Matrix) -> str:
+    return f"osft_{matrix.leaf}" if matrix.lead else "osft"
+
+
 def _part(matrix: Matrix, config: "OSFTSettings", prefix: str, adapter: ProtectedAdapter, dtype: torch.dtype) -> Part:
     Z_shape = tuple(adapter.Z.shape)  # of the complete tensor: sharding will replace the parameter
     shapes = tuple(adapter.shapes.values())
@@ -136,9 +179,12 @@ def _part(matrix: Matrix, config: "OSFTSettings", prefix: str, adapter: Protecte
     def split(
         weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
-        bases = operators.bases(shapes, matrix, config.damping, weight.read, statistics)
-        tensors = {f"{prefix}.Z": torch.zeros(Z_shape, dtype=dtype)}
-        c = operators.scale(shapes, bases, matrix, frozen(config, statistics))
+        # Of a stack it may be some of the experts.
+        some = replace(matrix, experts=weight.shape[0]) if matrix.lead else matrix
+        bases = operators.bases(shapes, some, config.damping, weight.read, statistics)
+        tensors = {f"{prefix}.Z": torch.zeros((*some.lead, *Z_shape[-2:]), dtype=dtype)}
+        c = operators.scale(shapes, bases, some, frozen(config, statistics))
+        c = c[:, None] if matrix.lead else c
         for shape in shapes:
             Q, values = bases[shape.end]
             tensors[f"{prefix}.{'B' if shape.thin else 'Q'}_{shape.end}"] = Q
@@ -160,6 +206,7 @@ def _part(matrix: Matrix, config: "OSFTSettings", prefix: str, adapter: Protecte
         join=join,
         compute_dtype=dtype,
         tolerance=0.0,
+        independent_rows=bool(matrix.lead),
         cost=operators.cost(shapes, matrix),
         identity=operators.identity(config, shapes),
         measured=config.protect != "weights",
@@ -167,51 +214,31 @@ def _part(matrix: Matrix, config: "OSFTSettings", prefix: str, adapter: Protecte
 
 
 def describe(chosen: Sequence[Matrix], model: nn.Module) -> Adapter:
-    """Return how the adapters are published as LoRA: A and B of each linear layer, computed from Z and the bases."""
-    derived: dict[str, Derived] = {}
-    ranks: dict[str, int] = {}
+    """Return how the adapters are published as LoRA: A and B of each matrix, computed from Z and the bases."""
+    pairs = []
     for matrix in chosen:
-        adapter: ProtectedAdapter = model.get_submodule(f"{matrix.module}.osft")  # type: ignore[assignment]
-        names = tuple(f"{matrix.module}.osft.{name}" for name, _ in adapter.named_parameters())
-        rank = min(adapter.Z.shape)
-        ranks[matrix.module] = rank
-        for half, shape in (("A", (rank, matrix.inputs)), ("B", (matrix.outputs, rank))):
-            derived[f"{PREFIX}{matrix.module}.lora_{half}.weight"] = Derived(
-                names=names,
-                shape=shape,
-                make=lambda tensors, half=half, adapter=adapter: _half(half, adapter, tensors),  # type: ignore[misc]
-            )
-    first = next(iter(ranks.values()))
-    body: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": first,
-        "lora_alpha": first,
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != first},
-        "alpha_pattern": {name: rank for name, rank in ranks.items() if rank != first},
-        "use_rslora": False,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": any(matrix.transposed for matrix in chosen),
-        "target_modules": list(ranks),
-        "inference_mode": True,
-        "init_lora_weights": True,
-    }
-    return Adapter(name="osft", keys={}, derived=derived, config=body)
+        prefix = f"{matrix.module}.{_child(matrix)}"
+        adapter: ProtectedAdapter = model.get_submodule(prefix)  # type: ignore[assignment]
+        rank = min(adapter.Z.shape[-2:])
+        names = tuple(f"{prefix}.{name}" for name, _ in adapter.named_parameters())
+        pairs.append(
+            PublishedPair(matrix=matrix, rank=rank, alpha=float(rank), names=names, half=partial(_half, adapter.shapes))
+        )
+    return peft_layout.describe("osft", pairs, rank=pairs[0].rank, alpha=pairs[0].alpha)
 
 
-def _half(half: str, adapter: ProtectedAdapter, tensors: Mapping[str, Tensor]) -> Tensor:
+def _half(shapes: Mapping[End, OperatorShape], half: Half, tensors: Mapping[str, Tensor]) -> Tensor:
     local_names = {name.rpartition(".")[2]: value for name, value in tensors.items()}
-    Z = projected(adapter.shapes, local_names)
+    Z = projected(shapes, local_names)
     out, into = local_names.get("B_out"), local_names.get("B_in")
-    if Z.shape[0] <= Z.shape[1]:  # few rows: A is Z times the basis of inputs, B the basis of outputs
+    if Z.shape[-2] <= Z.shape[-1]:  # few rows: A is Z times the basis of inputs, B the basis of outputs
         if half == "A":
             return Z if into is None else Z @ into.mT
-        return _identity(Z.shape[0], Z) if out is None else out
+        return _identity(Z.shape[-2], Z) if out is None else out
     if half == "B":
         return Z if out is None else out @ Z
-    return _identity(Z.shape[1], Z) if into is None else into.mT
+    return _identity(Z.shape[-1], Z) if into is None else into.mT
 
 
 def _identity(size: int, like: Tensor) -> Tensor:
-    return torch.eye(size, dtype=like.dtype, device=like.device)
+    return torch.eye(size, dtype=like.dtype, device=like.device).expand(*like.shape[:-2], size, size)

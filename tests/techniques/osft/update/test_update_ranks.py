@@ -61,6 +61,7 @@ def test_two_ranks_train_like_one(case, tmp_path):
         ("weights", "llama", {"replicate": 2, "shard": 2}),
         ("inputs", "llama", {"replicate": 2, "shard": 1}),
         ("one_sided", "llama", {"shard": 3}),
+        ("one_sided", "qwen3_moe", {"shard": 3}),
     ],
     ids=str,
 )

@@ -38,7 +38,7 @@ class Operator:
     Args:
         Q: […, D, k]
         values: […, k]
-        rest: a number, or a tensor that broadcasts with what P is applied to.
+        rest: a number, or a tensor that broadcasts with `values`; [1] for a matrix, [E, 1] for a stack.
         multiply: two matrices; `product` where protection is soft, or does not depend on the result.
     """
 
@@ -79,7 +79,7 @@ class Operator:
     def _combine(self, X: Tensor, inside: Tensor) -> Tensor:
         if isinstance(self.rest, float):  # 0 and 1, which need neither a scale nor a copy
             return inside if self.rest == 0 else inside.add_(X, alpha=self.rest)
-        return X * self.rest + inside
+        return X * self.rest[..., None] + inside
 
 
 # --- the shapes of operators, before any weight is read
