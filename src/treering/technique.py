@@ -108,6 +108,23 @@ class LazyTensor(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How a weight W […, outputs, inputs], experts of a stack in front, is published in a number format.
+
+    Attributes:
+        form: The number format, a `treering.formats.Format`.
+        names: The live names that `tensors` reads: the plain name where the plain weight is stored.
+        tensors: (tensors by live name) → the uint8 tensors of the format, by its names for them.
+        transposed: The plain parameter has inputs before outputs.
+    """
+
+    form: Any
+    names: tuple[str, ...]
+    tensors: "Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]"
+    transposed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """How one technique holds its share of one plain tensor.
 
@@ -135,6 +152,7 @@ class Part:
         copies: Live names that have the values of the folder's own tensors, each with its name in
             `LazyTensor.stored.tensors`. They are copied as plain weights are, each rank its rows, by no `split`, and no
             checkpoint or prepared result holds them. `split` returns them where another part reads the weight.
+        packing: How the weight that this part reproduces is published in a number format; None: in none.
     """
 
     names: tuple[str, ...]
@@ -152,6 +170,7 @@ class Part:
     measured: bool = True
     saved: bool = True
     copies: Mapping[str, str] = field(default_factory=dict)
+    packing: Packing | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

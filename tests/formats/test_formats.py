@@ -212,3 +212,15 @@ def test_a_slice_that_starts_between_words_is_read():
     shifted = packed | {"scales": bytes_.view(packed["scales"].shape)}
     decoded = [FP8Block(block=8).decode(t, 16, torch.float32) for t in (packed, shifted)]
     assert torch.equal(*decoded)
+
+
+def test_the_map_of_nested_scales_is_the_one_of_the_library_whatever_is_traced_around_it():
+    """It is kept: computed where tensors have no values, it would be wrong for the rest of the process."""
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        middles = (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        values += middles + [-m for m in middles]
+    nested_map.cache_clear()
+    with torch.device("meta"):
+        assert nested_map() == tuple(sorted(values))

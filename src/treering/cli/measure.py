@@ -37,6 +37,9 @@ def command(
     ] = None,
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="To compute in.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Decides which documents, and what is written.")] = 0,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Decode the weights that MODEL holds quantized, to compute faster.")
+    ] = False,
     nproc: Annotated[int | None, typer.Option(min=1, help="Start this many ranks on this machine.")] = None,
 ) -> None:
     """Measure which directions the inputs of each layer use: what `osft` keeps, and the next task adds to."""
@@ -51,10 +54,10 @@ def command(
         _start_ranks(nproc)
         return
     _refuse_taken(to, add or [])
-    run = _composed(model, dtype)
-    _refuse_longer(run, max_length)
-    documents, packing = _documents(run, data, format, generate, tokens, max_length, seed)
-    statistics = _measured(run, documents, packing, data, trained, add or [], max_length, to)
+    run = composed(model, dtype, dequantize)
+    refuse_longer(run, max_length)
+    texts, packing = documents(run, data, format, generate, tokens, max_length, seed)
+    statistics = measured(run, texts, packing, data, trained, add or [], max_length, to)
     _table(statistics)
     _report_missing(statistics.rings[-1].tokens, tokens, trained)
     _warn(statistics)
@@ -85,13 +88,14 @@ def _warn(statistics: "Statistics") -> None:
             say(f"! {text}", "yellow")
 
 
-def _composed(model: str, dtype: str) -> "Run":
+def composed(model: str, dtype: str, dequantize: bool) -> "Run":
     """Return the plain model, sharded where there are several ranks. Nothing is trained."""
     from treering.plan import compose
     from treering.techniques.shard import Shard
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return compose(model, [Shard()] if several else [], dtype=dtype, dropout="off", frozen=True)
+    shard = [Shard()] if several else []
+    return compose(model, shard, dtype=dtype, dropout="off", frozen=True, dequantize=dequantize)
 
 
 def _refuse_taken(to: Path, add: list[Path]) -> None:
@@ -107,7 +111,8 @@ def _refuse_taken(to: Path, add: list[Path]) -> None:
         )
 
 
-def _refuse_longer(run: "Run", max_length: int) -> None:
+def refuse_longer(run: "Run", max_length: int) -> None:
+    """Refuse documents that are longer than the model was made for."""
     from treering.core.errors import PlanError
 
     positions = getattr(run.model.config.get_text_config(), "max_position_embeddings", None)
@@ -118,9 +123,10 @@ def _refuse_longer(run: "Run", max_length: int) -> None:
         )
 
 
-def _documents(
+def documents(
     run: "Run", data: list[str] | None, format: str, generate: bool, tokens: int, max_length: int, seed: int
 ) -> "tuple[list[Document], Literal['on', 'off']]":
+    """Return the text to measure, from files or written by the model, and whether documents are packed."""
     from treering.cli.console import console
     from treering.core.collectives import is_first, together
     from treering.data.config import Data
@@ -135,8 +141,8 @@ def _documents(
     with console(stderr=True).status("writing" if generate else "reading") as status:
         if generate:
             show = lambda done, of: status.update(f"writing: {done:,} of {of:,} tokens")  # noqa: E731
-            documents = generated(run, tokenizer, tokens=tokens, length=max_length, seed=seed, progress=show)
-            return calibration.first(documents, tokens), packing
+            written = generated(run, tokenizer, tokens=tokens, length=max_length, seed=seed, progress=show)
+            return calibration.first(written, tokens), packing
         config = Data(train=tuple(data or ()), format=format, max_length=max_length)  # type: ignore[arg-type]
         count = lambda done: status.update(f"reading: {done:,} records")  # noqa: E731
         if is_first():
@@ -145,7 +151,7 @@ def _documents(
         return calibration.sample(build(config, tokenizer), tokens, seed), packing
 
 
-def _measured(
+def measured(
     run: "Run",
     documents: "list[Document]",
     packing: "Literal['on', 'off']",
@@ -155,6 +161,7 @@ def _measured(
     max_length: int,
     to: Path,
 ) -> "Statistics":
+    """Measure the inputs of the run's matrices over `documents`, write that to the folder `to`, and return it."""
     from treering.cli.console import console
     from treering.curvature import Ring, measure, open
     from treering.train import calibration

@@ -111,6 +111,9 @@ def export_command(
         str | None, typer.Option(help="Write only this adapter, in peft's format, instead of the merged model.")
     ] = None,
     step: Annotated[int | None, typer.Option(min=0, help="The checkpoint of this step, not the newest.")] = None,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Keep quantized weights as codes and scales; with --adapter, that too.")
+    ] = False,
 ) -> None:
     """Write a trained model for others to load: a Hugging Face folder, or one adapter as a peft folder."""
     config = load(run / "config.yaml", None)
@@ -118,4 +121,4 @@ def export_command(
     from treering.train.export import export
 
     job = replace(job_of(config), output=str(run))  # the folder may have been moved since
-    say(f"wrote {export(job, to, adapter=adapter, step=step)}")
+    say(f"wrote {export(job, to, adapter=adapter, step=step, packed=packed)}")

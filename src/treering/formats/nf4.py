@@ -7,8 +7,10 @@ bitsandbytes blocks the flattened matrix; where the inputs are a multiple of 64 
 matrix can be cut by rows.
 """
 
+import struct
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -28,13 +30,25 @@ TABLE = (
 
 @cache
 def nested_map() -> tuple[float, ...]:
-    """Return the 256 values to which scales are rounded: seven decades, each with twice the steps of the one below."""
+    """Return the 256 values to which scales are rounded: seven decades, each with twice the steps of the one below.
+
+    In Python's floats, rounded to float32 where bitsandbytes' torch code rounds: where memory is planned, tensors have
+    no values, and what is computed there would be kept.
+    """
     values = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
-        middles = (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        steps = 2**decade
+        step = _float32((1 - _float32(0.1)) / steps)
+        up = [_float32(_float32(0.1) + step * i) for i in range((steps + 1) // 2)]
+        edges = up + [_float32(1 - step * (steps - i)) for i in range(len(up), steps + 1)]
+        scale = _float32(10.0 ** (decade - 6))
+        middles = [_float32(scale * (_float32(low + high) / 2)) for low, high in pairwise(edges)]
         values += middles + [-m for m in middles]
     return tuple(sorted(values))
+
+
+def _float32(x: float) -> float:
+    return struct.unpack("f", struct.pack("f", x))[0]
 
 
 def nearest(x: Tensor, values: tuple[float, ...]) -> Tensor:

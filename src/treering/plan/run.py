@@ -262,6 +262,11 @@ class Run:
         """Yield the plain weights as the techniques reproduce them now, one at a time; a collective when sharded."""
         return plain(self.plan, names)
 
-    def export(self, folder: str | Path, *, adapter: str | None = None) -> Path:
-        """Write a dense Hugging Face folder, or that of one named adapter. Every rank calls it; rank 0 writes."""
-        return export(self.plan, Path(folder), adapter)
+    def export(self, folder: str | Path, *, adapter: str | None = None, packed: bool = False) -> Path:
+        """Write a dense Hugging Face folder, or that of one named adapter. Every rank calls it; rank 0 writes.
+
+        Args:
+            packed: Write quantized weights as codes and scales, as published folders hold them; with `adapter`, that
+                is written next to them, into the folder `adapter` inside.
+        """
+        return export(self.plan, Path(folder), adapter, packed=packed)

@@ -57,18 +57,18 @@ def joined(plan: Plan, name: str, values: Values) -> Tensor:
     chain = plan.chains.get(name)
     if chain is None:
         return base.to(dtype)
-    tensors = {part_name: values.read(part_name) for part_name in _joined_names(chain)}
+    tensors = {part_name: values.read(part_name) for part_name in joined_names(chain)}
     return join(chain.parts, tensors, base).to(dtype)
 
 
 def take_part(plan: Plan, name: str, values: Values) -> None:
     """Take part in the collectives of `joined`, on a rank that does not need the result."""
     chain = plan.chains.get(name)
-    for part_name in (*({name} & values.names), *(_joined_names(chain) if chain else ())):
+    for part_name in (*({name} & values.names), *(joined_names(chain) if chain else ())):
         values.read(part_name)
 
 
-def _joined_names(chain: Chain) -> list[str]:
+def joined_names(chain: Chain) -> list[str]:
     """Return the names that the joins read. Bases that are not part of the weight are not gathered."""
     return [name for part in chain.parts for name in (part.names if part.joins is None else part.joins)]
 

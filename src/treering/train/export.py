@@ -18,18 +18,21 @@ from treering.train.config import Job
 from treering.train.measurements import carried, find
 
 
-def export(job: Job, folder: Path, *, adapter: str | None = None, step: int | None = None) -> Path:
+def export(
+    job: Job, folder: Path, *, adapter: str | None = None, step: int | None = None, packed: bool = False
+) -> Path:
     """Write the newest checkpoint of `job`, or that of `step`, as a Hugging Face folder, or one `adapter` of it.
 
-    Tensor by tensor: the model is never in memory. Returns the folder.
+    With `packed`, quantized weights stay codes and scales, and `adapter` is written next to them. Tensor by tensor: the
+    model is never in memory. Returns the folder.
     """
     on_first(lambda: refuse_taken(folder), f"looking at {folder}")  # before gigabytes are verified
     plan, saved = reread(job, step=step)
     template = job.data.template  # the template of the training, not that of the base model
     files = {"chat_template.jinja": Path(template).expanduser()} if template is not None else {}
-    statistics = carried(job, saved.step) if adapter is None else None
+    statistics = carried(job, saved.step) if adapter is None and not packed else None
     values = saved_values(plan, _completed(job, plan, saved, exported_only=True))
-    return write(plan, folder, adapter, values=values, files=files, statistics=statistics)
+    return write(plan, folder, adapter, packed=packed, values=values, files=files, statistics=statistics)
 
 
 def reopen(job: Job, *, step: int | None = None) -> Run:

@@ -1,8 +1,8 @@
 """The technique `quantize`: weights stored as codes of a number format, and decoded where they multiply."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from treering.core.errors import PlanError
 from treering.technique import Applied, Claim, Site, Stage, StoredTensor, Technique
@@ -25,6 +25,8 @@ class Quantize(QuantizeSettings):
     targets   `all-linear`: linears of attention and MLP and experts inside the blocks, no routers; or patterns of names
     group     inputs that share a scale, of int4 and int3
     clip      max: the largest value of each group is kept; mse: groups saturate where that lowers the squared error
+    global_scale  of nvfp4. matrix: each matrix has its own; merged: q, k and v, and gate and up, share one, as engines
+              that merge them need it (these weights are read once more at the start)
 
     Example:
         run = tr.compose("MODEL", [tr.Quantize(format="nf4"), tr.LoRA(rank=16)])
@@ -49,6 +51,15 @@ class Quantize(QuantizeSettings):
             )
         return Stored(weights=stored)
 
+    def resolve(self, anatomy: "Anatomy", source: Any, statistics: Any) -> "Quantize":
+        """Return the technique with the largest values of matrices that share a scale, if some do."""
+        if self.global_scale == "matrix" or source is None:
+            return self
+        from treering.techniques.quantize.merged_scales import largest_values
+
+        settings = {one.name: getattr(self, one.name) for one in fields(Quantize)}
+        return SharedScales(**settings, largest=largest_values(self.matrices(anatomy), source.tensors))
+
     def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
         claims = []
         for matrix in self.matrices(anatomy):
@@ -64,6 +75,17 @@ class Quantize(QuantizeSettings):
         from treering.techniques.quantize.install import install_packed
 
         return install_packed(model, self, site)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedScales(Quantize):
+    """What `Quantize(global_scale="merged")` becomes once the weights have been looked at.
+
+    Attributes:
+        largest: the largest absolute value of all matrices that share a scale with one, by its plain name.
+    """
+
+    largest: Mapping[str, float] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

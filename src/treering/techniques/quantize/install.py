@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from treering.core.errors import PlanError
 from treering.core.module_forward import install
 from treering.experts.grouped_forward import grouped
-from treering.formats import Format
+from treering.formats import NVFP4, Format
 from treering.formats.search import best_clip
-from treering.technique import Applied, LazyTensor, Part, Site, StoredTensor
+from treering.technique import Applied, LazyTensor, Packing, Part, Site, StoredTensor
 from treering.techniques.quantize.packed import PackedExperts, PackedForward, PackedWeight
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def _replace(
 
 def _part(config: "QuantizeSettings", matrix: "Matrix", packed: PackedWeight, own: str, dtype: torch.dtype) -> Part:
     form = packed.form
+    largest: float | None = getattr(config, "largest", {}).get(matrix.weight)
 
     def split(
         weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None
@@ -83,7 +84,7 @@ def _part(config: "QuantizeSettings", matrix: "Matrix", packed: PackedWeight, ow
         clip: Tensor | float = 1.0
         if config.clip == "mse":
             clip = best_clip(form, W)
-        return {f"{own}.{key}": t for key, t in form.encode(W, clip=clip).items()}
+        return {f"{own}.{key}": t for key, t in encoded(form, W, clip, largest).items()}
 
     return Part(
         names=tuple(f"{own}.{key}" for key in packed.keys),
@@ -94,9 +95,17 @@ def _part(config: "QuantizeSettings", matrix: "Matrix", packed: PackedWeight, ow
         independent_rows=_independent(matrix, form),
         tolerance=None,  # rounding is what it is for; how much is reported
         cost=float(matrix.numel) * (9 if config.clip == "mse" else 1),
-        identity=f"quantize {form.settings()} {config.clip}",
+        identity=f"quantize {form.settings()} {config.clip}" + (f" {largest!r}" if largest is not None else ""),
         measured=False,
+        packing=_packing(matrix, packed, own),
     )
+
+
+def encoded(form: Format, W: Tensor, clip: Tensor | float, largest: float | None) -> dict[str, Tensor]:
+    """Return the tensors of W; `largest` is that of all matrices that share nvfp4's global scale with it."""
+    if largest is None or not isinstance(form, NVFP4):
+        return form.encode(W, clip=clip)
+    return form.encode(W, clip=clip, amax=torch.full(W.shape[:-2], largest, dtype=torch.float32, device=W.device))
 
 
 def _stored_part(matrix: "Matrix", packed: PackedWeight, own: str, dtype: torch.dtype) -> Part:
@@ -117,7 +126,18 @@ def _stored_part(matrix: "Matrix", packed: PackedWeight, own: str, dtype: torch.
         identity="stored",
         measured=False,
         copies={f"{own}.{key}": key for key in packed.keys},
+        packing=_packing(matrix, packed, own),
     )
+
+
+def _packing(matrix: "Matrix", packed: PackedWeight, own: str) -> Packing:
+    """Return how a packed weight is published: its tensors as they are."""
+    names = {f"{own}.{key}": key for key in packed.keys}
+
+    def tensors(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: live[name] for name, key in names.items()}
+
+    return Packing(form=packed.form, names=tuple(names), tensors=tensors, transposed=matrix.transposed)
 
 
 def _decoded(matrix: "Matrix", packed: PackedWeight, own: str, dtype: torch.dtype) -> Callable[..., Tensor]:

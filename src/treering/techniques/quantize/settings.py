@@ -21,23 +21,31 @@ class QuantizeSettings:
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     group: int | None = None
     clip: Literal["max", "mse"] = "max"
+    global_scale: Literal["matrix", "merged"] = "matrix"
 
     def __post_init__(self) -> None:
-        if self.format == "stored" and (self.targets, self.group, self.clip) != ("all-linear", None, "max"):
+        unset = (self.targets, self.group, self.clip, self.global_scale) == ("all-linear", None, "max", "matrix")
+        if self.format == "stored" and not unset:
             raise ConfigError(
                 "format is stored, which keeps every weight that the folder holds quantized, as it is; leave targets, "
-                "group and clip out",
+                "group, clip and global_scale out",
                 field="format",
             )
         if self.targets != "all-linear" and (isinstance(self.targets, str) or not self.targets):
             raise ConfigError(
-                f"targets is {self.targets!r}; write all-linear or a list of patterns such as experts", field="targets"
+                f"targets is {self.targets!r}; write all-linear or a list of patterns such as q_proj", field="targets"
             )
         if self.group is not None and (self.format not in ("int4", "int3") or self.group < 1):
             raise ConfigError(
                 f"group is {self.group} with format {self.format}; int4 and int3 take a group of inputs (128 unless "
                 "set), the other formats have one of their own",
                 field="group",
+            )
+
+        if self.global_scale == "merged" and self.format != "nvfp4":
+            raise ConfigError(
+                f"global_scale is merged with format {self.format}; nvfp4 alone has a global scale, leave it out",
+                field="global_scale",
             )
 
     def matrices(self, anatomy: "Anatomy") -> "tuple[Matrix, ...]":
