@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
+    from transformers import PreTrainedModel
 
     from treering.anatomy import Anatomy
     from treering.objectives import Objective
@@ -248,6 +249,8 @@ class Adapter:
         config: The content of `config_file`.
         derived: Key in the file → how its tensor is computed.
         only_with: What else the adapter fits, where it does not fit the published model: it is not exported alone.
+        each_expert: model → `derived` and `config` of a folder with a tensor for each expert, under its published name,
+            in place of those of stacks, which have no `keys`; None: there are no stacks.
     """
 
     name: str
@@ -257,6 +260,7 @@ class Adapter:
     file: str = "adapter_model.safetensors"
     config_file: str = "adapter_config.json"
     only_with: str = ""
+    each_expert: "Callable[[PreTrainedModel], tuple[Mapping[str, Derived], Mapping[str, Any]]] | None" = None
 
     @property
     def own(self) -> set[str]:

@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -114,6 +114,10 @@ def export_command(
     packed: Annotated[
         bool, typer.Option("--packed", help="Keep quantized weights as codes and scales; with --adapter, that too.")
     ] = False,
+    experts: Annotated[
+        Literal["stacked", "each"],
+        typer.Option(help="Of --adapter: experts as peft stacks them, or a pair for each, for engines that want that."),
+    ] = "stacked",
 ) -> None:
     """Write a trained model for others to load: a Hugging Face folder, or one adapter as a peft folder."""
     config = load(run / "config.yaml", None)
@@ -121,4 +125,4 @@ def export_command(
     from treering.train.export import export
 
     job = replace(job_of(config), output=str(run))  # the folder may have been moved since
-    say(f"wrote {export(job, to, adapter=adapter, step=step, packed=packed)}")
+    say(f"wrote {export(job, to, adapter=adapter, step=step, packed=packed, experts=experts)}")

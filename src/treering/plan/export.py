@@ -9,9 +9,10 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ NEXT_TO_WEIGHTS = (
 
 
 ADAPTER = "adapter"  # the folder of an adapter in that of its quantized weights
+Experts = Literal["stacked", "each"]
 Contents = Iterator[tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], Mapping[str, Tensor]]]]
 
 
@@ -57,6 +59,7 @@ def export(
     adapter: str | None,
     *,
     packed: bool = False,
+    experts: Experts = "stacked",
     values: Values | None = None,
     files: Mapping[str, Path] | None = None,
     statistics: Path | None = None,
@@ -71,6 +74,8 @@ def export(
         adapter: The name of the adapter to write; None: the model.
         packed: Write quantized weights as codes and scales, in a layout that others read; with `adapter`, that is
             written into the folder `adapter` inside.
+        experts: Of an adapter: `stacked`, as peft adapts the parameters of experts; `each`, a pair for each expert
+            under its published name, as engines want that serve unstacked experts.
         values: Those of a run that is not in memory; None: those of the live model.
         files: Name -> file to copy next to a model, instead of the base model's of that name.
         statistics: A folder of statistics to copy into a dense model's folder, as `statistics`.
@@ -81,6 +86,7 @@ def export(
     values = values or live_values(plan)
     publication = publication_of(plan) if packed else None
     chosen = None if adapter is None else exportable(plan, adapter, packed=packed)
+    chosen = _for_experts(plan, chosen, experts)
     if publication is not None and chosen is None:
         refuse_merging(plan, values)
     writers: list[tuple[str, TensorWriter, Contents]] = []
@@ -224,6 +230,23 @@ def exportable(plan: Plan, name: str, *, packed: bool = False) -> Adapter:
     return chosen
 
 
+def _for_experts(plan: Plan, chosen: Adapter | None, experts: Experts) -> Adapter | None:
+    """Return the adapter with a pair for each expert where that is asked for."""
+    if experts == "stacked":
+        return chosen
+    if chosen is None or chosen.each_expert is None:
+        raise PlanError(
+            "experts: each writes the adapters of stacked experts one by one, and "
+            + (
+                "no adapter is exported; name one"
+                if chosen is None
+                else f"the adapter {chosen.name!r} has none; leave it out"
+            )
+        )
+    derived, config = chosen.each_expert(plan.model)
+    return replace(chosen, derived=derived, config=config)
+
+
 def adapter_layout(plan: Plan, adapter: Adapter) -> dict[str, Tensor]:
     """Return the tensors of an adapter's file, on the meta device."""
     layout_of_file = {key: like(plan, name) for name, key in adapter.keys.items()}
@@ -237,5 +260,8 @@ def adapter_tensors(adapter: Adapter, values: Values) -> Iterator[dict[str, Tens
     """Yield the tensors of an adapter's file, one at a time; a collective where the model is sharded."""
     for name, key in adapter.keys.items():
         yield {key: values.read(name).cpu()}
+    names: tuple[str, ...] = ()
     for key, derived in adapter.derived.items():
-        yield {key: derived.make({name: values.read(name) for name in derived.names}).contiguous().cpu()}
+        if derived.names != names:  # one stack gives the tensors of many experts
+            names, tensors = derived.names, {name: values.read(name) for name in derived.names}
+        yield {key: derived.make(tensors).contiguous().cpu()}

@@ -17,7 +17,7 @@ from treering.core.topology import axis_size
 from treering.plan import batches, step
 from treering.plan.batches import Batch, plain_loss, with_targets
 from treering.plan.explain import explain
-from treering.plan.export import export
+from treering.plan.export import Experts, export
 from treering.plan.plan import Plan
 from treering.plan.prepared import Prepared
 from treering.plan.step import StepReport
@@ -262,11 +262,15 @@ class Run:
         """Yield the plain weights as the techniques reproduce them now, one at a time; a collective when sharded."""
         return plain(self.plan, names)
 
-    def export(self, folder: str | Path, *, adapter: str | None = None, packed: bool = False) -> Path:
+    def export(
+        self, folder: str | Path, *, adapter: str | None = None, packed: bool = False, experts: Experts = "stacked"
+    ) -> Path:
         """Write a dense Hugging Face folder, or that of one named adapter. Every rank calls it; rank 0 writes.
 
         Args:
             packed: Write quantized weights as codes and scales, as published folders hold them; with `adapter`, that
                 is written next to them, into the folder `adapter` inside.
+            experts: Of an adapter: `stacked`, as peft has it, or `each`: a pair for each expert, for engines that serve
+                unstacked experts.
         """
-        return export(self.plan, Path(folder), adapter, packed=packed)
+        return export(self.plan, Path(folder), adapter, packed=packed, experts=experts)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from treering.core.errors import CheckpointError
 from treering.plan import Plan, Run, load
+from treering.plan.export import Experts
 from treering.plan.export import export as write
 from treering.plan.refill import completed
 from treering.plan.values import saved_values
@@ -19,12 +20,18 @@ from treering.train.measurements import carried, find
 
 
 def export(
-    job: Job, folder: Path, *, adapter: str | None = None, step: int | None = None, packed: bool = False
+    job: Job,
+    folder: Path,
+    *,
+    adapter: str | None = None,
+    step: int | None = None,
+    packed: bool = False,
+    experts: Experts = "stacked",
 ) -> Path:
     """Write the newest checkpoint of `job`, or that of `step`, as a Hugging Face folder, or one `adapter` of it.
 
-    With `packed`, quantized weights stay codes and scales, and `adapter` is written next to them. Tensor by tensor: the
-    model is never in memory. Returns the folder.
+    With `packed`, quantized weights stay codes and scales, and `adapter` is written next to them; `experts` is that of
+    `treering.plan.export.export`. Tensor by tensor: the model is never in memory. Returns the folder.
     """
     on_first(lambda: refuse_taken(folder), f"looking at {folder}")  # before gigabytes are verified
     plan, saved = reread(job, step=step)
@@ -32,7 +39,9 @@ def export(
     files = {"chat_template.jinja": Path(template).expanduser()} if template is not None else {}
     statistics = carried(job, saved.step) if adapter is None and not packed else None
     values = saved_values(plan, _completed(job, plan, saved, exported_only=True))
-    return write(plan, folder, adapter, packed=packed, values=values, files=files, statistics=statistics)
+    return write(
+        plan, folder, adapter, packed=packed, experts=experts, values=values, files=files, statistics=statistics
+    )
 
 
 def reopen(job: Job, *, step: int | None = None) -> Run:

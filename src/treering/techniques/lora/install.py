@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,9 +14,11 @@ from treering.core.errors import PlanError
 from treering.experts.grouped_forward import Addition, grouped, release, unsupported
 from treering.technique import Applied, Part, Site
 from treering.techniques.lora.addend import Addend, ExpertAddend
+from treering.techniques.lora.peft_experts import of_each_expert
 from treering.techniques.lora.peft_format import describe
 from treering.techniques.lora.settings import RESIDUAL
-from treering.techniques.lora.starts import splitter
+from treering.techniques.lora.starts import Split, splitter
+from treering.weights.expert_names import published_matrices
 
 if TYPE_CHECKING:
     from treering.anatomy.matrices import Matrix
@@ -29,6 +32,7 @@ def install(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
     matrices = config.matrices(site.anatomy)
     _check(model, config, matrices)
     warnings = _residual_warnings(config, matrices, site)
+    each = config.file is not None and of_each_expert(Path(config.file))
     for matrix in matrices:
         own = config.of(matrix)
         module = model.get_submodule(matrix.module)
@@ -51,7 +55,10 @@ def install(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
         names += [f"{prefix}.A", f"{prefix}.B"]
         if own.init in RESIDUAL and not _quantized(matrix, site):
             own = replace(own, init="kaiming_zeros")
-        parts[matrix.weight] = _part(matrix, own, prefix, dtype, stored, site.seed)
+        split = splitter(
+            matrix, own, prefix, site.seed, published_matrices(model, matrix) if each and matrix.lead else ()
+        )
+        parts[matrix.weight] = _part(matrix, own, prefix, dtype, stored, split)
 
     return Applied(
         trainable=tuple(names),
@@ -141,7 +148,7 @@ def _note(config: "LoRASettings", matrices: "Sequence[Matrix]") -> str:
 
 
 def _part(
-    matrix: "Matrix", config: "AdapterSettings", prefix: str, dtype: torch.dtype, stored: torch.dtype, seed: int
+    matrix: "Matrix", config: "AdapterSettings", prefix: str, dtype: torch.dtype, stored: torch.dtype, split: Split
 ) -> Part:
     def join(tensors: Mapping[str, Tensor], below: Tensor) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
@@ -151,7 +158,7 @@ def _part(
     pissa, residual = config.init == "pissa", config.init in RESIDUAL
     return Part(
         names=(f"{prefix}.A", f"{prefix}.B"),
-        split=splitter(matrix, config, prefix, seed),
+        split=split,
         join=join,
         reads_weight=pissa or residual,
         moves_base=pissa,

@@ -9,16 +9,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from treering.core.errors import CheckpointError
-from treering.store.untrusted import in_folder, read_header, read_json
+from treering.store.untrusted import in_folder, read_json
 from treering.technique import Adapter
+from treering.techniques.lora.peft_experts import EXPERT, STACKS, read_experts, two_in_one
 from treering.techniques.lora.settings import RESIDUAL, LoRAPattern
 from treering.weights import peft_layout
-from treering.weights.peft_layout import HALVES, PREFIX, Half, PublishedPair
+from treering.weights.expert_names import PublishedMatrix
+from treering.weights.peft_layout import HALVES, PREFIX, Half, PublishedPair, opened, tensors_file
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from treering.anatomy.matrices import Matrix
     from treering.techniques.lora.settings import LoRASettings
 
@@ -102,12 +104,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: lora_alpha is {alpha!r}; it must be a number greater than 0")
     # peft matches modules by suffix or regular expression; the tensors in the file are the sure list
     targets = tuple(_adapted(folder, body))
+    rslora = bool(body.get("use_rslora", False))
     return {
         "targets": targets,
         "rank": rank,
         "alpha": float(alpha),
-        "rslora": bool(body.get("use_rslora", False)),
-        "patterns": _read_patterns(path, body, targets),
+        "rslora": rslora,
+        "patterns": _read_patterns(path, body, targets) | two_in_one(folder, rank, float(alpha), rslora),
     }
 
 
@@ -150,10 +153,18 @@ def _refuse_unknown(path: Path, body: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path}: target_modules is {modules!r}; it must name modules")
 
 
-def read_pair(folder: Path, matrix: "Matrix", rank: int) -> "tuple[Tensor, Tensor]":
-    """Return (A, B) of a linear layer, or of a stack of experts: [E, r, inputs] and [E, outputs, r]."""
-    path = _tensors_file(folder)
-    with _opened(path) as file:
+def read_pair(
+    folder: Path, matrix: "Matrix", rank: int, published: Sequence[PublishedMatrix] = ()
+) -> tuple[Tensor, Tensor]:
+    """Return (A, B) of a linear layer, or of a stack of experts: [E, r, inputs] and [E, outputs, r].
+
+    Args:
+        published: what the stack is in a published folder, where the file has a pair for each expert.
+    """
+    path = tensors_file(folder)
+    if published:
+        return read_experts(path, matrix, rank, published)
+    with opened(path) as file:
         name, present = matrix.module, set(file.keys())
         inner = matrix.lead and not matrix.leaf.startswith("down")  # the first stack of its module
         if inner and f"{PREFIX}{name}.base_layer.lora_A.weight" in present:
@@ -189,8 +200,8 @@ def _exchanges(folder: Path) -> bool:
 
 def _adapted(folder: Path, body: Mapping[str, Any]) -> list[str]:
     """Return the names of what the tensors of the folder adapt: modules, and parameters that stack experts."""
-    path = _tensors_file(folder)
-    with _opened(path) as file:
+    path = tensors_file(folder)
+    with opened(path) as file:
         keys = list(file.keys())
     ends = (".lora_A.weight", ".lora_B.weight")
     unknown = [key for key in keys if not (key.startswith(PREFIX) and key.endswith(ends))]
@@ -207,6 +218,10 @@ def _adapted(folder: Path, body: Mapping[str, Any]) -> list[str]:
 
 def _targets(path: Path, module: str, stacked: Sequence[str]) -> list[str]:
     """Return the targets that a module of the file stands for: itself, or the stacks that peft was asked to adapt."""
+    if expert := EXPERT.search(module):
+        if expert[1] not in STACKS:
+            raise CheckpointError(f"{path}: {module} is a matrix of an expert that has no place in a known stack")
+        return [STACKS[expert[1]]]
     holder = module.removesuffix(".base_layer")
     leaves = [name.rpartition(".")[2] for name in stacked if _ends(holder, name.rpartition(".")[0])]
     if not leaves:
@@ -218,21 +233,3 @@ def _targets(path: Path, module: str, stacked: Sequence[str]) -> list[str]:
 
 def _ends(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}") or not end
-
-
-def _opened(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    read_header(path)
-    try:
-        return safe_open(path, "pt")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from None
-
-
-def _tensors_file(folder: Path) -> Path:
-    path = in_folder(folder, "adapter_model.safetensors")
-    if path is None:
-        other = "; adapter_model.bin is a pickle and never read" if (folder / "adapter_model.bin").exists() else ""
-        raise CheckpointError(f"{folder} has no adapter_model.safetensors{other}")
-    return path

@@ -5,7 +5,7 @@ which experts a process has.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from treering.techniques.lora import reference
 if TYPE_CHECKING:
     from treering.anatomy.matrices import Matrix
     from treering.techniques.lora.settings import AdapterSettings
+    from treering.weights.expert_names import PublishedMatrix
 
 DAMPING = 1e-4  # of the mean eigenvalue of the inputs' moment: few tokens leave directions without any
 
@@ -28,8 +29,19 @@ Split = Callable[[LazyTensor, Callable[[], Tensor], Mapping[str, Tensor] | None]
 Pair = tuple[Tensor, Tensor]
 
 
-def splitter(matrix: "Matrix", config: "AdapterSettings", prefix: str, seed: int) -> Split:
-    """Return the `split` of a Part (see technique.py) for the start `config.init`; A and B are named after `prefix`."""
+def splitter(
+    matrix: "Matrix",
+    config: "AdapterSettings",
+    prefix: str,
+    seed: int,
+    published: "Sequence[PublishedMatrix]" = (),
+) -> Split:
+    """Return the `split` of a Part (see technique.py) for the start `config.init`.
+
+    Args:
+        prefix: of the names of A and B.
+        published: of the start `file`: what a stack is in a published folder, if the file has a pair for each expert.
+    """
 
     def ranks(weight: LazyTensor) -> tuple[int, ...]:
         """Return the rank of each matrix that `weight` holds."""
@@ -64,7 +76,7 @@ def splitter(matrix: "Matrix", config: "AdapterSettings", prefix: str, seed: int
         from treering.techniques.lora.peft_format import read_pair
 
         assert config.file is not None
-        A, B = read_pair(Path(config.file), matrix, config.rank)
+        A, B = read_pair(Path(config.file), matrix, config.rank, published)
         wanted = (*matrix.lead, config.rank, matrix.inputs), (*matrix.lead, matrix.outputs, config.rank)
         if (tuple(A.shape), tuple(B.shape)) != wanted:
             raise CheckpointError(
