@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PublishedMatrix:
+class ExpertMatrix:
     """One matrix of one expert, as a folder names it.
 
     Attributes:
@@ -33,7 +33,7 @@ class PublishedMatrix:
     rows: "Tensor"
 
 
-def published_matrices(model: Any, stack: "Matrix") -> tuple[PublishedMatrix, ...]:
+def published_matrices(model: Any, stack: "Matrix") -> tuple[ExpertMatrix, ...]:
     """Return the matrices that a stack is in a published folder, in the order of experts; PlanError if it is a stack
     there as well."""
     (experts,), outputs = stack.lead, stack.outputs
@@ -48,6 +48,6 @@ def published_matrices(model: Any, stack: "Matrix") -> tuple[PublishedMatrix, ..
     for name, value in translated.items():
         flat = value.flatten()
         found.append(
-            PublishedMatrix(module=name.removesuffix(".weight"), expert=int(flat[0]) // outputs, rows=flat % outputs)
+            ExpertMatrix(module=name.removesuffix(".weight"), expert=int(flat[0]) // outputs, rows=flat % outputs)
         )
     return tuple(sorted(found, key=lambda one: one.expert))

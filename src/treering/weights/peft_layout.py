@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from treering.core.errors import CheckpointError, PlanError
 from treering.store.untrusted import in_folder, read_header
 from treering.technique import Adapter, Derived
-from treering.weights.expert_names import PublishedMatrix, published_matrices
+from treering.weights.expert_names import ExpertMatrix, published_matrices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,7 +132,7 @@ def each_expert(
     return derived, {**config, **patterns, "target_modules": last}
 
 
-def _of_expert(pair: PublishedPair, half: Half, one: PublishedMatrix) -> Derived:
+def _of_expert(pair: PublishedPair, half: Half, one: ExpertMatrix) -> Derived:
     def make(tensors: "Mapping[str, Tensor]") -> "Tensor":
         value = pair.half(half, tensors)[one.expert]
         return value if half == "A" else value[one.rows.to(value.device)]

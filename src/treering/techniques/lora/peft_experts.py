@@ -15,7 +15,7 @@ from torch import Tensor
 
 from treering.core.errors import CheckpointError
 from treering.techniques.lora.settings import LoRAPattern
-from treering.weights.expert_names import PublishedMatrix
+from treering.weights.expert_names import ExpertMatrix
 from treering.weights.peft_layout import HALVES, PREFIX, opened, tensors_file
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ def two_in_one(folder: Path, rank: int, alpha: float, rslora: bool) -> dict[str,
     return {"*.experts.*up_proj": LoRAPattern(rank=factor * rank, alpha=alpha * (factor**0.5 if rslora else factor))}
 
 
-def read_experts(
-    path: Path, matrix: "Matrix", rank: int, published: Sequence[PublishedMatrix]
-) -> tuple[Tensor, Tensor]:
+def read_experts(path: Path, matrix: "Matrix", rank: int, published: Sequence[ExpertMatrix]) -> tuple[Tensor, Tensor]:
     """Return the stacked pairs of a file that has one for each published matrix of each expert."""
     A = torch.zeros(*matrix.lead, rank, matrix.inputs)
     B = torch.zeros(*matrix.lead, matrix.outputs, rank)

@@ -17,7 +17,7 @@ from treering.technique import Adapter
 from treering.techniques.lora.peft_experts import EXPERT, STACKS, read_experts, two_in_one
 from treering.techniques.lora.settings import RESIDUAL, LoRAPattern
 from treering.weights import peft_layout
-from treering.weights.expert_names import PublishedMatrix
+from treering.weights.expert_names import ExpertMatrix
 from treering.weights.peft_layout import HALVES, PREFIX, Half, PublishedPair, opened, tensors_file
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _refuse_unknown(path: Path, body: Mapping[str, Any]) -> None:
 
 
 def read_pair(
-    folder: Path, matrix: "Matrix", rank: int, published: Sequence[PublishedMatrix] = ()
+    folder: Path, matrix: "Matrix", rank: int, published: Sequence[ExpertMatrix] = ()
 ) -> tuple[Tensor, Tensor]:
     """Return (A, B) of a linear layer, or of a stack of experts: [E, r, inputs] and [E, outputs, r].
 

@@ -21,7 +21,7 @@ from treering.techniques.lora import reference
 if TYPE_CHECKING:
     from treering.anatomy.matrices import Matrix
     from treering.techniques.lora.settings import AdapterSettings
-    from treering.weights.expert_names import PublishedMatrix
+    from treering.weights.expert_names import ExpertMatrix
 
 DAMPING = 1e-4  # of the mean eigenvalue of the inputs' moment: few tokens leave directions without any
 
@@ -34,7 +34,7 @@ def splitter(
     config: "AdapterSettings",
     prefix: str,
     seed: int,
-    published: "Sequence[PublishedMatrix]" = (),
+    published: "Sequence[ExpertMatrix]" = (),
 ) -> Split:
     """Return the `split` of a Part (see technique.py) for the start `config.init`.
 
