@@ -104,7 +104,7 @@ def expected(name: str, taught_by: str, arch: str = "llama") -> tuple[list[float
         losses.append(summed / total)
     torch.stack(losses).sum().backward()
     scores = reference.scores(*(torch.cat(parts).detach() for parts in zip(*every)))
-    return [float(loss) for loss in losses], {n: p.grad for n, p in factors.items()}, scores
+    return [float(loss.detach()) for loss in losses], {n: p.grad for n, p in factors.items()}, scores
 
 
 class _Sum(torch.nn.Module):

@@ -10,6 +10,8 @@ import treering as tr
 from tests.plan.memory_toys import CPU, llama, really, subject
 from tests.techniques.tiling.test_losses import Watched
 from tests.toy import packed
+from tests.toy_run import folder
+from treering.cli import entry
 from treering.memory import forecast
 from treering.memory.forecast import Subject
 
@@ -72,3 +74,19 @@ def test_the_plan_is_what_a_real_step_needs(teacher):
         settings = planned(tr.Distill(teacher=path), on="cpu")
         real = really(settings, 263).peak(263)
         assert forecast(settings, 263, device=CPU).at(263).device == pytest.approx(real, rel=0.03)
+
+
+def test_the_plan_says_who_teaches_and_what_that_costs(tmp_path, capsys):
+    root = tmp_path
+    folder(root / "model")
+    folder(root / "teacher", hidden_size=64, num_hidden_layers=3)
+    file = tmp_path / "run.yaml"
+    for teacher, said in ((root / "teacher", "is a frozen llama model of"), ("base", "without what it trains")):
+        file.write_text(
+            f"model: {root / 'model'}\ndata: {{train: x.jsonl, max_length: 500}}\ntechniques: {{lora: , shard: }}\n"
+            f"output: {tmp_path}/out\nobjective: {{distill: {teacher}}}\n"
+        )
+        assert entry.run(["plan", str(file), "--ranks", "2"]) == 0
+        output = capsys.readouterr().out
+        assert said in output
+        assert ("teacher   all_gather" in output) == (teacher != "base")
