@@ -237,12 +237,18 @@ def reference(model, plain, live, kind, trainable, layout):
     return gradients, after
 
 
+@cache
+def mesh():
+    """One for all cells: each mesh starts threads for its process groups, which end with the process."""
+    return tr.mesh()
+
+
 def result(names, model, layout, folder):
     """`equal`, or why the combination was refused; a difference raises."""
     known = techniques(model)
     try:
         run = tr.compose(
-            build(model, dtype=torch.float64), [known[name] for name in names], mesh=tr.mesh(), prepared=folder
+            build(model, dtype=torch.float64), [known[name] for name in names], mesh=mesh(), prepared=folder
         )
     except tr.PlanError as error:
         return str(error)
