@@ -52,6 +52,7 @@ NOTES = {
     "data": "where examples come from and how they become tokens",
     "techniques": "what is done to the model",
     "train": "how long, how large a step, with what optimizer",
+    "objective": "what is minimized: cross-entropy with the labels, unless something is given here",
     "statistics": "what the model is to keep: [measuring](measure.md)",
     "mesh": "how ranks are laid out",
     "output": "the folder for checkpoints, metrics and the resolved configuration",

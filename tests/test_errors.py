@@ -24,7 +24,7 @@ SECTIONS = {
     for folder in sorted((SOURCE / "techniques").iterdir())
     if folder.is_dir() and any(folder.glob("*.py"))
 }
-SECTIONS["objectives"] = (SOURCE / "objectives.py",)
+SECTIONS["objectives"] = (SOURCE / "objectives", SOURCE / "plan" / "teacher.py")
 SECTIONS["measure"] = (SOURCE / "curvature", SOURCE / "cli" / "measure.py")
 TITLES = {"tiling": "tiledmlp, tiledblock, tiledloss"}
 

@@ -17,11 +17,13 @@ from treering.cli.schema import RunConfig
 from treering.train.checkpoints.files import read
 
 NAMES = [name for name in recipes() if name.endswith(".yaml")]
+BFLOAT16 = ("moe-lora.yaml", "moe-nvfp4-qad.yaml")  # their tiles need it; on two ranks, with packed weights
 RANKS = {
     "lora-8gpu.yaml": 2,
     "full-8gpu.yaml": 2,
     "osft-8gpu.yaml": 2,
     "moe-lora.yaml": 2,
+    "moe-nvfp4-qad.yaml": 2,
     "slurm.yaml": 4,
 }  # slurm.yaml: two copies of two shards
 SMALL = [
@@ -53,14 +55,16 @@ def trained(file: Path, settings: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=sharded_codes) if name == "moe-lora.yaml" else name for name in NAMES]
+    "name", [pytest.param(name, marks=sharded_codes) if name in BFLOAT16 else name for name in NAMES]
 )
 def test_a_recipe_trains_and_leaves_a_checkpoint(name, toys, tmp_path):
     assert entry.run(["recipes", "cp", name, str(tmp_path)]) == 0
     places = {"model.path": toys / "model", "data.train": toys / "chat.jsonl", "data.cache": toys / "tokens"}
     if "path: known" in (tmp_path / name).read_text(encoding="utf-8"):
         places["statistics.path"] = toys / "known"
-    small = [one for one in SMALL if name != "moe-lora.yaml" or "model.dtype" not in one]  # its tiles need bfloat16
+    if "teacher:" in (tmp_path / name).read_text(encoding="utf-8"):
+        places["objective.distill.teacher"] = toys / "model"
+    small = [one for one in SMALL if name not in BFLOAT16 or "model.dtype" not in one]
     settings = [*small, *(f"{key}={value}" for key, value in places.items()), f"output={tmp_path / 'run'}"]
     ranks = RANKS.get(name, 1)
 

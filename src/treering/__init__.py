@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from treering.core.topology import mesh
     from treering.curvature import measure
+    from treering.objectives import Distill
     from treering.plan.compose import compose
     from treering.plan.run import Run
     from treering.techniques import *  # noqa: F403
@@ -37,6 +38,7 @@ _WHERE = {
     "PlanError": "treering.core.errors",
     "RankLost": "treering.core.errors",
     "DataError": "treering.core.errors",
+    "Distill": "treering.objectives",
     "CheckpointError": "treering.core.errors",
     "Interrupted": "treering.core.errors",
     "NumericsError": "treering.core.errors",

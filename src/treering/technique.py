@@ -388,6 +388,8 @@ class Technique(Protocol):
     `lighter() -> Sequence[Variant]`, a class or static method, names what makes a run need less memory.
     `with_stored(stored) -> Technique` returns the technique that keeps weights as their folder stores them, by plain
     name; `for_stored() -> Technique`, a class or static method, one to add if none of those given `keeps_stored`.
+    `for_teacher() -> Technique` returns the technique that a frozen teacher gets where the run has this one; a teacher
+    gets no others.
     """
 
     @property
@@ -396,7 +398,7 @@ class Technique(Protocol):
     def apply(self, model: "nn.Module", site: Site) -> Applied: ...
 
 
-Recompute = Literal["forward", "recompute", "tile"]
+Recompute = Literal["forward", "recompute", "tile", "teacher"]
 _recompute: ContextVar[Recompute] = ContextVar("treering_recompute", default="forward")
 
 
@@ -406,7 +408,7 @@ def recompute_state() -> Recompute:
 
 
 def recomputing(kind: Recompute) -> AbstractContextManager[None]:
-    """Mark the forwards inside as a second pass. For techniques that run a forward again in the backward."""
+    """Mark the forwards inside as a second pass: again in the backward, or as a teacher, without techniques."""
 
     @contextmanager
     def scope():

@@ -65,10 +65,12 @@ def really(settings: Subject, length: int) -> Timeline:
     with pretend.ranks(settings.world):
         with torch.device("meta"):
             model = hf.AutoModelForCausalLM.from_config(settings.config, dtype=settings.dtype)
-        plan = draft(model, settings.techniques, mesh=settings.mesh(), weights=False)
-        materialise(plan.model, CPU, CPU)
-        for parameter in plan.model.parameters():
-            torch.nn.init.constant_(parameter.data, 0.01)
+        plan = draft(model, settings.techniques, mesh=settings.mesh(), weights=False, objective=settings.objective)
+        for one in (plan, plan.teacher):
+            if one is not None:
+                materialise(one.model, CPU, CPU)
+                for parameter in one.model.parameters():
+                    torch.nn.init.constant_(parameter.data, 0.01)
         tracker = Tracker(CPU)
         with tracker:
             tokens = batch(length, CPU, packed=plan.unpackable is None)

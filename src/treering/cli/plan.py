@@ -86,6 +86,7 @@ def explanation(config: "RunConfig", ranks: int, tokens: int) -> str:
             dropout=config.model.dropout,
             statistics=find(job_of(config)),
             roles=config.model.roles,
+            objective=config.objective.chosen(),
             dequantize=config.model.dequantize,
             weights=False,
         )
@@ -148,6 +149,7 @@ def _subject(config: "RunConfig", ranks: int, length: int) -> "Subject":
         seed=config.seed,
         dropout=config.model.dropout,
         roles=config.model.roles,
+        objective=config.objective.chosen(),
     )
 
 

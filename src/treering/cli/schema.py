@@ -10,7 +10,7 @@ from treering.core.errors import ConfigError
 from treering.data.config import Data
 from treering.technique import Technique
 from treering.techniques import TECHNIQUES
-from treering.train.config import Model, StatisticsSection, Train
+from treering.train.config import Model, ObjectiveSection, StatisticsSection, Train
 
 
 class _Sections:
@@ -86,6 +86,7 @@ class RunConfig:
     data: Data
     techniques: Techniques = field(default_factory=Techniques)
     train: Train = field(default_factory=Train)
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     statistics: StatisticsSection = field(default_factory=StatisticsSection)
     mesh: Mesh = field(default_factory=Mesh)
     output: str

@@ -64,6 +64,7 @@ def job_of(config: "RunConfig") -> "Job":
         output=config.output,
         train=config.train,
         statistics=config.statistics,
+        objective=config.objective.chosen(),
         mesh=asdict(config.mesh),
         seed=config.seed,
         written=to_yaml(_unforced(config)),

@@ -173,6 +173,21 @@ def settle(model: nn.Module) -> None:
             module.reshard()
 
 
+def keep_gathered(module: nn.Module) -> None:
+    """Let parameters of `module` stay complete after its forward, until the backward or until they are freed."""
+    if isinstance(module, FSDPModule):
+        module.set_reshard_after_forward(False, recurse=False)
+
+
+def end_forward(model: nn.Module) -> None:
+    """Free gathered parameters of a model that has no backward, and the order of its forwards, which FSDP records for
+    one: it would grow with every forward."""
+    if isinstance(model, FSDPModule) and hasattr(model, "reset_iter_state"):  # torch 2.11 has none
+        model.reset_iter_state()
+    else:
+        settle(model)
+
+
 # --- sums over rows
 
 

@@ -22,6 +22,7 @@ from treering.memory import pretend
 from treering.memory.timeline import PHASES, Phase, Timeline, phase_of, traced_length, worst_of_phases
 from treering.memory.trace import Optimizers, trace
 from treering.memory.tracker import CATEGORIES, Category
+from treering.objectives import Objective
 from treering.plan.compose import draft
 from treering.plan.open_model import Dropout
 from treering.plan.plan import Plan
@@ -52,6 +53,7 @@ class Subject:
     seed: int = 0
     dropout: Dropout = "refuse"
     roles: Mapping[str, str] = field(default_factory=dict)
+    objective: Objective | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +192,7 @@ def _draft(subject: Subject, depth: int | None, fake: FakeTensorMode, device: to
             seed=subject.seed,
             dropout=subject.dropout,
             roles=subject.roles,
+            objective=subject.objective,
             weights=False,
         )
 

@@ -34,11 +34,14 @@ def trace(
     """Return the memory of one optimizer step of `plan`, which was drafted without weights and is on meta. Each
     micro-batch is one document of `length` tokens that are all trained."""
     plan = replace(plan, device=device)
+    models = [plan] if plan.teacher is None else [plan, plan.teacher]
     if device.type != "cpu":
-        attention.install(plan.model)
+        for one in models:
+            attention.install(one.model)
     tracker = Tracker(device)
     with fake, tracker:
-        _materialise(plan, device)
+        for one in models:
+            _materialise(one, device)
         batches = [batch(length, device, packed=plan.unpackable is None) for _ in range(micro_batches)]
         return watch(Run(plan, lost={}), batches, optimizers=optimizers, tracker=tracker, clip=clip)
 
@@ -103,7 +106,10 @@ def _materialise(plan: Plan, device: torch.device) -> None:
 
 
 def _mark_model(run: Run, tracker: Tracker) -> None:
-    """Set the category of parameters and buffers: those that are not a plain tensor belong to a technique."""
+    """Set the category of parameters and buffers: those that are not a plain tensor belong to a technique. A teacher's
+    are parameters."""
+    if run.plan.teacher is not None:
+        tracker.mark([*run.plan.teacher.model.parameters(), *run.plan.teacher.model.buffers()], "parameters")
     plain = run.plan.plain
     for name, parameter in run.model.named_parameters():
         tracker.mark([parameter], "parameters" if name in plain else "technique")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
@@ -10,12 +11,13 @@ import torch.distributed as dist
 from torch import nn
 
 from treering import attention
-from treering.anatomy import examine
+from treering.anatomy import Anatomy, examine
 from treering.core.errors import PlanError
+from treering.core.module_forward import undo_all
 from treering.core.topology import mesh as make_mesh
 from treering.curvature import Statistics as Measured
 from treering.objectives import Objective
-from treering.plan import conflicts, open_model
+from treering.plan import conflicts, open_model, teacher
 from treering.plan.apply import apply_all, keep_stored, resolve_all
 from treering.plan.batches import choose_objective
 from treering.plan.load import fill, materialise, refill, remember, to_meta
@@ -103,7 +105,7 @@ def draft(
         statistics: Of `treering.measure`, by plain name.
         roles: Pattern → role, where the anatomy cannot decide (see its message).
         frozen: Nothing is trained: for measuring, and for teachers. Techniques that train are refused.
-        objective: What `run.loss` evaluates; None: cross-entropy.
+        objective: What `run.loss` evaluates; None: cross-entropy. A teacher that it names is composed, too.
         dequantize: Decode the weights that a folder holds quantized, to `dtype`; else they stay as they are stored.
         weights: If False, only a config is needed, and the plan cannot be loaded.
         name: The model's name in `explain()`.
@@ -112,9 +114,7 @@ def draft(
     live = isinstance(model, nn.Module)
     built, folder, quantized = _opened(model, folder, dtype, dequantize)
     source_name = name or (type(built).__name__ if live else str(model))  # FSDP will rename the class
-    anatomy = examine(built, roles)
-    if isinstance(statistics, Measured):
-        statistics.check(anatomy)
+    anatomy = _examined(built, roles, statistics)
     open_model.quiet_dropout(built, dropout)
     read = weights or quantized is not None  # in which formats a folder holds weights is in the headers of its files
     source = open_model.source_of(built, None if live else folder, quantized, keep=not dequantize) if read else None
@@ -128,23 +128,24 @@ def draft(
     conflicts.check(list(zip(ordered, claimed)))
     conflicts.check_composition(ordered, claimed, mesh, frozen=frozen)
     plain = {name: (tuple(value.shape), value.dtype) for name, value in plain_tensors(built).items()}
-    unpackable = attention.packable(built, anatomy)
+    teacher_plan, taught = _teacher(objective, ordered, anatomy, folder, mesh, weights)
+    unpackable = attention.packable(built, anatomy) or (teacher_plan.unpackable if teacher_plan else None)
+    restore = teacher.install_base(objective, built, anatomy)
     setattr(built, COMPOSED, True)
-    restore = () if unpackable else (attention.install(built, anatomy),)
+    restore += [] if unpackable else [attention.install(built, anatomy)]
     restore_parameters = remember(built)
     if live:
         to_meta(built)
-    for parameter in built.parameters():
-        parameter.requires_grad_(False)
+    built.requires_grad_(False)
     try:
         applied, chains = apply_all(built, ordered, claimed, site)
         conflicts.check_units(list(zip(ordered, claimed)), built, {a.fqn for a in anatomy.attentions})
+        teacher.refuse_base(objective, ordered, applied)
         objective = choose_objective(objective, applied)
     except PlanError:  # a live model keeps its values when it is refused
         restore_parameters()
         delattr(built, COMPOSED)
-        for remove in restore:
-            remove()
+        undo_all(restore)()
         raise
     return Plan(
         model=built,
@@ -161,8 +162,9 @@ def draft(
         seed=seed,
         objective=objective,
         unpackable=unpackable,
-        restore=restore,
-        notes=() if quantized is None else quantized.notes(built.dtype if dequantize else None),
+        restore=tuple(restore),
+        notes=(*(() if quantized is None else quantized.notes(built.dtype if dequantize else None)), *taught),
+        teacher=teacher_plan,
     )
 
 
@@ -193,7 +195,31 @@ def load(
         errors = {}
     plan.source.release()
     plan.model.train()
+    if plan.teacher is not None:
+        notes += load(plan.teacher).notes
+        plan.teacher.model.eval()
     return Run(plan, errors, notes=tuple(notes), prepared=store)
+
+
+def _teacher(
+    objective: Objective | None,
+    techniques: tuple[Technique, ...],
+    student: Anatomy,
+    folder: Path | None,
+    mesh: "DeviceMesh | None",
+    weights: bool,
+) -> tuple[Plan | None, list[str]]:
+    """Return the plan of a teacher that is a model of its own, None if there is none, and notes about it."""
+    path = teacher.teacher_of(objective)
+    if path is None or path == teacher.BASE:
+        return None, []
+    plan = draft(
+        path, teacher.techniques_for(techniques), mesh=mesh, dropout="off", frozen=True, weights=weights, name=path
+    )
+    note = teacher.check_vocabulary(student, folder, plan)
+    restore = (teacher.install_hidden(plan.model, plan.anatomy), *plan.restore)
+    notes = [f"teacher {path}: {one}" for one in plan.notes] + ([note] if note else [])
+    return replace(plan, restore=restore), notes
 
 
 def _opened(
@@ -210,6 +236,14 @@ def _opened(
     if dtype != "auto" and model.dtype != open_model.named_dtype(dtype):
         raise PlanError(f"dtype is {dtype} and the live model is {model.dtype}; cast it before, or leave dtype out")
     return model, folder, None
+
+
+def _examined(model: nn.Module, roles: Mapping[str, str] | None, statistics: Statistics | None) -> Anatomy:
+    """Return the anatomy of `model`, which `statistics` must be of."""
+    anatomy = examine(model, roles)  # type: ignore[arg-type]
+    if isinstance(statistics, Measured):
+        statistics.check(anatomy)
+    return anatomy
 
 
 def _ordered(techniques: Iterable[Technique]) -> tuple[Technique, ...]:

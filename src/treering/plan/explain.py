@@ -9,8 +9,10 @@ from torch.nn import Parameter
 
 from treering.core.sharded import local_rows
 from treering.core.topology import AXES, axis_size
+from treering.objectives import CrossEntropy
 from treering.plan.conflicts import name_of
 from treering.plan.plan import Plan
+from treering.plan.teacher import teacher_of
 from treering.technique import Workload
 
 
@@ -65,13 +67,16 @@ def explain(
     ]
     for technique, applied in zip(plan.techniques, plan.applied):
         lines.append(f"  {technique.stage.name.lower():<10}{name_of(technique):<12}{'; '.join(applied.notes)}")
+    lines.append(f"  objective {_objective(plan)}")
     if plan.unpackable:
         lines.append(f"  not packed: {plan.unpackable}")
+    taught = 0 if plan.teacher is None else figures(plan.teacher).stored
     lines += [
         "",
         "on each rank, before activations",
         f"  parameters {size(n.stored)}, gradients {size(n.gradients)}, AdamW state {size(n.optimizer)}, "
-        f"together {size(n.stored + n.gradients + n.optimizer)}",
+        + (f"teacher {size(taught)}, " if taught else "")
+        + f"together {size(n.stored + n.gradients + n.optimizer + taught)}",
     ]
     lines += _communication(plan, work or Workload(tokens=4096))
     if lost:
@@ -83,6 +88,20 @@ def explain(
         lines.append(f"  {text}")
     warnings = [warning for applied in plan.applied for warning in applied.warnings]
     return "\n".join([*lines, *(f"  {note}" for note in (*plan.notes, *warnings, *notes))])
+
+
+def _objective(plan: Plan) -> str:
+    """Return what is minimized, and by which teacher if there is one."""
+    if plan.objective == CrossEntropy():
+        return "cross-entropy with the label of each trained token"
+    text = repr(plan.objective)
+    if plan.teacher is not None:
+        teacher = plan.teacher
+        count = figures(teacher).parameters
+        text += f"; the teacher is a frozen {teacher.anatomy.model_type} model of {count:,} parameters"
+    elif teacher_of(plan.objective) is not None:
+        text += "; the teacher is this model without what it trains"
+    return text
 
 
 def _communication(plan: Plan, work: Workload) -> list[str]:

@@ -130,6 +130,7 @@ class Plan:
     unpackable: str | None = None  # why packed batches are refused
     restore: tuple[Callable[[], None], ...] = ()  # removes the packed attention
     notes: tuple[str, ...] = ()  # for the user, about the folder
+    teacher: "Plan | None" = None  # frozen; None also where the model is its own teacher
 
     def tokens(self, length: int) -> range:
         """Return the range of tokens of a row of `length` that this rank computes."""
@@ -141,8 +142,10 @@ class Plan:
         return share
 
     def messages(self, work: Workload) -> list[tuple[str, Message]]:
-        """Return the communication of this rank in a step of `work`, each with the name of its technique."""
-        return [
+        """Return the communication of this rank in a step of `work`, each with the name of its technique. That of a
+        teacher of its own has the name teacher."""
+        taught = [] if self.teacher is None else [("teacher", message) for _, message in self.teacher.messages(work)]
+        return taught + [
             (name_of(technique), message)
             for technique, applied in zip(self.techniques, self.applied)
             if applied.messages is not None

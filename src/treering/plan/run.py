@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from treering.core.errors import PlanError
 from treering.core.sharded import settle
 from treering.core.topology import axis_size
+from treering.objectives import Objective, Scores, score_names
 from treering.plan import batches, step
 from treering.plan.batches import Batch, plain_loss, with_targets
 from treering.plan.explain import explain
@@ -21,6 +22,7 @@ from treering.plan.export import Experts, export
 from treering.plan.plan import Plan
 from treering.plan.prepared import Prepared
 from treering.plan.step import StepReport
+from treering.plan.teacher import Teacher
 from treering.plan.values import plain
 from treering.technique import Workload
 
@@ -55,6 +57,7 @@ class Run:
         self._attached = False
         losses = [a.loss for a in plan.applied if a.loss is not None]
         self._loss = losses[0] if losses else plain_loss
+        self._teacher = Teacher.of(plan)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse copy and pickle: the hooks of techniques act on this run's model, and would do so in a copy, too."""
@@ -145,13 +148,40 @@ class Run:
         Args:
             batch: From `steps` or `ready`. A loop that counts by itself may pass `labels` and `count`.
         """
+        return self._sum(batch, self.plan.objective)
+
+    @torch.no_grad()
+    def scores(self, batch: Batch) -> dict[str, Tensor]:
+        """Return this micro-batch's shares of what an evaluation reports: `loss`, and what the objective has besides.
+
+        Each is divided as `loss` divides, so that `total` of their sums over a step's micro-batches are means over its
+        trained tokens. Of `Distill`: `kl`, `agreement` and `cross_entropy`.
+
+        Args:
+            batch: From `steps` or `ready`.
+
+        Example:
+            kl = float(run.total(sum(run.scores(batch)["kl"] for batch in micro_batches)))
+        """
+        objective, names = self.plan.objective, score_names(self.plan.objective)
+        if not names:
+            return {"loss": self.loss(batch)}
+        sums = self._sum(batch, Scores(objective=objective))
+        if not isinstance(sums, tuple):  # the micro-batch trains nothing
+            sums = (sums,) * (1 + len(names))
+        return dict(zip(("loss", *names), sums, strict=True))
+
+    def _sum(self, batch: Batch, objective: Objective) -> Any:
         batch = with_targets(batch)  # of a loop that counts by itself
         if "count" not in batch or "targets" not in batch:
             raise PlanError(
                 "the batch does not know what its tokens predict and how many tokens its step trains; take batches "
                 "from run.steps(loader), or pass them through run.ready"
             )
-        return self._loss(self.model, batch, self.plan.objective) / batch["count"]
+        with nullcontext(batch) if self._teacher is None else self._teacher.teaching(batch) as taught:
+            sums = self._loss(self.model, taught, objective)
+        count = batch["count"]
+        return tuple(one / count for one in sums) if isinstance(sums, tuple) else sums / count
 
     def total(self, shares: Tensor) -> Tensor:
         """Return the loss of a step over all ranks: the sum of their `shares`. A collective if there are several.

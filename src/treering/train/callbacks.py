@@ -61,7 +61,7 @@ class Console(Callback):
 
     def evaluated(self, metrics: Metrics) -> None:
         shown = {k: v for k, v in metrics.items() if k != "step"}
-        self.screen.note(f"step {metrics['step']:.0f}: " + ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
+        self.screen.note(f"step {metrics['step']:.0f}: " + ", ".join(f"{k} {_short(v)}" for k, v in shown.items()))
 
     def noted(self, text: str) -> None:
         self.screen.note(text)
@@ -73,6 +73,11 @@ class Console(Callback):
     def finished(self, summary: Sequence[Mapping[str, Any]]) -> None:
         self.screen.stop()
         self.screen.table(summary)
+
+
+def _short(value: float) -> str:
+    """Return a number with four decimals, or three digits where that would leave fewer."""
+    return f"{value:.3g}" if 0 < abs(value) < 0.01 else f"{value:.4f}"
 
 
 class JsonLines(Callback):

@@ -6,6 +6,7 @@ from typing import Literal
 
 from treering.core.errors import ConfigError
 from treering.data.config import Data
+from treering.objectives import Distill, Objective
 from treering.technique import Technique
 
 
@@ -146,6 +147,17 @@ class StatisticsSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObjectiveSection:
+    """What is minimized for each trained token: cross-entropy with its label, or what is given here."""
+
+    distill: Distill | None = None  # the probabilities of a teacher: [distillation](distill.md)
+
+    def chosen(self) -> Objective | None:
+        """Return the objective; None: cross-entropy."""
+        return self.distill
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """One training run as a value. The command line builds it from a file; a program can build it itself.
 
@@ -159,6 +171,7 @@ class Job:
     output: str
     train: Train = field(default_factory=Train)
     statistics: StatisticsSection = field(default_factory=StatisticsSection)
+    objective: Objective | None = None  # None: cross-entropy
     mesh: Mapping[str, int] = field(default_factory=dict)  # keywords of treering.mesh
     seed: int = 0
     written: str = ""  # the resolved configuration as text, kept in the output folder

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from treering.data.loader import Loader
+from treering.objectives import score_names
 from treering.plan import Run
 from treering.train.prepare import encode
 from treering.train.training import Training
@@ -23,12 +24,12 @@ def evaluate(training: Training, step: int) -> None:
     asked, settings = training.watchdog.stop_asked, training.job.train.evaluate
     if training.data.eval is not None:
         with training.stopwatch("evaluation"):
-            held_out = held_out_loss(training.run, training.data.eval, asked)
-            training.checkpoints.progress.owed = step if held_out is None else None
-            if held_out is None:
+            scores = held_out_scores(training.run, training.data.eval, asked)
+            training.checkpoints.progress.owed = step if scores is None else None
+            if scores is None:
                 return
-            training.checkpoints.progress.record_loss(step, held_out)
-            training.reporter.evaluated(step, held_out)
+            training.checkpoints.progress.record_loss(step, scores["loss"])
+            training.reporter.evaluated(step, scores)
     if settings.prompts:
         with training.stopwatch("samples"):
             texts = samples(
@@ -48,25 +49,39 @@ def evaluate_if_due(training: Training, start: int) -> None:
         evaluate(training, start)
 
 
-@torch.no_grad()
 def held_out_loss(run: Run, loader: Loader, stop_asked: Callable[[], bool] = lambda: False) -> float | None:
-    """Return the mean loss over all trained tokens of the evaluation data, on every mesh and for every size of step.
+    """Return the loss among `held_out_scores`."""
+    scores = held_out_scores(run, loader, stop_asked)
+    return None if scores is None else scores["loss"]
 
+
+@torch.no_grad()
+def held_out_scores(
+    run: Run, loader: Loader, stop_asked: Callable[[], bool] = lambda: False
+) -> dict[str, float] | None:
+    """Return means over all trained tokens of the evaluation data, on every mesh and for every size of step.
+
+    They are `loss` and what the objective reports besides (`Run.scores`), with a perplexity if that has cross-entropy.
     Returns None if the run was asked to stop before the end.
     """
     run.model.eval()
-    summed, tokens = torch.zeros((), dtype=torch.float64, device=run.plan.device), 0
+    names = ("loss", *score_names(run.plan.objective))
+    summed, tokens = torch.zeros(len(names), dtype=torch.float64, device=run.plan.device), 0
     try:
         for batches in loader.once():
             if stop_asked():
                 return None
             count = batches[0]["count"]
             for batch in run.ready(batches):
-                summed += run.loss(batch).double() * count
+                scores = run.scores(batch)
+                summed += torch.stack([scores[name].double() for name in names]) * count
             tokens += count
     finally:
         run.model.train()
-    return float(run.total(summed)) / tokens
+    means = dict(zip(names, (run.total(summed) / tokens).tolist(), strict=True))
+    if "cross_entropy" in means:
+        means["perplexity"] = float(torch.tensor(means["cross_entropy"], dtype=torch.float64).exp())
+    return means
 
 
 @torch.no_grad()

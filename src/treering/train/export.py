@@ -84,7 +84,8 @@ def reread(job: Job, *, step: int | None = None) -> tuple[Plan, checkpoint.Saved
         )
     # Techniques that only make training faster or smaller do not change the weights, and may not run on this machine.
     lasting = tuple(t for t in job.techniques if t.stage in (Stage.QUANTIZE, Stage.ADAPT))
-    job = replace(job, techniques=lasting, mesh={})
+    # Nor is a teacher needed to read what was trained: its folder may be gone.
+    job = replace(job, techniques=lasting, mesh={}, objective=None)
     plan = draft_of(job)
     identity = identity_of(job, plan, None, find(job))
     check_same(

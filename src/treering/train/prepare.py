@@ -159,6 +159,11 @@ def check_fit(job: Job, plan: Plan, tokenizer: "PreTrainedTokenizerBase", data: 
     """Raise PlanError where data and model do not fit. Return notes on what fits only in part."""
     prompts = _prompts(job, tokenizer, data)
     _check_vocabulary(job, plan, tokenizer, data, prompts)
+    notes = _check_positions(job, plan, data, prompts)
+    return notes if plan.teacher is None else [*notes, *_check_positions(job, plan.teacher, data, [])]
+
+
+def _check_positions(job: Job, plan: Plan, data: RunData, prompts: list[list[int]]) -> list[str]:
     positions = getattr(plan.model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         return []

@@ -130,10 +130,11 @@ class Reporter:
         for callback in self.callbacks:
             callback.stepped(self.last)
 
-    def evaluated(self, step: int, held_out: float) -> None:
-        """Report the loss on held-out documents."""
+    def evaluated(self, step: int, scores: Mapping[str, float]) -> None:
+        """Report means over held-out documents: `loss`, and what the objective has besides."""
+        others = {name: value for name, value in scores.items() if name != "loss"}
         for callback in self.callbacks:
-            callback.evaluated({"step": float(step), "held_out_loss": held_out})
+            callback.evaluated({"step": float(step), "held_out_loss": scores["loss"], **others})
 
     def sampled(self, prompts: Sequence[str], texts: Sequence[str]) -> None:
         """Report what was generated for each prompt."""

@@ -153,6 +153,7 @@ def draft_of(job: Job) -> Plan:
         dropout=job.model.dropout,
         statistics=measurements.find(job),
         roles=job.model.roles,
+        objective=job.objective,
         dequantize=job.model.dequantize,
         name=job.model.path,
         folder=folder,

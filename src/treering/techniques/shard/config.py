@@ -50,6 +50,10 @@ class Shard(ShardSettings):
         hold = Hold(model, parameters=self.hold == "all")
         return replace(applied, batch=hold.count, gradients=hold.check)
 
+    def for_teacher(self) -> "Shard":
+        """Return the same sharding for a model that has no backward: what is gathered is freed after each block."""
+        return replace(self, hold="nothing", reshard=True)
+
     @classmethod
     def lighter(cls) -> tuple[Variant, ...]:
         """Return the variant whose shards, and the optimizer's state with them, are in host memory."""

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from treering.core.errors import PlanError
 from treering.core.topology import axis_size, parameter_mesh
-from treering.technique import Site
+from treering.technique import Site, recompute_state
 from treering.techniques.shard.traffic import ShardedUnit, ShardTraffic
 
 if TYPE_CHECKING:
@@ -215,6 +215,8 @@ class Hold:
         return batch
 
     def begin(self, *_: Any) -> None:
+        if recompute_state() == "teacher":  # a pass more for the same micro-batch
+            return
         self.waiting = max(0, self.waiting - 1)
         last = self.waiting == 0
         self.model.set_requires_gradient_sync(last)

@@ -40,6 +40,10 @@ class TiledMLP(TiledMLPSettings):
 
         return install_mlps(model, self, site)
 
+    def for_teacher(self) -> "TiledMLP":
+        """Return this: the feed-forward part of a teacher needs as much memory."""
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class TiledBlock(TiledBlockSettings):
@@ -77,6 +81,10 @@ class TiledBlock(TiledBlockSettings):
         from treering.techniques.tiling.block import install_blocks
 
         return install_blocks(model, self, site)
+
+    def for_teacher(self) -> "TiledBlock":
+        """Return this: all of a teacher's block needs as much memory."""
+        return self
 
     @classmethod
     def lighter(cls) -> tuple[Variant, ...]:

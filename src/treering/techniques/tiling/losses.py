@@ -11,7 +11,6 @@ are called as modules, so whatever gathers their weights does so exactly as it d
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from treering.core import module_forward
-from treering.objectives import IGNORED, INPUTS, CrossEntropy, Objective, ObjectiveRows, objective_values, widened
+from treering.objectives import (
+    IGNORED,
+    INPUTS,
+    CrossEntropy,
+    Distill,
+    Objective,
+    ObjectiveRows,
+    OutputHead,
+    objective_values,
+    widened,
+)
 from treering.technique import Applied, Site
 from treering.techniques.tiling.mlp import sums_wide
 from treering.techniques.tiling.tile import TiledRegion, tile_length
@@ -30,29 +39,6 @@ if TYPE_CHECKING:
     from treering.techniques.tiling.settings import TiledLossSettings
 
 Selection = Callable[[Tensor], Tensor]  # of trained positions: [B, S, …] to [N, …]
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputHead:
-    """The computation from hidden states to logits.
-
-    Attributes:
-        module: Computes logits, before scale and softcap.
-        scale: The factor of its output.
-        softcap: c of c · tanh(z / c), applied after the scale.
-        forward: Called instead of `module`, where that has a forward that was replaced.
-    """
-
-    module: nn.Module
-    scale: float = 1.0
-    softcap: float | None = None
-    forward: Callable[[Tensor], Tensor] | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        z = widened((self.forward or self.module)(hidden))
-        if self.scale != 1.0:
-            z = z * self.scale
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 class TiledHead:
@@ -66,7 +52,7 @@ class TiledHead:
         names = tuple(rows.values)
 
         def fn(h: Tensor, *values: Tensor) -> Tensor:
-            return rows.objective(self.head.logits(h), dict(zip(names, values)))
+            return rows.sum_of(self.head.logits(h), dict(zip(names, values)))
 
         return self._run(fn, hidden_NH, *rows.values.values(), size=size, out="sum", wide=wide)
 
@@ -103,17 +89,16 @@ class TiledHead:
         Logits of both are computed tile by tile; the teacher has no gradient. T²: gradients as large as at T = 1.
         """
 
-        def fn(h: Tensor, other: Tensor, t: Tensor) -> Tensor:
-            with torch.no_grad():
-                q = F.log_softmax(teacher.logits(other) / temperature, -1)
-            p = F.log_softmax(self.head.logits(h) / temperature, -1)
-            first, second = (p, q) if reverse else (q, p)
-            each = (first.exp() * (first - second)).sum(-1)
-            return temperature**2 * each.masked_fill(t == IGNORED, 0.0).sum()
-
         hidden, targets = _flat(hidden, targets)
+        objective = Distill(teacher="given", temperature=temperature, divergence="reverse" if reverse else "forward")
+
+        @torch.no_grad()
+        def logits(other: Tensor) -> Tensor:
+            return teacher.logits(other)
+
         other = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
-        return self._run(fn, hidden, other, targets, size=size, out="sum", wide=wide)
+        rows = ObjectiveRows(objective, {"targets": targets, "teacher_hidden": other}, logits)
+        return self.objective(hidden, rows, size=size, wide=wide)
 
     def log_probabilities(self, hidden: Tensor, targets: Tensor, *, size: int, wide: bool = True) -> Tensor:
         """Return log p(target) of each token, in the shape of `targets`; 0 where that is -100."""

@@ -8,6 +8,7 @@ from treering.core.errors import CheckpointError
 from treering.core.settings import with_current_names
 from treering.curvature import Statistics
 from treering.plan import Plan
+from treering.plan.teacher import teacher_of
 from treering.store.model_folder import fingerprint
 from treering.train.checkpoints import files as checkpoint
 from treering.train.config import Job
@@ -34,6 +35,7 @@ def identity_of(job: Job, plan: Plan, data: RunData | None, statistics: Statisti
         "optimizer": settings.optimizer.name,
         "seed": job.seed,
         "statistics": None if statistics is None else statistics.digest,
+        **_taught(plan),
     }
     if data is not None:
         identity |= {
@@ -44,6 +46,19 @@ def identity_of(job: Job, plan: Plan, data: RunData | None, statistics: Statisti
             "shuffle": job.data.shuffle,
         }
     return json.loads(json.dumps(identity))
+
+
+def _taught(plan: Plan) -> dict[str, Any]:
+    """Return what identifies an objective with a teacher, and its weights: a folder that was moved is the same one."""
+    objective, teacher = plan.objective, teacher_of(plan.objective)
+    if teacher is None:
+        return {"objective": None, "teacher": None}
+    settings = [f"{name}={value!r}" for name, value in sorted(vars(objective).items()) if name != "teacher"]
+    folder = None if plan.teacher is None else plan.teacher.folder
+    return {
+        "objective": " ".join((type(objective).__name__, *settings)),
+        "teacher": teacher if folder is None else fingerprint(folder),
+    }
 
 
 def check_same(

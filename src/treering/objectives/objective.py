@@ -1,4 +1,4 @@
-"""Objectives: a run minimizes the sum, over its trained positions, of a function of one row of logits each.
+"""What an objective is, how it gets what it needs at some rows of logits, and cross-entropy.
 
 An objective is a value that the plain head (`plan/batches.py`) and the tiled head (`techniques/tiling/losses.py`) both
 evaluate: the first on all rows at once, the second on a tile of rows at a time, with the gradient of each tile.
@@ -24,9 +24,13 @@ class Objective(Protocol):
 
     Attributes:
         needs: Keys of the batch. Each names a tensor [B, S, …] that is aligned with `targets`: position i holds what
-            belongs to the prediction made at position i, which is the next token.
+            belongs to the prediction made at position i, which is the next token. `teacher_logits` is not taken from
+            the batch where the objective has a `teacher`: its logits are computed, of a tile of rows at a time.
         copies: How many float32 tensors [rows, V] exist at once when the gradient of some rows is computed, the logits
             included. `TiledLoss` computes the length of a tile from it.
+
+    Optional are two more: `teacher`, a folder, a hub name or "base" (see `Distill`); and `scores`, names of what an
+    evaluation reports besides the loss, with a method `score(logits_NV, rows)` that returns a tuple of sums over rows.
 
     Example:
         @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,17 @@ class CrossEntropy:
         return loss
 
 
+class TeacherStates:
+    """What a teacher computed of a batch: its hidden states, and how its logits follow from them.
+
+    The logits of all positions never exist at once where those of the student do not. Neither a mapping nor a
+    dataclass, for the reason that `ObjectiveRows` has.
+    """
+
+    def __init__(self, hidden_BSH: "Tensor", logits: "Callable[[Tensor], Tensor]"):
+        self.hidden_BSH, self.logits = hidden_BSH, logits
+
+
 class ObjectiveRows:
     """An objective and what it needs at some rows of logits.
 
@@ -100,21 +115,37 @@ class ObjectiveRows:
     casts every floating tensor that it finds in those: teacher logits and weights would be rounded to bfloat16.
     """
 
-    def __init__(self, objective: Objective, values: "Mapping[str, Tensor]"):
+    def __init__(
+        self,
+        objective: Objective,
+        values: "Mapping[str, Tensor]",
+        teacher: "Callable[[Tensor], Tensor] | None" = None,
+    ):
         self.objective, self.values = objective, values
+        self.teacher = teacher  # from `teacher_hidden` among the values to `teacher_logits`
 
     def select(self, rows: "Callable[[Tensor], Tensor]") -> "ObjectiveRows":
         """Return the same objective with `rows` applied to every value."""
-        return ObjectiveRows(self.objective, {key: rows(value) for key, value in self.values.items()})
+        return ObjectiveRows(self.objective, {key: rows(value) for key, value in self.values.items()}, self.teacher)
 
     def sum(self, logits_NV: "Tensor") -> "Tensor":
-        return self.objective(logits_NV, self.values)
+        """Return the sum over all rows."""
+        return self.sum_of(logits_NV, self.values)
+
+    def sum_of(self, logits_NV: "Tensor", values: "Mapping[str, Tensor]") -> "Tensor":
+        """Return the sum over the rows, all or some of them, that `values` are of."""
+        if self.teacher is not None:
+            given = dict(values)
+            values = {"teacher_logits": self.teacher(given.pop("teacher_hidden")), **given}
+        return self.objective(logits_NV, values)
 
 
 def objective_values(objective: Objective, batch: Mapping[str, Any]) -> ObjectiveRows:
     """Return what `objective` needs at every position of `batch`, [B, S, …]; raise DataError where it is not there."""
     shape = tuple(batch["targets"].shape)
-    for key in objective.needs:
+    teacher: TeacherStates | None = batch.get("teacher") if "teacher_logits" in objective.needs else None
+    needed = [key for key in objective.needs if teacher is None or key != "teacher_logits"]
+    for key in needed:
         if batch.get(key) is None:
             raise DataError(
                 f"the objective {objective!r} needs {key!r}, and the batch has {', '.join(map(repr, batch))}; give "
@@ -125,7 +156,34 @@ def objective_values(objective: Objective, batch: Mapping[str, Any]) -> Objectiv
                 f"the objective {objective!r} needs {key!r} for each of {shape[0]} × {shape[1]} positions, and its "
                 f"shape is {list(batch[key].shape)}; position i belongs to the target at position i"
             )
-    return ObjectiveRows(objective, {key: batch[key] for key in objective.needs})
+    values = {key: batch[key] for key in needed}
+    if teacher is None:
+        return ObjectiveRows(objective, values)
+    return ObjectiveRows(objective, {**values, "teacher_hidden": teacher.hidden_BSH}, teacher.logits)
+
+
+def score_names(objective: Objective) -> tuple[str, ...]:
+    """Return the names of what an evaluation reports besides the loss."""
+    return tuple(getattr(objective, "scores", ()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """An objective whose value is a tuple of sums: the loss, and each of the numbers that an evaluation reports."""
+
+    objective: Any
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return self.objective.needs
+
+    @property
+    def copies(self) -> int:
+        return self.objective.copies
+
+    def __call__(self, logits_NV: "Tensor", rows: "Mapping[str, Tensor]") -> Any:
+        """Return sums over rows."""
+        return (self.objective(logits_NV, rows), *self.objective.score(logits_NV, rows))
 
 
 def widened(logits: "Tensor") -> "Tensor":
