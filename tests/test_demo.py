@@ -31,12 +31,22 @@ class Paper:
 
 def test_every_act_runs_and_prints_its_command(tmp_path):
     paper = Paper()
-    run(tmp_path / "demo", paper, characters=120_000, steps=2, epochs=1, places=1, strict=False)
+    run(
+        tmp_path / "demo",
+        paper,
+        characters=120_000,
+        steps=2,
+        epochs=1,
+        places=1,
+        mixture_steps=2,
+        distil_steps=2,
+        strict=False,
+    )
     text = "\n".join(paper.lines)
     for command in ("treering train", "treering export", "treering data show", "treering measure"):
         assert f"$ {command} {tmp_path}" in text
-    assert [row[""] for row in paper.rows[-4:]] == ["before", "full", "lora", "osft"]
-    assert "osft learned" in text
+    assert [row[""] for row in paper.rows[-6:]] == ["before", "full", "lora", "osft", "in nvfp4", "distilled"]
+    assert "osft learned" in text and "of what storing the mixture in 4 bits had changed" in text
     assert "bits per byte" in text and "✓ the exported model's logits are bitwise those of the run" in text
 
 

@@ -16,6 +16,7 @@ def run(root: Path, console: Any, **sizes: Any) -> None:
     from treering.cli.measure import command as measure
     from treering.cli.train import job_of
     from treering.demo import acts
+    from treering.demo.quantized_act import mend
     from treering.train.callbacks import Console
     from treering.train.export import export
     from treering.train.run import train
@@ -41,6 +42,10 @@ def run(root: Path, console: Any, **sizes: Any) -> None:
                 lambda s: acts.check(s, job_of(load(root / "teach.yaml", None))),
             ),
             ("what does it still know", acts.remember),
+            (
+                "a mixture of experts in 4 bits, distilled back",
+                lambda s: mend(s, lambda file: job_of(load(file, None))),
+            ),
         ],
         1,
     ):

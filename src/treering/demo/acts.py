@@ -71,6 +71,8 @@ class DemoStage:
     characters: int = 1_600_000
     steps: int = 300
     epochs: int = 40
+    mixture_steps: int = 150
+    distil_steps: int = 60
     places: int = 10
     strict: bool = True
 
@@ -95,7 +97,7 @@ def collect(stage: DemoStage) -> None:
 
 def pretrain(stage: DemoStage) -> None:
     """Train the blank model on the corpus, export it and compare it with a trigram model."""
-    file = _config(stage, "pretrain.yaml", PRETRAIN, steps=stage.steps)
+    file = write_config(stage, "pretrain.yaml", PRETRAIN, steps=stage.steps)
     stage.command("treering", "train", file)
     stage.train(file)
     stage.command("treering", "export", stage.root / "pretrain", "--to", stage.root / "base")
@@ -131,7 +133,7 @@ def teaching(stage: DemoStage, name: str, technique: str, lr: float, epochs: int
     """Write the configuration that teaches the facts by `technique`, and return its path."""
     output = "teach" if name == "full" else f"teach-{name}"
     known = json.dumps(str(stage.root / "known"))
-    return _config(
+    return write_config(
         stage,
         f"{output}.yaml",
         TEACH,
@@ -145,7 +147,8 @@ def teaching(stage: DemoStage, name: str, technique: str, lr: float, epochs: int
     )
 
 
-def _config(stage: DemoStage, name: str, text: str, **values: Any) -> Path:
+def write_config(stage: DemoStage, name: str, text: str, **values: Any) -> Path:
+    """Write a configuration file of the demo and return its path."""
     path = stage.root / name
     quoted = json.dumps(str(stage.root))[1:-1]  # between double quotes YAML reads what JSON writes
     path.write_text(text.format(root=quoted, **values), encoding="utf-8")

@@ -5,6 +5,7 @@ import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from treering.core.seeds import derive
 
@@ -111,6 +112,35 @@ def make_blank(folder: Path, texts: Iterable[str]) -> None:
         architectures=["LlamaForCausalLM"],
         dtype="float32",
     )
+    config.save_pretrained(folder)
+
+
+def make_mixture(folder: Path, like: Path) -> None:
+    """Write the config of a small mixture of experts, with the tokenizer of the folder `like`."""
+    from transformers import AutoTokenizer, Qwen3MoeConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(like)
+    tokenizer.save_pretrained(folder)
+    config: Any = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        moe_intermediate_size=96,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        architectures=["Qwen3MoeForCausalLM"],
+        dtype="float32",
+    )
+    config.head_dim = 32
     config.save_pretrained(folder)
 
 
