@@ -158,11 +158,13 @@ def divergence(teacher: Any, model: Any, held_out: Tensor) -> float:
 
 
 def distil(teacher: Any, run: Any, data: Tensor, steps: int) -> None:
-    """Train the adapters to give the original's probabilities."""
+    """Train the adapters to give the original's probabilities, with a rate that falls to 0."""
     optimizer = run.optimizer(lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 5) * (1 - i / steps))
     for ids in batches(data, steps):
         _kl(teacher, run.model, ids).backward()
         run.step(optimizer)
+        schedule.step()
 
 
 def batches(data: Tensor, steps: int) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ import torch
 from treering.demo.acts import DemoStage, write_config
 from treering.demo.material import make_mixture, texts_of
 from treering.demo.scores import load_plain
-from treering.plan import Run
+from treering.plan import Run, compose
 from treering.techniques import Quantize
 from treering.train.config import Job
 from treering.train.export import reopen
@@ -64,7 +64,7 @@ def mend(stage: DemoStage, job_of_file: Any) -> None:
     stage.train(file)
     job: Job = job_of_file(file)
     held_out = texts_of(stage.root / "corpus" / "held_out.jsonl")
-    quantized, distilled = (divergence(run, mixture, held_out) for run in (in_few_bits(job), reopen(job)))
+    quantized, distilled = (divergence(run.model, mixture, held_out) for run in (in_few_bits(mixture), reopen(job)))
     rows = [
         {"": name, "KL to the original, nats per token": f"{kl:.4f}", "same most likely token": f"{same:.1%}"}
         for name, (kl, same) in ((f"in {FORMAT}", quantized), ("distilled", distilled))
@@ -74,24 +74,21 @@ def mend(stage: DemoStage, job_of_file: Any) -> None:
     stage.bar(share >= 0.5, f"distillation recovered {share:.0%} of what storing the mixture in 4 bits had changed")
 
 
-def in_few_bits(job: Job) -> Run:
-    """Return the quantized model as it is without adapters, with the teacher to compare it with."""
-    from treering.plan import compose
-
-    return compose(job.model.path, [Quantize(format=FORMAT)], frozen=True, objective=job.objective)
+def in_few_bits(folder: Path) -> Run:
+    """Return the quantized model without adapters."""
+    return compose(str(folder), [Quantize(format=FORMAT)], frozen=True)
 
 
 @torch.no_grad()
-def divergence(run: Run, folder: Path, texts: list[str]) -> tuple[float, float]:
-    """Return the mean KL(original ‖ run) over tokens of the texts, and how often the most likely token is the same."""
-    _, tokenizer = load_plain(folder)
-    run.model.eval()
-    kl = same = tokens = 0.0
+def divergence(model: Any, original: Path, texts: list[str]) -> tuple[float, float]:
+    """Return the mean KL(original ‖ model) over tokens of texts, and how often the most likely token is the same."""
+    teacher, tokenizer = load_plain(original)
+    model.eval()
+    kl, same, tokens = 0.0, 0, 0
     for text in texts:
         ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=512)["input_ids"]
-        for [batch] in run.steps([[{"input_ids": ids, "labels": ids}]]):
-            scores = run.scores(batch)
-            kl += float(scores["kl"]) * batch["count"]
-            same += float(scores["agreement"]) * batch["count"]
-            tokens += batch["count"]
+        wanted, given = (one(input_ids=ids, use_cache=False).logits[0].log_softmax(-1) for one in (teacher, model))
+        kl += float(torch.nn.functional.kl_div(given, wanted, reduction="sum", log_target=True))
+        same += int((given.argmax(-1) == wanted.argmax(-1)).sum())
+        tokens += ids.shape[1]
     return kl / tokens, same / tokens
