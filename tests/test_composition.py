@@ -2,6 +2,8 @@
 
 `python -m tests.test_composition > docs/composition.md` prints the table below as a page.
 
+A column may also be an objective with a teacher, which is a folder or the model itself (`base`).
+
 The reference knows no technique: transformers' own model with the weights that the run holds, each document a row of
 its own, one backward over the whole global batch. The gradients of what a technique trains instead of a weight W follow
 from that of W: they are those of ⟨∂W, W(x)⟩, with W(x) the technique's formula, a line each in `FORMULAS`. One step of
@@ -23,6 +25,7 @@ from tests.toy import packed, rows, weights
 from tests.zoo import build
 from treering.core.sharded import gather
 from treering.core.topology import data_rank
+from treering.objectives import reference as plain_truth
 from treering.techniques.shard.units import SHARDS_CODES
 
 RATE = 0.3
@@ -51,6 +54,8 @@ def techniques(model):
 
 
 TECHNIQUES = tuple(techniques("llama"))
+TAUGHT = {"distill": "folder", "distill (base)": "base"}  # objectives, by their teacher
+HOW = {"temperature": 2.0, "mix": 0.25}
 EQUAL = "equal"
 SAME = "decide what happens to the gradient of"
 ALONE = "one of them must be alone in that"
@@ -59,6 +64,8 @@ NOTHING = "nothing would be trained"
 NO_SUM = "no technique sums their gradients"
 NEEDS = "needs the plain weight"
 STORED = "both own how the weight is stored"
+NO_COPY = "base, and {} trains weights"
+FEW_BITS = "base, and quantize keeps weights in few bits"
 CODES = "cannot shard the codes of packed weights"  # by torch 2.11
 MEANING = {
     EQUAL: "equal",
@@ -69,6 +76,8 @@ MEANING = {
     NO_SUM: "refused: nothing sums the gradients; add shard",
     NEEDS: "refused: the plain weight is needed, and only codes are stored",
     STORED: "refused: one weight cannot be stored in two forms",
+    **{NO_COPY.format(name): "refused: the base is not kept; name its folder" for name in ("full", "lora", "osft")},
+    FEW_BITS: "refused: the base is not kept; name its folder",
 }
 
 # (on one rank, on two ranks); with and without packing alike
@@ -98,6 +107,17 @@ TABLE: dict[tuple[str, ...], tuple[str, str]] = {
     **{(name, "recompute"): (EQUAL, NO_SUM) for name in ADAPTING},
     **{(name, "recompute", "shard"): (EQUAL, EQUAL) for name in ADAPTING},
     ("full", "recompute", "shard", "compile"): (EQUAL, EQUAL),
+    **{(name, "distill"): (EQUAL, NO_SUM) for name in ADAPTING},
+    **{(name, "tiledloss", "shard", "distill"): (EQUAL, EQUAL) for name in ("full", "lora", "osft (one_sided)")},
+    ("lora", "quantize", "shard", "distill"): (EQUAL, EQUAL),
+    ("lora", "quantize", "tiledblock", "tiledloss", "recompute", "shard", "distill"): (EQUAL, EQUAL),
+    ("lora", "distill (base)"): (EQUAL, NO_SUM),
+    ("osft (one_sided)", "distill (base)"): (EQUAL, NO_SUM),
+    ("lora", "shard", "distill (base)"): (EQUAL, EQUAL),
+    ("lora", "tiledblock", "tiledloss", "recompute", "shard", "distill (base)"): (EQUAL, EQUAL),
+    ("lora", "quantize", "distill (base)"): (FEW_BITS, NO_SUM),
+    ("lora (pissa)", "distill (base)"): (NO_COPY.format("lora"), NO_SUM),
+    **{(name, "distill (base)"): (NO_COPY.format(name), NO_SUM) for name in ("full", "osft")},
     **{(name, "shard", "compile"): (EQUAL, EQUAL) for name in ADAPTING},
 }
 # Where a model differs. Weights of experts are made of factors in the forward that tiles would replace.
@@ -134,15 +154,28 @@ def documents(layout):
             yield ids[None], labels[None]
 
 
-def dense_gradients(name, plain, layout):
+def teacher(name, by):
+    """A dense model, or what the run begins with."""
+    arch, seed = ("llama", 5) if by == "folder" else (name, 0)
+    return build(arch, seed=seed, dtype=torch.float64, attention="sdpa")
+
+
+def dense_gradients(name, plain, layout, taught):
     """∂W of every plain weight at `plain`, by transformers alone."""
     model = build(name, dtype=torch.float64, attention="sdpa").train()
     model.load_state_dict(plain)
+    teaching = teacher(name, taught) if taught else None
     total = torch.zeros((), dtype=torch.float64)
     count = 0
     for ids, labels in documents(layout):
         logits = model(ids, use_cache=False).logits[:, :-1]
-        total = total + torch.nn.functional.cross_entropy(logits[0], labels[0, 1:], ignore_index=-100, reduction="sum")
+        targets = labels[0, 1:]
+        if teaching is None:
+            summed = torch.nn.functional.cross_entropy(logits[0], targets, ignore_index=-100, reduction="sum")
+        else:
+            by = teaching(ids, use_cache=False).logits[0, :-1]
+            summed = plain_truth.distill(logits[0], by, targets, tr.Distill(teacher=taught, **HOW))
+        total = total + summed
         count += int((labels[:, 1:] != -100).sum())
     (total / count).backward()
     return {name: p.grad for name, p in model.named_parameters()}
@@ -209,9 +242,9 @@ def weight_of(fqn):
     return f"{parent}.{stack[1] if stack else 'weight'}"
 
 
-def reference(model, plain, live, kind, trainable, layout):
+def reference(model, plain, live, kind, trainable, layout, taught):
     """(gradients by live name, plain weights after one step of SGD). `live`: everything that the run holds."""
-    dense = dense_gradients(model, plain, layout)
+    dense = dense_gradients(model, plain, layout, taught)
     after = dict(plain)
     if kind not in FORMULAS:
         for name in trainable:
@@ -241,12 +274,23 @@ def mesh():
     return tr.mesh()
 
 
+def objective(taught, folder):
+    """None, or distillation; `check` writes the folder of the teacher."""
+    path = str(Path(folder) / "teacher") if taught == "folder" else taught
+    return path and tr.Distill(teacher=path, **HOW)
+
+
 def result(names, model, layout, folder):
     """`equal`, or why the combination was refused; a difference raises."""
     known = techniques(model)
+    taught = next((TAUGHT[name] for name in names if name in TAUGHT), None)
     try:
         run = tr.compose(
-            build(model, dtype=torch.float64), [known[name] for name in names], mesh=mesh(), prepared=folder
+            build(model, dtype=torch.float64),
+            [known[name] for name in names if name not in TAUGHT],
+            mesh=mesh(),
+            prepared=folder,
+            objective=objective(taught, folder),
         )
     except tr.PlanError as error:
         return str(error)
@@ -257,7 +301,7 @@ def result(names, model, layout, folder):
     live = {name: gather(value).clone() for name, value in run.plan.live().items()}
     kind = names[0].replace("lora (pissa)", "lora")
     trainable = {name for name, _ in run.trainable()}
-    wanted_gradients, wanted = reference(model, weights(run), live, kind, trainable, layout)
+    wanted_gradients, wanted = reference(model, weights(run), live, kind, trainable, layout, taught)
     rank, ranks = data_rank(run.plan.mesh)
     optimizer = run.optimizer(torch.optim.SGD, lr=RATE)
     for ready in run.steps([batches(layout)[rank::ranks]]):
@@ -321,6 +365,7 @@ def column(cells, folder):
 
 
 def check(cells, ranks, folder):
+    teacher("llama", "folder").save_pretrained(Path(folder) / "teacher")
     for outcomes in on_ranks(ranks, column, cells, folder, timeout=2 * PATIENCE + 2 * len(cells)):
         wrong = {
             cell: shown
@@ -360,7 +405,15 @@ documents, on one rank and on two. *Equal*: gradients, and the exported weights 
 to the largest element) with a run of transformers' own model that knows no technique. *Refused*: `compose` raises a
 `PlanError` that names the settings, before any weight is read. There is no third state.
 
+<<<<<<< HEAD
 Targets are `q_proj` and `down_proj`, which in qwen3_moe is a stack of experts.
+=======
+`distill` is the objective with a teacher that is a dense model's folder, at temperature 2 and a quarter of
+cross-entropy; in `distill (base)` the model teaches itself what it gives without its adapters.
+
+Targets are `q_proj` and `down_proj`, which in qwen3_moe is a stack of experts. `osft (one_sided)` is put next to linear
+layers only, so there it has `q_proj` and `o_proj`.
+>>>>>>> distill
 
 | techniques | llama, one rank | llama, two ranks | qwen3_moe, one rank | qwen3_moe, two ranks |
 |---|---|---|---|---|

@@ -1,5 +1,6 @@
 """What a teacher needs in memory: its weights once, hidden states of the tokens, and logits of a tile."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ from tests.toy_run import folder
 from treering.cli import entry
 from treering.memory import forecast
 from treering.memory.forecast import Subject
+from treering.memory.tracker import Tracker
+from treering.objectives import ObjectiveRows, OutputHead, Scores
+from treering.techniques.tiling.losses import TiledHead
 
 VOCABULARY = 4096
 TECHNIQUES = [tr.LoRA(rank=4), tr.TiledLoss(tile=64), tr.Recompute()]
@@ -49,6 +53,27 @@ def test_no_tensor_has_tokens_times_vocabulary_elements(teacher):
             run.scores(ready)
         # no more than the head itself has, and a tile of logits
         assert seen.largest <= max(64, 96) * VOCABULARY < 500 * VOCABULARY
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", [{}, {"temperature": 2.0, "mix": 0.3, "divergence": "reverse"}], ids=["plain", "all"])
+def test_a_tile_needs_no_more_copies_of_its_logits_than_its_length_is_computed_from(how, dtype):
+    width, vocabulary, tokens = 8, 5000, 300
+    heads = [torch.nn.Linear(width, vocabulary, bias=False, dtype=dtype) for _ in range(2)]
+    hidden, others = torch.randn(2, tokens, width, dtype=dtype)
+    given = {"targets": torch.randint(vocabulary, (tokens,)), "teacher_hidden": others}
+    objective = tr.Distill(teacher="given", **how)
+    teacher = torch.no_grad()(OutputHead(module=heads[1]).logits)
+    tiled = TiledHead(OutputHead(module=heads[0]))
+    for evaluated in (objective, Scores(objective=objective)):
+        rows = ObjectiveRows(evaluated, given, teacher)
+        leaf = hidden.clone().requires_grad_(evaluated is objective)
+        with torch.set_grad_enabled(evaluated is objective):
+            tiled.objective(leaf, rows, size=tokens)  # its check of some rows
+            with Tracker(CPU) as tracker:
+                tiled.objective(leaf, rows, size=tokens)
+        peak = max(itertools.accumulate(by for by, _, _ in tracker.events))
+        assert 5 < peak / (4 * tokens * vocabulary) < objective.copies
 
 
 def test_a_plan_counts_the_weights_and_the_hidden_states_of_a_teacher(teacher):

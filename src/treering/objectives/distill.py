@@ -32,6 +32,7 @@ class Distill:
     mix: float = 0.0
     divergence: Literal["forward", "reverse"] = "forward"
     needs: ClassVar[tuple[str, ...]] = ("targets", "teacher_logits")
+    copies: ClassVar[int] = 8  # the logits of both, in float32 and divided, log-probabilities, terms of the sum
     scores: ClassVar[tuple[str, ...]] = ("kl", "agreement", "cross_entropy")
 
     def __post_init__(self) -> None:
@@ -50,11 +51,6 @@ class Distill:
             )
         if self.divergence not in ("forward", "reverse"):
             raise ConfigError(f"divergence is {self.divergence!r}; write forward or reverse", field="divergence")
-
-    @property
-    def copies(self) -> int:
-        # logits of both in two dtypes, divided, log-probabilities, probabilities, their difference, product, gradient
-        return 10 if self.mix == 0 else 11
 
     def __call__(self, logits_NV: "Tensor", rows: "Mapping[str, Tensor]") -> "Tensor":
         """Return the sum over rows. A row whose target is -100 adds 0 and has no gradient."""
