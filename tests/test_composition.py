@@ -405,15 +405,10 @@ documents, on one rank and on two. *Equal*: gradients, and the exported weights 
 to the largest element) with a run of transformers' own model that knows no technique. *Refused*: `compose` raises a
 `PlanError` that names the settings, before any weight is read. There is no third state.
 
-<<<<<<< HEAD
-Targets are `q_proj` and `down_proj`, which in qwen3_moe is a stack of experts.
-=======
 `distill` is the objective with a teacher that is a dense model's folder, at temperature 2 and a quarter of
 cross-entropy; in `distill (base)` the model teaches itself what it gives without its adapters.
 
-Targets are `q_proj` and `down_proj`, which in qwen3_moe is a stack of experts. `osft (one_sided)` is put next to linear
-layers only, so there it has `q_proj` and `o_proj`.
->>>>>>> distill
+Targets are `q_proj` and `down_proj`, which in qwen3_moe is a stack of experts.
 
 | techniques | llama, one rank | llama, two ranks | qwen3_moe, one rank | qwen3_moe, two ranks |
 |---|---|---|---|---|
