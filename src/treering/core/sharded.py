@@ -46,7 +46,7 @@ def sharded_axes(value: Tensor) -> tuple[int, ...]:
     for axis, placement in enumerate(value.placements):
         if isinstance(placement, Replicate):
             continue
-        strided = type(placement).__name__ == "_StridedShard"
+        strided = _is_strided(placement)
         if not (strided or isinstance(placement, ShardPlacement)) or getattr(placement, "dim", None) != 0:
             raise PlanError(
                 f"a tensor of {tuple(value.shape)} is placed as {placement} on axis {axis} of its mesh; only tensors "
@@ -54,6 +54,10 @@ def sharded_axes(value: Tensor) -> tuple[int, ...]:
             )
         (last if strided else first).append(axis)
     return (*first, *last)
+
+
+def _is_strided(placement: Any) -> bool:
+    return type(placement).__name__ == "_StridedShard"
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,11 @@ def put_rows(target: Tensor, rows: Tensor) -> None:
 def gather(value: Tensor) -> Tensor:
     """Return the complete tensor, on every rank. A collective where `value` is sharded."""
     value = value.detach()
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        return value
+    if any(map(_is_strided, value.placements)):  # torch joins such rows only where all parts are equal
+        return start_gather(value)()
+    return value.full_tensor()
 
 
 def start_gather(value: Tensor) -> Callable[[], Tensor]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from treering.core.errors import PlanError
 from treering.core.settings import refuse_former_names
+from treering.core.topology import axis_size
 from treering.technique import Applied, Claim, Site, Stage
 from treering.techniques.osft.settings import ADDENDS, FACTORED, OSFTSettings
 
@@ -92,6 +93,13 @@ class OSFT(OSFTSettings):
 
         chosen = targets(self, anatomy)
         self._check(anatomy, chosen)
+        ranks = axis_size(mesh, "expert")
+        if stacks := [target.weight for target in chosen if target.experts is not None and ranks > 1]:
+            raise PlanError(
+                f"osft: the mesh has expert={ranks}, and directions of experts that are assigned to ranks cannot be "
+                f"protected yet ({stacks[0]}); leave expert out of the mesh, or name other osft.targets",
+                settings=("osft.targets", "mesh.expert"),
+            )
         claims = []
         for target in chosen:
             weight = target.weight
