@@ -10,8 +10,7 @@ its S = tokens × choices rows, sorted by expert and so by owner, each rank
 and in the backward the gradients go the same ways: two messages. A rank that receives no row takes part with none.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.distributed.tensor import DTensor
 
 from treering.core.module_forward import ModuleForward
-from treering.experts.grouped_forward import Arrivals, GroupedForward
+from treering.experts.assigned import Arrivals, shown_local
+from treering.experts.grouped_forward import GroupedForward
 from treering.experts.routing import Routing, route
 
 
@@ -151,35 +150,3 @@ class DispatchedExperts(ModuleForward):
         every = torch.ones(len(routing.tokens), device=routing.tokens.device)
         mask = every if real is None else real[routing.tokens].float()
         return Arrivals(counted=exchange.to_owners(mask.unsqueeze(1)).squeeze(1) != 0)
-
-
-class LocalExperts(ModuleForward):
-    """Called in place of the forward of a module inside dispatched experts that FSDP gathers by itself: an adapter."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with shown_local(self.module):
-            return self.call_former(*args, **kwargs)
-
-
-@contextmanager
-def shown_local(module: nn.Module) -> Iterator[None]:
-    """Show the rows of this rank's experts in place of parameters that are sharded over `expert` alone.
-
-    They are put straight into the dictionaries that hold parameters, and afterwards the same objects are back. What
-    FSDP has not gathered is sharded over more axes, and stays.
-    """
-    places: list[tuple[dict[str, Any], str]] = [
-        (m._parameters, name) for m in module.modules() for name in m._parameters
-    ]
-    before = [
-        (holder, name, parameter)
-        for holder, name in places
-        if isinstance(parameter := holder[name], DTensor) and parameter.device_mesh.mesh_dim_names == ("expert",)
-    ]
-    for holder, name, parameter in before:
-        holder[name] = parameter.to_local()
-    try:
-        yield
-    finally:
-        for holder, name, parameter in before:
-            holder[name] = parameter

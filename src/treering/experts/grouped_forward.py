@@ -12,13 +12,14 @@ Nothing else replaces the forward of an experts module.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from treering.core.errors import PlanError
 from treering.core.module_forward import ModuleForward, install, installed
+from treering.experts.assigned import Arrivals, shown_local
 from treering.experts.products import stack_product
 from treering.experts.routing import Routing, route
 
@@ -39,13 +40,6 @@ class ProductObserver(Protocol):
     def counted(self, tokens: int) -> Tensor | None:
         """Return which of the `tokens` of this rank's batch count, [tokens]; None: all."""
         ...
-
-
-@dataclass(frozen=True, eq=False)
-class Arrivals:
-    """Rows that other ranks sent to the experts of this one. `counted`: [R] which of them count for observers."""
-
-    counted: Tensor
 
 
 class Addition:
@@ -100,6 +94,12 @@ class GroupedForward(ModuleForward):
         self.arrivals: Arrivals | None = None
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if self.local is None:
+            return self._compute(hidden, top_k_index, top_k_weights)
+        with shown_local(self.module):  # tiles run this again in the backward, when what is around it has returned
+            return self._compute(hidden, top_k_index, top_k_weights)
+
+    def _compute(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         experts: Any = self.module
         routing = route(top_k_index, experts.num_experts if self.local is None else self.local)
         if self.arrivals is not None:

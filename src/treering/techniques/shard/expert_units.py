@@ -16,7 +16,8 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from treering.anatomy.matrices import of_experts
 from treering.core.errors import PlanError
 from treering.core.module_forward import install, installed
-from treering.experts.dispatch import DispatchedExperts, LocalExperts
+from treering.experts.assigned import LocalExperts
+from treering.experts.dispatch import DispatchedExperts
 from treering.experts.grouped_forward import grouped_beneath
 from treering.techniques.shard.traffic import Dispatch
 
