@@ -103,6 +103,11 @@ class GroupedForward(ModuleForward):
         experts: Any = self.module
         routing = route(top_k_index, experts.num_experts if self.local is None else self.local)
         if self.arrivals is not None:
+            if len(self.arrivals.counted) != len(hidden):
+                raise PlanError(
+                    f"experts of {type(experts).__name__} that are assigned to ranks are computed in tiles, so which "
+                    "rows are padding is not known; measure a run without tiledmlp and tiledblock"
+                )
             routing = replace(routing, first=self.first, counted=self.arrivals.counted[routing.tokens])
         first, second = self.stacks
         inner = self._product(first, hidden[routing.tokens], routing)
