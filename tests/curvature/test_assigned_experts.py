@@ -24,9 +24,7 @@ def batches():
 
 def measured(mesh, techniques):
     sharded = [tr.Shard()] if mesh else []
-    run = tr.compose(
-        build("qwen3_moe"), [*techniques, *sharded], mesh=tr.mesh(**mesh) if mesh else None, frozen=True
-    )
+    run = tr.compose(build("qwen3_moe"), [*techniques, *sharded], mesh=tr.mesh(**mesh) if mesh else None, frozen=True)
     rank, ranks = data_rank(run.plan.mesh)
     known = tr.measure(run, batches()[rank::ranks])
     return {name: (known[name]["inputs"], torch.tensor(known.entries[name].tokens)) for name in known}
