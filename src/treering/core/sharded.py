@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from treering.core.errors import PlanError
-from treering.core.topology import parameter_mesh
+from treering.core.topology import expert_mesh, parameter_mesh, unit_mesh
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -57,7 +58,7 @@ def sharded_axes(value: Tensor) -> tuple[int, ...]:
 
 
 def _is_strided(placement: Any) -> bool:
-    return type(placement).__name__ == "_StridedShard"
+    return isinstance(placement, _StridedShard)
 
 
 @dataclass(frozen=True)
@@ -97,17 +98,31 @@ def row_groups(value: Tensor) -> Groups:
     return tuple(cut.group for cut in _cuts(value))
 
 
-def meta_rows(shape: tuple[int, ...], dtype: torch.dtype, mesh: "DeviceMesh | None") -> Tensor:
-    """Return a tensor on the meta device, sharded over `mesh` as `fully_shard` shards a parameter of that shape."""
+def meta_rows(
+    shape: tuple[int, ...], dtype: torch.dtype, mesh: "DeviceMesh | None", *, experts: bool = False
+) -> Tensor:
+    """Return a tensor on the meta device, sharded over `mesh` as `fully_shard` shards a parameter of that shape.
+
+    Args:
+        experts: dimension 0 counts experts, so that a mesh that assigns experts to ranks shards it as these.
+    """
     if mesh is None:
         return torch.empty(shape, dtype=dtype, device="meta")
-    over = parameter_mesh(mesh)
-    each = -(-shape[0] // over.size(over.ndim - 1))
-    start = min(each * over.get_local_rank(over.ndim - 1), shape[0])
-    rows = torch.empty((min(each, shape[0] - start), *shape[1:]), dtype=dtype, device="meta")
-    placements = [*[Replicate()] * (over.ndim - 1), ShardPlacement(0)]
+    view = expert_mesh(mesh) if experts else None
+    if view is None:
+        over = parameter_mesh(mesh)
+        placements: list[Any] = [*[Replicate()] * (over.ndim - 1), ShardPlacement(0)]
+    else:
+        unit = unit_mesh(view)
+        over = view[(*unit.mesh_dim_names, "expert")]  # type: ignore[misc]
+        strided = _StridedShard(0, split_factor=view["expert"].size())
+        placements = [*[Replicate()] * (unit.ndim - 1), strided, ShardPlacement(0)]
     strides = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(rows, over, placements, run_check=False, shape=torch.Size(shape), stride=strides)
+    sizes = {"shape": torch.Size(shape), "stride": strides}
+    nothing = torch.empty((0, *shape[1:]), dtype=dtype, device="meta")
+    start, stop = local_rows(DTensor.from_local(nothing, over, placements, run_check=False, **sizes))
+    rows = torch.empty((stop - start, *shape[1:]), dtype=dtype, device="meta")
+    return DTensor.from_local(rows, over, placements, run_check=False, **sizes)
 
 
 # --- writing and gathering rows

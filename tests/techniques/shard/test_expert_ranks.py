@@ -25,6 +25,7 @@ CASES = {
     "lora recomputed": ("qwen3_moe", False, [LORA, tr.Recompute(keep=("all_to_all",))], {}),
     "packed": ("gpt_oss", True, [LORA, tr.Quantize(format="int4", group=8)], {}),
     "packed tiled": ("qwen3_moe", False, [LORA, INT8, tr.TiledBlock(tile=5), tr.Recompute()], {}),
+    "osft": ("qwen3_moe", False, [tr.OSFT(protect="weights", ratio=0.4, keep_initial=True)], {}),
     "compiled": ("qwen3_moe", False, [tr.Full(), tr.Compile(backend="aot_eager")], {}),
 }
 
@@ -79,7 +80,9 @@ def compare(world, cases, folder):
 
 
 def test_two_ranks_with_half_of_the_experts_each_train_like_one_process(tmp_path):
-    compare(2, [(case, {"expert": 2}) for case in ("full skewed", "full tiled", "lora", "packed tiled")], tmp_path)
+    compare(
+        2, [(case, {"expert": 2}) for case in ("full skewed", "full tiled", "lora", "packed tiled", "osft")], tmp_path
+    )
 
 
 def test_four_ranks_shard_their_experts_and_copies_add_their_gradients(tmp_path):
@@ -87,6 +90,7 @@ def test_four_ranks_shard_their_experts_and_copies_add_their_gradients(tmp_path)
         ("full", {"expert": 2}),
         ("packed", {"expert": 2}),
         ("lora", {"expert": 4}),
+        ("osft", {"expert": 2}),
         ("full skewed", {"replicate": 2, "expert": 2}),
     ]
     compare(4, cases, tmp_path)
@@ -173,10 +177,10 @@ REFUSED = {
     ),
     "this llama model has no stacked experts": ("llama", 2, [tr.Full(), tr.Shard()]),
     "no technique assigns experts to ranks: add shard": ("qwen3_moe", 2, []),
-    "directions of experts that are assigned to ranks cannot be protected yet": (
+    "form factors makes weights of experts from factors that are not assigned to ranks": (
         "qwen3_moe",
         2,
-        [tr.OSFT(protect="weights", ratio=0.5), tr.Shard()],
+        [tr.OSFT(protect="weights", ratio=0.5, form="factors"), tr.Shard()],
     ),
     "experts that are assigned to ranks are not run in groups": (
         "qwen3_moe",

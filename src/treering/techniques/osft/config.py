@@ -94,11 +94,13 @@ class OSFT(OSFTSettings):
         chosen = targets(self, anatomy)
         self._check(anatomy, chosen)
         ranks = axis_size(mesh, "expert")
-        if stacks := [target.weight for target in chosen if target.experts is not None and ranks > 1]:
+        stacks = [target.weight for target in chosen if target.experts is not None]
+        if ranks > 1 and stacks and self.form in FACTORED:
             raise PlanError(
-                f"osft: the mesh has expert={ranks}, and directions of experts that are assigned to ranks cannot be "
-                f"protected yet ({stacks[0]}); leave expert out of the mesh, or name other osft.targets",
-                settings=("osft.targets", "mesh.expert"),
+                f"osft: the mesh has expert={ranks}, and form {self.form} makes weights of experts from factors that "
+                f"are not assigned to ranks ({stacks[0]}); use form update, leave expert out of the mesh, or name "
+                "other osft.targets",
+                settings=("osft.form", "osft.targets", "mesh.expert"),
             )
         claims = []
         for target in chosen:

@@ -19,7 +19,7 @@ from treering.core.module_forward import install, installed
 from treering.experts.assigned import LocalExperts
 from treering.experts.dispatch import DispatchedExperts
 from treering.experts.grouped_forward import grouped_beneath
-from treering.techniques.shard.traffic import Dispatch
+from treering.techniques.shard.traffic import Dispatch, is_of_experts
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -63,7 +63,8 @@ def assign_experts(model: nn.Module, anatomy: "Anatomy", view: "DeviceMesh") -> 
 def _check_stacked(module: nn.Module, experts: "Experts") -> None:
     tensors = [*module.named_parameters(), *module.named_buffers()]
     other = [name for name, tensor in tensors if tensor.shape[:1] != (experts.number,)]
-    other += [name for name, _ in module.named_buffers() if name not in other]
+    # What a technique stores next to the experts is sharded as they will be; any other buffer is that of all experts.
+    other += [name for name, buffer in module.named_buffers() if not is_of_experts(buffer)]
     if other:
         raise PlanError(
             f"{experts.fqn}.{other[0]} is not a parameter with one row for each of the {experts.number} experts, so it "
