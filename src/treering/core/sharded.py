@@ -118,11 +118,13 @@ def meta_rows(
         strided = _StridedShard(0, split_factor=view["expert"].size())
         placements = [*[Replicate()] * (unit.ndim - 1), strided, ShardPlacement(0)]
     strides = torch.empty(shape, device="meta").stride()
-    sizes = {"shape": torch.Size(shape), "stride": strides}
-    nothing = torch.empty((0, *shape[1:]), dtype=dtype, device="meta")
-    start, stop = local_rows(DTensor.from_local(nothing, over, placements, run_check=False, **sizes))
-    rows = torch.empty((stop - start, *shape[1:]), dtype=dtype, device="meta")
-    return DTensor.from_local(rows, over, placements, run_check=False, **sizes)
+
+    def placed(rows: int) -> Tensor:
+        own = torch.empty((rows, *shape[1:]), dtype=dtype, device="meta")
+        return DTensor.from_local(own, over, placements, run_check=False, shape=torch.Size(shape), stride=strides)
+
+    start, stop = local_rows(placed(0))
+    return placed(stop - start)
 
 
 # --- writing and gathering rows
