@@ -7,6 +7,7 @@ import torch
 
 import treering as tr
 from tests.plan.memory_toys import moe, subject
+from tests.skips import sharded_codes
 from treering.core.topology import mesh
 from treering.memory import forecast, pretend
 
@@ -30,6 +31,7 @@ def test_a_rank_stores_its_share_and_gathers_no_experts_of_others():
     assert own["gathered"] < without["gathered"] / 8
 
 
+@sharded_codes
 @pytest.mark.parametrize("techniques", [[], [tr.Quantize(format="nvfp4")], [tr.TiledMLP(tile=64), tr.Recompute()]])
 def test_adapters_packed_bases_and_tiles_are_traced(techniques):
     lora = tr.LoRA(rank=8, targets="all-linear", dtype="float32")

@@ -10,11 +10,13 @@ from safetensors.torch import load_file
 import treering as tr
 from tests.ranks import on_ranks
 from tests.same import assert_all_same
+from tests.skips import sharded_codes
 from tests.toy_run import job
 from treering.core.seeds import generator
 from treering.core.sharded import put
 from treering.train.checkpoints.files import read
 
+pytestmark = sharded_codes
 ADAPTERS = (
     tr.LoRA(rank=2, targets="all-linear"),
     tr.LoRA(name="second", rank=3, targets=("down_proj",)),

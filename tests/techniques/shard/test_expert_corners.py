@@ -8,9 +8,12 @@ import treering as tr
 from tests.cut_rows import CutRows
 from tests.ranks import on_ranks
 from tests.same import assert_all_same
+from tests.skips import sharded_codes
 from tests.toy import gradients, packed, rows, weights
-from tests.zoo import build
-from treering.core.sharded import local
+from tests.weights import folders
+from tests.weights.folders import WRITERS, published
+from tests.zoo import build, save
+from treering.core.sharded import gather, local
 from treering.core.topology import data_rank
 
 
@@ -48,3 +51,40 @@ def guarded(owner):
 @pytest.mark.parametrize("owner", [0, 3])
 def test_a_gradient_that_is_not_finite_on_one_owner_skips_the_step_everywhere(owner):
     assert on_ranks(4, guarded, owner) == [(True, True)] * 4
+
+
+def opened(folder, techniques, mesh, prepared):
+    """Every tensor of a folder that is opened with its bits kept, gathered, and the gradients of adapters."""
+    run = tr.compose(
+        folder,
+        [*techniques, *([tr.Shard()] if mesh else [])],
+        mesh=tr.mesh(**mesh) if mesh else None,
+        prepared=prepared,
+    )
+    live = {name: gather(value).clone() for name, value in run.plan.live().items()}
+    rank, ranks = data_rank(run.plan.mesh)
+    return live, gradients(run, rows(4)[rank::ranks])
+
+
+@sharded_codes
+@pytest.mark.parametrize("name", ["gpt_oss", "nvfp4"])
+def test_a_stored_folder_is_opened_with_its_bits_on_the_ranks_that_own_them(name, tmp_path):
+    path = tmp_path / "m"
+    folder = folders.gpt_oss(path) if name == "gpt_oss" else published("qwen3_moe", path, WRITERS[name])
+    techniques = [tr.LoRA(rank=2, targets="all-linear")]
+    wanted, gradient = opened(folder, techniques, None, None)
+    assert any(".packed_" in key and value.dtype == torch.uint8 for key, value in wanted.items())
+    for found, its_gradient in on_ranks(4, opened, folder, techniques, {"expert": 2}, None):
+        assert_all_same(found, wanted)
+        assert_all_same(its_gradient, gradient, 1e-5)
+
+
+@sharded_codes
+@pytest.mark.slow
+def test_a_start_from_the_residual_is_that_of_one_process(tmp_path):
+    folder = save("qwen3_moe", tmp_path / "m")
+    techniques = [tr.LoRA(rank=2, targets="all-linear", init="residual"), tr.Quantize(format="int8")]
+    wanted, gradient = opened(folder, techniques, None, tmp_path / "one")
+    for found, its_gradient in on_ranks(4, opened, folder, techniques, {"expert": 2}, tmp_path / "four"):
+        assert_all_same(found, wanted, 1e-5)
+        assert_all_same(its_gradient, gradient, 1e-4)
