@@ -99,7 +99,7 @@ NOTES = {
     "mesh.replicate": "copies of the sharded model (hybrid sharding)",
     "mesh.shard": "ranks that parameters are sharded over",
     "mesh.sequence": "reserved for sequence-parallel attention: no technique of this version uses it",
-    "mesh.expert": "reserved for expert parallelism: no technique of this version uses it",
+    "mesh.expert": "ranks of shard × sequence to which experts are assigned; divides the number of experts. -1: all",
 }
 
 

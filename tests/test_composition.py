@@ -66,6 +66,7 @@ NEEDS = "needs the plain weight"
 STORED = "both own how the weight is stored"
 NO_COPY = "base, and {} trains weights"
 FEW_BITS = "base, and quantize keeps weights in few bits"
+FACTORS = "factors that are not assigned to ranks"
 CODES = "cannot shard the codes of packed weights"  # by torch 2.11
 MEANING = {
     EQUAL: "equal",
@@ -78,6 +79,7 @@ MEANING = {
     STORED: "refused: one weight cannot be stored in two forms",
     **{NO_COPY.format(name): "refused: the base is not kept; name its folder" for name in ("full", "lora", "osft")},
     FEW_BITS: "refused: the base is not kept; name its folder",
+    FACTORS: "refused: experts from factors are not assigned to ranks",
 }
 
 # (on one rank, on two ranks); with and without packing alike
@@ -131,7 +133,14 @@ DIFFERENT: dict[str, dict[tuple[str, ...], tuple[str, str]]] = {
 }
 
 
+# Two ranks that have half of the experts each: as two ranks, but for factors.
+ASSIGNED = "assigned"
+MESHES = {1: {}, 2: {}, ASSIGNED: {"expert": 2}}
+
+
 def written(names, model, ranks):
+    if ranks == ASSIGNED:
+        return FACTORS if {*FACTORED} & set(names) else written(names, model, 2)
     return DIFFERENT[model].get(names, TABLE[names])[ranks - 1]
 
 
@@ -269,9 +278,9 @@ def reference(model, plain, live, kind, trainable, layout, taught):
 
 
 @cache
-def mesh():
+def mesh(ranks):
     """One for all cells: each mesh starts threads for its process groups, which end with the process."""
-    return tr.mesh()
+    return tr.mesh(**MESHES[ranks])
 
 
 def objective(taught, folder):
@@ -280,7 +289,7 @@ def objective(taught, folder):
     return path and tr.Distill(teacher=path, **HOW)
 
 
-def result(names, model, layout, folder):
+def result(names, model, layout, ranks, folder):
     """`equal`, or why the combination was refused; a difference raises."""
     known = techniques(model)
     taught = next((TAUGHT[name] for name in names if name in TAUGHT), None)
@@ -288,7 +297,7 @@ def result(names, model, layout, folder):
         run = tr.compose(
             build(model, dtype=torch.float64),
             [known[name] for name in names if name not in TAUGHT],
-            mesh=mesh(),
+            mesh=mesh(ranks),
             prepared=folder,
             objective=objective(taught, folder),
         )
@@ -302,9 +311,9 @@ def result(names, model, layout, folder):
     kind = names[0].replace("lora (pissa)", "lora")
     trainable = {name for name, _ in run.trainable()}
     wanted_gradients, wanted = reference(model, weights(run), live, kind, trainable, layout, taught)
-    rank, ranks = data_rank(run.plan.mesh)
+    rank, several = data_rank(run.plan.mesh)
     optimizer = run.optimizer(torch.optim.SGD, lr=RATE)
-    for ready in run.steps([batches(layout)[rank::ranks]]):
+    for ready in run.steps([batches(layout)[rank::several]]):
         for batch in ready:
             run.loss(batch).backward()
         assert_all_same({name: gather(p.grad) for name, p in run.trainable()}, wanted_gradients, 1e-6)
@@ -315,15 +324,20 @@ def result(names, model, layout, folder):
 
 Cell = tuple[tuple[str, ...], str, str]  # techniques, model, layout
 CELLS: list[Cell] = [(names, model, layout) for names in TABLE for model in MODELS for layout in LAYOUTS]
+Ranks = int | str  # a key of MESHES
 
 
-def pairs(cell: Cell, ranks: int) -> set[tuple[str, ...]]:
+def cells_of(ranks: Ranks) -> list[Cell]:
+    return [cell for cell in CELLS if ranks != ASSIGNED or cell[1] == "qwen3_moe"]
+
+
+def pairs(cell: Cell, ranks: Ranks) -> set[tuple[str, ...]]:
     """What a cell shows: an outcome for each two of its techniques, its model and its layout."""
     names, model, layout = cell
     return {(outcome(names, model, ranks), *pair) for pair in combinations((*names, model, layout), 2)}
 
 
-def cost(cell: Cell, ranks: int) -> float:
+def cost(cell: Cell, ranks: Ranks) -> float:
     """About, in hundredths of a second of one rank: a refusal 1, a step 10, compiling 400; experts cost more."""
     names, model, _ = cell
     if outcome(names, model, ranks) != EQUAL:
@@ -332,7 +346,7 @@ def cost(cell: Cell, ranks: int) -> float:
     return factor * (400 if "compile" in names else 3 * len(names))
 
 
-def is_long(cell: Cell, ranks: int) -> bool:
+def is_long(cell: Cell, ranks: Ranks) -> bool:
     """Compiling costs seconds a cell: the default suite does it for three techniques of a dense model."""
     names, model, _ = cell
     compiled = "compile" in names and outcome(names, model, ranks) == EQUAL
@@ -340,10 +354,10 @@ def is_long(cell: Cell, ranks: int) -> bool:
 
 
 @cache
-def covering(ranks: int) -> tuple[Cell, ...]:
+def covering(ranks: Ranks) -> tuple[Cell, ...]:
     """A covering array: of the cells that are not long, some in which every pair occurs that occurs in any of them,
     chosen one after the other by how many new pairs they show for their cost."""
-    short = [cell for cell in CELLS if not is_long(cell, ranks)]
+    short = [cell for cell in cells_of(ranks) if not is_long(cell, ranks)]
     missing = set().union(*(pairs(cell, ranks) for cell in short))
     chosen: list[Cell] = []
     while missing:
@@ -352,13 +366,13 @@ def covering(ranks: int) -> tuple[Cell, ...]:
     return tuple(chosen)
 
 
-def column(cells, folder):
+def column(cells, ranks, folder):
     """Outcomes of the cells, one after the other in the same processes: ranks are started once for all of them."""
     outcomes = {}
     for cell in cells:
         torch._dynamo.reset()  # after too many models of one class it would stop compiling, without an error
         try:
-            outcomes[cell] = result(*cell, folder)
+            outcomes[cell] = result(*cell, ranks, folder)
         except AssertionError as error:
             raise AssertionError(f"{' + '.join(cell[0])} on {cell[1]}, {cell[2]}: {error}") from error
     return outcomes
@@ -366,7 +380,8 @@ def column(cells, folder):
 
 def check(cells, ranks, folder):
     teacher("llama", "folder").save_pretrained(Path(folder) / "teacher")
-    for outcomes in on_ranks(ranks, column, cells, folder, timeout=2 * PATIENCE + 2 * len(cells)):
+    world = 2 if ranks == ASSIGNED else ranks
+    for outcomes in on_ranks(world, column, cells, ranks, folder, timeout=2 * PATIENCE + 2 * len(cells)):
         wrong = {
             cell: shown
             for cell, shown in outcomes.items()
@@ -375,23 +390,23 @@ def check(cells, ranks, folder):
         assert not wrong
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", MESHES)
 def test_cells_with_every_pair_are_what_the_table_says(ranks, tmp_path):
     check(covering(ranks), ranks, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", MESHES)
 def test_all_other_cells_are_what_the_table_says(ranks, tmp_path):
-    check([cell for cell in CELLS if cell not in covering(ranks)], ranks, tmp_path)
+    check([cell for cell in cells_of(ranks) if cell not in covering(ranks)], ranks, tmp_path)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", MESHES)
 def test_the_default_cells_show_every_pair(ranks):
     seen = set().union(*(pairs(cell, ranks) for cell in covering(ranks)))
-    for cell in CELLS:
+    for cell in cells_of(ranks):
         assert is_long(cell, ranks) or pairs(cell, ranks) <= seen, cell
-    assert len(covering(ranks)) < len(CELLS) / 4
+    assert len(covering(ranks)) < len(cells_of(ranks)) / (2 if ranks == ASSIGNED else 4)
 
 
 def test_the_table_has_every_pair():
@@ -401,7 +416,8 @@ def test_the_table_has_every_pair():
 BEFORE = """# What goes together
 
 Every combination below was run on a dense model (llama) and on one with experts (qwen3_moe), with rows and with packed
-documents, on one rank and on two. *Equal*: gradients, and the exported weights after one step, agree to 1e-6 (relative
+documents, on one rank and on two; of qwen3_moe also on two ranks that have half of the experts each (`expert: 2`).
+*Equal*: gradients, and the exported weights after one step, agree to 1e-6 (relative
 to the largest element) with a run of transformers' own model that knows no technique. *Refused*: `compose` raises a
 `PlanError` that names the settings, before any weight is read. There is no third state.
 
@@ -410,8 +426,8 @@ cross-entropy; in `distill (base)` the model teaches itself what it gives withou
 
 Targets are `q_proj` and `down_proj`, which in qwen3_moe is a stack of experts.
 
-| techniques | llama, one rank | llama, two ranks | qwen3_moe, one rank | qwen3_moe, two ranks |
-|---|---|---|---|---|
+| techniques | llama, one rank | llama, two ranks | qwen3_moe, one rank | qwen3_moe, two ranks | qwen3_moe, expert: 2 |
+|---|---|---|---|---|---|
 """
 AFTER = """
 Two adapters on one weight, or `full` and `lora`, are refused only where they meet: give them different `targets` and
@@ -426,7 +442,8 @@ inductor's kernels may round differently.
 
 
 def table() -> str:
-    cells = {names: [written(names, model, ranks) for model in MODELS for ranks in (1, 2)] for names in TABLE}
+    columns = [(model, ranks) for model in MODELS for ranks in (1, 2)] + [("qwen3_moe", ASSIGNED)]
+    cells = {names: [written(names, model, ranks) for model, ranks in columns] for names in TABLE}
     lines = [f"| {' + '.join(names)} | {' | '.join(map(MEANING.get, row))} |\n" for names, row in cells.items()]
     return BEFORE + "".join(lines) + AFTER
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers as hf
 
 from tests.ranks import on_ranks
 from tests.skips import sharded_codes
@@ -23,6 +25,7 @@ RANKS = {
     "full-8gpu.yaml": 2,
     "osft-8gpu.yaml": 2,
     "moe-lora.yaml": 2,
+    "moe-ep-8gpu.yaml": 2,
     "moe-nvfp4-qad.yaml": 2,
     "slurm.yaml": 4,
 }  # slurm.yaml: two copies of two shards
@@ -41,10 +44,20 @@ def toys(tmp_path_factory):
     """A model wide enough for the recipes' ranks, and chats; made once."""
     root = tmp_path_factory.mktemp("toys")
     folder(root / "model", hidden_size=64, num_key_value_heads=4)
+    mixture(root / "mixture")
     data = str(chats(root / "chat.jsonl"))
     measured = ["measure", str(root / "model"), "--data", data, "--max-length", "128", "--to", str(root / "known")]
     assert entry.run(measured) == 0
     return root
+
+
+def mixture(path):
+    """The toy folder with four experts in each block."""
+    sizes = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "eos_token_id": 257, "bos_token_id": None}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    torch.manual_seed(0)
+    hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**sizes, **heads, **experts)).save_pretrained(folder(path))
 
 
 def trained(file: Path, settings: list[str]) -> dict[str, Any]:
@@ -59,7 +72,8 @@ def trained(file: Path, settings: list[str]) -> dict[str, Any]:
 )
 def test_a_recipe_trains_and_leaves_a_checkpoint(name, toys, tmp_path):
     assert entry.run(["recipes", "cp", name, str(tmp_path)]) == 0
-    places = {"model.path": toys / "model", "data.train": toys / "chat.jsonl", "data.cache": toys / "tokens"}
+    model = toys / ("mixture" if name == "moe-ep-8gpu.yaml" else "model")
+    places = {"model.path": model, "data.train": toys / "chat.jsonl", "data.cache": toys / "tokens"}
     if "path: known" in (tmp_path / name).read_text(encoding="utf-8"):
         places["statistics.path"] = toys / "known"
     if "teacher:" in (tmp_path / name).read_text(encoding="utf-8"):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import treering as tr
 from tests.ranks import on_ranks
-from treering.core.topology import AXES, axis_size, data_rank, parameter_mesh, sizes
+from treering.core.topology import AXES, axis_size, data_rank, expert_mesh, parameter_mesh, sizes, unit_mesh
 
 
 @pytest.mark.parametrize(
@@ -18,8 +18,8 @@ from treering.core.topology import AXES, axis_size, data_rank, parameter_mesh, s
         (8, {"sequence": 4}, (1, 2, 4, 1)),
         (8, {"replicate": -1, "shard": 2}, (4, 2, 1, 1)),
         (8, {"replicate": 2, "shard": 4}, (2, 4, 1, 1)),
-        (8, {"replicate": 2, "sequence": 2, "expert": 2}, (2, 1, 2, 2)),
-        (8, {"shard": 1, "expert": -1}, (1, 1, 1, 8)),
+        (8, {"replicate": 2, "sequence": 2, "expert": 2}, (2, 2, 2, 2)),
+        (8, {"replicate": 2, "expert": -1}, (2, 4, 1, 4)),
     ],
 )
 def test_minus_one_takes_the_rest(world, given_sizes, wanted):
@@ -36,6 +36,9 @@ def test_minus_one_takes_the_rest(world, given_sizes, wanted):
         (8, {"shard": 0}, r"shard=0; a size is at least 1, or -1"),
         (8, {"sequence": -2}, r"sequence=-2"),
         (1, {"sequence": 2}, r"which does not divide 1 ranks"),
+        (8, {"replicate": 2, "expert": 8}, r"expert=8 does not divide the 4 ranks of shard × sequence"),
+        (6, {"expert": 4}, r"expert=4 does not divide the 6 ranks"),
+        (8, {"expert": 0}, r"expert=0; a size is at least 1, or -1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_what_to_write(world, given_sizes, message):
@@ -43,12 +46,12 @@ def test_sizes_that_do_not_fit_are_refused_with_what_to_write(world, given_sizes
         sizes(world, **given_sizes)
 
 
-@given(st.tuples(*[st.integers(1, 5)] * 4), st.integers(0, 3))
+@given(st.tuples(*[st.integers(1, 5)] * 3), st.integers(0, 2))
 def test_whichever_axis_is_left_open_is_found_again(shape, open_axis):
-    world = shape[0] * shape[1] * shape[2] * shape[3]
+    world = shape[0] * shape[1] * shape[2]
     given_sizes = dict(zip(AXES, shape))
-    assert sizes(world, **given_sizes) == shape
-    assert sizes(world, **(given_sizes | {AXES[open_axis]: -1})) == shape
+    assert sizes(world, **given_sizes) == (*shape, 1)
+    assert sizes(world, **(given_sizes | {AXES[open_axis]: -1})) == (*shape, 1)
 
 
 def test_without_a_mesh_there_is_one_of_everything():
@@ -90,6 +93,35 @@ def test_copies_with_sequence_shard_over_the_sequence_axis():
         assert (data, shape, members, sharded) == ((rank // 2, 2), (2, 2), [other, [[0, 1], [2, 3]][rank // 2]], 2)
 
 
+def looked_at_experts(settings):
+    mesh = tr.mesh(**settings)
+    view = expert_mesh(mesh)
+    members = [dist.get_process_group_ranks(view.get_group(axis)) for axis in ("efsdp", "expert")]
+    return data_rank(mesh), tuple(unit_mesh(view).shape), axis_size(mesh, "expert"), members
+
+
+def test_experts_are_a_second_view_of_ranks_that_keep_their_documents():
+    for rank, (data, shape, experts, members) in enumerate(on_ranks(4, looked_at_experts, {"expert": 2})):
+        assert (data, shape, experts) == ((rank, 4), (2,), 2)
+        assert members == [[[0, 2], [1, 3]][rank % 2], [[0, 1], [2, 3]][rank // 2]]
+
+
+def test_experts_divide_a_copy_and_ranks_of_one_document():
+    settings = {"replicate": 2, "sequence": 2, "expert": 2}
+    for rank, (data, shape, experts, members) in enumerate(on_ranks(4, looked_at_experts, settings)):
+        assert (data, shape, experts) == ((rank // 2, 2), (2, 1), 2)
+        assert members == [[rank], [[0, 1], [2, 3]][rank // 2]]
+
+
+def test_a_mesh_without_experts_has_no_second_view():
+    assert on_ranks(2, without_experts) == [(None, 1)] * 2
+
+
+def without_experts():
+    mesh = tr.mesh()
+    return expert_mesh(mesh), axis_size(mesh, "expert")
+
+
 def alone():
     """What a user without a launcher has: no environment, no process group."""
     import os
@@ -108,7 +140,7 @@ def alone():
 
 
 def test_one_process_needs_no_launcher():
-    assert on_ranks(1, alone) == [((1, 1, 1, 1), AXES, 1, (0, 1))]
+    assert on_ranks(1, alone) == [((1, 1, 1), AXES, 1, (0, 1))]
 
 
 def refused():

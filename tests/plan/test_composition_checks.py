@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 import treering as tr
+from treering.core import topology
 from treering.core.topology import AXES
 from treering.plan.conflicts import check_composition
 from treering.technique import Claim
@@ -18,9 +19,15 @@ class Axis:
         return self.ranks
 
 
-def mesh(**sizes: int) -> dict[str, Axis]:
+class Mesh(dict[str, Axis]):
     """As much of a mesh as the check looks at."""
-    return {name: Axis(sizes.get(name, 1)) for name in AXES}
+
+
+def mesh(*, expert: int = 1, **sizes: int) -> Mesh:
+    ranks = Mesh({name: Axis(sizes.get(name, 1)) for name in AXES})
+    if expert > 1:
+        setattr(ranks, topology._VIEW, {"expert": Axis(expert)})
+    return ranks
 
 
 SPLIT = Claim(fqn="", aspect="attention", setting="toy")
@@ -40,9 +47,15 @@ def test_a_mesh_whose_every_axis_is_served_is_accepted():
         ({"replicate": 2}, [SPLIT], "no technique sums their gradients"),
         ({"sequence": 2}, [SUM], "no technique splits the sequence"),
         ({"sequence": 2}, [SPLIT], "no technique sums them: add shard"),
-        ({"expert": 2}, [SUM, SPLIT], "no technique shards experts"),
+        ({"sequence": 2, "expert": 2}, [SPLIT], "no technique sums them: add shard"),
     ],
 )
 def test_an_axis_that_no_technique_serves_is_refused(axes, claims, message):
     with pytest.raises(tr.PlanError, match=message):
         check_composition([tr.Full()], [claims], mesh(**axes))
+
+
+def test_experts_need_a_technique_that_assigns_them_in_a_frozen_run_too():
+    check_composition([tr.Full()], [[SUM]], mesh(shard=2, expert=2))
+    with pytest.raises(tr.PlanError, match="expert=2, and no technique assigns experts to ranks: add shard"):
+        check_composition([], [[]], mesh(shard=2, expert=2), frozen=True)

@@ -44,16 +44,32 @@ class Recorder(TorchDispatchMode):
             if group.size() > 1:
                 bytes_, calls = self.seen.get((kind, group.size()), (0, 0))
                 self.seen[kind, group.size()] = bytes_ + size, calls + 1
+        if func.namespace == "treering" and name == "all_to_all_rows":
+            rows, sent, _, group = args
+            group = torch.distributed.distributed_c10d._resolve_process_group(group)
+            size = (sum(sent) - sent[group.rank()]) * rows[:1].numel() * rows.element_size()
+            bytes_, calls = self.seen.get(("all_to_all", group.size()), (0, 0))
+            self.seen["all_to_all", group.size()] = bytes_ + size, calls + 1
         return func(*args, **(kwargs or {}))
+
+
+def balanced():
+    """A mixture whose tokens all choose the experts 1 and 2: of two ranks, each gets half of the rows."""
+    model = build("gpt_oss")
+    for name, parameter in model.named_parameters():
+        if name.endswith("router.bias"):
+            parameter.data[1:3] += 50.0
+    return model
 
 
 def recorded(arch, techniques, sizes, micro_batches, folder):
     """(reported by the techniques, recorded in the second step)."""
     mesh = tr.mesh(**sizes)
-    run = tr.compose(build(arch), [*techniques], mesh=mesh, prepared=folder)
+    model = balanced() if arch == "balanced" else build(arch)
+    run = tr.compose(model, [*techniques], mesh=mesh, prepared=folder)
     optimizer = run.optimizer(torch.optim.SGD, lr=0.01)
     for _ in range(2):
-        batches = run.ready([{**b, "count": 10} for b in rows(micro_batches)])
+        batches = run.ready([{**b, "count": 10} for b in rows(micro_batches, lengths=(12,))])
         with Recorder() as recorder:
             for batch in batches:
                 run.loss(batch).backward()
@@ -108,6 +124,16 @@ CASES = {
     "factors, cached": ("llama", [tr.OSFT(**OSFT, form="factors", communication="cached"), tr.Shard()]),
     "one-sided": ("llama", [tr.OSFT(**OSFT, form="one_sided"), tr.Shard()]),
 }
+EVERY = tr.LoRA(rank=3, targets="all-linear")
+LAST = tr.LoRA(rank=3, targets=("model.layers.1.mlp.experts.*",))
+ASSIGNED = {
+    "assigned experts": ("balanced", [tr.Full(), tr.Shard()]),
+    "assigned experts, recomputed": ("balanced", [EVERY, tr.Recompute(), tr.Shard()]),
+    "assigned experts, kept": ("balanced", [EVERY, tr.Recompute(keep=("all_to_all",)), tr.Shard()]),
+    "adapters of the last assigned experts": ("balanced", [LAST, tr.Recompute(), tr.Shard(compute="bfloat16")]),
+    "the head after assigned experts": ("balanced", [tr.Full(train=("lm_head.*",)), tr.Recompute(), tr.Shard()]),
+}
+CASES |= ASSIGNED
 
 
 def every(cases, sizes, folder):
@@ -117,11 +143,13 @@ def every(cases, sizes, folder):
 @pytest.mark.parametrize(
     ("world", "sizes", "cases"),
     [
-        (2, {}, tuple(CASES)),
+        (2, {}, tuple(name for name in CASES if name not in ASSIGNED)),
+        (2, {"expert": 2}, tuple(ASSIGNED)),
+        (4, {"expert": 2}, ("assigned experts", "assigned experts, kept")),
         (3, {}, ("full", "pinned adapters", "tied", "update", "update, cached", "factors", "factors, gathered")),
         (4, {"replicate": 2, "shard": 2}, ("full", "adapters", "experts", "update", "factors")),
     ],
-    ids=["two ranks", "uneven rows", "replicas"],
+    ids=["two ranks", "assigned", "assigned and sharded", "uneven rows", "replicas"],
 )
 def test_what_is_reported_is_what_is_sent(world, sizes, cases, tmp_path):
     for totals in on_ranks(world, every, list(cases), sizes, tmp_path):

@@ -73,7 +73,7 @@ class Mesh:
         for name, size in sizes.items():
             if size < 1 and size != -1:
                 raise ConfigError(f"{name} is {size}; it is at least 1, or -1 for the rest", field=name)
-        rest = [name for name, size in sizes.items() if size == -1]
+        rest = [name for name, size in sizes.items() if size == -1 and name != "expert"]
         if len(rest) > 1:
             raise ConfigError(f"{' and '.join(rest)} are both -1; only one can take the rest", field=rest[-1])
 

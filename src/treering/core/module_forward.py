@@ -20,9 +20,11 @@ class ModuleForward:
         as_method: whether `__call__` is installed, bound to the object, in place of the object. torch.compile takes the
             methods of equal layers for one function, and compiles them once; objects, for each layer again. For
             layers that take one tensor: `inspect.signature` does not see the signature of what was replaced.
+        again: whether the backward calls what was replaced again, with all messages that this sends.
     """
 
     as_method: ClassVar[bool] = False
+    again: bool = False
 
     def __init__(self, module: nn.Module):
         self.module = module

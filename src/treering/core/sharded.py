@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from treering.core.errors import PlanError
-from treering.core.topology import parameter_mesh
+from treering.core.topology import expert_mesh, parameter_mesh, unit_mesh
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -46,7 +47,7 @@ def sharded_axes(value: Tensor) -> tuple[int, ...]:
     for axis, placement in enumerate(value.placements):
         if isinstance(placement, Replicate):
             continue
-        strided = type(placement).__name__ == "_StridedShard"
+        strided = _is_strided(placement)
         if not (strided or isinstance(placement, ShardPlacement)) or getattr(placement, "dim", None) != 0:
             raise PlanError(
                 f"a tensor of {tuple(value.shape)} is placed as {placement} on axis {axis} of its mesh; only tensors "
@@ -54,6 +55,10 @@ def sharded_axes(value: Tensor) -> tuple[int, ...]:
             )
         (last if strided else first).append(axis)
     return (*first, *last)
+
+
+def _is_strided(placement: Any) -> bool:
+    return isinstance(placement, _StridedShard)
 
 
 @dataclass(frozen=True)
@@ -93,17 +98,33 @@ def row_groups(value: Tensor) -> Groups:
     return tuple(cut.group for cut in _cuts(value))
 
 
-def meta_rows(shape: tuple[int, ...], dtype: torch.dtype, mesh: "DeviceMesh | None") -> Tensor:
-    """Return a tensor on the meta device, sharded over `mesh` as `fully_shard` shards a parameter of that shape."""
+def meta_rows(
+    shape: tuple[int, ...], dtype: torch.dtype, mesh: "DeviceMesh | None", *, experts: bool = False
+) -> Tensor:
+    """Return a tensor on the meta device, sharded over `mesh` as `fully_shard` shards a parameter of that shape.
+
+    Args:
+        experts: dimension 0 counts experts, so that a mesh that assigns experts to ranks shards it as these.
+    """
     if mesh is None:
         return torch.empty(shape, dtype=dtype, device="meta")
-    over = parameter_mesh(mesh)
-    each = -(-shape[0] // over.size(over.ndim - 1))
-    start = min(each * over.get_local_rank(over.ndim - 1), shape[0])
-    rows = torch.empty((min(each, shape[0] - start), *shape[1:]), dtype=dtype, device="meta")
-    placements = [*[Replicate()] * (over.ndim - 1), ShardPlacement(0)]
+    view = expert_mesh(mesh) if experts else None
+    if view is None:
+        over = parameter_mesh(mesh)
+        placements: list[Any] = [*[Replicate()] * (over.ndim - 1), ShardPlacement(0)]
+    else:
+        unit = unit_mesh(view)
+        over = view[(*unit.mesh_dim_names, "expert")]  # type: ignore[misc]
+        strided = _StridedShard(0, split_factor=view["expert"].size())
+        placements = [*[Replicate()] * (unit.ndim - 1), strided, ShardPlacement(0)]
     strides = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(rows, over, placements, run_check=False, shape=torch.Size(shape), stride=strides)
+
+    def placed(rows: int) -> Tensor:
+        own = torch.empty((rows, *shape[1:]), dtype=dtype, device="meta")
+        return DTensor.from_local(own, over, placements, run_check=False, shape=torch.Size(shape), stride=strides)
+
+    start, stop = local_rows(placed(0))
+    return placed(stop - start)
 
 
 # --- writing and gathering rows
@@ -128,7 +149,11 @@ def put_rows(target: Tensor, rows: Tensor) -> None:
 def gather(value: Tensor) -> Tensor:
     """Return the complete tensor, on every rank. A collective where `value` is sharded."""
     value = value.detach()
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        return value
+    if any(map(_is_strided, value.placements)):  # torch joins such rows only where all parts are equal
+        return start_gather(value)()
+    return value.full_tensor()
 
 
 def start_gather(value: Tensor) -> Callable[[], Tensor]:

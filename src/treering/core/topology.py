@@ -1,11 +1,16 @@
 """One DeviceMesh from a few numbers, and the sizes and submeshes that other packages need.
 
-Four axes, always all of them, outermost first:
+Three axes, always all of them, outermost first:
 
     replicate   copies of the sharded model (hybrid sharding)      } different documents
     shard       parameters are sharded over it                     }
     sequence    one document is spread over it; parameters are sharded over it too
-    expert      experts are sharded over it
+
+`expert` is no fourth axis: it divides shard × sequence. A mesh with experts has a second view of the same ranks, with
+the axes replicate × efsdp × expert: each rank keeps its documents, and has the experts of its place along `expert`.
+
+    ranks of one copy      0    1    2    3        shard=4, expert=2
+    efsdp, expert         0,0  0,1  1,0  1,1       ranks 0 and 2 have the same experts, sharded over both
 """
 
 import os
@@ -17,16 +22,21 @@ from treering.core.errors import PlanError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-AXES = ("replicate", "shard", "sequence", "expert")
+AXES = ("replicate", "shard", "sequence")
+EXPERT_AXES = ("replicate", "efsdp", "expert")  # of the second view
 FLAT = "parameters"  # the name of shard × sequence where both are one dimension
+_VIEW = "_treering_experts"  # the attribute of a mesh that holds its second view
 STARTUP = timedelta(minutes=30)  # how long a rank waits for another one that loads or compiles; training then lowers it
 
 
 def sizes(world: int, *, replicate: int = 1, shard: int = -1, sequence: int = 1, expert: int = 1) -> tuple[int, ...]:
-    """Return the size of each axis for `world` ranks; one `-1` means "the rest"."""
-    given = dict(zip(AXES, (replicate, shard, sequence, expert)))
+    """Return the sizes of replicate, shard and sequence for `world` ranks, and of expert.
+
+    One of the first three may be `-1`, for the rest. `expert` divides shard × sequence, and `-1` is all of it.
+    """
+    given = dict(zip(AXES, (replicate, shard, sequence)))
     written = ", ".join(f"{name}={size}" for name, size in given.items())
-    for name, size in given.items():
+    for name, size in (*given.items(), ("expert", expert)):
         if size != -1 and size < 1:
             raise PlanError(f"mesh: {name}={size}; a size is at least 1, or -1 for the rest")
     rest = [name for name, size in given.items() if size == -1]
@@ -46,7 +56,15 @@ def sizes(world: int, *, replicate: int = 1, shard: int = -1, sequence: int = 1,
             f"mesh({written}) has {known} places for {world} ranks; "
             f"start {known} ranks, or write -1 for one axis to take the rest"
         )
-    return tuple(given.values())
+    sharing = given["shard"] * given["sequence"]
+    expert = sharing if expert == -1 else expert
+    if sharing % expert:
+        raise PlanError(
+            f"mesh: expert={expert} does not divide the {sharing} ranks of shard × sequence, over which experts are "
+            f"assigned; write a divisor of {sharing}",
+            settings=("mesh.expert",),
+        )
+    return (*given.values(), expert)
 
 
 def mesh(
@@ -58,7 +76,8 @@ def mesh(
         replicate: copies of the parameters, each on `shard` × `sequence` ranks.
         shard: ranks that share one copy and have documents of their own; −1: all ranks that are left.
         sequence: ranks that share one copy and one document.
-        expert: ranks that share the experts of one copy.
+        expert: ranks over which the experts of a mixture are assigned, each to one of them; it divides
+            `shard` × `sequence`, and each rank keeps its own documents. −1: all of these ranks.
         device: `cuda` or `cpu`; default: `cuda` where there is one.
 
     Example:
@@ -69,8 +88,12 @@ def mesh(
 
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     world = join(kind)
-    shape = sizes(world, replicate=replicate, shard=shard, sequence=sequence, expert=expert)
-    return init_device_mesh(kind, shape, mesh_dim_names=AXES)
+    *shape, experts = sizes(world, replicate=replicate, shard=shard, sequence=sequence, expert=expert)
+    ranks = init_device_mesh(kind, tuple(shape), mesh_dim_names=AXES)
+    if experts > 1:
+        view = (shape[0], shape[1] * shape[2] // experts, experts)
+        setattr(ranks, _VIEW, init_device_mesh(kind, view, mesh_dim_names=EXPERT_AXES))
+    return ranks
 
 
 def join(kind: str) -> int:
@@ -90,15 +113,28 @@ def join(kind: str) -> int:
 
 
 def axis_size(mesh: "DeviceMesh | None", *axes: str) -> int:
-    """Return the product of the sizes of `axes`; 1 without a mesh."""
+    """Return the product of the sizes of `axes`, of one of the two views of a mesh; 1 without a mesh."""
     product = 1
     for name in axes if mesh is not None else ():
-        product *= mesh[name].size()  # type: ignore[index]
+        if name != "expert":
+            product *= mesh[name].size()  # type: ignore[index]
+        elif (view := expert_mesh(mesh)) is not None:  # type: ignore[arg-type]
+            product *= view["expert"].size()
     return product
 
 
+def expert_mesh(mesh: "DeviceMesh") -> "DeviceMesh | None":
+    """Return the second view of the ranks, replicate × efsdp × expert; None where experts are not assigned to ranks."""
+    return getattr(mesh, _VIEW, None)
+
+
+def unit_mesh(view: "DeviceMesh") -> "DeviceMesh":
+    """Return the mesh for `fully_shard` of experts: `efsdp`, after `replicate` if it is > 1."""
+    return view["replicate", "efsdp"] if view["replicate"].size() > 1 else view["efsdp"]
+
+
 def data_rank(mesh: "DeviceMesh | None") -> tuple[int, int]:
-    """Return (number, of how many) of the set of documents of this rank, shared along `sequence` and `expert`."""
+    """Return (number, of how many) of the set of documents of this rank, shared along `sequence`."""
     if mesh is None:
         return 0, 1
     replicate, shard = mesh["replicate"], mesh["shard"]
@@ -117,7 +153,7 @@ def parameter_mesh(mesh: "DeviceMesh") -> "DeviceMesh":
 
 
 def axes_of(mesh: "DeviceMesh", axis: int) -> tuple[str, ...]:
-    """Return the names, as in AXES, of the axes that dimension `axis` of a mesh of `parameter_mesh` combines."""
+    """Return the names of the axes that dimension `axis` of a mesh of `parameter_mesh` or `unit_mesh` combines."""
     assert mesh.mesh_dim_names is not None
     name = mesh.mesh_dim_names[axis]
     return ("shard", "sequence") if name == FLAT else (name,)

@@ -42,7 +42,7 @@ class MeasuredModel:
         self.model, self.anatomy, self.run = model, anatomy, run
         self.mesh = mesh
         self.groups = _groups(mesh, ("replicate", "shard"))
-        self.shared = axis_size(mesh, "sequence", "expert")  # ranks that are given the same batches
+        self.shared = axis_size(mesh, "sequence")  # ranks that are given the same batches
         self.device = run.plan.device if run is not None else next(model.parameters()).device
         self.short = {"use_cache": False}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:

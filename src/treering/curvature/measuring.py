@@ -47,7 +47,7 @@ def measure(
         model: a live transformers model, sharded or not, or a composed run.
         batches: `input_ids` [B, S], and, if B > 1, which tokens are not padding: `real` or `attention_mask`, both
             [B, S], or `documents` of a packed row. Of several ranks each has its own, and all have equally many; ranks
-            along a mesh's `sequence` and `expert` are given the same.
+            along a mesh's `sequence` are given the same.
         anatomy: of the plain model, where techniques have changed it already; a run knows it.
         mesh: from treering.mesh(…); default: the run's, else all ranks have batches of their own.
         tokens: `trained`: only those from which a trained token is predicted.

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from treering.anatomy.matrices import of_experts
 from treering.core.errors import PlanError
-from treering.core.module_forward import installed
 from treering.curvature.observer import Observer
-from treering.experts.grouped_forward import GroupedForward, grouped, release, unsupported
+from treering.experts.grouped_forward import GroupedForward, grouped, grouped_of, release, unsupported
 from treering.experts.routing import Routing
 from treering.experts.stacked_forward import ExpertProduct, watch_products
 from treering.technique import recompute_state
@@ -91,7 +90,7 @@ def _observe_experts(observer: Observer, model: nn.Module, experts: "Experts") -
     class that it does not know, in the class's own forward, which reads plain parameters."""
     module: Any = model.get_submodule(experts.fqn)
     stacks = of_experts(observer.anatomy, experts)
-    present, plain = installed(module), all(stack.leaf in module._parameters for stack in stacks)
+    present, plain = grouped_of(module), all(stack.leaf in module._parameters for stack in stacks)
     if isinstance(present, GroupedForward) or (plain and present is None and not unsupported(module)):
         forward = grouped(module, experts.fqn)
         rows = _GroupedInputs(observer, {stack.leaf: stack.weight for stack in stacks})
@@ -117,15 +116,21 @@ class _GroupedInputs:
         weight, observer = self.weights[stack], self.observer
         if recompute_state() != "forward" or weight not in observer.weights or not observer.owns(weight, x_SM):
             return
-        rows, ends = x_SM.detach(), routing.offsets
-        if observer.real is not None:
+        rows, ends, real = x_SM.detach(), routing.offsets, routing.counted
+        if real is None and observer.real is not None:
             observer.refuse_unless(len(rows) == len(observer.real) * routing.choices, weight)
             real = observer.real[routing.tokens]
+        if real is not None:
             rows, ends = rows[real], torch.cumsum(torch.bincount(routing.experts[real], minlength=len(ends)), 0)
         start = 0
         for expert, end in enumerate(ends.tolist()):
-            observer.add(weight, rows[start:end], expert)
+            observer.add(weight, rows[start:end], routing.first + expert)
             start = end
+
+    def counted(self, tokens: int) -> Tensor | None:
+        real = self.observer.real
+        self.observer.refuse_unless(real is None or len(real) == tokens, min(self.weights.values()))
+        return real
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ Nothing else replaces the forward of an experts module.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from treering.core.errors import PlanError
 from treering.core.module_forward import ModuleForward, install, installed
+from treering.experts.assigned import Arrivals, shown_local
 from treering.experts.products import stack_product
 from treering.experts.routing import Routing, route
 
@@ -33,6 +35,10 @@ class StackSource(Protocol):
 class ProductObserver(Protocol):
     def see(self, stack: str, x_SM: Tensor, y_SN: Tensor, routing: Routing) -> None:
         """Called with the rows that a stack multiplies and their products, once for each forward."""
+        ...
+
+    def counted(self, tokens: int) -> Tensor | None:
+        """Return which of the `tokens` of this rank's batch count, [tokens]; None: all."""
         ...
 
 
@@ -62,6 +68,12 @@ class GroupedForward(ModuleForward):
 
     Args:
         module: of a class that has transformers' experts interface; see `unsupported`.
+
+    Attributes:
+        local: how many experts this rank has; None: all. Others' rows are not given to this forward then, and what is
+            given has no weights: whoever sent the rows weights the results.
+        first: the first of them.
+        arrivals: what observers need to know about rows that other ranks sent.
     """
 
     as_method = True
@@ -77,16 +89,34 @@ class GroupedForward(ModuleForward):
         self.addends: dict[str, list[Addition]] = {leaf: [] for leaf in self.stacks}
         self.observers: list[ProductObserver] = []
         self.users = 0
+        self.local: int | None = None
+        self.first = 0
+        self.arrivals: Arrivals | None = None
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if self.local is None:
+            return self._compute(hidden, top_k_index, top_k_weights)
+        with shown_local(self.module):  # tiles run this again in the backward, when what is around it has returned
+            return self._compute(hidden, top_k_index, top_k_weights)
+
+    def _compute(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         experts: Any = self.module
-        routing = route(top_k_index, experts.num_experts)
+        routing = route(top_k_index, experts.num_experts if self.local is None else self.local)
+        if self.arrivals is not None:
+            if len(self.arrivals.counted) != len(hidden):
+                raise PlanError(
+                    f"experts of {type(experts).__name__} that are assigned to ranks are computed in tiles, so which "
+                    "rows are padding is not known; measure a run without tiledmlp and tiledblock"
+                )
+            routing = replace(routing, first=self.first, counted=self.arrivals.counted[routing.tokens])
         first, second = self.stacks
         inner = self._product(first, hidden[routing.tokens], routing)
         inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
         out = self._product(second, inner, routing)
         if getattr(experts, "has_post_expert_norm", False):  # transformers before 5.20 has none
             out = experts.post_expert_norm(out)
+        if self.local is not None:
+            return routing.combine(out).to(hidden.dtype)
         weighted = out * top_k_weights.reshape(-1)[routing.order].unsqueeze(-1)
         return routing.combine(weighted).to(hidden.dtype)
 
@@ -121,7 +151,7 @@ def grouped(module: nn.Module, name: str) -> GroupedForward:
         module: the experts module.
         name: its full name, for messages.
     """
-    current = installed(module)
+    current = grouped_of(module)
     if not isinstance(current, GroupedForward):
         if reason := unsupported(module):
             raise PlanError(f"{name}: {reason}, so its experts cannot be adapted, quantized or measured")
@@ -133,6 +163,41 @@ def grouped(module: nn.Module, name: str) -> GroupedForward:
         install(current)
     current.users += 1
     return current
+
+
+def grouped_of(module: nn.Module) -> Any:
+    """Return what replaces the module's forward; where experts are assigned to ranks, the grouped forward inside."""
+    current = installed(module)
+    return getattr(current, "grouped", current)
+
+
+def grouped_beneath(module: nn.Module, name: str) -> GroupedForward:
+    """Return the grouped forward beneath everything that replaces the module's forward, installed if it is not yet.
+
+    Args:
+        module: the experts module.
+        name: its full name, for messages.
+    """
+    above: list[ModuleForward] = []
+    current = installed(module)
+    while isinstance(current, ModuleForward) and not isinstance(current, GroupedForward):
+        above.append(current)
+        current = getattr(current.replaced, "__self__", current.replaced)
+    reason = unsupported(module)
+    if current is not None and not isinstance(current, GroupedForward):
+        reason = f"its forward was replaced by {type(current).__name__}, which does not know experts"
+    if reason:
+        raise PlanError(
+            f"{name}: {reason}, so its experts cannot be assigned to ranks. Leave expert out of the mesh",
+            settings=("mesh.expert",),
+        )
+    if not above or current is not None:
+        forward = current or grouped(module, name)
+    else:
+        forward = GroupedForward(module)
+        above[-1].replaced = forward.__call__
+    forward.users += 1
+    return forward
 
 
 def release(

@@ -1,6 +1,6 @@
-"""The products of `products.py` as a loop over experts: plain, in any dtype, and slow."""
+"""The products of `products.py` and the exchange of `dispatch.py` as loops over experts: plain and slow."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,3 +33,28 @@ def low_rank(x_SM: Tensor, A_ErM: Tensor, B_ENr: Tensor, offsets: Tensor, scale:
     """As autograd differentiates it."""
     pieces = [x_SM[rows] @ A_ErM[e].mT @ B_ENr[e].mT * scale for e, rows in groups(offsets)]
     return torch.cat(pieces) if pieces else x_SM @ A_ErM[0].mT @ B_ENr[0].mT
+
+
+def dispatched(
+    hidden: Sequence[Tensor],
+    chosen: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    expert: Callable[[int, Tensor], Tensor],
+    experts: int,
+) -> list[Tensor]:
+    """Return the output for the tokens of each rank, as if all ranks were this process.
+
+    Args:
+        hidden: of each rank, [T, M].
+        chosen, weights: of each rank, [T, choices].
+        expert: (number, rows [R, M]) → rows: what the owner of an expert computes, for the rows of all ranks at once.
+        experts: their number.
+    """
+    out = [torch.zeros_like(h) for h in hidden]
+    for number in range(experts):
+        pairs = [(one == number).nonzero() for one in chosen]
+        results = expert(number, torch.cat([h[pair[:, 0]] for h, pair in zip(hidden, pairs)]))
+        for rank, (pair, own) in enumerate(zip(pairs, results.split([len(pair) for pair in pairs]))):
+            weighted = own * weights[rank][pair[:, 0], pair[:, 1], None]
+            out[rank] = out[rank].index_add(0, pair[:, 0], weighted)
+    return out

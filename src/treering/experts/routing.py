@@ -19,6 +19,8 @@ class Routing:
         offsets: [E] int32, where each expert's rows end: expert e has rows offsets[e − 1] to offsets[e].
         order: [S] which of the (token, choice) pairs, counted token by token, each row is.
         choices: experts chosen for each token.
+        first: which expert of the module the expert 0 of this routing is: not 0 where other ranks have those before it.
+        counted: [S] which rows count for observers, of rows that other ranks sent; None: the observer knows.
     """
 
     tokens: Tensor
@@ -26,6 +28,8 @@ class Routing:
     offsets: Tensor
     order: Tensor
     choices: int
+    first: int = 0
+    counted: Tensor | None = None
 
     def combine(self, rows: Tensor) -> Tensor:
         """Return the sum of each token's rows, [tokens, width], of rows [S, width].
@@ -35,6 +39,8 @@ class Routing:
         """
         back = torch.empty_like(self.order)
         back[self.order] = torch.arange(len(self.order), device=self.order.device)
+        if self.choices == 1:
+            return rows[back]
         return rows[back].view(-1, self.choices, rows.shape[-1]).sum(1)
 
 

@@ -104,18 +104,17 @@ def _agree(count: int, most: int, mesh: DeviceMesh) -> tuple[int, int]:
 def copies(before: Sequence[Batch], after: Sequence[Batch], mesh: DeviceMesh) -> int:
     """Return on how many ranks each trained token of a step is, or 0 if the step trains none. A collective.
 
-    Ranks along `sequence` and `expert` are given the same batches. A technique that cuts rows leaves each token on one
-    of them (1); if none does, every token is on all of them (the size of these axes).
+    Ranks along `sequence` are given the same batches. A technique that cuts rows leaves each token on one of them (1);
+    if none does, every token is on all of them (the size of this axis).
 
     Args:
         before: This rank's micro-batches of the step with their `targets`, as its loader gave them.
         after: The same micro-batches after all transforms.
     """
-    shared = axis_size(mesh, "sequence", "expert")
+    shared = axis_size(mesh, "sequence")
     given, remaining = (sum(int((batch["targets"] != IGNORED).sum()) for batch in step) for step in (before, after))
     extremes = torch.tensor([given, -given], device=mesh.device_type)
-    for axis in ("sequence", "expert"):
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=mesh[axis].get_group())
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=mesh["sequence"].get_group())
     differs = int(extremes.sum())
     sums = torch.tensor([given, remaining, differs], device=mesh.device_type)
     for axis in AXES:
@@ -123,8 +122,8 @@ def copies(before: Sequence[Batch], after: Sequence[Batch], mesh: DeviceMesh) ->
     given, remaining, differs = sums.tolist()
     if differs:
         raise DataError(
-            "ranks along the mesh's `sequence` (and `expert`) axis were given batches with different numbers of "
-            "trained tokens; they compute one row together and need the same batches: choose documents by "
+            "ranks along the mesh's `sequence` axis were given batches with different numbers of trained tokens; they "
+            "compute one row together and need the same batches: choose documents by "
             "treering.core.topology.data_rank(mesh), not by the rank"
         )
     given //= shared

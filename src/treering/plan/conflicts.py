@@ -138,8 +138,12 @@ def check_composition(
         )
     if axis_size(mesh, "sequence") > 1 and "attention" not in aspects:
         raise PlanError(f"the mesh has sequence={axis_size(mesh, 'sequence')}, and no technique splits the sequence")
-    if axis_size(mesh, "expert") > 1:
-        raise PlanError(f"the mesh has expert={axis_size(mesh, 'expert')}, and no technique shards experts")
+    if axis_size(mesh, "expert") > 1 and "sharding" not in aspects:
+        raise PlanError(
+            f"the mesh has expert={axis_size(mesh, 'expert')}, and no technique assigns experts to ranks: add shard to "
+            "the techniques",
+            settings=("mesh.expert",),
+        )
 
 
 def _some(clashes: Sequence[tuple[Claim, Claim]]) -> str:

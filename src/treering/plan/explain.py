@@ -57,7 +57,9 @@ def explain(
     """Return the report: the order of techniques, memory before activations, and communication in a step of `work`
     (default: one micro-batch of 4,096 tokens)."""
     n = figures(plan)
-    axes = ", ".join(f"{axis}={axis_size(plan.mesh, axis)}" for axis in AXES if axis_size(plan.mesh, axis) > 1)
+    axes = ", ".join(
+        f"{axis}={axis_size(plan.mesh, axis)}" for axis in (*AXES, "expert") if axis_size(plan.mesh, axis) > 1
+    )
     lines = [
         f"{plan.source_name} ({plan.anatomy.model_type}, {len(plan.anatomy.blocks)} blocks)",
         f"{n.parameters:,} parameters, {n.trained:,} trained ({100 * n.trained / max(n.parameters, 1):.2f} %), "

@@ -109,13 +109,13 @@ class Run:
     def ready(self, micro_batches: Sequence[Batch]) -> list[Batch]:
         """Return counted micro-batches of one step, transformed by the techniques and on the device.
 
-        A collective at the first step where a mesh has `sequence` or `expert`: see `batches.copies`.
+        A collective at the first step where a mesh has `sequence`: see `batches.copies`.
         """
         self._samples = [sample for batch in micro_batches for sample in batch.get("samples", ())]
         shifted = [with_targets(batch) for batch in micro_batches]
         ready = [self._ready(batch) for batch in shifted]
         mesh = self.plan.mesh
-        if mesh is None or axis_size(mesh, "sequence", "expert") == 1 or not all("targets" in b for b in ready):
+        if mesh is None or axis_size(mesh, "sequence") == 1 or not all("targets" in b for b in ready):
             return ready
         self._copies = self._copies or batches.copies(shifted, ready, mesh)
         factor = self._copies or 1

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from treering.core.errors import PlanError
 from treering.core.settings import refuse_former_names
+from treering.core.topology import axis_size
 from treering.technique import Applied, Claim, Site, Stage
 from treering.techniques.osft.settings import ADDENDS, FACTORED, OSFTSettings
 
@@ -92,6 +93,15 @@ class OSFT(OSFTSettings):
 
         chosen = targets(self, anatomy)
         self._check(anatomy, chosen)
+        ranks = axis_size(mesh, "expert")
+        stacks = [target.weight for target in chosen if target.experts is not None]
+        if ranks > 1 and stacks and self.form in FACTORED:
+            raise PlanError(
+                f"osft: the mesh has expert={ranks}, and form {self.form} makes weights of experts from factors that "
+                f"are not assigned to ranks ({stacks[0]}); use form update, leave expert out of the mesh, or name "
+                "other osft.targets",
+                settings=("osft.form", "osft.targets", "mesh.expert"),
+            )
         claims = []
         for target in chosen:
             weight = target.weight

@@ -65,6 +65,7 @@ class RecomputedBlock(ModuleForward):
         super().__init__(block)
         self.block, self.fqn, self.index = block, fqn, index
         self.keep, self.attention, self.engine = keep, attention, engine
+        self.again = "all_to_all" not in keep
         self.compiled: Callable[..., Any] | None = None
         replaced = vars(block)
         self.before: dict[str, Any] = {name: replaced[name] for name in ("forward", "compile") if name in replaced}

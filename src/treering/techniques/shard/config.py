@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from treering.core.errors import PlanError
+from treering.core.topology import axis_size
 from treering.technique import Applied, Claim, Site, Stage, Variant
 from treering.techniques.shard.settings import ShardSettings
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Shard(ShardSettings):
     """Shard parameters, gradients and optimizer state over the mesh's `shard` (and `sequence`) axes.
+
+    Where the mesh has `expert`, stacked experts are assigned to ranks and sharded over those with the same experts;
+    tokens are sent to their experts and back.
 
     compute   dtype of gathered parameters and arithmetic; `stored`: as the parameters are stored
     reduce    dtype in which gradients are summed over ranks
@@ -32,9 +36,12 @@ class Shard(ShardSettings):
     stage: ClassVar[Stage] = Stage.SHARD
 
     def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
+        from treering.techniques.shard.expert_units import check_experts
         from treering.techniques.shard.units import plan_units
 
-        names = {fqn for unit in plan_units(anatomy) for fqn in unit}
+        ranks = axis_size(mesh, "expert")
+        check_experts(anatomy, ranks)
+        names = {fqn for unit in plan_units(anatomy, experts=ranks > 1) for fqn in unit}
         return [Claim(fqn=fqn, aspect="sharding", setting="shard") for fqn in sorted(names)]
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:

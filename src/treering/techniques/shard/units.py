@@ -1,19 +1,21 @@
 """The choice of modules that become FSDP units, their policies, and what `hold` keeps complete."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from treering.core.errors import PlanError
-from treering.core.topology import axis_size, parameter_mesh
+from treering.core.topology import axis_size, expert_mesh, parameter_mesh, unit_mesh
 from treering.technique import Site, recompute_state
-from treering.techniques.shard.traffic import ShardedUnit, ShardTraffic
+from treering.techniques.shard.expert_units import assign_experts, dispatches, note, show_local
+from treering.techniques.shard.traffic import ShardedUnit, ShardTraffic, is_of_experts, taken
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from treering.anatomy import Anatomy
     from treering.techniques.shard.settings import ShardSettings
 
@@ -21,15 +23,19 @@ if TYPE_CHECKING:
 SHARDS_CODES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 
 
-def plan_units(anatomy: "Anatomy") -> list[tuple[str, ...]]:
+def plan_units(anatomy: "Anatomy", experts: bool = False) -> list[tuple[str, ...]]:
     """Return module names, a tuple per unit, in the order of wrapping; the root, "", last.
 
     Embeddings and head are units of their own: inside the root unit they would stay gathered through the complete
-    backward. A tied pair is one unit, or each half would shard, and step, a parameter of its own.
+    backward. A tied pair is one unit, or each half would shard, and step, a parameter of its own. With `experts`,
+    stacked experts are units of their own: they are sharded over other ranks than what is around them.
     """
-    units: list[tuple[str, ...]] = [(block.fqn,) for block in anatomy.blocks]
     head = anatomy.head
     tied = head is not None and head.tied_to is not None
+    units: list[tuple[str, ...]] = []
+    for block in anatomy.blocks:
+        units += [(one.fqn,) for one in anatomy.experts if experts and one.block == block.index]
+        units.append((block.fqn,))
     for fqn in anatomy.embeddings:
         if tied and head is not None and f"{fqn}.weight" == head.tied_to:
             units.append((fqn, head.fqn))
@@ -49,48 +55,14 @@ def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[tuple[
             "install one of these, or leave quantize or shard out",
             settings=("techniques.quantize", "techniques.shard"),
         )
-    mesh = parameter_mesh(site.mesh)
-    offload: OffloadPolicy = OffloadPolicy()
-    if config.offload == "cpu":
-        offload = CPUOffloadPolicy(pin_memory=site.mesh.device_type == "cuda")
-    pinned = _pinned(model, site)
-    reshard = config.reshard and config.hold != "all"
-    apart = 0
+    mesh, view = parameter_mesh(site.mesh), expert_mesh(site.mesh)
+    assigned = () if view is None else assign_experts(model, site.anatomy, view)
+    units = plan_units(site.anatomy, experts=view is not None)
+    wrapper = _Wrapper(model, config, site)
     sharded: list[tuple[int, ShardedUnit]] = []
-    for unit in plan_units(site.anatomy):
-        order = _order(unit, site.anatomy)
-        modules = [model.get_submodule(fqn) for fqn in unit]
-        inside = {
-            module: dtype
-            for name, dtype in pinned.items()
-            if any(name.startswith(f"{fqn}.") or fqn == "" for fqn in unit)
-            and not isinstance(module := model.get_submodule(name), FSDPModule)
-        }
-        compute = _cast(config, modules, inside)
-        for module, dtype in inside.items():
-            if _needs_own_unit(modules, module, dtype, compute):
-                policy = MixedPrecisionPolicy(
-                    param_dtype=dtype, reduce_dtype=_reduce(config, {dtype}), cast_forward_inputs=False
-                )
-                kinds = {"compute": dtype, "reduce": policy.reduce_dtype, "kept": not reshard}
-                sharded.append((order, ShardedUnit.of([module], mesh, **kinds)))  # type: ignore[arg-type]
-                fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
-                apart += 1
-        _check_uniform(dict(zip(unit, modules)))
-        target = modules if len(modules) > 1 else modules[0]
-        root = unit == ("",)
-        policy = _policy(config, modules, compute)
-        kinds = {"compute": policy.param_dtype, "reduce": policy.reduce_dtype, "kept": root or not reshard}
-        sharded.append((order, ShardedUnit.of(modules, mesh, **kinds)))  # type: ignore[arg-type]
-        # The root's own parameters (the last norm) are used at the very end of the forward and at the very start of
-        # the backward: gathering them again would only wait.
-        fully_shard(
-            target,
-            mesh=mesh,
-            mp_policy=policy,
-            offload_policy=offload,
-            reshard_after_forward=reshard and not root,
-        )
+    for unit in units:
+        over = unit_mesh(view) if view is not None and unit[0] in assigned else mesh
+        sharded += [(_order(unit, site.anatomy), one) for one in wrapper.wrap(unit, over, assigned)]
     for module in model.modules():
         if isinstance(
             module, FSDPModule
@@ -99,18 +71,77 @@ def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[tuple[
             module.set_force_sum_reduction_for_comms(True)
             # torch refuses too, without an alternative; copy and pickle look these up on the instance
             vars(module).update(__deepcopy__=_refuse_copy, __reduce_ex__=_refuse_copy)
-    over = f"{mesh.size()} ranks" if mesh.ndim == 1 else f"{axis_size(site.mesh, 'replicate')} × {mesh.shape[1]} ranks"
-    notes = [f"{len(plan_units(site.anatomy))} units over {over}, compute {config.compute}, reduce {config.reduce}"]
-    if apart:
-        notes.append(f"{apart} modules with a pinned dtype have units of their own")
+    ranks = f"{mesh.size()} ranks" if mesh.ndim == 1 else f"{axis_size(site.mesh, 'replicate')} × {mesh.shape[1]} ranks"
+    notes = [f"{len(units)} units over {ranks}, compute {config.compute}, reduce {config.reduce}"]
+    if wrapper.apart:
+        notes.append(f"{wrapper.apart} modules with a pinned dtype have units of their own")
     if config.offload == "cpu":
         notes.append("shards are stored in host memory")
     if config.hold != "nothing":
         notes.append(
             f"{'parameters and gradients' if config.hold == 'all' else 'gradients'} stay complete within a step"
         )
-    units = tuple(unit for _, unit in sorted(sharded, key=lambda one: one[0]) if unit.gathered)
-    return tuple(notes), ShardTraffic(units=units, mesh=mesh, config=config)
+    if view is not None:
+        notes.append(note(site.anatomy, view))
+    in_order = tuple(unit for _, unit in sorted(sharded, key=lambda one: one[0]) if unit.gathered)
+    compute = None if config.compute == "stored" else getattr(torch, config.compute)
+    sent = () if view is None else dispatches(model, site.anatomy, view, compute)
+    return tuple(notes), ShardTraffic(units=in_order, config=config, dispatches=sent)
+
+
+class _Wrapper:
+    """Makes units of one model. `apart`: how many modules with a pinned dtype have units of their own so far."""
+
+    def __init__(self, model: nn.Module, config: "ShardSettings", site: Site):
+        assert site.mesh is not None
+        self.model, self.config = model, config
+        self.pinned = _pinned(model, site)
+        self.apart = 0
+        self.reshard = config.reshard and config.hold != "all"
+        self.offload: OffloadPolicy = OffloadPolicy()
+        if config.offload == "cpu":
+            self.offload = CPUOffloadPolicy(pin_memory=site.mesh.device_type == "cuda")
+
+    def wrap(self, unit: tuple[str, ...], mesh: "DeviceMesh", assigned: Collection[str]) -> list[ShardedUnit]:
+        """Make a unit of the modules `unit`, over `mesh`, and units of what needs one of its own inside.
+
+        Args:
+            assigned: the experts modules whose experts are assigned to ranks.
+        """
+        config, root, of_experts = self.config, unit == ("",), unit[0] in assigned
+        modules = [self.model.get_submodule(fqn) for fqn in unit]
+        inside = {
+            module: dtype
+            for name, dtype in self.pinned.items()
+            if any(name.startswith(f"{fqn}.") or fqn == "" for fqn in unit)
+            and (of_experts or not any(name.startswith(f"{fqn}.") for fqn in assigned))
+            and not isinstance(module := self.model.get_submodule(name), FSDPModule)
+        }
+        sharded = []
+        compute = _cast(config, modules, inside)
+        for module, dtype in inside.items():
+            if _needs_own_unit(modules, module, dtype, compute):
+                policy = MixedPrecisionPolicy(
+                    param_dtype=dtype, reduce_dtype=_reduce(config, {dtype}), cast_forward_inputs=False
+                )
+                kinds = {"compute": dtype, "reduce": policy.reduce_dtype, "kept": not self.reshard}
+                sharded.append(ShardedUnit.of([module], mesh, **kinds))  # type: ignore[arg-type]
+                self._fully_shard(module, mesh, policy, self.reshard)
+                self.apart += 1
+                if of_experts:
+                    show_local(module)
+        _check_uniform(dict(zip(unit, modules)))
+        # The weights of the chosen experts are computed next to the router, in a dtype of their own.
+        policy = _policy(config, modules, compute, cast_inputs=not of_experts)
+        kinds = {"compute": policy.param_dtype, "reduce": policy.reduce_dtype, "kept": root or not self.reshard}
+        sharded.append(ShardedUnit.of(modules, mesh, **kinds))  # type: ignore[arg-type]
+        # The root's own parameters (the last norm) are used at the very end of the forward and at the very start of
+        # the backward: gathering them again would only wait.
+        self._fully_shard(modules if len(modules) > 1 else modules[0], mesh, policy, self.reshard and not root)
+        return sharded
+
+    def _fully_shard(self, target: Any, mesh: "DeviceMesh", policy: MixedPrecisionPolicy, reshard: bool) -> None:
+        fully_shard(target, mesh=mesh, mp_policy=policy, offload_policy=self.offload, reshard_after_forward=reshard)
 
 
 def _order(unit: tuple[str, ...], anatomy: "Anatomy") -> int:
@@ -143,13 +174,22 @@ def _cast(
         return None
     compute: torch.dtype = getattr(torch, config.compute)
     apart = {p for module in pinned for p in module.parameters()}
-    own = {p.dtype for module in unit for p in module.parameters() if p not in apart and p.is_floating_point()}
-    return None if own == {compute} and pinned else compute
+    own = {p.dtype for p in _parameters(unit) if p not in apart and p.is_floating_point()}
+    return None if own <= {compute} and pinned else compute
 
 
-def _policy(config: "ShardSettings", unit: list[nn.Module], compute: torch.dtype | None) -> MixedPrecisionPolicy:
-    gradients = {compute or p.dtype for module in unit for p in module.parameters() if p.requires_grad}
-    return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=_reduce(config, gradients))
+def _parameters(unit: list[nn.Module]) -> list[nn.Parameter]:
+    """Return the parameters of a unit, without those of experts that are a unit inside it."""
+    return [p for module in unit for p in module.parameters() if not (taken(p) and is_of_experts(p))]
+
+
+def _policy(
+    config: "ShardSettings", unit: list[nn.Module], compute: torch.dtype | None, *, cast_inputs: bool
+) -> MixedPrecisionPolicy:
+    gradients = {compute or p.dtype for p in _parameters(unit) if p.requires_grad}
+    return MixedPrecisionPolicy(
+        param_dtype=compute, reduce_dtype=_reduce(config, gradients), cast_forward_inputs=cast_inputs
+    )
 
 
 def _reduce(config: "ShardSettings", gradients: set[torch.dtype]) -> torch.dtype | None:
@@ -163,7 +203,7 @@ def _check_uniform(unit: dict[str, nn.Module]) -> None:
     first: dict[torch.dtype, str] = {}
     for fqn, module in unit.items():
         for name, parameter in module.named_parameters(prefix=fqn):
-            if parameter.requires_grad and not isinstance(parameter, DTensor):  # a DTensor is another unit's already
+            if parameter.requires_grad and not taken(parameter):
                 first.setdefault(parameter.dtype, name)
     if len(first) > 1:
         parameters = " and ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for dtype, name in first.items())
@@ -191,7 +231,7 @@ def _needs_own_unit(unit: list[nn.Module], module: nn.Module, dtype: torch.dtype
         return True
     # One unit's trainable parameters must share a dtype; frozen ones may differ.
     parameters = set(module.parameters())
-    others = {p.dtype for m in unit for p in m.parameters() if p.requires_grad and p not in parameters}
+    others = {p.dtype for p in _parameters(unit) if p.requires_grad and p not in parameters}
     return any(p.requires_grad for p in parameters) and bool(others - {dtype})
 
 

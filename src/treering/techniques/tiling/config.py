@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from treering.core.errors import PlanError
+from treering.core.topology import axis_size
 from treering.technique import Applied, Claim, Site, Stage, Variant
 from treering.techniques.tiling.settings import TiledBlockSettings, TiledLossSettings, TiledMLPSettings
 
@@ -33,6 +34,7 @@ class TiledMLP(TiledMLPSettings):
     stage: ClassVar[Stage] = Stage.FORWARD
 
     def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
+        _check_assigned(self, mesh, "tiledmlp")
         return _forwards(_mlps(anatomy, "tiledmlp"), "tiledmlp")
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:
@@ -61,6 +63,7 @@ class TiledBlock(TiledBlockSettings):
     stage: ClassVar[Stage] = Stage.FORWARD
 
     def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
+        _check_assigned(self, mesh, "tiledblock")
         for block in anatomy.blocks:
             if block.attention is None or block.mixer != "attention":
                 raise PlanError(
@@ -133,6 +136,16 @@ class TiledLoss(TiledLossSettings):
     def lighter(cls) -> tuple[Variant, ...]:
         """Return the tiled loss."""
         return (Variant(name="a tiled loss", config="tiledloss:", order=10, of=lambda now: None if now else cls()),)
+
+
+def _check_assigned(config: TiledMLPSettings | TiledBlockSettings, mesh: "DeviceMesh | None", setting: str) -> None:
+    """Refuse groups of experts where each rank has some of them: its groups would not be those of other ranks."""
+    if config.experts == "groups" and axis_size(mesh, "expert") > 1:
+        raise PlanError(
+            f"{setting}: the mesh has expert={axis_size(mesh, 'expert')}, and experts that are assigned to ranks are "
+            f"not run in groups. Set {setting}.experts to tokens",
+            settings=(f"{setting}.experts", "mesh.expert"),
+        )
 
 
 def _mlps(anatomy: "Anatomy", setting: str) -> list[str]:

@@ -60,7 +60,7 @@ class OperatorBuffers(nn.Module):
             self._add("before", matrix.shape, dtype, mesh)
 
     def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, mesh: "DeviceMesh | None") -> None:
-        self.register_buffer(name, meta_rows(shape, dtype, mesh))
+        self.register_buffer(name, meta_rows(shape, dtype, mesh, experts=bool(self.matrix.lead)))
 
     def buffer(self, name: str) -> Tensor:
         """Return the buffer `name` as it is stored, sharded or not."""
