@@ -13,6 +13,7 @@ the axes replicate × efsdp × expert: each rank keeps its documents, and has th
     efsdp, expert         0,0  0,1  1,0  1,1       ranks 0 and 2 have the same experts, sharded over both
 """
 
+import copy
 import os
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -126,6 +127,14 @@ def axis_size(mesh: "DeviceMesh | None", *axes: str) -> int:
 def expert_mesh(mesh: "DeviceMesh") -> "DeviceMesh | None":
     """Return the second view of the ranks, replicate × efsdp × expert; None where experts are not assigned to ranks."""
     return getattr(mesh, _VIEW, None)
+
+
+def without_expert_axis(mesh: "DeviceMesh") -> "DeviceMesh":
+    """Return the same ranks and axes without the second view: for a model whose experts are not assigned to ranks."""
+    plain = copy.copy(mesh)
+    if hasattr(plain, _VIEW):
+        delattr(plain, _VIEW)
+    return plain
 
 
 def unit_mesh(view: "DeviceMesh") -> "DeviceMesh":

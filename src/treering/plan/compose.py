@@ -14,6 +14,7 @@ from treering import attention
 from treering.anatomy import Anatomy, examine
 from treering.core.errors import PlanError
 from treering.core.module_forward import undo_all
+from treering.core.topology import axis_size, without_expert_axis
 from treering.core.topology import mesh as make_mesh
 from treering.curvature import Statistics as Measured
 from treering.objectives import Objective
@@ -213,6 +214,9 @@ def _teacher(
     path = teacher.teacher_of(objective)
     if path is None or path == teacher.BASE:
         return None, []
+    ranks = axis_size(mesh, "expert")
+    if mesh is not None and ranks > 1 and not _divides(path, ranks):
+        mesh = without_expert_axis(mesh)  # a teacher may be dense, or have another number of experts
     plan = draft(
         path, teacher.techniques_for(techniques), mesh=mesh, dropout="off", frozen=True, weights=weights, name=path
     )
@@ -220,6 +224,12 @@ def _teacher(
     restore = (teacher.install_hidden(plan.model, plan.anatomy), *plan.restore)
     notes = [f"teacher {path}: {one}" for one in plan.notes] + ([note] if note else [])
     return replace(plan, restore=restore), notes
+
+
+def _divides(path: str, ranks: int) -> bool:
+    """Return whether the experts of a model can be assigned to so many ranks."""
+    anatomy = examine(open_model.on_meta(open_model.locate(path), "auto"))
+    return bool(anatomy.experts) and all(experts.number % ranks == 0 for experts in anatomy.experts)
 
 
 def _opened(

@@ -6,6 +6,7 @@ import treering as tr
 from tests.plan.test_independent_rows import one_expert, stacked, watched
 from tests.ranks import on_ranks
 from tests.same import assert_all_same
+from tests.skips import sharded_codes
 from tests.toy import gradients, rows
 from treering.core.sharded import gather, local_rows
 from treering.core.topology import data_rank
