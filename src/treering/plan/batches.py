@@ -173,8 +173,9 @@ def choose_objective(given: Objective | None, applied: Sequence[Applied]) -> Obj
     asked = [one.objective for one in applied if one.objective is not None]
     if given is not None and asked:
         raise PlanError(
-            f"the objective is {given!r}, and the settings of a technique ask for {asked[0]!r}; write label_smoothing "
-            "and z_loss into the objective, and leave them out of tiledloss"
+            f"the objective is {given!r}, and the settings of a technique ask for {asked[0]!r}. Leave "
+            "label_smoothing and z_loss out of tiledloss; CrossEntropy(label_smoothing=…, z_loss=…) has them, and "
+            "Distill has neither"
         )
     return given or (asked[0] if asked else CrossEntropy())
 
