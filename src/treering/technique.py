@@ -218,6 +218,8 @@ class Site:
         maps: Plain name → the trained matrices of the techniques applied before.
         without: Opens a context in which the model computes as if the techniques applied before were absent. Raises
             PlanError where one of them trains the plain weights themselves.
+        open_folder: From the path or hub name of an unquantized model to its plain tensors, by plain name. None: no
+            folder can be opened.
     """
 
     anatomy: "Anatomy"
@@ -227,6 +229,7 @@ class Site:
     statistics: Mapping[str, Mapping[str, Any]] | None = None
     maps: Maps = field(default_factory=dict)
     without: Without = nullcontext
+    open_folder: "Callable[[str], Mapping[str, LazyTensor]] | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)

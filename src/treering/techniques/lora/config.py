@@ -31,6 +31,7 @@ class LoRA(LoRASettings):
               activation: the same, with the least error for measured inputs (`treering measure`)
               pissa: A and B take the largest singular directions of W and W keeps the rest
               file: A and B from the peft folder `file`
+    original  folder of the unquantized model, for the residual of weights that the model's folder stores quantized
 
     Example:
         run = tr.compose("MODEL", [tr.LoRA(rank=16, targets=("q_proj", "v_proj"))])

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from treering.core import module_forward
 from treering.core.errors import PlanError
 from treering.experts.grouped_forward import Addition, grouped, release, unsupported
-from treering.technique import Applied, Part, Site
+from treering.store.model_folder import fingerprint
+from treering.technique import Applied, LazyTensor, Part, Site
 from treering.techniques.lora.addend import Addend, ExpertAddend
 from treering.techniques.lora.peft_format import describe
 from treering.techniques.lora.starts import splitter
@@ -31,6 +33,7 @@ def install(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
     _check(model, config, matrices)
     if config.init in RESIDUAL:
         warnings = _residual_warnings(config, matrices, site)
+    originals = _originals(config, matrices, site)
     for matrix in matrices:
         module = model.get_submodule(matrix.module)
         stored = _stored_dtype(module, matrix)
@@ -52,7 +55,7 @@ def install(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
         names += [f"{prefix}.A", f"{prefix}.B"]
         quantized = _quantized(matrix, site)
         started = config if quantized or config.init not in RESIDUAL else replace(config, init="kaiming_zeros")
-        parts[matrix.weight] = _part(matrix, started, prefix, dtype, stored, site.seed)
+        parts[matrix.weight] = _part(matrix, started, prefix, dtype, stored, site.seed, originals.get(matrix.weight))
 
     return Applied(
         trainable=tuple(names),
@@ -65,6 +68,38 @@ def install(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
         notes=(_note(config, matrices),),
         warnings=tuple(warnings),
     )
+
+
+def _originals(config: "LoRASettings", matrices: "Sequence[Matrix]", site: Site) -> Mapping[str, LazyTensor]:
+    """Return the unquantized weights by plain name, whose shapes are checked; none where none are named."""
+    if config.original is None:
+        return {}
+    copied = {name for name, parts in site.parts.items() if any(part.copies for part in parts)}
+    wanted = [matrix for matrix in matrices if matrix.weight in copied]
+    if not wanted or site.open_folder is None:
+        raise PlanError(
+            "lora: original names the unquantized weights of a folder that stores them quantized, and none of the "
+            "targets is stored quantized here; leave it out: the residual of what is quantized here is known",
+            settings=("lora.original",),
+        )
+    tensors = site.open_folder(config.original)
+    for matrix in wanted:
+        found = tensors.get(matrix.weight)
+        if found is None or tuple(found.shape) != matrix.shape or found.stored is not None:
+            has = "none" if found is None else f"{list(found.shape)}"
+            raise PlanError(
+                f"lora: {config.original} has {has} for {matrix.weight}, which is {list(matrix.shape)} here; name the "
+                "unquantized folder of this model as lora.original",
+                settings=("lora.original",),
+            )
+    return {matrix.weight: tensors[matrix.weight] for matrix in wanted}
+
+
+def _identity(config: "LoRASettings") -> str:
+    """Return what identifies the unquantized weights that a start depends on."""
+    if config.original is None or not Path(config.original).is_dir():
+        return "" if config.original is None else f" {config.original}"
+    return f" {fingerprint(Path(config.original))}"
 
 
 def _quantized(matrix: "Matrix", site: Site) -> bool:
@@ -126,7 +161,13 @@ def _note(config: "LoRASettings", matrices: "Sequence[Matrix]") -> str:
 
 
 def _part(
-    matrix: "Matrix", config: "LoRASettings", prefix: str, dtype: torch.dtype, stored: torch.dtype, seed: int
+    matrix: "Matrix",
+    config: "LoRASettings",
+    prefix: str,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    seed: int,
+    original: LazyTensor | None,
 ) -> Part:
     def join(tensors: Mapping[str, Tensor], below: Tensor) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
@@ -136,7 +177,7 @@ def _part(
     pissa, residual = config.init == "pissa", config.init in RESIDUAL
     return Part(
         names=(f"{prefix}.A", f"{prefix}.B"),
-        split=splitter(matrix, config, prefix, seed),
+        split=splitter(matrix, config, prefix, seed, original),
         join=join,
         reads_weight=pissa or residual,
         moves_base=pissa,
@@ -144,7 +185,7 @@ def _part(
         independent_rows=bool(matrix.lead),
         tolerance=_tolerance(config, dtype, stored),
         cost=float(matrix.rank * matrix.numel) if pissa or residual else 0.0,
-        identity=f"lora {config.init} {config.rank} {config.scale}" if residual else "",
+        identity=f"lora {config.init} {config.rank} {config.scale}{_identity(config)}" if residual else "",
         measured=config.init == "activation",
     )
 

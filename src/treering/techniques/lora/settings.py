@@ -24,6 +24,7 @@ class LoRASettings:
     dtype: Literal["float32", "bfloat16", "float16", "float64", "base", "fp32", "bf16", "fp16"] = "float32"
     init: Literal["kaiming_zeros", "residual", "activation", "pissa", "file"] = "kaiming_zeros"
     file: str | None = None
+    original: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", SHORT.get(self.dtype, self.dtype))
@@ -41,6 +42,11 @@ class LoRASettings:
             raise ConfigError(f"targets is {self.targets!r}; write all-linear or a list of patterns", field="targets")
         if (self.init == "file") != (self.file is not None):
             raise ConfigError("`file` is given exactly when init is `file`", field="file")
+
+        if self.original is not None and self.init not in ("residual", "activation"):
+            raise ConfigError(
+                f"original is given and init is {self.init}; it is for init: residual and activation", field="original"
+            )
 
     @property
     def scale(self) -> float:

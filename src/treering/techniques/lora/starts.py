@@ -27,8 +27,13 @@ Split = Callable[[LazyTensor, Callable[[], Tensor], Mapping[str, Tensor] | None]
 Pair = tuple[Tensor, Tensor]
 
 
-def splitter(matrix: "Matrix", config: "LoRASettings", prefix: str, seed: int) -> Split:
-    """Return the `split` of a Part (see technique.py) for the start `config.init`; A and B are named after `prefix`."""
+def splitter(
+    matrix: "Matrix", config: "LoRASettings", prefix: str, seed: int, original: LazyTensor | None = None
+) -> Split:
+    """Return the `split` of a Part (see technique.py) for the start `config.init`; A and B are named after `prefix`.
+
+    `original` is the unquantized weight, where the model's folder stores it quantized.
+    """
 
     def kaiming_zeros(weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None):
         return named(_stacked(matrix, weight, lambda one: _kaiming_zeros(one, config, seed)))
@@ -40,13 +45,14 @@ def splitter(matrix: "Matrix", config: "LoRASettings", prefix: str, seed: int) -
         return named((A, B)) | {matrix.weight: matrix.oriented(base)}
 
     def residual(weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None):
-        if weight.stored is not None:
+        if weight.stored is not None and original is None:
             raise PlanError(
                 f"lora: {matrix.weight} is stored quantized in the model's folder, so there is no residual to start "
-                "from; set lora.init to kaiming_zeros",
+                "from; name the folder of the unquantized model as lora.original, or set lora.init to kaiming_zeros",
                 settings=("techniques.lora.init",),
             )
-        R = matrix.oriented(weight.read().double() - below().double())
+        W = weight.read() if original is None else _rows_like(original, weight, matrix)
+        R = matrix.oriented(W.double() - below().double())
         moments = moment(matrix, weight, statistics) if config.init == "activation" else None
         each = [
             _closest(one, None if moments is None else moments[i], config)
@@ -76,6 +82,13 @@ def splitter(matrix: "Matrix", config: "LoRASettings", prefix: str, seed: int) -
 
     starts = {"kaiming_zeros": kaiming_zeros, "pissa": pissa, "file": file}
     return starts.get(config.init, residual)
+
+
+def _rows_like(original: LazyTensor, weight: LazyTensor, matrix: "Matrix") -> Tensor:
+    """Return the unquantized values of the experts that `weight` holds, or of the matrix."""
+    if not matrix.lead:
+        return original.read()
+    return original.rows(weight.start, weight.start + weight.shape[0])
 
 
 def _stacked(matrix: "Matrix", weight: LazyTensor, start: "Callable[[Matrix], Pair]") -> Pair:
