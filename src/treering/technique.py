@@ -45,9 +45,9 @@ class Stage(IntEnum):
     OBSERVE = 7
 
 
-ParameterAspect = Literal["storage", "addend", "gradient"]
+ParameterAspect = Literal["storage", "value", "addend", "gradient"]
 ModuleAspect = Literal["forward", "region", "attention", "compiled", "sharding", "loss"]
-Need = Literal["plain_weight", "no_fsdp_unit_inside"]
+Need = Literal["plain_weight", "own_value", "no_fsdp_unit_inside"]
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 
 

@@ -59,7 +59,7 @@ class LoRA(LoRASettings):
                     f"have; set lora.rank to at most {matrix.rank} or leave it out of lora.targets"
                 )
             alone = self.init in ("pissa", "residual", "activation")
-            needs: tuple[Need, ...] = ("plain_weight",) if self.init == "pissa" else ()
+            needs: tuple[Need, ...] = ("plain_weight", "own_value") if self.init == "pissa" else ()
             # The addend is shared: several adapters add up; but a start that moves the base must be alone on it.
             # The gradient is claimed as well, so that a technique which trains the weight itself is refused next to
             # an adapter instead of training the same thing twice.

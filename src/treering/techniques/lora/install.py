@@ -103,7 +103,7 @@ def _identity(config: "LoRASettings") -> str:
 
 
 def _quantized(matrix: "Matrix", site: Site) -> bool:
-    return any(not part.keeps_base for part in site.parts.get(matrix.weight, ()))
+    return any(not part.keeps_base or part.packing is not None for part in site.parts.get(matrix.weight, ()))
 
 
 def _residual_warnings(config: "LoRASettings", matrices: "Sequence[Matrix]", site: Site) -> list[str]:
