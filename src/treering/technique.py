@@ -46,9 +46,9 @@ class Stage(IntEnum):
     OBSERVE = 7
 
 
-ParameterAspect = Literal["storage", "addend", "gradient"]
+ParameterAspect = Literal["storage", "value", "addend", "gradient"]
 ModuleAspect = Literal["forward", "region", "attention", "compiled", "sharding", "loss"]
-Need = Literal["plain_weight", "no_fsdp_unit_inside"]
+Need = Literal["plain_weight", "own_value", "no_fsdp_unit_inside"]
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 
 
@@ -219,6 +219,8 @@ class Site:
         maps: Plain name → the trained matrices of the techniques applied before.
         without: Opens a context in which the model computes as if the techniques applied before were absent. Raises
             PlanError where one of them trains the plain weights themselves.
+        open_folder: From the path or hub name of an unquantized model to its plain tensors, by plain name. None: no
+            folder can be opened.
     """
 
     anatomy: "Anatomy"
@@ -228,6 +230,7 @@ class Site:
     statistics: Mapping[str, Mapping[str, Any]] | None = None
     maps: Maps = field(default_factory=dict)
     without: Without = nullcontext
+    open_folder: "Callable[[str], Mapping[str, LazyTensor]] | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,7 +123,7 @@ def draft(
     source = source if weights else None
     if mesh is None and (any(t.stage == Stage.SHARD for t in ordered) or _several_ranks()):
         mesh = make_mesh()  # of all ranks: without one, each would train a separate model without any error
-    site = Site(anatomy=anatomy, mesh=mesh, seed=seed, statistics=statistics)
+    site = Site(anatomy=anatomy, mesh=mesh, seed=seed, statistics=statistics, open_folder=open_model.unquantized)
     ordered = resolve_all(built, ordered, source, site)
     claimed = [t.claims(anatomy, mesh) for t in ordered]
     conflicts.check(list(zip(ordered, claimed)))

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 MEANING = {
     "storage": "own how the weight is stored",
+    "value": "multiply by other values than those of the weight",
     "addend": "add to the weight, and one of them must be alone in that",
     "gradient": "decide what happens to the gradient",
     "forward": "replace the forward",
@@ -60,6 +61,7 @@ def _check_pair(first: Technique, claims: Sequence[Claim], second: Technique, ot
 
 def _check_needs(claimed: Sequence[tuple[Technique, Sequence[Claim]]]) -> None:
     stored = {c.fqn: (t, c) for t, claims in claimed for c in claims if c.aspect == "storage"}
+    valued = {c.fqn: (t, c) for t, claims in claimed for c in claims if c.aspect == "value"}
     units = [(t, c) for t, claims in claimed for c in claims if c.aspect == "sharding"]
     for technique, claims in claimed:
         for claim in claims:
@@ -72,6 +74,13 @@ def _check_needs(claimed: Sequence[tuple[Technique, Sequence[Claim]]]) -> None:
                         f"its own form. Leave it out of {claim.setting}{out}",
                         settings=(claim.setting, storage.setting),
                     )
+            if "own_value" in claim.needs and claim.fqn in valued:
+                owner, value = valued[claim.fqn]
+                raise PlanError(
+                    f"{name_of(technique)} needs {claim.fqn} to multiply with its own values, and {name_of(owner)} "
+                    f"multiplies with others. Leave it out of {claim.setting} or of {value.setting}",
+                    settings=(claim.setting, value.setting),
+                )
             if "no_fsdp_unit_inside" in claim.needs:
                 for owner, unit in units:
                     if unit.fqn.startswith(f"{claim.fqn}."):

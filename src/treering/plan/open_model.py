@@ -1,5 +1,6 @@
 """Opens a folder, a hub name or a live model: a model on the meta device, and a lazy source of its plain tensors."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,9 +10,10 @@ from torch import nn
 from treering.core.errors import CheckpointError, PlanError
 from treering.core.seeds import derive
 from treering.store.untrusted import check_folder, first_line
+from treering.technique import LazyTensor
 from treering.weights.plain_tensors import Source, from_folder, from_model, keep_wide
 from treering.weights.quantized.folder import QuantizedFolder
-from treering.weights.quantized.opened import IN_CONFIG, open_quantized
+from treering.weights.quantized.opened import IN_CONFIG, open_quantized, quantization
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -143,6 +145,14 @@ def source_of(
         keep: whether these are given as they are stored, besides decoded.
     """
     return from_model(model) if folder is None else from_folder(model, folder, quantized, keep=keep)
+
+
+def unquantized(path: str) -> Mapping[str, LazyTensor]:
+    """Return the plain tensors of a folder or a hub's model, by plain name; PlanError where they are quantized."""
+    folder = locate(path)
+    if quantization(folder) is not None:
+        raise PlanError(f"{path} holds quantized weights; name the folder of the unquantized model")
+    return source_of(on_meta(folder, "auto"), folder).tensors
 
 
 def quiet_dropout(model: nn.Module, mode: Dropout) -> None:

@@ -225,25 +225,7 @@ class Run:
         self._refuse_attached()
         self._attached = True
 
-        def before(_: Optimizer, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            if any(one is not None for one in (*args[1:], keywords.get("closure"))):  # the first is the optimizer
-                raise PlanError(
-                    "the optimizer was given a closure: it would compute gradients after they were to be projected. "
-                    "Call backward() yourself and step() without a closure"
-                )
-            settle(self.model)
-            for applied in self.plan.applied:
-                if applied.gradients is not None:
-                    applied.gradients()
-                if applied.before_step is not None:
-                    applied.before_step([optimizer])
-
-        def after(*_: Any) -> None:
-            for applied in self.plan.applied:
-                if applied.after_step is not None:
-                    applied.after_step()
-
-        handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        handles = step.hooks(self.model, self.plan.applied, optimizer)
 
         def detach() -> None:
             self._attached = False

@@ -5,17 +5,19 @@ The norm that is clipped and reported is that of the projected gradient, over al
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from treering.core.collectives import gather_objects
 from treering.core.errors import NumericsError, PlanError
-from treering.core.sharded import local, sharded_axes, sum_of_squares
+from treering.core.sharded import local, settle, sharded_axes, sum_of_squares
 from treering.technique import Applied
 
 
@@ -113,3 +115,27 @@ def too_many_skips(skips: int, step: int, samples: Sequence[str], names: Sequenc
         f"Samples of the last one: {seen or 'not named by the loader'}. Parameters: {', '.join(names)}. "
         "Look at these samples, lower the learning rate, or compute in a wider dtype"
     )
+
+
+def hooks(model: nn.Module, applied: Sequence[Applied], optimizer: Optimizer) -> tuple[RemovableHandle, ...]:
+    """Project before and retract after each step of an optimizer that another loop calls."""
+
+    def before(_: Optimizer, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if any(one is not None for one in (*args[1:], keywords.get("closure"))):  # the first is the optimizer
+            raise PlanError(
+                "the optimizer was given a closure: it would compute gradients after they were to be projected. "
+                "Call backward() yourself and step() without a closure"
+            )
+        settle(model)
+        for one in applied:
+            if one.gradients is not None:
+                one.gradients()
+            if one.before_step is not None:
+                one.before_step([optimizer])
+
+    def after(*_: Any) -> None:
+        for one in applied:
+            if one.after_step is not None:
+                one.after_step()
+
+    return optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)

@@ -36,6 +36,7 @@ class LoRA(LoRASettings):
               greedy: matrices and experts where it brings back more of what `quantize` left out have a larger one, with
               the same number of parameters in total
     ranks     weight -> rank of each of its matrices: what `allocate` decided, written by `resolve`
+    original  folder of the unquantized model, for the residual of weights that the model's folder stores quantized
 
     Example:
         run = tr.compose("MODEL", [tr.LoRA(rank=16, targets=("q_proj", "v_proj"))])
@@ -74,7 +75,7 @@ class LoRA(LoRASettings):
                     "lora.targets"
                 )
             alone = own.init in ("pissa", *RESIDUAL)
-            needs: tuple[Need, ...] = ("plain_weight",) if own.init == "pissa" else ()
+            needs: tuple[Need, ...] = ("plain_weight", "own_value") if own.init == "pissa" else ()
             # The addend is shared: several adapters add up; but a start that moves the base must be alone on it.
             # The gradient is claimed as well, so that a technique which trains the weight itself is refused next to
             # an adapter instead of training the same thing twice.

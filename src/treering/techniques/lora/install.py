@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from treering.core import module_forward
 from treering.core.errors import PlanError
 from treering.experts.grouped_forward import Addition, grouped, release, unsupported
-from treering.technique import Applied, Part, Site
+from treering.store.model_folder import fingerprint
+from treering.technique import Applied, LazyTensor, Part, Site
 from treering.techniques.lora.addend import Addend, ExpertAddend
 from treering.techniques.lora.peft_experts import of_each_expert
 from treering.techniques.lora.peft_format import describe
@@ -33,6 +34,7 @@ def install(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
     _check(model, config, matrices)
     warnings = _residual_warnings(config, matrices, site)
     each = config.file is not None and of_each_expert(Path(config.file))
+    originals = _originals(config, matrices, site)
     for matrix in matrices:
         own = config.of(matrix)
         module = model.get_submodule(matrix.module)
@@ -56,7 +58,12 @@ def install(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
         if own.init in RESIDUAL and not _quantized(matrix, site):
             own = replace(own, init="kaiming_zeros")
         split = splitter(
-            matrix, own, prefix, site.seed, published_matrices(model, matrix) if each and matrix.lead else ()
+            matrix,
+            own,
+            prefix,
+            site.seed,
+            published=published_matrices(model, matrix) if each and matrix.lead else (),
+            original=originals.get(matrix.weight),
         )
         parts[matrix.weight] = _part(matrix, own, prefix, dtype, stored, split)
 
@@ -75,8 +82,33 @@ def install(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
     )
 
 
+def _originals(config: "LoRASettings", matrices: "Sequence[Matrix]", site: Site) -> Mapping[str, LazyTensor]:
+    """Return the unquantized weights by plain name, whose shapes are checked; none where none are named."""
+    if config.original is None:
+        return {}
+    copied = {name for name, parts in site.parts.items() if any(part.copies for part in parts)}
+    wanted = [matrix for matrix in matrices if matrix.weight in copied]
+    if not wanted or site.open_folder is None:
+        raise PlanError(
+            "lora: original names the unquantized weights of a folder that stores them quantized, and none of the "
+            "targets is stored quantized here; leave it out: the residual of what is quantized here is known",
+            settings=("lora.original",),
+        )
+    tensors = site.open_folder(config.original)
+    for matrix in wanted:
+        found = tensors.get(matrix.weight)
+        if found is None or tuple(found.shape) != matrix.shape or found.stored is not None:
+            has = "none" if found is None else f"{list(found.shape)}"
+            raise PlanError(
+                f"lora: {config.original} has {has} for {matrix.weight}, which is {list(matrix.shape)} here; name the "
+                "unquantized folder of this model as lora.original",
+                settings=("lora.original",),
+            )
+    return {matrix.weight: tensors[matrix.weight] for matrix in wanted}
+
+
 def _quantized(matrix: "Matrix", site: Site) -> bool:
-    return any(not part.keeps_base for part in site.parts.get(matrix.weight, ()))
+    return any(not part.keeps_base or part.packing is not None for part in site.parts.get(matrix.weight, ()))
 
 
 def _residual_warnings(config: "LoRASettings", matrices: "Sequence[Matrix]", site: Site) -> list[str]:
@@ -172,8 +204,14 @@ def _part(
 
 
 def _identity(config: "AdapterSettings") -> str:
-    unequal = f" {config.ranks}" if len(set(config.ranks)) > 1 else ""
-    return f"lora {config.init} {config.rank} {config.scale}{unequal}"
+    """Return what a start from the residual depends on, besides the weight and the statistics."""
+    text = f"lora {config.init} {config.rank} {config.scale}"
+    if len(set(config.ranks)) > 1:
+        text += f" {config.ranks}"
+    if config.original is not None:  # the unquantized weights
+        folder = Path(config.original)
+        text += f" {fingerprint(folder) if folder.is_dir() else config.original}"
+    return text
 
 
 def _tolerance(config: "AdapterSettings", dtype: torch.dtype, stored: torch.dtype) -> float | None:

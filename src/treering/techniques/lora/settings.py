@@ -52,6 +52,7 @@ class AdapterSettings:
     dtype: str
     init: str
     file: str | None
+    original: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,7 @@ class LoRASettings:
     patterns: Mapping[str, LoRAPattern] = field(default_factory=dict)
     allocate: Literal["uniform", "greedy"] = "uniform"
     ranks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    original: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", SHORT.get(self.dtype, self.dtype))
@@ -95,10 +97,22 @@ class LoRASettings:
                 field="allocate",
             )
 
+        if self.original is not None and self.init not in ("residual", "activation"):
+            raise ConfigError(
+                f"original is given and init is {self.init}; it is for init: residual and activation", field="original"
+            )
+
+        if self.original is not None and self.allocate == "greedy":
+            raise ConfigError(
+                "allocate is greedy and original is given: ranks are chosen for what is quantized here, and what a "
+                "folder stores quantized is not. Set allocate to uniform",
+                field="allocate",
+            )
+
     def __repr__(self) -> str:
         """Return the settings as text. A checkpoint stores it and a resumed run must have the same text, so what came
         later is left out where it has no effect."""
-        later = {"patterns": {}, "allocate": "uniform", "ranks": {}}
+        later: dict[str, Any] = {"patterns": {}, "allocate": "uniform", "ranks": {}, "original": None}
         names = [f.name for f in fields(self) if getattr(self, f.name) != later.get(f.name, self)]
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
@@ -120,6 +134,7 @@ class LoRASettings:
             dtype=chosen["dtype"],
             init=chosen["init"],
             file=self.file,
+            original=self.original,
         )
 
     def child(self, matrix: "Matrix") -> str:

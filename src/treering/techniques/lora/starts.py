@@ -34,13 +34,16 @@ def splitter(
     config: "AdapterSettings",
     prefix: str,
     seed: int,
+    *,
     published: "Sequence[ExpertMatrix]" = (),
+    original: LazyTensor | None = None,
 ) -> Split:
     """Return the `split` of a Part (see technique.py) for the start `config.init`.
 
     Args:
         prefix: of the names of A and B.
         published: of the start `file`: what a stack is in a published folder, if the file has a pair for each expert.
+        original: the unquantized weight, where the model's folder stores it quantized.
     """
 
     def ranks(weight: LazyTensor) -> tuple[int, ...]:
@@ -57,13 +60,14 @@ def splitter(
         return named((A, B)) | {matrix.weight: matrix.oriented(base)}
 
     def residual(weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None):
-        if weight.stored is not None:
+        if weight.stored is not None and original is None:
             raise PlanError(
                 f"lora: {matrix.weight} is stored quantized in the model's folder, so there is no residual to start "
-                "from; set lora.init to kaiming_zeros",
+                "from; name the folder of the unquantized model as lora.original, or set lora.init to kaiming_zeros",
                 settings=("techniques.lora.init",),
             )
-        R = matrix.oriented(weight.read().double() - below().double())
+        W = weight.read() if original is None else _rows_like(original, weight, matrix)
+        R = matrix.oriented(W.double() - below().double())
         moments = moment(matrix, weight, statistics) if config.init == "activation" else None
         each = [
             widened(_closest(one, None if moments is None else moments[i], rank, config.scale), config.rank)
@@ -93,6 +97,13 @@ def splitter(
 
     starts = {"kaiming_zeros": kaiming_zeros, "pissa": pissa, "file": file}
     return starts.get(config.init, residual)
+
+
+def _rows_like(original: LazyTensor, weight: LazyTensor, matrix: "Matrix") -> Tensor:
+    """Return the unquantized values of the experts that `weight` holds, or of the matrix."""
+    if not matrix.lead:
+        return original.read()
+    return original.rows(weight.start, weight.start + weight.shape[0])
 
 
 def _stacked(matrix: "Matrix", weight: LazyTensor, start: "Callable[[Matrix], Pair]") -> Pair:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from treering.core.errors import PlanError
 from treering.core.settings import refuse_former_names
 from treering.core.topology import axis_size
-from treering.technique import Applied, Claim, Site, Stage
+from treering.technique import Applied, Claim, Need, Site, Stage
 from treering.techniques.osft.settings import ADDENDS, FACTORED, OSFTSettings
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ class OSFT(OSFTSettings):
         claims = []
         for target in chosen:
             weight = target.weight
-            claims.append(Claim(fqn=weight, aspect="gradient", needs=("plain_weight",), setting="osft.targets"))
+            needs: tuple[Need, ...] = ("plain_weight", "own_value")
+            claims.append(Claim(fqn=weight, aspect="gradient", needs=needs, setting="osft.targets"))
             if self.form in FACTORED:
                 claims.append(Claim(fqn=weight, aspect="storage", setting="osft.targets"))
             if self.form in ADDENDS:

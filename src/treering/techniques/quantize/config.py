@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from treering.core.errors import PlanError
-from treering.technique import Applied, Claim, Site, Stage, StoredTensor, Technique
+from treering.technique import Applied, Claim, ParameterAspect, Site, Stage, StoredTensor, Technique
 from treering.techniques.quantize.settings import QuantizeSettings
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize(QuantizeSettings):
-    """Weights W are stored as Q(W), frozen; adapters on them learn.
+    """Weights W are stored as Q(W), frozen, and adapters on them learn; or W stay and multiply as Q(W).
 
     format    int8, int4, int3, fp8, fp8_block, nf4, mxfp4 or nvfp4: see treering.formats
               stored: what the folder holds quantized stays as it is; the default for such folders
@@ -27,6 +27,10 @@ class Quantize(QuantizeSettings):
     clip      max: the largest value of each group is kept; mse: groups saturate where that lowers the squared error
     global_scale  of nvfp4. matrix: each matrix has its own; merged: q, k and v, and gate and up, share one, as engines
               that merge them need it (these weights are read once more at the start)
+    storage   packed: frozen codes and scales in place of the weights; fake: the weights stay, to be trained (`full`) or
+              adapted, and are quantized where they multiply
+    cast      of storage: fake. The dtype to which weights are rounded before they are quantized: bfloat16 where
+              shard.compute is bfloat16 and model.dtype is not
 
     Example:
         run = tr.compose("MODEL", [tr.Quantize(format="nf4"), tr.LoRA(rank=16)])
@@ -64,7 +68,8 @@ class Quantize(QuantizeSettings):
         claims = []
         for matrix in self.matrices(anatomy):
             self.form(matrix, "float32")
-            claims.append(Claim(fqn=matrix.weight, aspect="storage", setting="quantize.targets"))
+            aspect: ParameterAspect = "storage" if self.storage == "packed" else "value"
+            claims.append(Claim(fqn=matrix.weight, aspect=aspect, setting="quantize.targets"))
             if not matrix.lead:  # experts keep their grouped forward, around which tiles may be
                 claims.append(Claim(fqn=matrix.module, aspect="forward", exclusive=False, setting="quantize.targets"))
         if not claims:
@@ -72,8 +77,10 @@ class Quantize(QuantizeSettings):
         return claims
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:
-        from treering.techniques.quantize.install import install_packed
+        from treering.techniques.quantize.install import install_fake, install_packed
 
+        if self.storage == "fake":
+            return install_fake(model, self, site)
         return install_packed(model, self, site)
 
 

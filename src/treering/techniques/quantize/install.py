@@ -2,17 +2,19 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from treering.core.errors import PlanError
-from treering.core.module_forward import install
-from treering.experts.grouped_forward import grouped
+from treering.core.module_forward import Switchable, install, switched_off, undo_all
+from treering.experts.grouped_forward import grouped, release
 from treering.formats import NVFP4, Format
 from treering.formats.search import best_clip
 from treering.technique import Applied, LazyTensor, Packing, Part, Site, StoredTensor
+from treering.techniques.quantize.fake import FakeExperts, FakeForward, FakeQuantizer
 from treering.techniques.quantize.packed import PackedExperts, PackedForward, PackedWeight
 
 if TYPE_CHECKING:
@@ -33,6 +35,34 @@ def install_packed(model: nn.Module, config: "QuantizeSettings", site: Site) -> 
         elements += matrix.numel
     note = f"{len(parts)} weights in {config.format}, {bits / elements:.2f} bits an element, scales included"
     return Applied(parts=parts, notes=(note,))
+
+
+def install_fake(model: nn.Module, config: "QuantizeSettings", site: Site) -> Applied:
+    """Quantize plain weights where they multiply. They keep their names, values and dtype."""
+    parts: dict[str, Part] = {}
+    quantizers: list[Switchable] = []
+    undo: list[Callable[[], None]] = []
+    for matrix in config.matrices(site.anatomy):
+        module = model.get_submodule(matrix.module)
+        stored = model.get_parameter(matrix.weight).dtype
+        cast = None if config.cast == "stored" else getattr(torch, config.cast)
+        form = config.form(matrix, str(cast or stored).removeprefix("torch."))
+        quantizer = FakeQuantizer(form, matrix, stored, cast, config.clip == "mse")
+        if matrix.experts is None:
+            undo.append(install(FakeForward(module, quantizer)))
+        else:
+            forward = grouped(module, matrix.module)
+            plain = forward.sources[matrix.leaf]
+            forward.sources[matrix.leaf] = FakeExperts(module, quantizer, plain)
+            undo += [release(forward), partial(forward.sources.__setitem__, matrix.leaf, plain)]
+        parts[matrix.weight] = _fake_part(matrix, quantizer)
+        quantizers.append(quantizer)
+    note = f"{len(parts)} weights multiply as {config.format} would hold them, and stay {_dtypes(model, parts)}"
+    return Applied(parts=parts, undo=undo_all(undo), without=partial(switched_off, quantizers), notes=(note,))
+
+
+def _dtypes(model: nn.Module, parts: Mapping[str, Part]) -> str:
+    return " and ".join(sorted({str(model.get_parameter(name).dtype).removeprefix("torch.") for name in parts}))
 
 
 def install_stored(model: nn.Module, matrices: "tuple[Matrix, ...]", weights: Mapping[str, StoredTensor]) -> Applied:
@@ -127,6 +157,27 @@ def _stored_part(matrix: "Matrix", packed: PackedWeight, own: str, dtype: torch.
         measured=False,
         copies={f"{own}.{key}": key for key in packed.keys},
         packing=_packing(matrix, packed, own),
+    )
+
+
+def _fake_part(matrix: "Matrix", quantizer: FakeQuantizer) -> Part:
+    def join(tensors: Mapping[str, Tensor], below: Tensor) -> Tensor:
+        return matrix.oriented(quantizer(matrix.oriented(below).to(quantizer.stored), below.dtype))
+
+    def tensors(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return quantizer.encode(matrix.oriented(live[matrix.weight]))
+
+    form = quantizer.form
+    return Part(
+        names=(),
+        split=lambda weight, below, statistics: {},
+        join=join,
+        independent_rows=_independent(matrix, form),
+        tolerance=None,
+        cost=float(matrix.numel),
+        identity=f"fake {form.settings()} {quantizer.cast} {quantizer.search}",
+        measured=False,
+        packing=Packing(form=form, names=(matrix.weight,), tensors=tensors, transposed=matrix.transposed),
     )
 
 

@@ -106,7 +106,8 @@ class _PackedProduct(torch.autograd.Function):
         packed = dict(zip(keys, tensors, strict=True))
         if offsets is None:
             return F.linear(x, weight.decode(packed, x.dtype))
-        return _by_groups(x, offsets, weight, packed, lambda rows, W, ends: rows_by_stack(rows, W.mT, ends))
+        product = lambda rows, W, ends: rows_by_stack(rows, W.mT, ends)  # noqa: E731
+        return by_groups(x, offsets, weight.shape, _decoder(weight, packed, x.dtype), product)
 
     @staticmethod
     @once_differentiable
@@ -117,36 +118,47 @@ class _PackedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0] and offsets is None:
             dx = g @ ctx.weight.decode(packed, g.dtype)
         elif ctx.needs_input_grad[0]:
-            dx = _by_groups(g.contiguous(), offsets, ctx.weight, packed, rows_by_stack)
+            decoded = _decoder(ctx.weight, packed, g.dtype)
+            dx = by_groups(g.contiguous(), offsets, ctx.weight.shape, decoded, rows_by_stack)
         return dx, *(None for _ in range(3 + len(tensors)))
 
 
-def _by_groups(
+def _decoder(weight: PackedWeight, packed: Mapping[str, Tensor], dtype: torch.dtype) -> Callable[[list[int]], Tensor]:
+    return lambda experts: weight.decode(_some(packed, experts), dtype)
+
+
+def by_groups(
     x: Tensor,
     offsets: Tensor,
-    weight: PackedWeight,
-    packed: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    weights: Callable[[list[int]], Tensor],
     product: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Return the rows of `product`, computed for groups of experts that have tokens.
 
     Rows are sorted by expert, so those of consecutive experts with tokens are consecutive too.
+
+    Args:
+        x: the rows.
+        offsets: where those of each expert end.
+        shape: of the stack [experts, outputs, inputs].
+        weights: computes the weights of some experts.
+        product: (rows, weights, offsets) → rows.
     """
-    shape = weight.shape
     size = max(1, GROUP_BYTES // (shape[-1] * shape[-2] * x.element_size()))
     if isinstance(offsets, FakeTensor) or offsets.is_meta:  # sizes alone are computed: as if one group had all tokens
         group = list(range(min(size, shape[0])))
-        return product(x, weight.decode(_some(packed, group), x.dtype), offsets[: len(group)])
+        return product(x, weights(group), offsets[: len(group)])
     ends = offsets.tolist()
     starts = [0, *ends[:-1]]
     hit = [e for e, (start, end) in enumerate(zip(starts, ends, strict=True)) if end > start]
     if not hit:
-        return product(x, weight.decode(_some(packed, [0]), x.dtype), offsets[:1])
+        return product(x, weights([0]), offsets[:1])
     out = []
     for first in range(0, len(hit), size):
         group = hit[first : first + size]
         start = starts[group[0]]
-        W = weight.decode(_some(packed, group), x.dtype)
+        W = weights(group)
         inside = torch.tensor([ends[e] - start for e in group], dtype=torch.int32, device=x.device)
         out.append(product(x[start : ends[group[-1]]], W, inside))
     return torch.cat(out) if len(out) > 1 else out[0]

@@ -22,13 +22,15 @@ class QuantizeSettings:
     group: int | None = None
     clip: Literal["max", "mse"] = "max"
     global_scale: Literal["matrix", "merged"] = "matrix"
+    storage: Literal["packed", "fake"] = "packed"
+    cast: Literal["stored", "bfloat16"] = "stored"
 
     def __post_init__(self) -> None:
         unset = (self.targets, self.group, self.clip, self.global_scale) == ("all-linear", None, "max", "matrix")
-        if self.format == "stored" and not unset:
+        if self.format == "stored" and not (unset and self.storage == "packed"):
             raise ConfigError(
                 "format is stored, which keeps every weight that the folder holds quantized, as it is; leave targets, "
-                "group, clip and global_scale out",
+                "group, clip, global_scale and storage out",
                 field="format",
             )
         if self.targets != "all-linear" and (isinstance(self.targets, str) or not self.targets):
@@ -47,6 +49,15 @@ class QuantizeSettings:
                 f"global_scale is merged with format {self.format}; nvfp4 alone has a global scale, leave it out",
                 field="global_scale",
             )
+
+        if self.global_scale == "merged" and self.storage == "fake":
+            raise ConfigError(
+                "global_scale is merged and storage is fake: the weights train one by one, and each has its own scale; "
+                "leave global_scale out",
+                field="global_scale",
+            )
+        if self.cast != "stored" and self.storage == "packed":
+            raise ConfigError(f"cast is {self.cast}, which is for storage: fake; leave it out", field="cast")
 
     def matrices(self, anatomy: "Anatomy") -> "tuple[Matrix, ...]":
         """Return the matrices that are quantized."""
