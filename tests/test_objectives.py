@@ -160,7 +160,7 @@ def test_settings_of_a_technique_and_an_objective_are_not_both_taken():
     wanted = gradients(composed(OBJECTIVES["smoothed"], "plain"), batches())
     assert_all_same(gradients(run, batches()), wanted, 1e-10)
     model = build("llama")
-    with pytest.raises(tr.PlanError, match="label_smoothing and z_loss into the objective"):
+    with pytest.raises(tr.PlanError, match="Leave label_smoothing and z_loss out of tiledloss"):
         tr.compose(model, [tr.Full(), smoothing], objective=Divergence())
     tr.compose(model, [tr.Full()], objective=Divergence())  # the refusal left the model as it was
 
