@@ -36,9 +36,10 @@ def loaded(folder, case, mesh):
     return values, read, alive["most"], gradients(run, rows(4)[rank::ranks])
 
 
-@pytest.mark.parametrize(
-    ("case", "experts", "world"), [("full", 6, 4), ("lora", 2, 4), pytest.param("packed", 6, 4, marks=sharded_codes)]
-)
+CASES = [("full", 6, 4), ("lora", 2, 4), pytest.param("packed", 6, 4, marks=sharded_codes)]
+
+
+@pytest.mark.parametrize(("case", "experts", "world"), CASES)
 def test_a_rank_reads_its_own_experts(case, experts, world, tmp_path):
     folder = stacked("qwen3_moe", tmp_path / "m", experts)
     wanted, *_, gradient = loaded(folder, case, None)
