@@ -1,4 +1,4 @@
-"""`treering export --packed`: the quantized weights of a run's checkpoint as a folder, with the adapter next to them."""
+"""`treering export --packed`: the quantized weights of a checkpoint as a folder, with the adapter next to them."""
 
 import pytest
 import torch
