@@ -73,12 +73,14 @@ def explanation(config: "RunConfig", ranks: int, tokens: int) -> str:
     from treering.memory import pretend
     from treering.plan import draft
     from treering.plan.explain import explain
+    from treering.plan.open_model import locate, on_meta
     from treering.technique import Workload
     from treering.train.measurements import find
 
     with pretend.ranks(ranks):
+        folder = locate(config.model.path) if config.model.initialise else None
         plan = draft(
-            config.model.path,
+            config.model.path if folder is None else on_meta(folder, config.model.dtype),  # no weights of the folder
             config.techniques.chosen(),
             mesh=mesh(**asdict(config.mesh), device="cpu"),
             dtype=config.model.dtype,
@@ -89,6 +91,8 @@ def explanation(config: "RunConfig", ranks: int, tokens: int) -> str:
             objective=config.objective.chosen(),
             dequantize=config.model.dequantize,
             weights=False,
+            name=config.model.path,
+            folder=folder,
         )
         once = tokens * axis_size(plan.mesh, "replicate", "shard")
         batches = max(1, -(-(config.train.tokens_per_step or 0) // once))
@@ -131,15 +135,16 @@ def _subject(config: "RunConfig", ranks: int, length: int) -> "Subject":
     recompute = config.techniques.recompute
     by_block = recompute is not None and (recompute.first_blocks is not None or recompute.budget is not None)
 
+    initialise, place = config.model.initialise, (config.model.path, config.model.dtype, config.model.dequantize)
+    source = None if initialise else _source(*place)
+
     def optimizers(run: "Run") -> "Sequence[Optimizer]":
         return build(run, config.train.optimizer)
 
     return Subject(
         config=model,
         dtype=stored if config.model.dtype == "auto" else named_dtype(config.model.dtype),
-        techniques=keep_stored(
-            config.techniques.chosen(), _source(config.model.path, config.model.dtype, config.model.dequantize)
-        ),
+        techniques=keep_stored(config.techniques.chosen(), source),
         optimizers=optimizers,
         mesh=lambda: mesh(**asdict(config.mesh), device=pretend.NAME),
         world=ranks,

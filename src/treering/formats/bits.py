@@ -18,6 +18,8 @@ def constant(values: Sequence[float], device: torch.device) -> Tensor:
     Where memory is planned tensors are of no device, and none is kept.
     """
     if torch.compiler.is_compiling() or detect_fake_mode() is not None:
+        if len(values) == 1:  # torch would compute with the one number, on the stand-in
+            return torch.full((1,), values[0], device=device)
         return torch.tensor(values).to(device)  # made on the CPU: a stand-in for a device makes none from numbers
     return _kept(tuple(values), device)
 

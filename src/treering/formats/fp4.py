@@ -92,10 +92,10 @@ class NVFP4(Format):
         top = torch.where(top == 0, torch.ones_like(top), top)
         factor = LARGEST * E4M3_LARGEST / top if self.convention == "divide" else top / (LARGEST * E4M3_LARGEST)
         whole = factor.float()[..., None, None]  # [..., 1, 1], against [..., rows, groups]
-        share = largest(x, clip) / torch.tensor(LARGEST, dtype=weight.dtype, device=weight.device)
+        share = largest(x, clip) / torch.full((), LARGEST, dtype=weight.dtype, device=weight.device)
         scales = e4m3(whole * share if self.convention == "divide" else share.float() / whole)
         # The smallest scale that compressed-tensors writes for a group of zeros; its value cannot matter.
-        scales = torch.where(scales.float() == 0, torch.tensor(0.125, device=weight.device), scales.float())
+        scales = torch.where(scales.float() == 0, torch.full((), 0.125, device=weight.device), scales.float())
         step = scales / whole if self.convention == "divide" else scales * whole
         codes = e2m1_codes(x / step[..., None])
         parts = whole.flatten(-2).unsqueeze(-2).expand(*whole.shape[:-2], self.parts, 1)

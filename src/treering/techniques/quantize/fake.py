@@ -70,6 +70,7 @@ class FakeForward(ModuleForward):
         super().__init__(module)
         self.quantizer = quantizer
 
+    @torch.compiler.disable  # a compiled kernel rounds otherwise, and an export would have other codes
     def __call__(self, x: Tensor) -> Tensor:
         if self.quantizer.off:
             return self.call_former(x)
@@ -84,6 +85,7 @@ class FakeExperts:
     def __init__(self, module: nn.Module, quantizer: FakeQuantizer, plain: Any):
         self.module, self.quantizer, self.plain = module, quantizer, plain
 
+    @torch.compiler.disable
     def product(self, x_SM: Tensor, routing: Routing) -> Tensor:
         if self.quantizer.off:
             return self.plain.product(x_SM, routing)
