@@ -25,6 +25,7 @@ from tests.toy import packed, rows, weights
 from tests.zoo import build
 from treering.core.sharded import gather
 from treering.core.topology import data_rank
+from treering.formats import named
 from treering.objectives import reference as plain_truth
 from treering.techniques.shard.units import SHARDS_CODES
 
@@ -44,6 +45,8 @@ def techniques(model):
         "osft (forward)": tr.OSFT(protect="weights", ratio=0.4, targets=WEIGHTS, form="forward"),
         "osft (factors)": tr.OSFT(protect="weights", ratio=0.4, targets=WEIGHTS, form="factors"),
         "quantize": tr.Quantize(format="int8", targets=WEIGHTS),
+        # not int8: there the largest element of a row lies between two codes, and rounding decides
+        "quantize (fake)": tr.Quantize(format="fp8", targets=WEIGHTS, storage="fake"),
         "tiledmlp": tr.TiledMLP(tile=5),
         "tiledblock": tr.TiledBlock(tile=5),
         "tiledloss": tr.TiledLoss(tile=5),
@@ -64,6 +67,7 @@ NOTHING = "nothing would be trained"
 NO_SUM = "no technique sums their gradients"
 NEEDS = "needs the plain weight"
 STORED = "both own how the weight is stored"
+VALUES = "to multiply with its own values"
 NO_COPY = "base, and {} trains weights"
 FEW_BITS = "base, and quantize keeps weights in few bits"
 FACTORS = "factors that are not assigned to ranks"
@@ -77,6 +81,7 @@ MEANING = {
     NO_SUM: "refused: nothing sums the gradients; add shard",
     NEEDS: "refused: the plain weight is needed, and only codes are stored",
     STORED: "refused: one weight cannot be stored in two forms",
+    VALUES: "refused: what it trains must be what multiplies",
     **{NO_COPY.format(name): "refused: the base is not kept; name its folder" for name in ("full", "lora", "osft")},
     FEW_BITS: "refused: the base is not kept; name its folder",
     FACTORS: "refused: experts from factors are not assigned to ranks",
@@ -84,7 +89,8 @@ MEANING = {
 
 # (on one rank, on two ranks); with and without packing alike
 TILED = ("tiledmlp", "tiledblock", "tiledloss")
-HELPING = ("quantize", *TILED, "recompute", "shard", "compile")  # they train nothing
+FAKE = "quantize (fake)"
+HELPING = ("quantize", FAKE, *TILED, "recompute", "shard", "compile")  # they train nothing
 ADAPTING = [name for name in TECHNIQUES if name not in HELPING]
 FACTORED = ("osft (forward)", "osft (factors)")
 TABLE: dict[tuple[str, ...], tuple[str, str]] = {
@@ -95,6 +101,10 @@ TABLE: dict[tuple[str, ...], tuple[str, str]] = {
     **{(name, "quantize"): (NEEDS, NEEDS) for name in ("full", "lora (pissa)", "osft")},
     **{(name, "quantize"): (STORED, STORED) for name in FACTORED},
     **{(name, "quantize"): (EQUAL, NO_SUM) for name in ("lora", "osft (one_sided)")},
+    **{(name, FAKE): (EQUAL, NO_SUM) for name in ("full", "lora", "osft (one_sided)")},
+    **{(name, FAKE): (VALUES, VALUES) for name in ("lora (pissa)", "osft", *FACTORED)},
+    **{(name, FAKE, "shard"): (EQUAL, EQUAL) for name in ("full", "lora")},
+    **{(name, FAKE, "tiledblock", "tiledloss", "recompute", "shard"): (EQUAL, EQUAL) for name in ("full", "lora")},
     **{("lora", "quantize", other, "shard"): (EQUAL, EQUAL) for other in (*TILED, "recompute")},
     ("lora", "quantize", "shard"): (EQUAL, EQUAL),
     ("lora", "quantize", "shard", "compile"): (EQUAL, EQUAL),
@@ -244,6 +254,12 @@ def held_step(W, G):
     return plain.step_scale(out, into) * out @ (out @ G @ into) @ into
 
 
+def rounded(W):
+    """Return Q(W) as `quantize (fake)` multiplies with it."""
+    form = named("fp8", scale_dtype="float64")
+    return form.decode(form.encode(W), W.shape[-1], W.dtype)
+
+
 def weight_of(fqn):
     """The plain weight that the technique's module `fqn` stands for: a linear's, or one stack of experts."""
     parent, _, child = fqn.rpartition(".")
@@ -251,13 +267,15 @@ def weight_of(fqn):
     return f"{parent}.{stack[1] if stack else 'weight'}"
 
 
-def reference(model, plain, live, kind, trainable, layout, taught):
-    """(gradients by live name, plain weights after one step of SGD). `live`: everything that the run holds."""
+def reference(model, plain, live, kind, trainable, layout, taught, fake):
+    """(gradients by live name, plain weights after one step of SGD). `live`: everything that the run holds; of weights
+    in `fake` it holds W, where `plain` is Q(W)."""
     dense = dense_gradients(model, plain, layout, taught)
     after = dict(plain)
     if kind not in FORMULAS:
         for name in trainable:
-            after[name] = plain[name] - RATE * (dense[name] if kind == "full" else held_step(plain[name], dense[name]))
+            step = RATE * (dense[name] if kind == "full" else held_step(plain[name], dense[name]))
+            after[name] = rounded(live[name] - step) if name in fake else plain[name] - step
         return {name: dense[name] for name in trainable}, after
     gradients = {}
     for fqn in {name.rpartition(".")[0] for name in trainable}:
@@ -266,7 +284,7 @@ def reference(model, plain, live, kind, trainable, layout, taught):
         learning = {n: own[n].requires_grad_() for n in own if f"{fqn}.{n}" in trainable}
         # The base of an adapter may be codes: it is what is left of the plain weight without the adapter.
         base = live.get(weight, torch.zeros(()))
-        if weight not in live and kind not in FACTORED:
+        if (weight not in live and kind not in FACTORED) or weight in fake:
             base = plain[weight] - FORMULAS[kind](own, 0).detach()
         value = FORMULAS[kind](own, base)
         of_own = torch.autograd.grad((value * dense[weight]).sum(), list(learning.values()))
@@ -310,7 +328,9 @@ def result(names, model, layout, ranks, folder):
     live = {name: gather(value).clone() for name, value in run.plan.live().items()}
     kind = names[0].replace("lora (pissa)", "lora")
     trainable = {name for name, _ in run.trainable()}
-    wanted_gradients, wanted = reference(model, weights(run), live, kind, trainable, layout, taught)
+    fake = {name for name in run.plan.plain if FAKE in names and name.rpartition(".weight")[0].endswith(WEIGHTS)}
+    fake |= {name for name in run.plan.plain if FAKE in names and name.endswith("experts.down_proj")}
+    wanted_gradients, wanted = reference(model, weights(run), live, kind, trainable, layout, taught, fake)
     rank, several = data_rank(run.plan.mesh)
     optimizer = run.optimizer(torch.optim.SGD, lr=RATE)
     for ready in run.steps([batches(layout)[rank::several]]):
@@ -424,7 +444,8 @@ to the largest element) with a run of transformers' own model that knows no tech
 `distill` is the objective with a teacher that is a dense model's folder, at temperature 2 and a quarter of
 cross-entropy; in `distill (base)` the model teaches itself what it gives without its adapters.
 
-Targets are `q_proj` and `down_proj`, which in qwen3_moe is a stack of experts.
+Targets are `q_proj` and `down_proj`, which in qwen3_moe is a stack of experts. `quantize` stores int8 codes; with
+`quantize (fake)` plain weights multiply as fp8 would hold them.
 
 | techniques | llama, one rank | llama, two ranks | qwen3_moe, one rank | qwen3_moe, two ranks | qwen3_moe, expert: 2 |
 |---|---|---|---|---|---|
