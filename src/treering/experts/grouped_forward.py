@@ -8,7 +8,8 @@ the same bits, and asks what was registered for each stack:
     addends     modules called with (rows, offsets), whose results are added to the product: adapters
     observers   objects that see the rows of each product, and its gradient: statistics
 
-Nothing else replaces the forward of an experts module.
+Nothing else replaces the forward of an experts module; tiles, and the exchange of rows between ranks (`dispatch.py`),
+call it.
 """
 
 from collections.abc import Callable
