@@ -99,13 +99,24 @@ def installed(module: nn.Module) -> Any:
     return bound_to if isinstance(bound_to, ModuleForward) else forward
 
 
+def beneath(forward: ModuleForward) -> Any:
+    """Return what `forward` replaced: a ModuleForward, a callable of somebody else, or None for that of the class."""
+    return getattr(forward.replaced, "__self__", forward.replaced)
+
+
 def install(forward: ModuleForward) -> Callable[[], None]:
-    """Replace the forward of `forward.module` by `forward`. Return a function that restores the former one."""
+    """Replace the forward of `forward.module` by `forward`. Return a function that takes it out again, also from
+    beneath what has replaced it since."""
     module = forward.module
-    former = module.__dict__.get("forward")
     module.forward = forward.__call__ if forward.as_method else forward  # type: ignore[assignment, method-assign]
 
     def restore() -> None:
+        former, above = forward.replaced, installed(module)
+        while isinstance(above, ModuleForward) and above is not forward:
+            if beneath(above) is forward:
+                above.replaced = former
+                return
+            above = beneath(above)
         if former is None:
             del module.__dict__["forward"]
         else:

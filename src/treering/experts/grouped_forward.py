@@ -8,7 +8,8 @@ the same bits, and asks what was registered for each stack:
     addends     modules called with (rows, offsets), whose results are added to the product: adapters
     observers   objects that see the rows of each product, and its gradient: statistics
 
-Nothing else replaces the forward of an experts module.
+Nothing else replaces the forward of an experts module; tiles, and the exchange of rows between ranks (`dispatch.py`),
+call it.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from treering.core.errors import PlanError
-from treering.core.module_forward import ModuleForward, install, installed
+from treering.core.module_forward import ModuleForward, beneath, install, installed
 from treering.experts.assigned import Arrivals, shown_local
 from treering.experts.products import stack_product
 from treering.experts.routing import Routing, route
@@ -182,7 +183,7 @@ def grouped_beneath(module: nn.Module, name: str) -> GroupedForward:
     current = installed(module)
     while isinstance(current, ModuleForward) and not isinstance(current, GroupedForward):
         above.append(current)
-        current = getattr(current.replaced, "__self__", current.replaced)
+        current = beneath(current)
     reason = unsupported(module)
     if current is not None and not isinstance(current, GroupedForward):
         reason = f"its forward was replaced by {type(current).__name__}, which does not know experts"

@@ -88,3 +88,32 @@ def test_a_start_from_the_residual_is_that_of_one_process(tmp_path):
     for found, its_gradient in on_ranks(4, opened, folder, techniques, {"expert": 2}, tmp_path / "four"):
         assert_all_same(found, wanted, 1e-5)
         assert_all_same(its_gradient, gradient, 1e-4)
+
+
+def undone(mesh):
+    """The loss of a run that takes its tiles and adapters out of the forward."""
+    techniques = [tr.LoRA(rank=2, targets="all-linear"), tr.TiledMLP(tile=3)] if mesh else [tr.Full()]
+    run = tr.compose(
+        build("qwen3_moe", dtype=torch.float64),
+        [*techniques, *([tr.Shard()] if mesh else [])],
+        mesh=tr.mesh(**mesh) if mesh else None,
+    )
+    with torch.no_grad():
+        for _, parameter in run.trainable() if mesh else ():
+            local(parameter).fill_(0.1)
+    rank, ranks = data_rank(run.plan.mesh)
+    [ready] = run.steps([rows(4)[rank::ranks]])
+    losses = []
+    for take_out in (True, False) if mesh else (False,):
+        with torch.no_grad():
+            losses.append(run.total(sum(run.loss(batch) for batch in ready)))
+        if take_out:
+            run.undo()
+    return torch.stack(losses).double()
+
+
+def test_tiles_and_adapters_are_undone_beneath_the_exchange():
+    wanted = undone(None)
+    for found in on_ranks(2, undone, {"expert": 2}):
+        assert abs(float(found[0] - wanted[0])) > 1e-3
+        assert_all_same({"loss": found[1]}, {"loss": wanted[0]}, 1e-6)
