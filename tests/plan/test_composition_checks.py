@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 import treering as tr
+from tests.zoo import build
 from treering.core import topology
 from treering.core.topology import AXES
 from treering.plan.conflicts import check_composition
@@ -59,3 +60,12 @@ def test_experts_need_a_technique_that_assigns_them_in_a_frozen_run_too():
     check_composition([tr.Full()], [[SUM]], mesh(shard=2, expert=2))
     with pytest.raises(tr.PlanError, match="expert=2, and no technique assigns experts to ranks: add shard"):
         check_composition([], [[]], mesh(shard=2, expert=2), frozen=True)
+
+
+def test_the_auxiliary_loss_of_a_router_is_refused_of_a_folder_and_of_a_live_model(tmp_path):
+    model = build("qwen3_moe")
+    model.config.output_router_logits = True
+    model.save_pretrained(tmp_path)
+    for given in (str(tmp_path), model):
+        with pytest.raises(tr.PlanError, match="Set output_router_logits to false"):
+            tr.compose(given, [tr.LoRA(rank=2)])

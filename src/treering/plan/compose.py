@@ -241,6 +241,7 @@ def _opened(
         built = open_model.on_meta(folder, dtype)
         return built, folder, open_model.quantized_weights(folder, decode=dequantize)
     _refuse_used(model)
+    open_model.refuse_router_loss(model.config)
     if dequantize:
         raise PlanError("dequantize is for folders with quantized weights, and the model is a live one; leave it out")
     if dtype != "auto" and model.dtype != open_model.named_dtype(dtype):

@@ -103,12 +103,17 @@ def read_config(folder: Path) -> "PretrainedConfig":
         for key in IN_CONFIG:  # transformers would replace modules; the weights are read by `quantized_weights`
             if hasattr(one, key):
                 delattr(one, key)
-    if getattr(config, "output_router_logits", False):
+    refuse_router_loss(config)
+    return config
+
+
+def refuse_router_loss(config: "PretrainedConfig") -> None:
+    """Raise PlanError for a model that asks for the auxiliary loss of its router."""
+    if any(getattr(one, "output_router_logits", False) for one in (config, config.get_text_config())):
         raise PlanError(
             "the config asks for the router's auxiliary loss (output_router_logits), which transformers computes over "
             "a complete batch: it would depend on how a batch is cut. Set output_router_logits to false"
         )
-    return config
 
 
 def initialised(folder: Path, dtype: str, seed: int) -> "PreTrainedModel":
