@@ -377,7 +377,7 @@ def test_the_demo_takes_a_folder_of_any_name_and_no_file(tmp_path):
     root = tmp_path / 'my, "own": #1 {demo}'
     root.mkdir()
     stage = acts.DemoStage(root=root, note=print, train=print, export=print, measure=print, table=print)
-    config = load(acts._config(stage, "pretrain.yaml", acts.PRETRAIN, steps=3), None)
+    config = load(acts.write_config(stage, "pretrain.yaml", acts.PRETRAIN, steps=3), None)
     assert config.model.path == f"{root}/blank" and config.data.eval == f"{root}/corpus/held_out.jsonl"
     (tmp_path / "file").write_text("mine")
     with pytest.raises(tr.TreeringError, match="is a file"):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from treering.core.errors import PlanError
-from treering.plan.conflicts import name_of
+from treering.plan.conflicts import check, name_of
 from treering.plan.plan import Chain, join, split, without
 from treering.technique import Applied, Claim, LazyTensor, Part, Site, Stage, StoredTensor, Technique, TrainedMatrix
 from treering.weights.plain_tensors import Source, plain_tensors
@@ -109,6 +109,7 @@ def resolve_all(
     if source is not None and first and any(hasattr(t, "resolve") for t in later):
         structure = _structure(model)
         claimed = [t.claims(site.anatomy, site.mesh) for t in first]
+        check(list(zip(first, claimed)))
         _, chains = apply_all(structure, first, claimed, site)
         live = plain_tensors(structure)
         tensors: dict[str, Any] = dict(source.tensors)

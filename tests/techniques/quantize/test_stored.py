@@ -392,7 +392,7 @@ def test_stored_without_anything_stored_is_refused(tmp_path):
         tr.compose(tmp_path / "m", [tr.Quantize(format="stored"), LORA])
     with pytest.raises(tr.PlanError, match=r"model\.dequantize is set, and .* holds no quantized weights"):
         tr.compose(tmp_path / "m", [LORA], dequantize=True)
-    with pytest.raises(tr.ConfigError, match="leave targets, group, clip and global_scale out"):
+    with pytest.raises(tr.ConfigError, match="leave targets, group, clip, global_scale and storage out"):
         tr.Quantize(format="stored", clip="mse")
     with pytest.raises(tr.PlanError, match="the model is a live one"):
         tr.compose(folders.wide("llama"), [LORA], dequantize=True)
