@@ -14,15 +14,18 @@ call it.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
 from treering.core.errors import PlanError
-from treering.core.module_forward import ModuleForward, beneath, install, installed
+from treering.core.module_forward import AddedForward, ModuleForward, Switchable, beneath, install, installed
 from treering.experts.assigned import Arrivals, shown_local
 from treering.experts.products import stack_product
 from treering.experts.routing import Routing, route
+
+if TYPE_CHECKING:
+    from treering.anatomy.matrices import Matrix
 
 
 class StackSource(Protocol):
@@ -199,6 +202,20 @@ def grouped_beneath(module: nn.Module, name: str) -> GroupedForward:
         above[-1].replaced = forward.__call__
     forward.users += 1
     return forward
+
+
+def add_to(module: nn.Module, matrix: "Matrix", addend: nn.Module) -> tuple[Switchable, Callable[[], None]]:
+    """Add what `addend` gives, a child of `module`, to the product of a linear layer or of a stack of experts.
+
+    Returns:
+        What switches the addend off, and a function that removes it.
+    """
+    if not matrix.lead:
+        added = AddedForward(module, addend)
+        return added, install(added)
+    forward, addition = grouped(module, matrix.module), Addition(addend)
+    forward.addends[matrix.leaf].append(addition)
+    return addition, release(forward, addition)
 
 
 def release(

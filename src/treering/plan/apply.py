@@ -1,9 +1,9 @@
 """Applies techniques to a model one after the other; later ones see the weights that quantizing ones reproduce."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from typing import Any
 
@@ -106,19 +106,42 @@ def resolve_all(
 
     first = [resolved(t, source) for t in techniques if t.stage == Stage.QUANTIZE]
     later = [t for t in techniques if t.stage != Stage.QUANTIZE]
-    if source is not None and first and any(hasattr(t, "resolve") for t in later):
-        structure = _structure(model)
-        claimed = [t.claims(site.anatomy, site.mesh) for t in first]
-        check(list(zip(first, claimed)))
-        _, chains = apply_all(structure, first, claimed, site)
-        live = plain_tensors(structure)
-        tensors: dict[str, Any] = dict(source.tensors)
-        for name, chain in chains.items():
-            tensors[name] = ReproducedTensor(
-                original=source.tensors[name], chain=chain, live=live, statistics=(site.statistics or {}).get(name)
-            )
-        source = replace(source, tensors=tensors)
+    if source is not None and first:
+        source = replace(source, tensors=ReproducedTensors(model, first, source, site))
     return (*first, *(resolved(t, source) for t in later))
+
+
+class ReproducedTensors(Mapping[str, Any]):
+    """The tensors of a source, as techniques of the stage QUANTIZE reproduce them.
+
+    The techniques are applied to a copy of the model when a tensor is first asked for: most later techniques never do.
+    """
+
+    def __init__(self, model: nn.Module, techniques: Sequence[Technique], source: Source, site: Site):
+        self.model, self.techniques, self.tensors, self.site = model, techniques, source.tensors, site
+
+    @cached_property
+    def reproduced(self) -> "Mapping[str, ReproducedTensor]":
+        structure, site = _structure(self.model), self.site
+        claimed = [t.claims(site.anatomy, site.mesh) for t in self.techniques]
+        check(list(zip(self.techniques, claimed)))
+        _, chains = apply_all(structure, self.techniques, claimed, site)
+        live = plain_tensors(structure)
+        return {
+            name: ReproducedTensor(
+                original=self.tensors[name], chain=chain, live=live, statistics=(site.statistics or {}).get(name)
+            )
+            for name, chain in chains.items()
+        }
+
+    def __getitem__(self, name: str) -> Any:
+        return self.reproduced.get(name) or self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def _structure(model: nn.Module) -> nn.Module:

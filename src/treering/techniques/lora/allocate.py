@@ -60,11 +60,11 @@ def gains(
     matrix: "Matrix", config: LoRASettings, weight: Any, statistics: Mapping[str, Tensor] | None
 ) -> list[list[float]]:
     """Return for each of the weight's matrices what each further direction brings back, the largest first."""
-    own = config.of(matrix)
-    most = min(matrix.rank, MOST * own.rank)
+    adapter = config.of(matrix)
+    most = min(matrix.rank, MOST * adapter.rank)
     R = matrix.oriented(weight.original.read().double() - weight.read().double())
     each = list(R) if matrix.lead else [R]
-    moments = moment(matrix, weight, statistics) if own.init == "activation" else [None] * len(each)
+    moments = moment(matrix, weight, statistics) if adapter.init == "activation" else [None] * len(each)
     tokens = tokens_of(statistics)
     seen = torch.ones(len(each)) if tokens is None or bool((tokens < 0).any()) else tokens.expand(len(each)).double()
     return [

@@ -67,15 +67,15 @@ class LoRA(LoRASettings):
     def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
         claims = []
         for matrix in self.matrices(anatomy):
-            own = self.of(matrix)
-            if own.rank > matrix.rank:
+            chosen = self.of(matrix)
+            if chosen.rank > matrix.rank:
                 raise PlanError(
-                    f"lora: rank {own.rank} exceeds what {matrix.module} ({matrix.outputs} × {matrix.inputs}) can "
+                    f"lora: rank {chosen.rank} exceeds what {matrix.module} ({matrix.outputs} × {matrix.inputs}) can "
                     f"have; set its rank to at most {matrix.rank} (lora.rank or lora.patterns) or leave it out of "
                     "lora.targets"
                 )
-            alone = own.init in ("pissa", *RESIDUAL)
-            needs: tuple[Need, ...] = ("plain_weight", "own_value") if own.init == "pissa" else ()
+            alone = chosen.init in ("pissa", *RESIDUAL)
+            needs: tuple[Need, ...] = ("plain_weight", "own_value") if chosen.init == "pissa" else ()
             # The addend is shared: several adapters add up; but a start that moves the base must be alone on it.
             # The gradient is claimed as well, so that a technique which trains the weight itself is refused next to
             # an adapter instead of training the same thing twice.

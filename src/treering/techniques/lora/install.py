@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from treering.core import module_forward
 from treering.core.errors import PlanError
-from treering.experts.grouped_forward import Addition, grouped, release, unsupported
+from treering.experts.grouped_forward import add_to, unsupported
 from treering.store.model_folder import fingerprint
 from treering.technique import Applied, LazyTensor, Part, Site
 from treering.techniques.lora.addend import Addend, ExpertAddend
@@ -36,36 +36,30 @@ def install(model: nn.Module, config: "LoRASettings", site: Site) -> Applied:
     each = config.file is not None and of_each_expert(Path(config.file))
     originals = _originals(config, matrices, site)
     for matrix in matrices:
-        own = config.of(matrix)
+        chosen = config.of(matrix)
         module = model.get_submodule(matrix.module)
         stored = _stored_dtype(module, matrix)
-        dtype = stored if own.dtype == "base" else getattr(torch, own.dtype)
-        addend = (ExpertAddend if matrix.lead else Addend)(matrix, own.rank, own.scale, dtype)
+        dtype = stored if chosen.dtype == "base" else getattr(torch, chosen.dtype)
+        addend = (ExpertAddend if matrix.lead else Addend)(matrix, chosen.rank, chosen.scale, dtype)
         child = config.child(matrix)
         module.add_module(child, addend)
-        if matrix.lead:
-            forward, addition = grouped(module, matrix.module), Addition(addend)
-            forward.addends[matrix.leaf].append(addition)
-            undo.append(release(forward, addition))
-            added.append(addition)
-        else:
-            added_forward = module_forward.AddedForward(module, addend)
-            undo.append(module_forward.install(added_forward))
-            added.append(added_forward)
+        switch, remove = add_to(module, matrix, addend)
+        added.append(switch)
+        undo.append(remove)
         prefix = f"{matrix.module}.{child}"
         maps[matrix.weight] = addend.trained(prefix, matrix)
         names += [f"{prefix}.A", f"{prefix}.B"]
-        if own.init in RESIDUAL and not _quantized(matrix, site):
-            own = replace(own, init="kaiming_zeros")
+        if chosen.init in RESIDUAL and not _quantized(matrix, site):
+            chosen = replace(chosen, init="kaiming_zeros")
         split = splitter(
             matrix,
-            own,
+            chosen,
             prefix,
             site.seed,
             published=published_matrices(model, matrix) if each and matrix.lead else (),
             original=originals.get(matrix.weight),
         )
-        parts[matrix.weight] = _part(matrix, own, prefix, dtype, stored, split)
+        parts[matrix.weight] = _part(matrix, chosen, prefix, dtype, stored, split)
 
     return Applied(
         trainable=tuple(names),

@@ -76,12 +76,12 @@ def describe(config: "LoRASettings", matrices: "Sequence[Matrix]") -> Adapter:
 
 
 def _pair(config: "LoRASettings", matrix: "Matrix") -> PublishedPair:
-    own = config.of(matrix)
+    chosen = config.of(matrix)
     names: dict[Half, str] = {half: f"{matrix.module}.{config.child(matrix)}.{half}" for half in HALVES}
     return PublishedPair(
         matrix=matrix,
-        rank=own.rank,
-        alpha=own.scale * (own.rank**0.5 if config.rslora else own.rank),
+        rank=chosen.rank,
+        alpha=chosen.scale * (chosen.rank**0.5 if config.rslora else chosen.rank),
         names=tuple(names.values()),
         half=lambda half, tensors: tensors[names[half]],
         parameters=names,

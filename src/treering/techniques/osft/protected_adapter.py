@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from treering.anatomy.matrices import Matrix
 from treering.core import module_forward
 from treering.core.full_precision import full_precision, product
-from treering.experts.grouped_forward import Addition, grouped, release
+from treering.experts.grouped_forward import add_to
 from treering.experts.products import stack_product
 from treering.technique import Adapter, Applied, LazyTensor, Part, Site, TrainedMatrix
 from treering.techniques.osft.protection import operators
@@ -143,15 +143,9 @@ def install(model: nn.Module, config: "OSFTSettings", site: Site, chosen: Sequen
         kind = ExpertProtectedAdapter if matrix.lead else ProtectedAdapter
         adapter = kind(matrix, operators.adapter_shapes(config, matrix), dtype)
         module.add_module(_child(matrix), adapter)
-        if matrix.lead:
-            forward, addition = grouped(module, matrix.module), Addition(adapter)
-            forward.addends[matrix.leaf].append(addition)
-            undo.append(release(forward, addition))
-            added.append(addition)
-        else:
-            added_forward = module_forward.AddedForward(module, adapter)
-            undo.append(module_forward.install(added_forward))
-            added.append(added_forward)
+        switch, remove = add_to(module, matrix, adapter)
+        added.append(switch)
+        undo.append(remove)
         prefix = f"{matrix.module}.{_child(matrix)}"
         names.append(f"{prefix}.Z")
         maps[matrix.weight] = adapter.trained(f"{prefix}.Z", matrix)
