@@ -15,7 +15,7 @@ from treering.train.export import reopen
 
 FORMAT: Literal["nvfp4"] = "nvfp4"
 PRETRAIN = """\
-# A mixture of 8 experts, 1.3 M parameters, from random weights, on the same text.
+# A mixture of 8 experts, 1.2 M parameters, from random weights, on the same text.
 model: {{path: "{root}/blank-mixture", initialise: true, dtype: float32}}
 data: {{train: "{root}/corpus/train.jsonl", format: text, max_length: 512, cache: "{root}/tokens"}}
 techniques:
