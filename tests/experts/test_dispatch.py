@@ -9,8 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.ranks import on_ranks
 from tests.same import assert_same
 from treering.core.module_forward import install
+from treering.core.row_messages import all_to_all_rows
 from treering.experts import reference
-from treering.experts.dispatch import DispatchedExperts, ExpertExchange, all_to_all_rows
+from treering.experts.dispatch import DispatchedExperts, ExpertExchange
 from treering.experts.grouped_forward import GroupedForward
 from treering.experts.routing import route
 

@@ -234,11 +234,9 @@ class Counted:
     def __init__(self):
         self.calls = 0
 
-    def before(self, query, key, value, sinks):
+    def around(self, attend, query, key, value, sinks):
         self.calls += 1
-        return query * query, key, value, sinks  # keeps another tensor for the backward
-
-    def after(self, out):
+        out = attend(query * query, key, value, sinks)  # keeps another tensor for the backward
         return out * out
 
 

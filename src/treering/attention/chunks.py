@@ -24,6 +24,7 @@ CHUNK = 64  # queries at a time: a good matrix product on CPUs, and 64 × docume
 
 class _Rule(NamedTuple):
     lengths: tuple[int, ...]
+    before: int  # keys in front of the first query
     scaling: float
     window: int | None
     softcap: float | None
@@ -40,8 +41,13 @@ def chunked(
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """Return H × T × E, in the dtype of the query; computed in at least float32."""
-    return _Chunked.apply(query_HTD, key_KTD, value_KTE, sinks_H, _Rule(documents.lengths, scaling, window, softcap))
+    """Return H × T × E, in the dtype of the query; computed in at least float32. The first `documents.before` keys have
+    no query."""
+    return _Chunked.apply(query_HTD, key_KTD, value_KTE, sinks_H, _rule(documents, scaling, window, softcap))
+
+
+def _rule(documents: Documents, scaling: float, window: int | None, softcap: float | None) -> _Rule:
+    return _Rule(documents.lengths, documents.before, scaling, window, softcap)
 
 
 class _Chunked(torch.autograd.Function):
@@ -99,10 +105,10 @@ def _spans(rule: _Rule) -> Iterator[tuple[slice, slice]]:
     start = 0
     for length in rule.lengths:
         stop = start + length
-        for first in range(start, stop, CHUNK):
+        for first in range(max(start, rule.before), stop, CHUNK):
             last = min(first + CHUNK, stop)
             seen = start if rule.window is None else max(start, first - rule.window + 1)
-            yield slice(first, last), slice(seen, last)
+            yield slice(first - rule.before, last - rule.before), slice(seen, last)
         start = stop
 
 
@@ -111,7 +117,7 @@ def _scores(q: Tensor, key: Tensor, queries: slice, keys: slice, rule: _Rule) ->
     scores = (q @ key.transpose(1, 2)).mul_(rule.scaling)
     if rule.softcap is not None:
         scores = scores.div_(rule.softcap).tanh_().mul_(rule.softcap)
-    rows = torch.arange(queries.start, queries.stop, device=q.device)[:, None]
+    rows = torch.arange(queries.start, queries.stop, device=q.device)[:, None] + rule.before
     age = rows - torch.arange(keys.start, keys.stop, device=q.device)
     hidden = age < 0
     if rule.window is not None:

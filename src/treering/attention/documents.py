@@ -1,6 +1,6 @@
 """The lengths of documents in one row of packed tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import FrozenInstanceError, dataclass, replace
 from itertools import accumulate
 from typing import Protocol, Self
@@ -10,22 +10,25 @@ from torch import Tensor
 
 from treering.core.errors import DataError
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # query, key, value and sinks → output
+
 
 class Exchange(Protocol):
     """Messages between ranks around the attention of a layer, such as heads in Ulysses; differentiable both ways.
 
-    One exchange serves every layer and every forward, a recompute in the backward included, so it keeps nothing from
-    `before` to `after`. B rows (1), H query heads, K key heads, T tokens, D width of query and key, E width of value.
+    One exchange serves every layer and every forward, a recompute in the backward included, so it keeps nothing.
+    B rows (1), H query heads, K key heads, T tokens, D width of query and key, E width of value.
     """
 
-    def before(
-        self, query_BHTD: Tensor, key_BKTD: Tensor, value_BKTE: Tensor, sinks_H: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return what the attention computes with, for example fewer heads of more tokens, and their sinks."""
-        ...
+    def around(
+        self, attend: Attend, query_BHTD: Tensor, key_BKTD: Tensor, value_BKTE: Tensor, sinks_H: Tensor | None
+    ) -> Tensor:
+        """Return the output, B × H × T × E, for the heads and tokens of `query`.
 
-    def after(self, out_BHTE: Tensor) -> Tensor:
-        """Return the result for the heads and tokens that `before` was given."""
+        Args:
+            attend: computes attention with what it is given, for example fewer heads of more tokens and their sinks,
+                over the documents `inside`.
+        """
         ...
 
 
@@ -43,7 +46,10 @@ class Documents:
         cu_seqlens: int32 [D + 1]: 0, then where each document ends.
         longest: The largest of `lengths`.
         exchange: Called around every attention, or None.
-        inside: The documents between `before` and `after` of the exchange; None: these.
+        inside: The documents of what the exchange attends to; None: these.
+        before: Tokens at the beginning of the first document that have keys and no queries.
+        queries: Where only some ranges of the row have queries, one range after the other, and keys are of the complete
+            row: for each range, which keys it can see, and the documents of these keys. None: all tokens have queries.
     """
 
     lengths: tuple[int, ...]
@@ -51,6 +57,8 @@ class Documents:
     longest: int
     exchange: Exchange | None = None
     inside: "Documents | None" = None
+    before: int = 0
+    queries: "tuple[tuple[slice, Documents], ...] | None" = None
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in vars(self):
@@ -74,13 +82,31 @@ class Documents:
         """Return the same documents with an exchange, and `inside` it perhaps others."""
         return replace(self, exchange=exchange, inside=inside)
 
+    def asked_by(self, queries: Iterable[range]) -> "Documents":
+        """Return the same documents, with queries in these ranges of the row only."""
+        return replace(self, queries=tuple(self._seen_by(part) for part in queries))
+
+    def _seen_by(self, part: range) -> "tuple[slice, Documents]":
+        """Return which keys a range of queries can see, and the documents of these keys, the first perhaps from before
+        the range on."""
+        stops = list(accumulate(self.lengths))
+        inside = [
+            (stop - length, min(stop, part.stop))
+            for length, stop in zip(self.lengths, stops)
+            if stop > part.start and stop - length < part.stop
+        ]
+        first = inside[0][0]
+        seen = Documents.of((stop - start for start, stop in inside), self.cu_seqlens.device)
+        return slice(first, part.stop), replace(seen, before=part.start - first)
+
     def to(self, device: torch.device | str) -> "Documents":
         """Return the same documents with `cu_seqlens` on `device`."""
         moved = self.cu_seqlens.to(device, non_blocking=True)
         inside = None if self.inside is None else self.inside.to(device)
         if moved is self.cu_seqlens and inside is self.inside:
             return self
-        return replace(self, cu_seqlens=moved, inside=inside)
+        queries = None if self.queries is None else tuple((keys, seen.to(device)) for keys, seen in self.queries)
+        return replace(self, cu_seqlens=moved, inside=inside, queries=queries)
 
     def check(self, tokens: int) -> None:
         """Refuse a row of another length: its tail would attend to nothing, or to another document."""

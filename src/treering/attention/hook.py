@@ -39,21 +39,14 @@ def attention(
     inside = documents.inside or documents
     _refuse(module, query_BHTD, key_BKSD, attention_mask, dropout, inside, kwargs)
     documents.check(query_BHTD.shape[2])
-    exchange, sinks_H = documents.exchange, kwargs.get("s_aux")
-    if exchange is not None:
-        query_BHTD, key_BKSD, value_BKSE, sinks_H = exchange.before(query_BHTD, key_BKSD, value_BKSE, sinks_H)
-    out_BHTE = attend(
-        query_BHTD,
-        key_BKSD,
-        value_BKSE,
-        inside,
-        scaling=scaling,
-        window=kwargs.get("sliding_window"),
-        softcap=kwargs.get("softcap"),
-        sinks_H=sinks_H,
-    )
-    if exchange is not None:
-        out_BHTE = exchange.after(out_BHTE)
+
+    def attended(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+        window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+        return attend(query, key, value, inside, scaling=scaling, window=window, softcap=softcap, sinks_H=sinks)
+
+    given = (query_BHTD, key_BKSD, value_BKSE, kwargs.get("s_aux"))
+    exchange = documents.exchange
+    out_BHTE = attended(*given) if exchange is None else exchange.around(attended, *given)
     return out_BHTE.transpose(1, 2).contiguous(), None
 
 

@@ -39,6 +39,7 @@ class Features:
     window: bool = False
     softcap: bool = False
     sinks: bool = False
+    before: bool = False  # the first keys have no queries
     flash: bool = True  # the card can run FlashAttention 2 (compute capability 8.0 or newer)
 
 
@@ -56,7 +57,7 @@ def choose(device: str, features: Features) -> Kernel:
     half = features.dtype in (torch.float16, torch.bfloat16)
     if half and features.flash and features.width <= 256 and not features.softcap:
         return "varlen"
-    if features.softcap and not features.sinks and (half or features.dtype == torch.float32):
+    if features.softcap and not features.sinks and not features.before and (half or features.dtype == torch.float32):
         # Triton's dot needs a head at least 16 wide; above 256 the tiles no longer fit
         if 16 <= features.width <= 256:
             return "flex"
@@ -75,43 +76,61 @@ def attend(
     sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Return causal attention inside each document, B × H × T × E. With several rows, each is cut into these documents.
+    Where `documents.queries` names some ranges of one row, T of the query is the number of their tokens.
 
     `window`: a token sees itself and the `window − 1` before it. `sinks_H`: one logit per head that takes part in the
     softmax and has no value. `scaling` defaults to 1/√D.
     """
     rows, heads, tokens, width = query_BHTD.shape
-    documents.check(tokens)
     scaling = 1 / math.sqrt(width) if scaling is None else scaling
-    window = None if window is None or window >= documents.longest else window
+    documents.check(key_BKTD.shape[2])
     if rows > 1:
+        assert documents.queries is None, "ranges of queries are of one row"
         documents = Documents.of(documents.lengths * rows, query_BHTD.device)
     query, key, value = (_one_row(x) for x in (query_BHTD, key_BKTD, value_BKTE))
+
+    def one(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+        return _attend(query, key, value, documents, scaling, window, softcap, sinks_H)
+
+    if documents.queries is None:
+        out = one(query, key, value, documents)
+    else:
+        lengths = [seen.tokens - seen.before for _, seen in documents.queries]
+        parts = zip(query.split(lengths, dim=1), documents.queries)
+        outputs = [one(q, key[:, keys], value[:, keys], seen) for q, (keys, seen) in parts]
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return out.view(heads, rows, tokens, -1).transpose(0, 1)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float, window: int | None,
+    softcap: float | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Return H × T × E, by the kernel for these features."""
+    window = None if window is None or window >= documents.longest else window
     if query.device.type in _registered:
-        out = _registered[query.device.type](query, key, value, sinks_H)
-        return out.view(heads, rows, tokens, -1).transpose(0, 1)
+        return _registered[query.device.type](query, key, value, sinks)
     features = Features(
         dtype=query.dtype,
-        width=max(width, value.shape[-1]),
+        width=max(query.shape[-1], value.shape[-1]),
         window=window is not None,
         softcap=softcap is not None,
-        sinks=sinks_H is not None,
+        sinks=sinks is not None,
+        before=documents.before > 0,
         flash=not query.is_cuda or torch.cuda.get_device_capability(query.device) >= (8, 0),
     )
     match choose(query.device.type, features):
         case "sdpa":
-            out = _per_document(query, key, value, documents, scaling)
+            return _per_document(query, key, value, documents, scaling)
         case "varlen":
-            out = _varlen(query, key, value, documents, scaling, window, sinks_H)
+            return _varlen(query, key, value, documents, scaling, window, sinks)
         case "flex":
             from treering.attention.flex import flex
 
             assert softcap is not None
-            out = flex(query, key, value, documents.to(query.device), scaling=scaling, softcap=softcap, window=window)
+            return flex(query, key, value, documents.to(query.device), scaling=scaling, softcap=softcap, window=window)
         case "chunks":
-            out = chunked(
-                query, key, value, documents, scaling=scaling, window=window, softcap=softcap, sinks_H=sinks_H
-            )
-    return out.view(heads, rows, tokens, -1).transpose(0, 1)
+            return chunked(query, key, value, documents, scaling=scaling, window=window, softcap=softcap, sinks_H=sinks)
 
 
 def _one_row(x_BHTD: Tensor) -> Tensor:
@@ -121,19 +140,28 @@ def _one_row(x_BHTD: Tensor) -> Tensor:
 def _per_document(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float) -> Tensor:
     """Return heads × T × E. Split, not sliced: the gradient of many slices would each be a tensor of all tokens."""
     width = value.shape[-1]
-    query, key, value = _same_width(query, key, value, multiple=1)
-    gqa = len(query) != len(key)
-    if gqa and query.is_cuda:
-        # What FlashAttention does not take comes here on a card. The kernel that saves memory without it knows no
-        # grouped heads, and with them torch would compute T × T scores.
-        key, value = (x.repeat_interleave(len(query) // len(key), 0) for x in (key, value))
-        gqa = False
-    outputs = [
-        F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scaling, enable_gqa=gqa)[0]
-        for q, k, v in zip(*(x.split(documents.lengths, dim=1) for x in (query, key, value)))
-    ]
+    wide = _same_width(query, key, value, multiple=1)
+    asked = [documents.lengths[0] - documents.before, *documents.lengths[1:]]
+    pieces = zip(wide[0].split(asked, dim=1), *(x.split(documents.lengths, dim=1) for x in wide[1:]))
+    outputs = [_document(q, k, v, scaling) for q, k, v in pieces]
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return out[..., :width].contiguous()
+
+
+def _document(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    """Return heads × T × E of the last T tokens of one document."""
+    if q.shape[1] != k.shape[1]:  # causal kernels begin both at the first token, and a mask would be T × T
+        one = Documents.of([k.shape[1]]).asked_by([range(k.shape[1] - q.shape[1], k.shape[1])])
+        assert one.queries is not None
+        return chunked(q, k, v, one.queries[0][1], scaling=scaling)
+    gqa = len(q) != len(k)
+    if gqa and q.is_cuda:
+        # What FlashAttention does not take comes here on a card. The kernel that saves memory without it knows no
+        # grouped heads, and with them torch would compute T × T scores.
+        k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
+        gqa = False
+    out = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scaling, enable_gqa=gqa)
+    return out[0]
 
 
 def _varlen(

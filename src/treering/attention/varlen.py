@@ -27,13 +27,13 @@ def varlen(
     window: int | None = None,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """Return T × H × D. A window of w tokens is the query itself and the w − 1 before it."""
+    """Return T × H × D. A window of w tokens is the query itself and the w − 1 before it. The first `documents.before`
+    keys have no query: the kernel lets the last query and the last key of a document meet."""
     sides = (-1 if window is None else window - 1, 0)
     if sinks_H is not None:
         return _WithSinks.apply(query_THD, key_TKD, value_TKD, sinks_H, documents, scaling, sides)
-    ends, longest = documents.cu_seqlens, documents.longest
     out_THD = varlen_attn(
-        query_THD, key_TKD, value_TKD, ends, ends, longest, longest,
+        query_THD, key_TKD, value_TKD, *_lengths(documents),
         scale=scaling, window_size=sides, **_shared_heads(query_THD, key_TKD),
     )  # fmt: skip
     return cast(Tensor, out_THD)  # a pair only if the log-sum-exp is asked for
@@ -42,6 +42,13 @@ def varlen(
 def _shared_heads(query_THD: Tensor, key_TKD: Tensor) -> dict[str, Any]:
     """Return the keyword for several query heads that have one key head, if this torch knows it."""
     return {"enable_gqa": query_THD.shape[1] != key_TKD.shape[1]} if _HAS_GQA_KEYWORD else {}
+
+
+def _lengths(documents: Documents) -> tuple[Tensor, Tensor, int, int]:
+    """Return where documents end among queries and among keys, and two numbers that no document is longer than."""
+    ends, longest = documents.cu_seqlens, documents.longest
+    asked = (ends - documents.before).clamp_(min=0) if documents.before else ends
+    return asked, ends, longest, longest
 
 
 class _WithSinks(torch.autograd.Function):
@@ -84,9 +91,8 @@ def _flash(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float, sides: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return output, log-sum-exp H × T and random state. The public varlen_attn has no backward that can be called."""
-    ends, longest = documents.cu_seqlens, documents.longest
     return torch.ops.torch_attn._varlen_attn(
-        query, key, value, ends, ends, longest, longest, sides == (-1, 0), scaling, list(sides),
+        query, key, value, *_lengths(documents), sides == (-1, 0), scaling, list(sides),
         **_shared_heads(query, key),
     )  # fmt: skip
 
@@ -95,8 +101,7 @@ def _flash_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse_HT: Tensor, random: Tensor,
     documents: Documents, scaling: float, sides: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    ends, longest = documents.cu_seqlens, documents.longest
     return torch.ops.torch_attn._varlen_attn_backward(
-        grad, query, key, value, out, lse_HT, ends, ends, longest, longest, sides == (-1, 0), random, scaling,
+        grad, query, key, value, out, lse_HT, *_lengths(documents), sides == (-1, 0), random, scaling,
         list(sides),
     )  # fmt: skip

@@ -16,7 +16,7 @@ the axes replicate × efsdp × expert: each rank keeps its documents, and has th
 import copy
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from treering.core.errors import PlanError
 
@@ -27,6 +27,7 @@ AXES = ("replicate", "shard", "sequence")
 EXPERT_AXES = ("replicate", "efsdp", "expert")  # of the second view
 FLAT = "parameters"  # the name of shard × sequence where both are one dimension
 _VIEW = "_treering_experts"  # the attribute of a mesh that holds its second view
+_GRIDS = "_treering_grids"  # the attribute of a mesh that holds its axis `sequence` as grids
 STARTUP = timedelta(minutes=30)  # how long a rank waits for another one that loads or compiles; training then lowers it
 
 
@@ -140,6 +141,21 @@ def without_expert_axis(mesh: "DeviceMesh") -> "DeviceMesh":
 def unit_mesh(view: "DeviceMesh") -> "DeviceMesh":
     """Return the mesh for `fully_shard` of experts: `efsdp`, after `replicate` if it is > 1."""
     return view["replicate", "efsdp"] if view["replicate"].size() > 1 else view["efsdp"]
+
+
+def grid_of_sequence(mesh: "DeviceMesh", columns: int) -> tuple[Any, Any]:
+    """Return the process groups of this rank's row and column where the axis `sequence` is a grid, row by row, with so
+    many columns. Every rank calls it; a grid is made once for a mesh."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    grids = vars(mesh).setdefault(_GRIDS, {})
+    if columns not in grids:
+        replicate, shard, sequence = (axis_size(mesh, name) for name in AXES)
+        shape = (replicate, shard, sequence // columns, columns)
+        grids[columns] = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard", "row", "column"))
+    grid = grids[columns]
+    # The ranks of a row differ in their column: they are the axis `column`.
+    return grid["column"].get_group(), grid["row"].get_group()
 
 
 def data_rank(mesh: "DeviceMesh | None") -> tuple[int, int]:

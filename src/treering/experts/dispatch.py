@@ -10,7 +10,6 @@ its S = tokens × choices rows, sorted by expert and so by owner, each rank
 and in the backward the gradients go the same ways: two messages. A rank that receives no row takes part with none.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,45 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from treering.core.module_forward import ModuleForward
+from treering.core.row_messages import all_to_all_rows
 from treering.experts.assigned import Arrivals, shown_local
 from treering.experts.grouped_forward import GroupedForward
 from treering.experts.routing import Routing, route
-
-
-# Out of place and with a name of its own: a selective recompute keeps it by that name, where it would silently repeat
-# an operator of c10d; and shapes alone are enough to plan its memory.
-@torch.library.custom_op("treering::all_to_all_rows", mutates_args=())
-def all_to_all_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: str) -> Tensor:
-    """Return the rows that other ranks have for this one, in the order of the ranks. A collective.
-
-    Args:
-        rows: [sum(sent), …], those for each rank of the group in its order.
-        sent, received: the number of rows for, and from, each rank.
-        group: the name of the process group.
-    """
-    arrived = rows.new_empty(sum(received), *rows.shape[1:])
-    resolve: Any = _resolve_process_group
-    dist.all_to_all_single(arrived, rows.contiguous(), list(received), list(sent), group=resolve(group))
-    return arrived
-
-
-@all_to_all_rows.register_fake
-def _(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: str) -> Tensor:
-    return rows.new_empty(sum(received), *rows.shape[1:])
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.sent, ctx.received, ctx.group = inputs
-
-
-def _send_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-    return all_to_all_rows(gradient, ctx.received, ctx.sent, ctx.group), None, None, None
-
-
-all_to_all_rows.register_autograd(_send_back, setup_context=_remember)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
