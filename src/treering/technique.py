@@ -352,8 +352,8 @@ class Applied:
         resting: Where parameters live between uses.
         undo: Removes forward rewrites and observers. Parameters stay.
         messages: The communication of one step, computed from shapes once every technique is applied.
-        tokens: Where `batch` cuts rows over ranks: from the tokens of a row to those that this rank computes. None:
-            all of them.
+        tokens: Where `batch` cuts rows over ranks: from the number of a micro-batch's tokens to the ranges of them that
+            this rank computes; of at most one technique. None: all of them.
         maps: Plain name → the tensors that learn instead of, or as, this weight.
         without: Opens a context in which the model computes, without gradients, as if the technique were absent. None:
             that is not possible (the plain weights themselves train), unless nothing of the technique learns.
@@ -375,7 +375,7 @@ class Applied:
     resting: Literal["device", "cpu"] = "device"
     undo: Callable[[], None] | None = None
     messages: Callable[[Workload], Sequence[Message]] | None = None
-    tokens: Callable[[int], range] | None = None
+    tokens: Callable[[int], tuple[range, ...]] | None = None
     maps: Maps = field(default_factory=dict)
     without: Without | None = None
     notes: tuple[str, ...] = ()

@@ -38,10 +38,10 @@ class Cut:
 
         def share(length):
             each = -(-length // ranks)
-            return range(rank * each, min((rank + 1) * each, length) - self.short)
+            return (range(rank * each, min((rank + 1) * each, length) - self.short),)
 
         def cut(batch):
-            own = share(batch["input_ids"].shape[1])
+            (own,) = share(batch["input_ids"].shape[1])
             names = ("input_ids", "targets", "labels")
             return {**batch, **{name: batch[name][:, own.start : own.stop + self.short] for name in names}}
 
@@ -62,7 +62,7 @@ def cut_in_two():
     run = tr.compose(build("llama"), [tr.Full(), Cut(), tr.Shard()], mesh=tr.mesh(shard=1, sequence=2))
     batches = [{**b, "count": 19} for b in rows(2, lengths=(12, 7))]
     ready = run.ready(batches)
-    shares = [list(run.plan.tokens(n)) for n in (12, 7)]
+    shares = [list(run.plan.tokens(n)[0]) for n in (12, 7)]
     return (
         [b["count"] for b in ready],
         shares,
@@ -87,7 +87,7 @@ def test_a_row_that_is_cut_is_counted_once():
 
 def wrong_share():
     run = tr.compose(build("llama"), [tr.Full(), Cut(short=1), tr.Shard()], mesh=tr.mesh(shard=1, sequence=2))
-    with pytest.raises(AssertionError, match=r"12 tokens was cut to 6, and this rank's share is 5"):
+    with pytest.raises(AssertionError, match=r"12 tokens were cut to 6, and this rank's share is 5"):
         run.ready(rows(1))
 
 
@@ -97,7 +97,7 @@ def test_a_technique_that_cuts_otherwise_than_it_says_is_found():
 
 def test_a_row_that_nobody_cuts_is_whole_on_each_rank():
     run = tr.compose(build("llama"), [tr.Full()])
-    assert run.plan.tokens(12) == range(12)
+    assert run.plan.tokens(12) == (range(12),)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ class Front:
         return []
 
     def apply(self, model: Any, site: Any) -> Applied:
-        return Applied(batch=self.cut, tokens=lambda length: range(self.tokens))
+        return Applied(batch=self.cut, tokens=lambda length: (range(self.tokens),))
 
     def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
         self.seen.append(set(batch))

@@ -143,7 +143,7 @@ def rope_conflict(config: Any, lengths: Sequence[int]) -> str | None:
     """
     if len(lengths) == 1:
         return None
-    for rope in _ropes(config):
+    for rope in ropes(config):
         kind = rope.get("rope_type", "default")
         if kind not in ("longrope", "dynamic"):
             continue
@@ -158,8 +158,8 @@ def rope_conflict(config: Any, lengths: Sequence[int]) -> str | None:
     return None
 
 
-def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield one mapping, or one per kind of layer."""
+def ropes(config: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the settings of a model's rotary embedding: one mapping, or one per kind of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
     if "rope_type" in parameters:
         yield parameters

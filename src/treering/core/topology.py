@@ -152,7 +152,9 @@ def grid_of_sequence(mesh: "DeviceMesh", columns: int) -> tuple[Any, Any]:
     if columns not in grids:
         replicate, shard, sequence = (axis_size(mesh, name) for name in AXES)
         shape = (replicate, shard, sequence // columns, columns)
-        grids[columns] = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard", "row", "column"))
+        grids[columns] = init_device_mesh(
+            mesh.device_type, shape, mesh_dim_names=("replicate", "shard", "row", "column")
+        )
     grid = grids[columns]
     # The ranks of a row differ in their column: they are the axis `column`.
     return grid["column"].get_group(), grid["row"].get_group()

@@ -132,14 +132,11 @@ class Plan:
     notes: tuple[str, ...] = ()  # for the user, about the folder
     teacher: "Plan | None" = None  # frozen; None also where the model is its own teacher
 
-    def tokens(self, length: int) -> range:
-        """Return the range of tokens of a row of `length` that this rank computes."""
-        share = range(length)
-        for applied in self.applied:
-            if applied.tokens is not None:
-                part = applied.tokens(len(share))
-                share = share[part.start : part.stop : part.step]
-        return share
+    def tokens(self, number: int) -> tuple[range, ...]:
+        """Return the ranges of a micro-batch's `number` tokens that this rank computes."""
+        cutting = [applied.tokens for applied in self.applied if applied.tokens is not None]
+        assert len(cutting) < 2, "claims let one technique cut rows"
+        return cutting[0](number) if cutting else (range(number),)
 
     def messages(self, work: Workload) -> list[tuple[str, Message]]:
         """Return the communication of this rank in a step of `work`, each with the name of its technique. That of a

@@ -124,20 +124,20 @@ class Run:
     def _ready(self, batch: Batch) -> Batch:
         if batch.get("documents") is not None and self.plan.unpackable:
             raise PlanError(f"a packed batch, but {self.plan.unpackable}; turn packing off (data.packing: off)")
-        length = batch["input_ids"].shape[1]
+        number = batch["input_ids"].numel()
         for applied in self.plan.applied:
             if applied.batch is not None:
                 batch = applied.batch(batch)
-        self._check_share(batch, length)
+        self._check_share(batch, number)
         return batches.to_device(batch, self.plan.device)
 
-    def _check_share(self, batch: Batch, length: int) -> None:
-        """Raise an error if techniques cut a row to another length than they declare: a plan would count others."""
+    def _check_share(self, batch: Batch, number: int) -> None:
+        """Raise an error if techniques cut rows to another length than they declare: a plan would count others."""
         if all(applied.tokens is None for applied in self.plan.applied):
             return
-        share, remaining = len(self.plan.tokens(length)), batch["input_ids"].shape[1]
+        share, remaining = sum(map(len, self.plan.tokens(number))), batch["input_ids"].numel()
         if remaining != share:
-            raise AssertionError(f"a row of {length} tokens was cut to {remaining}, and this rank's share is {share}")
+            raise AssertionError(f"{number} tokens were cut to {remaining}, and this rank's share is {share}")
 
     def loss(self, batch: Batch) -> Tensor:
         """Return this micro-batch's share of the step's loss: its sum over trained tokens / their global number.

@@ -13,6 +13,7 @@ from treering.techniques.tiling import TiledMLP as TiledMLP
 from treering.techniques.tiling import TiledBlock as TiledBlock
 from treering.techniques.tiling import TiledLoss as TiledLoss
 from treering.techniques.recompute import Recompute as Recompute
+from treering.techniques.ulysses import Ulysses as Ulysses
 from treering.techniques.shard import Shard as Shard
 from treering.techniques.compile import Compile as Compile
 

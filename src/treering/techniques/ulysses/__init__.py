@@ -1,0 +1,3 @@
+from treering.techniques.ulysses.config import Ulysses
+
+__all__ = ["Ulysses"]

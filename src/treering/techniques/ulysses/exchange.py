@@ -182,9 +182,7 @@ class _Gather(torch.autograd.Function):
 
 def _sizes(tensors: Sequence[Tensor], heads: Sequence[Ranges], place: int, batch: int) -> tuple[list[int], int]:
     """Return the elements of a token's row for each rank, and for this one."""
-    sizes = [
-        batch * sum(len(of[rank]) * x.shape[-1] for x, of in zip(tensors, heads)) for rank in range(len(heads[0]))
-    ]
+    sizes = [batch * sum(len(of[rank]) * x.shape[-1] for x, of in zip(tensors, heads)) for rank in range(len(heads[0]))]
     return sizes, sizes[place]
 
 

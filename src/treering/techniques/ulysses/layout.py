@@ -9,6 +9,7 @@ Shapes: B rows of the batch, H heads, T tokens, D width of a head, W width of a 
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -121,7 +122,7 @@ def _is_even(heads: Ranges) -> bool:
 
 def _overlap(heads: Ranges) -> bool:
     parts = [part for part in heads if len(part)]
-    return any(part.start < before.stop for before, part in zip(parts, parts[1:]))
+    return any(part.start < before.stop for before, part in pairwise(parts))
 
 
 def _wide_zeros(x: Tensor) -> Tensor:

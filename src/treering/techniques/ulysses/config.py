@@ -1,0 +1,107 @@
+"""The technique `ulysses`: ranks of the mesh's axis `sequence` compute one row of tokens together, exactly."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+from treering.core.errors import PlanError
+from treering.core.topology import axis_size
+from treering.technique import Applied, Claim, Message, Site, Stage, Workload
+from treering.techniques.ulysses.settings import UlyssesSettings
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from treering.anatomy import Anatomy
+    from treering.techniques.ulysses.shares import Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ulysses(UlyssesSettings):
+    """Spread each row of tokens over the ranks of the mesh's `sequence` axis; attention exchanges heads or keys.
+
+    transport  how ranks exchange: by one `collective`, or `paired`, in rounds of one partner, for hosts whose cards
+               cannot reach one another directly; the results have the same bits
+    layout     `heads`: each rank computes attention of all tokens for some heads. `gathered`: of its own tokens, with
+               all keys. `2d`: both. `auto`: what takes least time for this model and number of ranks
+
+    Example:
+        run = tr.compose("MODEL", [tr.Full(), tr.Ulysses(), tr.Shard()], mesh=tr.mesh(sequence=2))
+    """
+
+    stage: ClassVar[Stage] = Stage.FORWARD
+
+    def claims(self, anatomy: "Anatomy", mesh: "DeviceMesh | None") -> list[Claim]:
+        return [Claim(fqn="", aspect="attention", setting="ulysses")]
+
+    def apply(self, model: "nn.Module", site: Site) -> Applied:
+        from treering import attention
+        from treering.techniques.ulysses.ranks import SequenceRanks
+        from treering.techniques.ulysses.rotary import depends_on_batch, install_rotary
+        from treering.techniques.ulysses.split_batch import split_batch
+
+        if site.mesh is None or axis_size(site.mesh, "sequence") == 1:
+            return Applied(notes=("the mesh has sequence=1: rows of tokens are not spread over ranks",))
+        reason = attention.packable(model, site.anatomy)
+        if reason:
+            raise PlanError(
+                f"ulysses: {reason}, so its rows of tokens cannot be spread over ranks. Leave ulysses out and set "
+                "mesh.sequence to 1; shard.offload, recompute and tiles make longer rows fit on one rank",
+                settings=("ulysses", "mesh.sequence"),
+            )
+        grid = self.grid(site.anatomy, axis_size(site.mesh, "sequence"))
+        ranks = SequenceRanks.of_mesh(site.mesh, grid, self.transport)
+        last = depends_on_batch(model.config)
+        return Applied(
+            batch=partial(split_batch, ranks=ranks, last=last),
+            tokens=ranks.tokens,
+            messages=partial(self._messages, model, site.anatomy, grid, ranks.rank),
+            undo=install_rotary(model) if last else None,
+            notes=(_note(grid, site.anatomy),),
+        )
+
+    def for_teacher(self) -> "Ulysses":
+        """Return the technique for a teacher, which is given the same shares of rows."""
+        return self
+
+    def grid(self, anatomy: "Anatomy", ranks: int) -> "Grid":
+        """Return how the ranks of the axis `sequence` are arranged."""
+        from treering.techniques.ulysses.shares import Grid
+        from treering.techniques.ulysses.traffic import choose, grids
+
+        if self.layout == "heads":
+            return Grid(heads=ranks)
+        if self.layout == "gathered":
+            return Grid(heads=1, gathered=ranks)
+        among = grids(ranks)
+        if self.layout == "2d":
+            among = [grid for grid in among if grid.heads > 1 and grid.gathered > 1]
+            if not among:
+                raise PlanError(
+                    f"ulysses: layout is 2d, and {ranks} ranks of the axis `sequence` are no rows and columns; write "
+                    "heads, gathered or auto, or a number of ranks that is not prime",
+                    settings=("ulysses.layout", "mesh.sequence"),
+                )
+        return choose(_layers(anatomy), among)
+
+    def _messages(
+        self, model: "nn.Module", anatomy: "Anatomy", grid: "Grid", rank: int, work: Workload
+    ) -> list[Message]:
+        from treering.techniques.ulysses.sent import messages_of
+
+        return messages_of(model, anatomy, grid, rank, work, padded=self.transport == "collective")
+
+
+def _layers(anatomy: "Anatomy") -> list:
+    from treering.techniques.ulysses.sent import layers
+
+    return layers(anatomy)
+
+
+def _note(grid: "Grid", anatomy: "Anatomy") -> str:
+    heads = f"{len(anatomy.attentions)} attentions exchange tokens for heads among {grid.heads} ranks"
+    keys = f"{grid.gathered} ranks gather each other's keys and values"
+    if grid.gathered == 1:
+        return heads
+    return f"in {len(anatomy.attentions)} attentions {keys}" if grid.heads == 1 else f"{heads}, and {keys}"
