@@ -47,8 +47,8 @@ def test_a_mesh_whose_every_axis_is_served_is_accepted():
         ({"shard": 2}, [], "no technique sums their gradients"),
         ({"replicate": 2}, [SPLIT], "no technique sums their gradients"),
         ({"sequence": 2}, [SUM], "no technique splits the sequence"),
-        ({"sequence": 2}, [SPLIT], "no technique sums them: add shard"),
-        ({"sequence": 2, "expert": 2}, [SPLIT], "no technique sums them: add shard"),
+        ({"sequence": 2}, [SPLIT], "no technique sums their gradients: add shard"),
+        ({"sequence": 2, "expert": 2}, [SPLIT], "no technique sums their gradients: add shard"),
     ],
 )
 def test_an_axis_that_no_technique_serves_is_refused(axes, claims, message):

@@ -60,6 +60,12 @@ def _record(operator: str, size: int) -> None:
         record.add(operator, size)
 
 
+def gather_equal(gathered: Tensor, rows: Tensor, group: Any) -> None:
+    """Fill `gathered` with the `rows` of all ranks, equally many, by the name that this torch has for it."""
+    collective: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    collective(gathered, rows, group=group)
+
+
 def _group(name: str) -> Any:
     resolve: Any = _resolve_process_group
     return resolve(name)
@@ -157,7 +163,7 @@ def all_gather_rows(rows: Tensor, numbers: Sequence[int], group: str, transport:
     if len(rows) < most:
         padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
     gathered = rows.new_empty(most * len(numbers), *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded, group=ranks)
+    gather_equal(gathered, padded, ranks)
     if min(numbers) == most:
         return gathered
     return torch.cat([piece[:number] for piece, number in zip(gathered.split(most), numbers)])

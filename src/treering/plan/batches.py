@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from treering.attention import Documents
 from treering.core.errors import DataError, PlanError
-from treering.core.topology import AXES, axis_size
+from treering.core.topology import axis_size
 from treering.objectives import IGNORED, INPUTS, CrossEntropy, Objective, objective_values, widened
+from treering.plan.sequence import agree_along_sequence
 from treering.technique import Applied
 
 Batch = dict[str, Any]
@@ -39,6 +40,7 @@ def steps(loader: Iterable[Batch | list[Batch]], accumulate: int, mesh: DeviceMe
             continue
         if alone:
             if step is None:
+                agree_along_sequence(None, mesh)
                 return
             most = len(step)
             count = _trained(step)
@@ -46,6 +48,7 @@ def steps(loader: Iterable[Batch | list[Batch]], accumulate: int, mesh: DeviceMe
             assert mesh is not None
             count, most = _agree(0 if step is None else _trained(step), 0 if step is None else len(step), mesh)
             if most == 0 and step is None:
+                agree_along_sequence(None, mesh)
                 return
         if count == 0:
             raise DataError("a step has no trained token on any rank: every label is -100, or there is no batch in it")
@@ -99,42 +102,6 @@ def _agree(count: int, most: int, mesh: DeviceMesh) -> tuple[int, int]:
         dist.all_reduce(total, group=mesh[axis].get_group())
         dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=mesh[axis].get_group())
     return int(total), int(longest)
-
-
-def copies(before: Sequence[Batch], after: Sequence[Batch], mesh: DeviceMesh) -> int:
-    """Return on how many ranks each trained token of a step is, or 0 if the step trains none. A collective.
-
-    Ranks along `sequence` are given the same batches. A technique that cuts rows leaves each token on one of them (1);
-    if none does, every token is on all of them (the size of this axis).
-
-    Args:
-        before: This rank's micro-batches of the step with their `targets`, as its loader gave them.
-        after: The same micro-batches after all transforms.
-    """
-    shared = axis_size(mesh, "sequence")
-    given, remaining = (sum(int((batch["targets"] != IGNORED).sum()) for batch in step) for step in (before, after))
-    extremes = torch.tensor([given, -given], device=mesh.device_type)
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=mesh["sequence"].get_group())
-    differs = int(extremes.sum())
-    sums = torch.tensor([given, remaining, differs], device=mesh.device_type)
-    for axis in AXES:
-        dist.all_reduce(sums, group=mesh[axis].get_group())
-    given, remaining, differs = sums.tolist()
-    if differs:
-        raise DataError(
-            "ranks along the mesh's `sequence` axis were given batches with different numbers of trained tokens; they "
-            "compute one row together and need the same batches: choose documents by "
-            "treering.core.topology.data_rank(mesh), not by the rank"
-        )
-    given //= shared
-    ways = remaining // given if given else 0
-    if given and (ways == 0 or ways * given != remaining or shared % ways):
-        raise PlanError(
-            f"a step has {given} trained tokens, and after the techniques have transformed its batches there are "
-            f"{remaining} of them on the ranks together. A technique that cuts rows must leave each token on one rank "
-            "of the `sequence` axis, one that does not must leave it on all of them"
-        )
-    return ways
 
 
 def silent() -> Batch:

@@ -140,13 +140,18 @@ def check_composition(
             f"the mesh has {axis_size(mesh, 'replicate', 'shard')} ranks with documents of their own, and no technique "
             "sums their gradients: add shard to the techniques (plain data parallelism is replicate=-1, shard=1)"
         )
-    if axis_size(mesh, "sequence") > 1 and "sharding" not in aspects and not frozen:
+    shared = axis_size(mesh, "sequence")
+    if shared > 1 and "sharding" not in aspects and not frozen:
         raise PlanError(
-            f"the mesh has sequence={axis_size(mesh, 'sequence')}: each rank computes gradients of its part of a "
-            "document, and no technique sums them: add shard to the techniques"
+            f"the mesh has sequence={shared}: each rank computes a part of each row, and no technique sums their "
+            "gradients: add shard to the techniques",
+            settings=("mesh.sequence",),
         )
-    if axis_size(mesh, "sequence") > 1 and "attention" not in aspects:
-        raise PlanError(f"the mesh has sequence={axis_size(mesh, 'sequence')}, and no technique splits the sequence")
+    if shared > 1 and "attention" not in aspects:
+        raise PlanError(
+            f"the mesh has sequence={shared}, and no technique splits the sequence: add ulysses to the techniques",
+            settings=("mesh.sequence",),
+        )
     if axis_size(mesh, "expert") > 1 and "sharding" not in aspects:
         raise PlanError(
             f"the mesh has expert={axis_size(mesh, 'expert')}, and no technique assigns experts to ranks: add shard to "

@@ -21,6 +21,7 @@ from treering.plan.explain import explain
 from treering.plan.export import Experts, export
 from treering.plan.plan import Plan
 from treering.plan.prepared import Prepared
+from treering.plan.sequence import agree_along_sequence, copies
 from treering.plan.step import StepReport
 from treering.plan.teacher import Teacher
 from treering.plan.values import plain
@@ -109,15 +110,16 @@ class Run:
     def ready(self, micro_batches: Sequence[Batch]) -> list[Batch]:
         """Return counted micro-batches of one step, transformed by the techniques and on the device.
 
-        A collective at the first step where a mesh has `sequence`: see `batches.copies`.
+        A collective where a mesh has `sequence`: see `agree_along_sequence`.
         """
+        agree_along_sequence(micro_batches, self.plan.mesh)
         self._samples = [sample for batch in micro_batches for sample in batch.get("samples", ())]
         shifted = [with_targets(batch) for batch in micro_batches]
         ready = [self._ready(batch) for batch in shifted]
         mesh = self.plan.mesh
         if mesh is None or axis_size(mesh, "sequence") == 1 or not all("targets" in b for b in ready):
             return ready
-        self._copies = self._copies or batches.copies(shifted, ready, mesh)
+        self._copies = self._copies or copies(shifted, ready, mesh)
         factor = self._copies or 1
         return [{**batch, "count": batch["count"] * factor} if "count" in batch else batch for batch in ready]
 

@@ -9,11 +9,11 @@ import torch.distributed as dist
 
 from tests.ranks import on_ranks
 from tests.same import assert_all_same, assert_same
-from treering.attention import attend
-from treering.attention.reference import reference
+from treering.attention import Documents, attend
 from treering.core.row_messages import recorded
 from treering.core.seeds import generator
 from treering.techniques.ulysses.ranks import SequenceRanks
+from treering.techniques.ulysses.reference import joined, reference
 from treering.techniques.ulysses.shares import Grid
 
 
@@ -82,13 +82,21 @@ def results(attended, inputs, gradient):
     return {"out": out.detach()} | {n: x.grad for n, x in zip(names, inputs) if x is not None}
 
 
-def wanted(case, lengths):
-    from treering.attention import Documents
-
+def wanted(case, lengths, grid):
+    """The output of every rank and gradients of the complete inputs, by the reference."""
     inputs, gradient = tensors(case, sum(lengths))
-    documents = Documents.of(lengths)
+    documents, ranges = Documents.of(lengths), grid.tokens(sum(lengths))
     rules = {"window": case.window, "softcap": case.softcap}
-    return results(lambda q, k, v, s: reference(q, k, v, documents, sinks_H=s, **rules), inputs, gradient)
+
+    def of_all(query, key, value, sinks):
+        shares = ([cut(x, of_rank) for of_rank in ranges] for x in (query, key, value))
+        return joined(reference(*shares, documents, grid, sinks_H=sinks, **rules), ranges)
+
+    return results(of_all, inputs, gradient)
+
+
+def cut(x, ranges):
+    return torch.cat([x[:, :, part.start : part.stop] for part in ranges], dim=2)
 
 
 def over_ranks(case, ranks):
@@ -108,7 +116,7 @@ def over_ranks(case, ranks):
     found = results(attended, (query[:, :, own], key[:, :, own], value[:, :, own], sinks), gradient[:, :, own])
     if sinks is not None:
         dist.all_reduce(found["sinks"])
-    all_of_it = wanted(case, lengths)
+    all_of_it = wanted(case, lengths, ranks.grid)
     return found, {name: x if name == "sinks" else x[:, :, own] for name, x in all_of_it.items()}
 
 

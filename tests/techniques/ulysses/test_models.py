@@ -58,7 +58,8 @@ def over_ranks(arch, ulysses, sizes, extra=(), dtype=torch.float32):
         for given, batch in zip(own, ready):
             with torch.no_grad():
                 inputs = {n: batch[n] for n in ("input_ids", "position_ids", "documents")}
-                logits.append((run.plan.tokens(given["input_ids"].numel()), run.model(**inputs, use_cache=False).logits))
+                share = run.plan.tokens(given["input_ids"].numel())
+                logits.append((share, run.model(**inputs, use_cache=False).logits))
             loss = run.loss(batch)
             loss.backward()
             total += loss.detach()
