@@ -122,6 +122,7 @@ class Reporter:
             "loss": float(self.run.total(loss)),
             "lr": learning_rate,
             "norm": report.norm,
+            "tokens": self.tokens,  # since the last line, of all ranks
             "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
             "memory": float(used),  # of the rank that needs most
             **self.run.metrics(),

@@ -89,3 +89,92 @@ def families(archs, layouts, sizes):
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_a_model_over_two_ranks_is_each_document_alone(arch):
     on_ranks(2, families, (arch,), ("heads", "gathered"), {"shard": 1, "sequence": 2})
+
+
+EXTRAS = {
+    "recompute": (tr.Recompute(),),
+    "recompute, keep": (tr.Recompute(keep=("all_to_all",)),),
+    "everything": (tr.TiledBlock(tile=5), tr.TiledLoss(tile=3), tr.Recompute(offload="cpu")),
+}
+
+
+def with_extras(archs, transport, layouts, sizes):
+    for arch in archs:
+        for layout, (name, extra) in zip(layouts * 3, EXTRAS.items()):
+            try:
+                check(arch, tr.Ulysses(layout=layout, transport=transport), sizes, extra)
+            except AssertionError as error:
+                raise AssertionError(f"{arch}, {layout}, {name}: {error}") from error
+
+
+@pytest.mark.parametrize(
+    ("sizes", "archs", "layouts"),
+    [
+        ({"shard": 1, "sequence": 3}, ("llama", "gpt_oss"), ("heads", "gathered", "auto")),
+        ({"shard": 2, "sequence": 2}, ("gemma3", "qwen3_moe"), ("gathered", "heads", "auto")),
+        ({"replicate": 2, "shard": 1, "sequence": 2}, ("mistral",), ("heads", "gathered", "heads")),
+        ({"shard": 1, "sequence": 4}, ("llama", "gpt_oss"), ("2d", "heads", "gathered")),
+    ],
+)
+def test_models_on_larger_meshes_recomputed_and_in_tiles(sizes, archs, layouts):
+    world = 3 if sizes["sequence"] == 3 else 4
+    on_ranks(world, with_extras, archs, "collective", layouts, sizes)
+
+
+def test_ranks_that_exchange_in_pairs_train_the_same():
+    on_ranks(3, with_extras, ("gpt_oss",), "paired", ("heads", "gathered", "heads"), {"shard": 1, "sequence": 3})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize(
+    "sizes", [{"shard": 1, "sequence": 3}, {"shard": 1, "sequence": 4}, {"shard": 2, "sequence": 2}]
+)
+def test_all_models_on_larger_meshes(arch, numbers):
+    sizes = dict(zip(("shard", "sequence"), numbers))
+    layouts = ("heads", "gathered", "2d" if sizes["sequence"] == 4 else "auto")
+    world = sizes["shard"] * sizes["sequence"]
+    on_ranks(world, with_extras, (arch,), "collective", layouts, sizes)
+    on_ranks(world, with_extras, (arch,), "paired", layouts[::-1], sizes)
+
+
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 2.5, 3.0, 4.0],
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+def roped(rope, techniques, sizes):
+    """The loss and gradients of one document that is longer than the model was trained with."""
+    import transformers as hf
+
+    from tests.zoo import randomise
+
+    config = hf.LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=16, rope_parameters=ROPES[rope],
+    )  # fmt: skip
+    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    randomise(model, 0)
+    run = tr.compose(model, [tr.Full(), *techniques], mesh=mesh(**sizes) if sizes else None)
+    for batches in run.steps([[packed((37,))]]):
+        loss = run.loss(batches[0])
+        loss.backward()
+        total = float(run.total(loss))
+    return total, {name: gather(p.grad) for name, p in run.trainable()}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_frequencies_that_depend_on_the_longest_position_are_those_of_the_complete_row(rope):
+    loss, gradients = roped(rope, [], {})
+    for layout in ("heads", "gathered"):
+        techniques = [tr.Ulysses(layout=layout), tr.Recompute(), tr.Shard()]
+        for found, found_gradients in on_ranks(2, roped, rope, techniques, {"shard": 1, "sequence": 2}):
+            assert abs(found - loss) < 1e-6 * loss
+            assert_all_same(found_gradients, gradients, 1e-5)
