@@ -143,14 +143,24 @@ DIFFERENT: dict[str, dict[tuple[str, ...], tuple[str, str]]] = {
 }
 
 
-# Two ranks that have half of the experts each: as two ranks, but for factors.
-ASSIGNED = "assigned"
-MESHES = {1: {}, 2: {}, ASSIGNED: {"expert": 2}}
+# Two ranks that have half of the experts each, or half of each row (with `ulysses` next to the others), or both: as two
+# ranks with rows of their own, but for factors of experts.
+ASSIGNED, SHARED, BOTH = "assigned", "shared", "assigned and shared"
+MESHES = {
+    1: {},
+    2: {},
+    ASSIGNED: {"expert": 2},
+    SHARED: {"shard": 1, "sequence": 2},
+    BOTH: {"shard": 1, "sequence": 2, "expert": 2},
+}
+MODELS_OF = {ASSIGNED: ("qwen3_moe",), SHARED: ("llama",), BOTH: ("qwen3_moe",)}
 
 
 def written(names, model, ranks):
-    if ranks == ASSIGNED:
-        return FACTORS if {*FACTORED} & set(names) else written(names, model, 2)
+    if ranks in (ASSIGNED, BOTH) and {*FACTORED} & set(names):
+        return FACTORS
+    if ranks in MODELS_OF:
+        return written(names, model, 2)
     return DIFFERENT[model].get(names, TABLE[names])[ranks - 1]
 
 
@@ -314,7 +324,7 @@ def result(names, model, layout, ranks, folder):
     try:
         run = tr.compose(
             build(model, dtype=torch.float64),
-            [known[name] for name in names if name not in TAUGHT],
+            [known[name] for name in names if name not in TAUGHT] + ([tr.Ulysses()] if ranks in (SHARED, BOTH) else []),
             mesh=mesh(ranks),
             prepared=folder,
             objective=objective(taught, folder),
@@ -348,7 +358,7 @@ Ranks = int | str  # a key of MESHES
 
 
 def cells_of(ranks: Ranks) -> list[Cell]:
-    return [cell for cell in CELLS if ranks != ASSIGNED or cell[1] == "qwen3_moe"]
+    return [cell for cell in CELLS if cell[1] in MODELS_OF.get(ranks, MODELS)]
 
 
 def pairs(cell: Cell, ranks: Ranks) -> set[tuple[str, ...]]:
@@ -400,7 +410,7 @@ def column(cells, ranks, folder):
 
 def check(cells, ranks, folder):
     teacher("llama", "folder").save_pretrained(Path(folder) / "teacher")
-    world = 2 if ranks == ASSIGNED else ranks
+    world = 2 if ranks in MODELS_OF else ranks
     for outcomes in on_ranks(world, column, cells, ranks, folder, timeout=2 * PATIENCE + 2 * len(cells)):
         wrong = {
             cell: shown
@@ -426,7 +436,7 @@ def test_the_default_cells_show_every_pair(ranks):
     seen = set().union(*(pairs(cell, ranks) for cell in covering(ranks)))
     for cell in cells_of(ranks):
         assert is_long(cell, ranks) or pairs(cell, ranks) <= seen, cell
-    assert len(covering(ranks)) < len(cells_of(ranks)) / (2 if ranks == ASSIGNED else 4)
+    assert len(covering(ranks)) < len(cells_of(ranks)) / (2 if ranks in MODELS_OF else 4)
 
 
 def test_the_table_has_every_pair():
@@ -436,7 +446,9 @@ def test_the_table_has_every_pair():
 BEFORE = """# What goes together
 
 Every combination below was run on a dense model (llama) and on one with experts (qwen3_moe), with rows and with packed
-documents, on one rank and on two; of qwen3_moe also on two ranks that have half of the experts each (`expert: 2`).
+documents, on one rank and on two; on two ranks that share their rows (`sequence: 2`, with `ulysses` next to what is
+named); of qwen3_moe also on two ranks that have half of the experts each (`expert: 2`), with rows of their own and
+sharing them.
 *Equal*: gradients, and the exported weights after one step, agree to 1e-6 (relative
 to the largest element) with a run of transformers' own model that knows no technique. *Refused*: `compose` raises a
 `PlanError` that names the settings, before any weight is read. There is no third state.
@@ -447,8 +459,6 @@ cross-entropy; in `distill (base)` the model teaches itself what it gives withou
 Targets are `q_proj` and `down_proj`, which in qwen3_moe is a stack of experts. `quantize` stores int8 codes; with
 `quantize (fake)` plain weights multiply as fp8 would hold them.
 
-| techniques | llama, one rank | llama, two ranks | qwen3_moe, one rank | qwen3_moe, two ranks | qwen3_moe, expert: 2 |
-|---|---|---|---|---|---|
 """
 AFTER = """
 Two adapters on one weight, or `full` and `lora`, are refused only where they meet: give them different `targets` and
@@ -462,11 +472,22 @@ inductor's kernels may round differently.
 """
 
 
+COLUMNS = {
+    "llama, one rank": ("llama", 1),
+    "llama, two ranks": ("llama", 2),
+    "llama, sequence: 2": ("llama", SHARED),
+    "qwen3_moe, one rank": ("qwen3_moe", 1),
+    "qwen3_moe, two ranks": ("qwen3_moe", 2),
+    "qwen3_moe, expert: 2": ("qwen3_moe", ASSIGNED),
+    "qwen3_moe, sequence: 2, expert: 2": ("qwen3_moe", BOTH),
+}
+
+
 def table() -> str:
-    columns = [(model, ranks) for model in MODELS for ranks in (1, 2)] + [("qwen3_moe", ASSIGNED)]
-    cells = {names: [written(names, model, ranks) for model, ranks in columns] for names in TABLE}
+    head = f"| techniques | {' | '.join(COLUMNS)} |\n{'|---' * (1 + len(COLUMNS))}|\n"
+    cells = {names: [written(names, model, ranks) for model, ranks in COLUMNS.values()] for names in TABLE}
     lines = [f"| {' + '.join(names)} | {' | '.join(map(MEANING.get, row))} |\n" for names, row in cells.items()]
-    return BEFORE + "".join(lines) + AFTER
+    return BEFORE + head + "".join(lines) + AFTER
 
 
 def test_the_page_is_printed_from_the_table():

@@ -168,6 +168,11 @@ def data_rank(mesh: "DeviceMesh | None") -> tuple[int, int]:
     return replicate.get_local_rank() * shard.size() + shard.get_local_rank(), replicate.size() * shard.size()
 
 
+def sequence_place(mesh: "DeviceMesh | None") -> tuple[int, ...]:
+    """Return the number of this rank along `sequence`; nothing where no other rank shares its rows."""
+    return (mesh["sequence"].get_local_rank(),) if mesh is not None and axis_size(mesh, "sequence") > 1 else ()
+
+
 def parameter_mesh(mesh: "DeviceMesh") -> "DeviceMesh":
     """Return the mesh for `fully_shard`: one axis to shard over (shard × sequence), after `replicate` if it is > 1."""
     sharded = ("shard", "sequence") if axis_size(mesh, "sequence") > 1 else ("shard",)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from treering.core.seeds import derive
-from treering.core.topology import mesh
+from treering.core.topology import mesh, sequence_place
 from treering.plan import Plan, StepReport, draft
 from treering.plan.open_model import initialised, locate
 from treering.plan.rehearse import rehearse
@@ -125,8 +125,10 @@ def _take_step(
     """Take one step. Returns this rank's share of its loss, and the report."""
     run, stopwatch = training.run, training.stopwatch
     optimizers.set_rate(training.optimizers, learning_rate)
-    # Only a model that keeps its dropout draws from this; seeded by step, so that a resumed run draws the same.
-    torch.manual_seed(derive(training.job.seed, "dropout", step, training.data.rank))
+    # Only a model that keeps its dropout draws from this; seeded by step, so that a resumed run draws the same. Ranks
+    # that share a row have other tokens of it.
+    places = (training.data.rank, *sequence_place(run.plan.mesh))
+    torch.manual_seed(derive(training.job.seed, "dropout", step, *places))
     with stopwatch("data"):
         micro_batches = run.ready(next(batches))
     loss = torch.zeros((), dtype=torch.float64, device=run.plan.device)
