@@ -51,6 +51,7 @@ def techniques(model):
         "tiledblock": tr.TiledBlock(tile=5),
         "tiledloss": tr.TiledLoss(tile=5),
         "recompute": tr.Recompute(offload="cpu"),
+        "ulysses": tr.Ulysses(),
         "shard": tr.Shard(),
         "compile": tr.Compile(backend="aot_eager"),
     }
@@ -90,7 +91,7 @@ MEANING = {
 # (on one rank, on two ranks); with and without packing alike
 TILED = ("tiledmlp", "tiledblock", "tiledloss")
 FAKE = "quantize (fake)"
-HELPING = ("quantize", FAKE, *TILED, "recompute", "shard", "compile")  # they train nothing
+HELPING = ("quantize", FAKE, *TILED, "recompute", "ulysses", "shard", "compile")  # they train nothing
 ADAPTING = [name for name in TECHNIQUES if name not in HELPING]
 FACTORED = ("osft (forward)", "osft (factors)")
 TABLE: dict[tuple[str, ...], tuple[str, str]] = {
@@ -117,6 +118,7 @@ TABLE: dict[tuple[str, ...], tuple[str, str]] = {
     **{(name, "tiledmlp", "tiledloss", "recompute", "shard"): (EQUAL, EQUAL) for name in ADAPTING},
     **{(name, "tiledloss", "recompute", "shard"): (EQUAL, EQUAL) for name in ADAPTING},
     **{(name, "recompute"): (EQUAL, NO_SUM) for name in ADAPTING},
+    **{(name, "ulysses"): (EQUAL, NO_SUM) for name in ADAPTING},
     **{(name, "recompute", "shard"): (EQUAL, EQUAL) for name in ADAPTING},
     ("full", "recompute", "shard", "compile"): (EQUAL, EQUAL),
     **{(name, "distill"): (EQUAL, NO_SUM) for name in ADAPTING},
@@ -320,11 +322,12 @@ def objective(taught, folder):
 def result(names, model, layout, ranks, folder):
     """`equal`, or why the combination was refused; a difference raises."""
     known = techniques(model)
+    adds = ("ulysses",) if ranks in (SHARED, BOTH) and "ulysses" not in names else ()
     taught = next((TAUGHT[name] for name in names if name in TAUGHT), None)
     try:
         run = tr.compose(
             build(model, dtype=torch.float64),
-            [known[name] for name in names if name not in TAUGHT] + ([tr.Ulysses()] if ranks in (SHARED, BOTH) else []),
+            [known[name] for name in (*names, *adds) if name not in TAUGHT],
             mesh=mesh(ranks),
             prepared=folder,
             objective=objective(taught, folder),

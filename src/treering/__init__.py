@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from treering.plan.compose import compose
     from treering.plan.run import Run
     from treering.techniques import *  # noqa: F403
+    from treering.techniques.ulysses.sequence_attention import sequence_attention
 
 _WHERE = {
     "measure": "treering.curvature",
@@ -39,6 +40,7 @@ _WHERE = {
     "RankLost": "treering.core.errors",
     "DataError": "treering.core.errors",
     "Distill": "treering.objectives",
+    "sequence_attention": "treering.techniques.ulysses.sequence_attention",
     "CheckpointError": "treering.core.errors",
     "Interrupted": "treering.core.errors",
     "NumericsError": "treering.core.errors",

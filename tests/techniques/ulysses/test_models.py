@@ -127,9 +127,7 @@ def test_ranks_that_exchange_in_pairs_train_the_same():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", FAMILIES)
-@pytest.mark.parametrize(
-    "sizes", [{"shard": 1, "sequence": 3}, {"shard": 1, "sequence": 4}, {"shard": 2, "sequence": 2}]
-)
+@pytest.mark.parametrize("numbers", [(1, 3), (1, 4), (2, 2)])
 def test_all_models_on_larger_meshes(arch, numbers):
     sizes = dict(zip(("shard", "sequence"), numbers))
     layouts = ("heads", "gathered", "2d" if sizes["sequence"] == 4 else "auto")

@@ -98,6 +98,27 @@ def test_a_model_that_shares_rows_generates_as_it_did():
     on_ranks(2, generated)
 
 
+def uncut():
+    """A loop of one's own that forgets run.ready would count each gradient once for each rank."""
+    run, batch = composed(tr.Full()), packed((7, 5))
+    given = {name: batch[name] for name in ("input_ids", "position_ids", "documents")}
+    for attempt in (
+        lambda: run.loss(batch | {"count": 10}),
+        lambda: run.model(**given, use_cache=False),
+        lambda: run.model(input_ids=batch["input_ids"], use_cache=False),
+    ):
+        with pytest.raises(tr.PlanError, match=r"pass them through run\.ready"):
+            attempt()
+    with torch.no_grad():
+        assert run.model(**given, use_cache=False).logits.shape[1] == 12
+    run.undo()
+    run.model(**given, use_cache=False)
+
+
+def test_a_batch_that_is_not_cut_has_no_gradient():
+    on_ranks(2, uncut)
+
+
 def refusal(technique, sizes):
     with pytest.raises(tr.PlanError) as refused:
         tr.compose(build("llama"), [tr.Full(), technique, tr.Shard()], mesh=tr.mesh(**sizes))
@@ -113,7 +134,7 @@ STRANGERS = {
     "falcon_h1": (hf.FalconH1Config, {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8}, "hybrid"),
     "lfm2": (hf.Lfm2Config, {"layer_types": ["conv", "full_attention"]}, "kind conv"),
     "mamba": (hf.MambaConfig, {"state_size": 8}, "Mamba"),
-    "bloom": (hf.BloomConfig, {"n_head": 4}, "computes its attention itself"),
+    "bloom": (hf.BloomConfig, {"n_head": 4, "num_key_value_heads": 4}, "computes its attention itself"),
     "qwen3_next": (hf.Qwen3NextConfig, {"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
 }
 

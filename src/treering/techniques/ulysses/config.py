@@ -37,9 +37,10 @@ class Ulysses(UlyssesSettings):
 
     def apply(self, model: "nn.Module", site: Site) -> Applied:
         from treering import attention
+        from treering.core.module_forward import install, undo_all
         from treering.techniques.ulysses.ranks import SequenceRanks
         from treering.techniques.ulysses.rotary import depends_on_batch, install_rotary
-        from treering.techniques.ulysses.split_batch import split_batch
+        from treering.techniques.ulysses.split_batch import OnlyShares, split_batch
 
         if site.mesh is None or axis_size(site.mesh, "sequence") == 1:
             return Applied(notes=("the mesh has sequence=1: rows of tokens are not spread over ranks",))
@@ -53,11 +54,12 @@ class Ulysses(UlyssesSettings):
         grid = self.grid(site.anatomy, axis_size(site.mesh, "sequence"))
         ranks = SequenceRanks.of_mesh(site.mesh, grid, self.transport)
         last = depends_on_batch(model.config)
+        undone = [install(OnlyShares(model))] + ([install_rotary(model)] if last else [])
         return Applied(
             batch=partial(split_batch, ranks=ranks, last=last),
             tokens=ranks.tokens,
             messages=partial(self._messages, model, site.anatomy, grid, ranks.rank),
-            undo=install_rotary(model) if last else None,
+            undo=undo_all(undone),
             notes=(_note(grid, site.anatomy),),
         )
 

@@ -71,11 +71,11 @@ class UlyssesExchange:
             here = (len(shares.query[place]), len(shares.key[place]), len(shares.key[place]))
             query, key, value = views(rows_TBW, list(zip(here, widths)))
         if self.column is not None and key.shape[1]:
-            gathered_TBW = _Gather.apply(rows_of((key, value)), self.column, self.ranges)
+            gathered_TBW = GatherRows.apply(rows_of((key, value)), self.column, self.ranges)
             key, value = views(gathered_TBW, [(key.shape[1], width) for width in widths[1:]])
         expansion = shares.expansion(place)
         if expansion is not None:
-            key, value = (_expanded(x, expansion) for x in (key, value))
+            key, value = (expanded(x, expansion) for x in (key, value))
         if sinks is not None and self.row is not None:
             sinks = sinks[shares.query[place].start : shares.query[place].stop]
         if query.shape[1]:
@@ -88,7 +88,7 @@ class UlyssesExchange:
         return out
 
 
-def _expanded(x_BKTD: Tensor, used: Sequence[int]) -> Tensor:
+def expanded(x_BKTD: Tensor, used: Sequence[int]) -> Tensor:
     """Return a key head for each query head."""
     heads = x_BKTD.unbind(1)
     return torch.stack([heads[i] for i in used], dim=1)
@@ -153,7 +153,7 @@ class _ToTokens(torch.autograd.Function):
         return views(rows_TBW, [(here, width)])[0], None, None
 
 
-class _Gather(torch.autograd.Function):
+class GatherRows(torch.autograd.Function):
     """From the rows [T, B, W] of this rank to those of all tokens in their order; gradients are summed in the order of
     the ranks and in at least float32, so that the sum has the same bits with every transport."""
 

@@ -11,11 +11,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from treering.attention import Documents
-from treering.core.errors import DataError
+from treering.core.errors import DataError, PlanError
+from treering.core.module_forward import ModuleForward
 from treering.objectives import IGNORED
 from treering.techniques.ulysses.ranks import SequenceRanks
 
 Batch = dict[str, Any]
+
+
+class OnlyShares(ModuleForward):
+    """Refuse gradients of a batch that was not cut: each rank would compute all of it, and its gradients be added up.
+
+    Without gradients, in evaluation or generation, a complete batch is computed on each rank.
+    """
+
+    def __call__(self, *args: Any, documents: Documents | None = None, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and (documents is None or documents.exchange is None):
+            raise PlanError(
+                "ulysses: the model was given a batch that is not cut for the ranks which share its rows, so its "
+                "gradient would be counted once for each of them. Take batches from run.steps(loader), or pass them "
+                "through run.ready; without gradients (torch.no_grad) complete batches are allowed",
+                settings=("ulysses",),
+            )
+        return self.call_former(*args, **({} if documents is None else {"documents": documents}), **kwargs)
 
 
 def split_batch(batch: Batch, ranks: SequenceRanks, *, last: bool = False) -> Batch:
