@@ -1,6 +1,7 @@
 """The plain function: attention over ranks, causal or not, with tokens that every rank has, is that of one process."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,3 +113,24 @@ def counted():
 
 def test_two_messages_each_way_and_what_does_not_fit_is_refused():
     on_ranks(2, counted)
+
+
+def of_the_page():
+    """The block of docs/sequence-parallel.md on several ranks and on one."""
+    text = (Path(__file__).parents[3] / "docs" / "sequence-parallel.md").read_text(encoding="utf-8")
+    block = next(part for part in text.split("```python\n") if part.startswith("class Block")).partition("\n```")[0]
+    names = {"torch": torch, "tr": tr}
+    exec(compile(block, "docs/sequence-parallel.md", "exec"), names)
+    torch.manual_seed(0)
+    model = names["Block"]().double()
+    image, text = drawn("image", 2, 11, 64), drawn("text", 2, 3, 64)
+    one = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    wanted = model(image, text, one)
+    lengths = [5, 2, 4]
+    own = slice(sum(lengths[: dist.get_rank()]), sum(lengths[: dist.get_rank() + 1]))
+    found = model(image[:, own], text, None, lengths)
+    compared([x.detach() for x in found], [wanted[0][:, own].detach(), wanted[1].detach()], "the block of the page")
+
+
+def test_the_block_of_the_page_runs_on_three_ranks():
+    on_ranks(3, of_the_page)
