@@ -27,6 +27,7 @@ class Case:
     softcap: bool = False
     sinks: bool = False
     grouped: bool = True
+    ranges: bool = False  # queries in an early and a late range of the row only, as ranks that share it have them
     widths: tuple[float, float] = (1.0, 1.0)
 
 
@@ -40,13 +41,17 @@ CASES = {
     "heads twice as wide": Case(widths=(2.0, 2.0)),
     "heads four times as wide, window": Case(widths=(4.0, 4.0), window=True),
     "softcap and sinks": Case(softcap=True, sinks=True),
+    "queries in two ranges": Case(ranges=True),
+    "queries in two ranges, sinks and window": Case(ranges=True, sinks=True, window=True),
     "float32": Case(dtype=SINGLE),
+    "float32, queries in two ranges": Case(dtype=SINGLE, ranges=True),
     "float32, window and sinks": Case(dtype=SINGLE, window=True, sinks=True),
 }
 CAPPED = {
     "softcap": Case(softcap=True),
     "softcap and window": Case(softcap=True, window=True),
     "softcap, float32": Case(dtype=SINGLE, softcap=True),
+    "softcap, queries in two ranges": Case(softcap=True, ranges=True),
 }
 
 
@@ -93,9 +98,10 @@ def error(context: Context, case: Case) -> tuple[float, str]:
         "window": sizes.window if case.window else None,
         "softcap": 5.0 if case.softcap else None,
     }
+    parts = (range(tokens // 7, tokens // 3), range(2 * tokens // 3, tokens - 1)) if case.ranges else ()
     found, wanted = (
         _with_gradients(function, [x.to(dtype) for x in given], documents, incoming.to(dtype), case.sinks, rule)
-        for function, dtype in ((attend, case.dtype), (reference, torch.float64))
+        for function, dtype in ((_in_ranges(attend, parts), case.dtype), (_of_ranges(reference, parts), torch.float64))
     )
     worst = max(
         float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-300))
@@ -107,8 +113,27 @@ def error(context: Context, case: Case) -> tuple[float, str]:
         window=case.window,
         softcap=case.softcap,
         sinks=case.sinks,
+        before=case.ranges,
     )
     return worst, choose(device.type, features)
+
+
+def _rows(x: Tensor, parts: tuple[range, ...]) -> Tensor:
+    return torch.cat([x[:, :, part.start : part.stop] for part in parts], dim=2) if parts else x
+
+
+def _in_ranges(function: Callable[..., Tensor], parts: tuple[range, ...]) -> Callable[..., Tensor]:
+    """Return `function` of the queries of these ranges only."""
+
+    def call(query: Tensor, key: Tensor, value: Tensor, documents: Any, **rule: Any) -> Tensor:
+        return function(_rows(query, parts), key, value, documents.asked_by(parts) if parts else documents, **rule)
+
+    return call
+
+
+def _of_ranges(function: Callable[..., Tensor], parts: tuple[range, ...]) -> Callable[..., Tensor]:
+    """Return the result of `function` for these ranges."""
+    return lambda *given, **rule: _rows(function(*given, **rule), parts)
 
 
 def _with_gradients(
@@ -117,7 +142,7 @@ def _with_gradients(
 ) -> list[Tensor]:  # fmt: skip
     leaves = [x.requires_grad_() for x in (given if sinks else given[:3])]
     out = function(*leaves[:3], documents, **rule, sinks_H=leaves[3] if sinks else None)
-    return [out.detach(), *torch.autograd.grad(out, leaves, incoming)]
+    return [out.detach(), *torch.autograd.grad(out, leaves, incoming[:, :, : out.shape[2]])]
 
 
 def _cost_of_sinks(context: Context) -> Iterator[Figure]:

@@ -53,6 +53,35 @@ def test_every_kernel_and_its_gradient_equal_the_reference(heads, widths, window
         assert_same(found, wanted, 1e-13)
 
 
+RANGES = (
+    (range(120),),
+    (range(3, 9), range(60, 120)),  # from inside a document to inside another, and a late one
+    (range(5, 6), range(76, 90), range(90, 91)),
+    (range(40, 76), range(119, 120)),
+)
+
+
+@pytest.mark.parametrize("ranges", RANGES)
+@pytest.mark.parametrize(("window", "softcap", "sinks"), FEATURES)
+def test_queries_of_some_ranges_see_the_keys_of_the_complete_row(ranges, window, softcap, sinks):
+    def rows(x):
+        return torch.cat([x[:, :, part.start : part.stop] for part in ranges], dim=2)
+
+    tensors = inputs((4, 2), sum(LENGTHS), (8, 12), torch.float64)
+    documents, rule = Documents.of(LENGTHS), {"window": window, "softcap": softcap}
+    results = []
+    for function in (
+        lambda q, k, v, s: attend(rows(q), k, v, documents.asked_by(ranges), sinks_H=s, **rule),
+        lambda q, k, v, s: rows(reference(q, k, v, documents, sinks_H=s, **rule)),
+    ):
+        copies = [x.detach().clone().requires_grad_() for x in tensors]
+        out = function(*copies[:3], copies[3] if sinks else None)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        results.append([out.detach(), *torch.autograd.grad((out * weight).sum(), copies if sinks else copies[:3])])
+    for found, wanted in zip(*results, strict=True):
+        assert_same(found, wanted, 1e-13)
+
+
 @pytest.mark.parametrize(("window", "softcap", "sinks"), FEATURES)
 def test_gradients_of_chunks_are_those_of_finite_differences(window, softcap, sinks, monkeypatch):
     monkeypatch.setattr(chunks_module, "CHUNK", 2)
