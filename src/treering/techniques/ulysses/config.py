@@ -25,6 +25,9 @@ class Ulysses(UlyssesSettings):
                cannot reach one another directly; the results have the same bits
     layout     `heads`: each rank computes attention of all tokens for some heads. `gathered`: of its own tokens, with
                all keys. `2d`: both. `auto`: what takes least time for this model and number of ranks
+    codec      in which form tensors are sent: `none`, in the dtype of the model; `int8`, rotated, with the mean apart;
+               `e4m3`. The codes take half of the bytes of bfloat16, and round
+    uncoded    what a codec leaves as it is: query, key, value, output, gradients
 
     Example:
         run = tr.compose("MODEL", [tr.Full(), tr.Ulysses(), tr.Shard()], mesh=tr.mesh(sequence=2))
@@ -38,6 +41,7 @@ class Ulysses(UlyssesSettings):
     def apply(self, model: "nn.Module", site: Site) -> Applied:
         from treering import attention
         from treering.core.module_forward import install, undo_all
+        from treering.techniques.ulysses.coded import Codecs, CodingErrors
         from treering.techniques.ulysses.ranks import SequenceRanks
         from treering.techniques.ulysses.rotary import depends_on_batch, install_rotary
         from treering.techniques.ulysses.split_batch import OnlyShares, split_batch
@@ -52,13 +56,18 @@ class Ulysses(UlyssesSettings):
                 settings=("ulysses", "mesh.sequence"),
             )
         grid = self.grid(site.anatomy, axis_size(site.mesh, "sequence"))
-        ranks = SequenceRanks.of_mesh(site.mesh, grid, self.transport)
+        errors = CodingErrors(every=2 * (len(site.anatomy.attentions) // 4) + 1)
+        codecs = Codecs.of(self.codec, self.uncoded, errors)
+        for one in site.anatomy.attentions:
+            codecs.check(one.head_dim, one.value_dim)
+        ranks = SequenceRanks.of_mesh(site.mesh, grid, self.transport, codecs)
         last = depends_on_batch(model.config)
         undone = [install(OnlyShares(model))] + ([install_rotary(model)] if last else [])
         return Applied(
             batch=partial(split_batch, ranks=ranks, last=last),
             tokens=ranks.tokens,
             messages=partial(self._messages, model, site.anatomy, grid, ranks.rank),
+            metrics=None if self.codec == "none" else partial(errors.metrics, site.mesh["sequence"].get_group()),
             undo=undo_all(undone),
             notes=(_note(grid, site.anatomy),),
         )
