@@ -296,6 +296,7 @@ class Message:
             reduce_scatter and all_reduce, what is for other ranks for all_to_all.
         calls: How often.
         content: What is sent, in a word or two.
+        stride: Every how many ranks of `axes` take part.
     """
 
     kind: Collective
@@ -304,6 +305,7 @@ class Message:
     bytes: int
     calls: int
     content: str
+    stride: int = 1
 
     @property
     def sent(self) -> float:
@@ -391,8 +393,8 @@ class Technique(Protocol):
     `lighter() -> Sequence[Variant]`, a class or static method, names what makes a run need less memory.
     `with_stored(stored) -> Technique` returns the technique that keeps weights as their folder stores them, by plain
     name; `for_stored() -> Technique`, a class or static method, one to add if none of those given `keeps_stored`.
-    `for_teacher() -> Technique` returns the technique that a frozen teacher gets where the run has this one; a teacher
-    gets no others.
+    `for_teacher(student, mesh) -> Technique` returns the technique that a frozen teacher gets where the run has this
+    one; a teacher gets no others. `student` is the anatomy of the run's model, whose batches the teacher is given.
     """
 
     @property

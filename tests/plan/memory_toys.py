@@ -55,27 +55,37 @@ def adamw(run: Run) -> Sequence[torch.optim.Optimizer]:
     return [run.optimizer(torch.optim.AdamW, lr=1e-3, fused=True)]
 
 
-def subject(config: Any, techniques: Sequence[Any], *, on: str = pretend.NAME, **settings: Any) -> Subject:
+def subject(
+    config: Any,
+    techniques: Sequence[Any],
+    *,
+    on: str = pretend.NAME,
+    sizes: dict[str, int] | None = None,
+    **settings: Any,
+) -> Subject:
     settings = {"dtype": torch.float32, "optimizers": adamw} | settings
-    return Subject(config=config, techniques=techniques, mesh=lambda: mesh(device=on), **settings)
+    return Subject(config=config, techniques=techniques, mesh=lambda: mesh(device=on, **(sizes or {})), **settings)
 
 
 def really(settings: Subject, length: int) -> Timeline:
     """A step with real memory, all blocks, on the CPU; messages of several ranks go nowhere, their buffers are real."""
     with pretend.ranks(settings.world):
-        with torch.device("meta"):
-            model = hf.AutoModelForCausalLM.from_config(settings.config, dtype=settings.dtype)
-        plan = draft(model, settings.techniques, mesh=settings.mesh(), weights=False, objective=settings.objective)
-        for one in (plan, plan.teacher):
-            if one is not None:
-                materialise(one.model, CPU, CPU)
-                for parameter in one.model.parameters():
-                    torch.nn.init.constant_(parameter.data, 0.01)
-        tracker = Tracker(CPU)
-        with tracker:
-            tokens = batch(length, CPU, packed=plan.unpackable is None)
-            if "documents" in tokens:
-                tokens["documents"] = tr.attention.Documents.of([length])
-            return watch(
-                Run(plan, lost={}), [tokens], optimizers=settings.optimizers, tracker=tracker, clip=settings.clip
-            )
+        return of_this_rank(settings, length)
+
+
+def of_this_rank(settings: Subject, length: int) -> Timeline:
+    """A step with real memory of a process that is a rank already."""
+    with torch.device("meta"):
+        model = hf.AutoModelForCausalLM.from_config(settings.config, dtype=settings.dtype)
+    plan = draft(model, settings.techniques, mesh=settings.mesh(), weights=False, objective=settings.objective)
+    for one in (plan, plan.teacher):
+        if one is not None:
+            materialise(one.model, CPU, CPU)
+            for parameter in one.model.parameters():
+                torch.nn.init.constant_(parameter.data, 0.01)
+    tracker = Tracker(CPU)
+    with tracker:
+        tokens = batch(length, CPU, packed=plan.unpackable is None)
+        if "documents" in tokens:
+            tokens["documents"] = tr.attention.Documents.of([length])
+        return watch(Run(plan, lost={}), [tokens], optimizers=settings.optimizers, tracker=tracker, clip=settings.clip)

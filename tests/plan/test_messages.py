@@ -20,6 +20,7 @@ KINDS = {
     "reduce_scatter_tensor": ("reduce_scatter", 0, -1),
     "all_reduce": ("all_reduce", 0, -1),
 }
+ROWS = {"all_to_all_rows": "all_to_all", "all_to_all_in_pairs": "all_to_all", "all_gather_rows": "all_gather"}
 
 
 class Recorder(TorchDispatchMode):
@@ -44,12 +45,13 @@ class Recorder(TorchDispatchMode):
             if group.size() > 1:
                 bytes_, calls = self.seen.get((kind, group.size()), (0, 0))
                 self.seen[kind, group.size()] = bytes_ + size, calls + 1
-        if func.namespace == "treering" and name == "all_to_all_rows":
-            rows, sent, _, group = args
+        if func.namespace == "treering" and name in ROWS:
+            rows, sent, _, group = args if name != "all_gather_rows" else (args[0], args[1], None, args[2])
             group = torch.distributed.distributed_c10d._resolve_process_group(group)
-            size = (sum(sent) - sent[group.rank()]) * rows[:1].numel() * rows.element_size()
-            bytes_, calls = self.seen.get(("all_to_all", group.size()), (0, 0))
-            self.seen["all_to_all", group.size()] = bytes_ + size, calls + 1
+            number = max(sent) if name == "all_gather_rows" else sum(sent) - sent[group.rank()]
+            size = number * rows[:1].numel() * rows.element_size()
+            bytes_, calls = self.seen.get((ROWS[name], group.size()), (0, 0))
+            self.seen[ROWS[name], group.size()] = bytes_ + size, calls + 1
         return func(*args, **(kwargs or {}))
 
 
@@ -133,7 +135,12 @@ ASSIGNED = {
     "adapters of the last assigned experts": ("balanced", [LAST, tr.Recompute(), tr.Shard(compute="bfloat16")]),
     "the head after assigned experts": ("balanced", [tr.Full(train=("lm_head.*",)), tr.Recompute(), tr.Shard()]),
 }
-CASES |= ASSIGNED
+SHARED = {
+    f"rows shared by {layout}, {name}": ("llama", [*techniques, tr.Ulysses(layout=layout), tr.Shard()])
+    for layout in ("heads", "gathered")
+    for name, techniques in {"full": [tr.Full()], "adapters": [tr.LoRA(rank=3), tr.Recompute()]}.items()
+}
+CASES |= ASSIGNED | SHARED
 
 
 def every(cases, sizes, folder):
@@ -143,13 +150,14 @@ def every(cases, sizes, folder):
 @pytest.mark.parametrize(
     ("world", "sizes", "cases"),
     [
-        (2, {}, tuple(name for name in CASES if name not in ASSIGNED)),
+        (2, {}, tuple(name for name in CASES if name not in ASSIGNED | SHARED)),
+        (2, {"shard": 1, "sequence": 2}, tuple(SHARED)),
         (2, {"expert": 2}, tuple(ASSIGNED)),
         (4, {"expert": 2}, ("assigned experts", "assigned experts, kept")),
         (3, {}, ("full", "pinned adapters", "tied", "update", "update, cached", "factors", "factors, gathered")),
         (4, {"replicate": 2, "shard": 2}, ("full", "adapters", "experts", "update", "factors")),
     ],
-    ids=["two ranks", "assigned", "assigned and sharded", "uneven rows", "replicas"],
+    ids=["two ranks", "shared rows", "assigned", "assigned and sharded", "uneven rows", "replicas"],
 )
 def test_what_is_reported_is_what_is_sent(world, sizes, cases, tmp_path):
     for totals in on_ranks(world, every, list(cases), sizes, tmp_path):

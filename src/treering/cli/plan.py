@@ -100,14 +100,17 @@ def explanation(config: "RunConfig", ranks: int, tokens: int) -> str:
 
 
 def _memory(state: _State, length: int, limit: int | None) -> str:
+    from treering.core.topology import sizes
     from treering.memory.picture import render
     from treering.memory.timeline import LONG
 
+    _, _, sharing, _ = sizes(state.ranks, **asdict(state.config.mesh))
+    row = LONG * sharing
     predicted = _forecast(state, length)
     peak = predicted.at(length)
     more = []
     if limit is not None:
-        long = predicted if length >= LONG // 2 else _forecast(state, LONG)
+        long = predicted if length >= row // 2 else _forecast(state, row)
         longest = long.longest(limit)
         more.append(f"longest that fits: {longest:,} tokens" if longest else "no length fits")
         if peak.device > limit:

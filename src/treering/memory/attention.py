@@ -38,7 +38,7 @@ class _Fused(torch.autograd.Function):
         )
         working = [torch.empty_like(query, dtype=torch.float32), torch.empty_like(norm_HT)]
         if query.shape[1] != key.shape[1]:
-            working += [query.new_empty(*query.shape[:2], x.shape[-1]) for x in (key, value)]
+            working += [x.new_empty(x.shape[0], query.shape[1], x.shape[-1]) for x in (key, value)]
         del working
         return d_query, d_key, d_value, None if sinks is None else torch.empty_like(sinks)
 

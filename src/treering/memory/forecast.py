@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from treering.core.errors import PlanError
 from treering.memory import pretend
-from treering.memory.timeline import PHASES, Phase, Timeline, phase_of, traced_length, worst_of_phases
+from treering.memory.timeline import PHASES, Phase, Timeline, phase_of, traced_row, worst_of_phases
 from treering.memory.trace import Optimizers, trace
 from treering.memory.tracker import CATEGORIES, Category
 from treering.objectives import Objective
@@ -104,7 +104,7 @@ class Forecast:
     parameters: int  # how many the complete model has
 
     def at(self, length: int) -> Peak:
-        """Return the peak of micro-batches of `length` tokens."""
+        """Return the peak of micro-batches of `length` tokens, which ranks of the axis `sequence` share."""
         *_, large = self.traces
         peaks, host = large.peaks(length), large.host_peak(length)
         phases = [phase_of(segment, large.blocks) for segment in range(len(peaks))]
@@ -166,7 +166,7 @@ def _trace(subject: Subject, depth: int, kinds: list[Any], length: int, device: 
         raise _BlocksDiffer
     return trace(
         plan,
-        traced_length(length),
+        traced_row(length, plan.tokens),
         optimizers=subject.optimizers,
         fake=fake,
         device=device or pretend.accelerator(),

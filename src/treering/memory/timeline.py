@@ -4,9 +4,11 @@ A storage either grows with the number of tokens or does not, and which it is ca
 traced with a prime number of tokens S, of which (S − 1) / 2 is prime as well, since a loss sees S − 1 tokens. Numbers
 of elements that such numbers divide are of tokens; widths, ranks, tiles are products of small numbers. So one trace
 of the events of a step gives every moment of a step of any length.
+
+Where ranks share a row, it is so many times S that each rank's share, and each range of it, is a multiple of S.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -23,23 +25,39 @@ LONG = 16223  # tokens: long enough for several tiles of the usual budget
 _INDEX = {category: i for i, category in enumerate(CATEGORIES)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class TracedRow:
+    """The tokens of the row with which a step is traced: `multiple` × `unit`."""
+
+    unit: int
+    multiple: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return self.unit * self.multiple
+
+    @property
+    def distinguishes(self) -> bool:
+        """Whether what grows with the tokens can be recognised by its size."""
+        return self.unit == traced_length(self.unit)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Timeline:
     """Bytes on the device after each event, moment × category × power of the length, and bytes in host memory.
 
-    Segments are numbered as in `trace`.
+    Segments are numbered as in `trace`. Lengths are counted in parts of a row, `row.multiple` of them.
     """
 
     blocks: int
-    length: int  # of the trace
+    row: TracedRow
     device: np.ndarray
     segments: np.ndarray
     host: np.ndarray
 
     def peaks(self, length: int) -> np.ndarray:
         """Return bytes, segment × category, at the worst moment of each segment."""
-        powers = np.array([1.0, length, float(length) ** 2])
-        moments_categories = self.device @ powers
+        moments_categories = self.device @ self._powers(length)
         total = moments_categories.sum(1)
         worst = np.zeros((2 * self.blocks + 4, len(CATEGORIES)))
         for segment in range(len(worst)):
@@ -54,7 +72,11 @@ class Timeline:
 
     def host_peak(self, length: int) -> float:
         """Return the most bytes in host memory at one moment."""
-        return float((self.host @ np.array([1.0, length, float(length) ** 2])).max())
+        return float((self.host @ self._powers(length)).max())
+
+    def _powers(self, length: int) -> np.ndarray:
+        part = -(-length // self.row.multiple)  # that of the rank that has most
+        return np.array([1.0, part, float(part) ** 2])
 
 
 def phase_of(segment: int, blocks: int) -> Phase:
@@ -74,18 +96,36 @@ def traced_length(wanted: int) -> int:
     return max(length, 11)
 
 
+def traced_row(wanted: int, ranges: Callable[[int], Sequence[range]]) -> TracedRow:
+    """Return the row with which to trace a step of `wanted` tokens, or fewer if the share of a rank is longer than
+    `LONG`.
+
+    Args:
+        ranges: From the number of a row's tokens to the ranges of them that this rank computes.
+    """
+    probe = LONG * LONG
+    shares = round(probe / sum(map(len, ranges(probe))))
+    if shares == 1:
+        return TracedRow(unit=traced_length(wanted))
+    for multiple in (2 * shares * factor for factor in range(1, 17)):  # a share may be two ranges
+        unit = traced_length(min(wanted // multiple, LONG * shares // multiple))
+        if all(bound % unit == 0 for part in ranges(unit * multiple) for bound in (part.start, part.stop)):
+            return TracedRow(unit=unit, multiple=multiple)
+    raise AssertionError("no row has a share of which each range is a multiple of the same prime number")
+
+
 def _prime(n: int) -> bool:
     return n > 1 and all(n % i for i in range(2, int(n**0.5) + 1))
 
 
-def read(tracker: "Tracker", blocks: int, length: int) -> Timeline:
-    """Return what `tracker` has recorded of a step of `length` tokens. A length that `traced_length` does not return
-    gives a timeline of that length only."""
-    events = tracker.events
+def read(tracker: "Tracker", blocks: int, row: TracedRow) -> Timeline:
+    """Return what `tracker` has recorded of a step with `row`. One that does not distinguish what grows gives a
+    timeline of that length only."""
+    events = list(tracker.events)  # what is freed from here on adds more
     changes = np.zeros((len(events), len(CATEGORIES), 3))
     host = np.zeros((len(events), 3))
     for i, (by, record, _) in enumerate(events):
-        power, divisor = _power(record, length)
+        power, divisor = _power(record, row)
         if record.host:
             host[i, power] = by / divisor
         else:
@@ -95,20 +135,20 @@ def read(tracker: "Tracker", blocks: int, length: int) -> Timeline:
     segments[: tracker.begins] = 0
     return Timeline(
         blocks=blocks,
-        length=length,
+        row=row,
         device=changes.cumsum(0)[begins:],
         segments=segments[begins:],
         host=host.cumsum(0)[begins:],
     )
 
 
-def _power(record: "StorageRecord", length: int) -> tuple[int, float]:
-    """Return the power of the length that a storage grows with, and that power of this length."""
-    if length != traced_length(length) or record.category in ("parameters", "technique", "optimizer", "gradients"):
+def _power(record: "StorageRecord", row: TracedRow) -> tuple[int, float]:
+    """Return the power of the length that a storage grows with, and that power of the unit of the traced row."""
+    if not row.distinguishes or record.category in ("parameters", "technique", "optimizer", "gradients"):
         return 0, 1.0
     if record.host:  # pieces of one size, more of them for more tokens
-        return 1, float(length)
-    for divisor in (length, length - 1):
+        return 1, float(row.unit)
+    for divisor in (row.unit, row.unit - 1) if row.multiple == 1 else (row.unit,):
         if record.elements and record.elements % divisor == 0:
             square = record.elements % divisor**2 == 0
             return (2, float(divisor) ** 2) if square else (1, float(divisor))

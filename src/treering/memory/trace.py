@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from treering.attention import Documents
 from treering.core.errors import PlanError
 from treering.memory import attention
-from treering.memory.timeline import Timeline, read
+from treering.memory.timeline import Timeline, TracedRow, read
 from treering.memory.tracker import Tracker
 from treering.plan.plan import Plan
 from treering.plan.run import Run
@@ -23,7 +23,7 @@ Optimizers = Callable[[Run], Sequence[Optimizer]]
 
 def trace(
     plan: Plan,
-    length: int,
+    row: TracedRow,
     *,
     optimizers: Optimizers,
     fake: FakeTensorMode,
@@ -32,7 +32,7 @@ def trace(
     micro_batches: int = 1,
 ) -> Timeline:
     """Return the memory of one optimizer step of `plan`, which was drafted without weights and is on meta. Each
-    micro-batch is one document of `length` tokens that are all trained."""
+    micro-batch is one document of the tokens of `row`, which are all trained."""
     plan = replace(plan, device=device)
     models = [plan] if plan.teacher is None else [plan, plan.teacher]
     if device.type != "cpu":
@@ -42,14 +42,24 @@ def trace(
     with fake, tracker:
         for one in models:
             _materialise(one, device)
-        batches = [batch(length, device, packed=plan.unpackable is None) for _ in range(micro_batches)]
-        return watch(Run(plan, lost={}), batches, optimizers=optimizers, tracker=tracker, clip=clip)
+        batches = [batch(row.tokens, device, packed=plan.unpackable is None) for _ in range(micro_batches)]
+        return watch(Run(plan, lost={}), batches, row, optimizers=optimizers, tracker=tracker, clip=clip)
 
 
 def watch(
-    run: Run, batches: Sequence[dict[str, Any]], *, optimizers: Optimizers, tracker: Tracker, clip: float | None
+    run: Run,
+    batches: Sequence[dict[str, Any]],
+    row: TracedRow | None = None,
+    *,
+    optimizers: Optimizers,
+    tracker: Tracker,
+    clip: float | None,
 ) -> Timeline:
-    """Return the timeline of one step of `run` under `tracker`, whose mode is active; tensors may be fake or real."""
+    """Return the timeline of one step of `run` under `tracker`, whose mode is active; tensors may be fake or real.
+
+    Args:
+        row: Of each micro-batch, before any technique cuts it; None: one of as many tokens as the first one has.
+    """
     _mark_model(run, tracker)
     chosen = list(optimizers(run))
     _prime(run, chosen, tracker)
@@ -60,7 +70,7 @@ def watch(
             raise PlanError(
                 f"the memory of this run cannot be planned from shapes: something it does depends on values ({error})"
             ) from error
-    return read(tracker, len(run.plan.anatomy.blocks), batches[0]["input_ids"].numel())
+    return read(tracker, len(run.plan.anatomy.blocks), row or TracedRow(unit=batches[0]["input_ids"].numel()))
 
 
 def _step(

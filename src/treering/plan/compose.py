@@ -217,9 +217,8 @@ def _teacher(
     ranks = axis_size(mesh, "expert")
     if mesh is not None and ranks > 1 and not _divides(path, ranks):
         mesh = without_expert_axis(mesh)  # a teacher may be dense, or have another number of experts
-    plan = draft(
-        path, teacher.techniques_for(techniques), mesh=mesh, dropout="off", frozen=True, weights=weights, name=path
-    )
+    chosen = teacher.techniques_for(techniques, student, mesh)
+    plan = draft(path, chosen, mesh=mesh, dropout="off", frozen=True, weights=weights, name=path)
     note = teacher.check_vocabulary(student, folder, plan)
     restore = (teacher.install_hidden(plan.model, plan.anatomy), *plan.restore)
     notes = [f"teacher {path}: {one}" for one in plan.notes] + ([note] if note else [])

@@ -25,6 +25,8 @@ from treering.technique import Applied, Stage, Technique, Without, recomputing
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch.distributed.device_mesh import DeviceMesh
+
     from treering.plan.plan import Plan
 
 BASE = "base"
@@ -143,9 +145,9 @@ def refuse_base(objective: Objective | None, techniques: Sequence[Technique], ap
             )
 
 
-def techniques_for(techniques: Sequence[Technique]) -> list[Technique]:
-    """Return the techniques of the teacher of a run that has `techniques`."""
-    return [one.for_teacher() for one in techniques if hasattr(one, "for_teacher")]
+def techniques_for(techniques: Sequence[Technique], student: Anatomy, mesh: "DeviceMesh | None") -> list[Technique]:
+    """Return the techniques of the teacher of a run of the model `student` that has `techniques`."""
+    return [one.for_teacher(student, mesh) for one in techniques if hasattr(one, "for_teacher")]
 
 
 def vocabulary(anatomy: Anatomy) -> int:

@@ -211,4 +211,5 @@ def kind_of(op: Any) -> str:
         return "attention"
     if space == "c10d" and name in IN_PLACE:
         return "in place"
-    return "all_to_all" if "all_to_all" in name else ""
+    gathers_rows = space == "treering" and name == "all_gather_rows"  # not c10d's, which gather parameters
+    return "all_to_all" if gathers_rows or "all_to_all" in name else ""

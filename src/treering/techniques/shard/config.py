@@ -57,7 +57,7 @@ class Shard(ShardSettings):
         hold = Hold(model, parameters=self.hold == "all")
         return replace(applied, batch=hold.count, gradients=hold.check)
 
-    def for_teacher(self) -> "Shard":
+    def for_teacher(self, student: "Anatomy", mesh: "DeviceMesh | None") -> "Shard":
         """Return the same sharding for a model that has no backward: what is gathered is freed after each block."""
         return replace(self, hold="nothing", reshard=True)
 

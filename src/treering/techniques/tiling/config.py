@@ -42,7 +42,7 @@ class TiledMLP(TiledMLPSettings):
 
         return install_mlps(model, self, site)
 
-    def for_teacher(self) -> "TiledMLP":
+    def for_teacher(self, student: "Anatomy", mesh: "DeviceMesh | None") -> "TiledMLP":
         """Return this: the feed-forward part of a teacher needs as much memory."""
         return self
 
@@ -85,7 +85,7 @@ class TiledBlock(TiledBlockSettings):
 
         return install_blocks(model, self, site)
 
-    def for_teacher(self) -> "TiledBlock":
+    def for_teacher(self, student: "Anatomy", mesh: "DeviceMesh | None") -> "TiledBlock":
         """Return this: all of a teacher's block needs as much memory."""
         return self
 

@@ -1,6 +1,6 @@
 """The technique `ulysses`: ranks of the mesh's axis `sequence` compute one row of tokens together, exactly."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -72,9 +72,13 @@ class Ulysses(UlyssesSettings):
             notes=(_note(grid, site.anatomy),),
         )
 
-    def for_teacher(self) -> "Ulysses":
-        """Return the technique for a teacher, which is given the same shares of rows."""
-        return self
+    def for_teacher(self, student: "Anatomy", mesh: "DeviceMesh | None") -> "Ulysses":
+        """Return the technique for a teacher, which is given the student's shares of rows, whatever its own heads."""
+        ranks = axis_size(mesh, "sequence")
+        if ranks == 1:
+            return self
+        settings = {one.name: getattr(self, one.name) for one in fields(Ulysses)}
+        return TaughtRows(**settings, grid_of_student=self.grid(student, ranks))
 
     def grid(self, anatomy: "Anatomy", ranks: int) -> "Grid":
         """Return how the ranks of the axis `sequence` are arranged."""
@@ -102,6 +106,17 @@ class Ulysses(UlyssesSettings):
         from treering.techniques.ulysses.sent import messages_of
 
         return messages_of(model, anatomy, grid, rank, work, padded=self.transport == "collective")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaughtRows(Ulysses):
+    """`Ulysses` of a teacher, whose ranks are arranged as the student's."""
+
+    grid_of_student: "Grid"
+
+    def grid(self, anatomy: "Anatomy", ranks: int) -> "Grid":
+        """Return how the ranks of the axis `sequence` are arranged."""
+        return self.grid_of_student
 
 
 def _layers(anatomy: "Anatomy") -> list:

@@ -12,9 +12,12 @@ from treering.techniques.ulysses.shares import Grid
 from treering.techniques.ulysses.traffic import AttentionWidths, Traffic, messages, traffic
 
 if TYPE_CHECKING:
-    from treering.anatomy import Anatomy
+    from treering.anatomy import Anatomy, Attention, Block
 
-OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")  # what reads the attention's output
+# By parts of their names: parameters of an attention that come after the exchange, and norms of a block that do.
+OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+LATER = ("post_", "pre_feedforward", "pre_mlp", "ffn", "ln_2")
+QUERIES = ("q_", "query")  # that only queries depend on
 
 
 def layers(anatomy: "Anatomy") -> list[AttentionWidths]:
@@ -32,13 +35,20 @@ def messages_of(
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     total = Traffic()
     for one, widths in zip(anatomy.attentions, layers(anatomy)):
-        block = anatomy.blocks[one.block].fqn
-        sent = traffic(widths, grid, rank, work.tokens, padded=padded)
+        block = anatomy.blocks[one.block]
         before = _before(anatomy, one.block, learning)
-        inside = {name for name in learning if name.startswith(f"{block}.")}
-        again = getattr(installed(model.get_submodule(block)), "again", False) and bool(before or inside)
-        back = bool(before) or any(_feeds(name, one.fqn, anatomy.blocks[one.block].mlp) for name in inside)
-        total += sent.repeated(1 + again, int(back))
+        inside = {name for name in learning if name.startswith(f"{block.fqn}.")}
+        again = getattr(installed(model.get_submodule(block.fqn)), "again", False) and bool(before or inside)
+        feeding = [name for name in inside if _feeds(name, one, block)]
+        keys = bool(before) or any(not _is_of_queries(name, one) for name in feeding if name != one.sinks)
+        inputs = keys or any(name != one.sinks for name in feeding)
+        sent = traffic(widths, grid, rank, work.tokens, padded=padded)
+        total += sent.repeated(
+            forwards=1 + again,
+            inputs=int(inputs),
+            keys=int(inputs if grid.heads > 1 else keys),  # of one message, all have a gradient or none
+            outputs=int(inputs or bool(feeding)),
+        )
     return messages(total, grid, _itemsize(model, anatomy), work.micro_batches)
 
 
@@ -49,11 +59,18 @@ def _before(anatomy: "Anatomy", index: int, learning: set[str]) -> set[str]:
     return names - {f"{anatomy.final_norm}.weight", f"{anatomy.final_norm}.bias"}
 
 
-def _feeds(name: str, attention: str, mlp: str | None) -> bool:
-    """Return whether a parameter of a block comes before the exchange of its attention."""
-    if name.startswith(f"{attention}."):
-        return not any(part in OUTPUTS for part in name.removeprefix(f"{attention}.").split("."))
-    return mlp is None or not name.startswith(f"{mlp}.")
+def _feeds(name: str, attention: "Attention", block: "Block") -> bool:
+    """Return whether the exchange of a block's attention depends on a parameter of the block."""
+    if name.startswith(f"{attention.fqn}."):
+        return not any(part in OUTPUTS for part in name.removeprefix(f"{attention.fqn}.").split("."))
+    if block.mlp is not None and name.startswith(f"{block.mlp}."):
+        return False
+    return not any(part in name.removeprefix(f"{block.fqn}.") for part in LATER)
+
+
+def _is_of_queries(name: str, attention: "Attention") -> bool:
+    own = name.removeprefix(f"{attention.fqn}.")
+    return own != name and own.startswith(QUERIES)
 
 
 def _itemsize(model: nn.Module, anatomy: "Anatomy") -> int:

@@ -28,37 +28,57 @@ class AttentionWidths:
     value_dim: int
 
 
+@dataclass(frozen=True)
+class Sent:
+    """Elements that one rank sends to others, and in how many calls."""
+
+    elements: int = 0
+    calls: int = 0
+
+    def __add__(self, other: "Sent") -> "Sent":
+        return Sent(self.elements + other.elements, self.calls + other.calls)
+
+    def __mul__(self, times: int) -> "Sent":
+        return Sent(self.elements * times, self.calls * times)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What one rank sends: elements for other ranks, and calls, by axis of the grid and pass.
+    """What one rank sends, by what it is. The last three are sent in the backward.
 
     Attributes:
-        row: Tokens for heads and back.
-        gathered: This rank's own keys and values, which it sends to each other rank of its column.
+        to_heads: Queries, keys and values of its tokens, for other ranks' heads.
+        to_tokens: The output of its heads, for other ranks' tokens.
+        gathered: Its keys and values, counted once, though each rank of its column gets them.
+        from_heads, from_tokens: Gradients of the first two.
         summed: Gradients of the others' keys and values.
     """
 
-    row_forward: int = 0
-    row_backward: int = 0
-    gathered: int = 0
-    summed: int = 0
-    forward_calls: int = 0
-    backward_calls: int = 0
-    gathers: int = 0
-    sums: int = 0
+    to_heads: Sent = Sent()
+    to_tokens: Sent = Sent()
+    gathered: Sent = Sent()
+    from_heads: Sent = Sent()
+    from_tokens: Sent = Sent()
+    summed: Sent = Sent()
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
-    def repeated(self, forwards: int, backwards: int) -> "Traffic":
-        """Return the traffic of so many passes."""
-        backward = ("row_backward", "summed", "backward_calls", "sums")
-        times = {name: backwards if name in backward else forwards for name in vars(self)}
-        return Traffic(**{name: value * times[name] for name, value in vars(self).items()})
+    def repeated(self, *, forwards: int = 1, inputs: int = 1, keys: int = 1, outputs: int = 1) -> "Traffic":
+        """Return the traffic of so many passes: forward, and backward to queries, keys and values, to keys and values
+        that were gathered, and from the output."""
+        return Traffic(
+            to_heads=self.to_heads * forwards,
+            to_tokens=self.to_tokens * forwards,
+            gathered=self.gathered * forwards,
+            from_heads=self.from_heads * inputs,
+            from_tokens=self.from_tokens * outputs,
+            summed=self.summed * keys,
+        )
 
 
 def traffic(widths: AttentionWidths, grid: Grid, rank: int, tokens: int, *, padded: bool = True) -> Traffic:
-    """Return what `rank` sends for one layer and a row of `tokens`.
+    """Return what `rank` sends for one layer and a row of `tokens`, forward and backward.
 
     Args:
         padded: Gathered rows are padded to the largest share, as collectives do; in pairs they are not.
@@ -69,23 +89,20 @@ def traffic(widths: AttentionWidths, grid: Grid, rank: int, tokens: int, *, padd
     own = sum(map(len, grid.tokens(tokens)[rank]))
     both = widths.head_dim + widths.value_dim
     wide = [len(q) * widths.head_dim + len(k) * both for q, k in zip(shares.query, shares.key)]
-    found: dict[str, int] = {}
+    found: dict[str, Sent] = {}
     if grid.heads > 1:
-        heads = len(shares.query[place])
-        away, others = own * (sum(wide) - wide[place]), of_row[row] - own
+        heads, others = len(shares.query[place]), of_row[row] - own
         found |= {
-            "row_forward": away + others * heads * widths.value_dim,
-            "row_backward": others * wide[place] + own * (widths.heads - heads) * widths.value_dim,
-            "forward_calls": 2,
-            "backward_calls": 2,
+            "to_heads": Sent(own * (sum(wide) - wide[place]), 1),
+            "to_tokens": Sent(others * heads * widths.value_dim, 1),
+            "from_heads": Sent(others * wide[place], 1),
+            "from_tokens": Sent(own * (widths.heads - heads) * widths.value_dim, 1),
         }
     keys = len(shares.key[place])
     if grid.gathered > 1 and keys:
         found |= {
-            "gathered": (max(of_row) if padded else of_row[row]) * keys * both,
-            "summed": (sum(of_row) - of_row[row]) * keys * both,
-            "gathers": 1,
-            "sums": 1,
+            "gathered": Sent((max(of_row) if padded else of_row[row]) * keys * both, 1),
+            "summed": Sent((sum(of_row) - of_row[row]) * keys * both, 1),
         }
     return Traffic(**found)
 
@@ -93,15 +110,23 @@ def traffic(widths: AttentionWidths, grid: Grid, rank: int, tokens: int, *, padd
 def messages(total: Traffic, grid: Grid, itemsize: int, micro_batches: int = 1) -> list[Message]:
     """Return the messages of a step whose every micro-batch sends `total`; `itemsize`: bytes of an element."""
 
-    def message(kind: Collective, ranks: int, elements: int, calls: int, content: str) -> Message:
-        size, often = elements * itemsize * micro_batches, calls * micro_batches
-        return Message(kind=kind, axes=("sequence",), ranks=ranks, bytes=size, calls=often, content=content)
+    def message(kind: Collective, ranks: int, stride: int, sent: Sent, content: str) -> Message:
+        each = sent * micro_batches
+        return Message(
+            kind=kind,
+            axes=("sequence",),
+            ranks=ranks,
+            bytes=each.elements * itemsize,
+            calls=each.calls,
+            content=content,
+            stride=stride,
+        )
 
-    row = total.row_forward + total.row_backward
+    row = total.to_heads + total.to_tokens + total.from_heads + total.from_tokens
     found = [
-        message("all_to_all", grid.heads, row, total.forward_calls + total.backward_calls, "heads and tokens"),
-        message("all_gather", grid.gathered, total.gathered, total.gathers, "keys and values"),
-        message("all_to_all", grid.gathered, total.summed, total.sums, "gradients of keys and values"),
+        message("all_to_all", grid.heads, 1, row, "heads and tokens"),
+        message("all_gather", grid.gathered, grid.heads, total.gathered, "keys and values"),
+        message("all_to_all", grid.gathered, grid.heads, total.summed, "gradients of keys and values"),
     ]
     return [one for one in found if one.calls]
 
@@ -111,14 +136,15 @@ def seconds(layers: Sequence[AttentionWidths], grid: Grid, tokens: int, links: L
     total = 0.0
     for widths in dict.fromkeys(layers):
         one = traffic(widths, grid, 0, tokens)
-        row = (one.row_forward + one.row_backward) * itemsize
-        column = (one.gathered * (grid.gathered - 1) + one.summed) * itemsize
+        row = one.to_heads + one.to_tokens + one.from_heads + one.from_tokens
+        column = one.gathered * (grid.gathered - 1) + one.summed
         shares = head_shares(widths.heads, widths.kv_heads, grid.heads)
         # Causal attention, forward and backward: 7 products of half of tokens × tokens, beyond an even share of heads.
         waiting = len(shares.query[0]) / grid.gathered - widths.heads / grid.ranks
         work = 7 * waiting * tokens**2 * (widths.head_dim + widths.value_dim) / 2
-        spent = links.seconds(row, grid.heads, calls=one.forward_calls + one.backward_calls)
-        spent += links.seconds(column, grid.gathered, stride=grid.heads, calls=one.gathers + one.sums)
+        spent = links.seconds(row.elements * itemsize, grid.heads, calls=row.calls)
+        calls = one.gathered.calls + one.summed.calls
+        spent += links.seconds(column.elements * itemsize, grid.gathered, stride=grid.heads, calls=calls)
         total += list(layers).count(widths) * (spent + work / links.arithmetic)
     return total
 
