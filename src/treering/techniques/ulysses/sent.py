@@ -49,7 +49,7 @@ def messages_of(
             keys=int(inputs if grid.heads > 1 else keys),  # of one message, all have a gradient or none
             outputs=int(inputs or bool(feeding)),
         )
-    return messages(total, grid, _itemsize(model, anatomy), work.micro_batches)
+    return messages(total, grid, itemsize(model, anatomy), work.micro_batches)
 
 
 def _before(anatomy: "Anatomy", index: int, learning: set[str]) -> set[str]:
@@ -73,7 +73,7 @@ def _is_of_queries(name: str, attention: "Attention") -> bool:
     return own != name and own.startswith(QUERIES)
 
 
-def _itemsize(model: nn.Module, anatomy: "Anatomy") -> int:
+def itemsize(model: nn.Module, anatomy: "Anatomy") -> int:
     """Return the bytes of an element of q, k and v: of the dtype in which sharded blocks compute, if it is set."""
     block: Any = model.get_submodule(anatomy.blocks[0].fqn)
     compute: torch.dtype | None = (

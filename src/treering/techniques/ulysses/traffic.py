@@ -10,6 +10,7 @@ S_row: the tokens of a row of the grid. A collective that gathers pads each rank
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from treering.core.links import Links
 from treering.technique import Collective, Message
@@ -77,6 +78,7 @@ class Traffic:
         )
 
 
+@cache
 def traffic(widths: AttentionWidths, grid: Grid, rank: int, tokens: int, *, padded: bool = True) -> Traffic:
     """Return what `rank` sends for one layer and a row of `tokens`, forward and backward.
 
@@ -137,16 +139,40 @@ def seconds(layers: Sequence[AttentionWidths], grid: Grid, tokens: int, links: L
     for widths in dict.fromkeys(layers):
         one = traffic(widths, grid, 0, tokens)
         row = one.to_heads + one.to_tokens + one.from_heads + one.from_tokens
-        column = one.gathered * (grid.gathered - 1) + one.summed
-        shares = head_shares(widths.heads, widths.kv_heads, grid.heads)
         # Causal attention, forward and backward: 7 products of half of tokens × tokens, beyond an even share of heads.
-        waiting = len(shares.query[0]) / grid.gathered - widths.heads / grid.ranks
+        waiting = (busiest(widths, grid) - 1 / grid.ranks) * widths.heads
         work = 7 * waiting * tokens**2 * (widths.head_dim + widths.value_dim) / 2
         spent = links.seconds(row.elements * itemsize, grid.heads, calls=row.calls)
-        calls = one.gathered.calls + one.summed.calls
-        spent += links.seconds(column.elements * itemsize, grid.gathered, stride=grid.heads, calls=calls)
+        own, others = one.gathered.elements * (grid.gathered - 1) * itemsize, one.summed.elements * itemsize
+        spent += links.seconds(own, grid.gathered, grid.heads, one.gathered.calls, ring=True)
+        spent += links.seconds(others, grid.gathered, grid.heads, one.summed.calls)
         total += list(layers).count(widths) * (spent + work / links.arithmetic)
     return total
+
+
+def busiest(widths: AttentionWidths, grid: Grid) -> float:
+    """Return which part of an attention the rank computes that has most heads."""
+    return len(head_shares(widths.heads, widths.kv_heads, grid.heads).query[0]) / widths.heads / grid.gathered
+
+
+def compared(
+    layers: Sequence[AttentionWidths], chosen: Grid, tokens: int, links: Links, *, itemsize: int = 2
+) -> list[str]:
+    """Return lines, one for `chosen` and for the fastest arrangement of each other kind, the fastest first: what rank 0
+    sends for the first layer of a row of `tokens`, forward and backward, and how long it takes."""
+    spent = {grid: seconds(layers[:1], grid, tokens, links, itemsize) for grid in grids(chosen.ranks)}
+    best = {grid.layout: grid for grid in sorted(spent, key=lambda grid: -spent[grid])} | {chosen.layout: chosen}
+    lines = ["a layer of these tokens sends, forward and backward"]
+    for grid in sorted(best.values(), key=lambda grid: spent[grid]):
+        one = traffic(layers[0], grid, 0, tokens)
+        parts = (one.to_heads, one.to_tokens, one.from_heads, one.from_tokens, one.summed)
+        total = sum(parts, Sent(one.gathered.elements * (grid.gathered - 1), one.gathered.calls))
+        shape = f"2d ({grid.gathered} × {grid.heads})" if grid.layout == "2d" else grid.layout
+        size, more = total.elements * itemsize / 2**20, busiest(layers[0], grid) * grid.ranks - 1
+        uneven = f", {more:.0%} more attention on one rank" if more > 0.005 else ""
+        mark = " (chosen)" if grid == chosen else ""
+        lines.append(f"  {shape}: {size:,.1f} MiB in {total.calls} calls, {1000 * spent[grid]:,.2f} ms{uneven}{mark}")
+    return lines
 
 
 def grids(ranks: int) -> list[Grid]:
