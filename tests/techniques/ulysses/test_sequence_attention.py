@@ -115,6 +115,27 @@ def test_two_messages_each_way_and_what_does_not_fit_is_refused():
     on_ranks(2, counted)
 
 
+def coded():
+    rank, lengths = dist.get_rank(), (9, 12)
+    own = slice(9 * rank, 9 + 12 * rank)
+    image, text = inputs((4, 2), 21, (16, 16), 2), inputs((4, 2), 5, (16, 16), 2)
+    mine, exact = [x[:, :, own] for x in image[:3]], {"lengths": lengths, "replicated": tuple(text[:3])}
+    wanted = tr.sequence_attention(*mine, **exact)
+    with recorded() as plain:
+        tr.sequence_attention(*mine, **exact)
+    with recorded() as record:
+        found = tr.sequence_attention(*mine, **exact, codec="int8")
+    for one, other in zip(found, wanted):
+        assert 0 < (one - other).norm() / other.norm() < 0.02
+    assert sum(record.bytes.values()) < 0.3 * sum(plain.bytes.values())
+    with pytest.raises(tr.ConfigError, match="is no codec"):
+        tr.sequence_attention(*mine, **exact, codec="int4")
+
+
+def test_what_is_sent_can_be_coded():
+    on_ranks(2, coded)
+
+
 def of_the_page():
     """The block of docs/sequence-parallel.md on several ranks and on one."""
     text = (Path(__file__).parents[3] / "docs" / "sequence-parallel.md").read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from treering.anatomy import Anatomy
     from treering.techniques.ulysses.ranks import SequenceRanks
     from treering.techniques.ulysses.shares import Grid
+    from treering.techniques.ulysses.traffic import SentForm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,9 @@ class Ulysses(UlyssesSettings):
                cannot reach one another directly; the results have the same bits
     layout     `heads`: each rank computes attention of all tokens for some heads. `gathered`: of its own tokens, with
                all keys. `2d`: both. `auto`: what takes least time for this model and number of ranks
+    codec      in which form tensors are sent: `none`, in the dtype of the model; `int8`, rotated, with the mean apart;
+               `e4m3`. The codes take half of the bytes of bfloat16, and round
+    uncoded    what a codec leaves as it is: query, key, value, output, gradients
 
     Example:
         run = tr.compose("MODEL", [tr.Full(), tr.Ulysses(), tr.Shard()], mesh=tr.mesh(sequence=2))
@@ -39,6 +43,7 @@ class Ulysses(UlyssesSettings):
     def apply(self, model: "nn.Module", site: Site) -> Applied:
         from treering import attention
         from treering.core.module_forward import install, undo_all
+        from treering.techniques.ulysses.coded import Codecs, CodingErrors
         from treering.techniques.ulysses.ranks import SequenceRanks
         from treering.techniques.ulysses.rotary import depends_on_batch, install_rotary
         from treering.techniques.ulysses.split_batch import OnlyShares, split_batch
@@ -53,7 +58,11 @@ class Ulysses(UlyssesSettings):
                 settings=("ulysses", "mesh.sequence"),
             )
         grid = self.grid(site.anatomy, axis_size(site.mesh, "sequence"))
-        ranks = SequenceRanks.of_mesh(site.mesh, grid, self.transport)
+        errors = CodingErrors(every=2 * (len(site.anatomy.attentions) // 4) + 1)
+        codecs = Codecs.of(self.codec, self.uncoded, errors)
+        for one in site.anatomy.attentions:
+            codecs.check(one.head_dim, one.value_dim)
+        ranks = SequenceRanks.of_mesh(site.mesh, grid, self.transport, codecs)
         last = depends_on_batch(model.config)
         undone = [install(OnlyShares(model))] + ([install_rotary(model)] if last else [])
         return Applied(
@@ -62,6 +71,7 @@ class Ulysses(UlyssesSettings):
             messages=partial(self._messages, model, site.anatomy, ranks),
             busiest=partial(self._busiest, site.anatomy, ranks.grid),
             compared=partial(self._compared, model, site.anatomy, ranks.grid),
+            metrics=None if self.codec == "none" else partial(errors.metrics, site.mesh["sequence"].get_group()),
             undo=undo_all(undone),
             notes=(_note(grid, site.anatomy),),
         )
@@ -88,16 +98,16 @@ class Ulysses(UlyssesSettings):
                     "heads, gathered or auto, or a number of ranks that is not prime",
                     settings=("ulysses.layout", "mesh.sequence"),
                 )
-        return choose(_layers(anatomy), among)
+        return choose(_layers(anatomy), among, form=self._form())
 
     def _messages(
         self, model: "nn.Module", anatomy: "Anatomy", ranks: "SequenceRanks", work: Workload
     ) -> list[Message]:
-        from treering.techniques.ulysses.sent import messages_of
+        from treering.techniques.ulysses.sent import itemsize, messages_of
 
         grid = self._grid_for(anatomy, ranks.grid, work)
         rank = ranks.rank if grid is ranks.grid else 0
-        return messages_of(model, anatomy, grid, rank, work, padded=self.transport == "collective")
+        return messages_of(model, anatomy, grid, rank, work, self._form(itemsize(model, anatomy)))
 
     def _busiest(self, anatomy: "Anatomy", grid: "Grid", work: Workload) -> float:
         from treering.techniques.ulysses.traffic import busiest
@@ -110,7 +120,14 @@ class Ulysses(UlyssesSettings):
         from treering.techniques.ulysses.sent import itemsize
         from treering.techniques.ulysses.traffic import compared
 
-        return compared(_layers(anatomy), grid, work.tokens, Links(), itemsize=itemsize(model, anatomy))
+        return compared(_layers(anatomy), grid, work.tokens, Links(), self._form(itemsize(model, anatomy)))
+
+    def _form(self, itemsize: int = 2) -> "SentForm":
+        """Return the form in which tensors are sent; a run chooses a layout before it knows the bytes of an element."""
+        from treering.techniques.ulysses.traffic import SentForm
+
+        padded = self.transport == "collective"
+        return SentForm(itemsize=itemsize, codec=self.codec, uncoded=tuple(self.uncoded), padded=padded)
 
     def _grid_for(self, anatomy: "Anatomy", grid: "Grid", work: Workload) -> "Grid":
         """Return `grid`, that of the mesh, or that of as many ranks as `work` asks for."""

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from treering.attention.documents import Attend
-from treering.core.row_messages import Transport, all_gather_rows, all_to_all
+from treering.core.row_messages import Transport
+from treering.techniques.ulysses.coded import NONE, Codecs, Content, MessagePart, Rows, exchange, gather
 from treering.techniques.ulysses.layout import pack, rows_of, unpack, views
 from treering.techniques.ulysses.shares import HeadShares, Ranges, head_shares
 
@@ -32,13 +33,22 @@ class Partners:
         group: The name of their process group.
         place: Of this rank among them.
         tokens: How many each of them has: of a row, each rank's own; of a column, each row's.
-        transport: How they exchange.
+        transport, codecs: How they exchange.
     """
 
     group: str
     place: int
     tokens: tuple[int, ...]
     transport: Transport = "collective"
+    codecs: Codecs = NONE
+
+    def exchange(self, flat: Tensor, sent: list[Rows], received: list[Rows], *, gradients: bool = False) -> Tensor:
+        """Return what each partner sends to this rank, flat. A collective."""
+        return exchange(flat, sent, received, self.group, self.transport, self.codecs, gradients=gradients)
+
+    def gather(self, flat: Tensor, rows: list[Rows]) -> Tensor:
+        """Return the rows of all partners, flat. A collective."""
+        return gather(flat, rows, self.place, self.group, self.transport, self.codecs)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,8 +81,9 @@ class UlyssesExchange:
             here = (len(shares.query[place]), len(shares.key[place]), len(shares.key[place]))
             query, key, value = views(rows_TBW, list(zip(here, widths)))
         if self.column is not None and key.shape[1]:
-            gathered_TBW = GatherRows.apply(rows_of((key, value)), self.column, self.ranges)
-            key, value = views(gathered_TBW, [(key.shape[1], width) for width in widths[1:]])
+            parts = (MessagePart("key", key.shape[1], widths[1]), MessagePart("value", key.shape[1], widths[2]))
+            gathered_TBW = GatherRows.apply(rows_of((key, value)), parts, self.column, self.ranges)
+            key, value = views(gathered_TBW, [(part.heads, part.width) for part in parts])
         expansion = shares.expansion(place)
         if expansion is not None:
             key, value = (expanded(x, expansion) for x in (key, value))
@@ -102,24 +113,16 @@ class _ToHeads(torch.autograd.Function):
         tensors, of_heads = (query, key, value), (shares.query, shares.key, shares.key)
         ctx.of_heads, ctx.row = of_heads, row
         ctx.like = [(x.shape, x.dtype) for x in tensors]
-        batch, tokens = query.shape[0], query.shape[2]
-        sent, width = _sizes(tensors, of_heads, row.place, batch)
-        received = [number * width for number in row.tokens]
-        flat = pack(tensors, of_heads)
-        arrived = all_to_all(row.transport)(flat, [tokens * size for size in sent], received, row.group)
-        return arrived.view(sum(row.tokens), batch, width // batch)
+        out, back = _rows_for_heads(ctx.like, of_heads, row)
+        arrived = row.exchange(pack(tensors, of_heads), out, back)
+        return arrived.view(sum(row.tokens), query.shape[0], back[0].width)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_TBW: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [_token_major(shape, gradient_TBW) for shape, _ in ctx.like]
-        batch, tokens = gradients[0].shape[0], gradients[0].shape[2]
-        received, width = _sizes(gradients, ctx.of_heads, ctx.row.place, batch)
-        sent = [number * width for number in ctx.row.tokens]
-        arrived = all_to_all(ctx.row.transport)(
-            gradient_TBW.reshape(-1), sent, [tokens * size for size in received], ctx.row.group
-        )
-        unpack(arrived, gradients, ctx.of_heads)
+        back, out = _rows_for_heads(ctx.like, ctx.of_heads, ctx.row)
+        unpack(ctx.row.exchange(gradient_TBW.reshape(-1), out, back, gradients=True), gradients, ctx.of_heads)
         return *(x.to(dtype) for x, (_, dtype) in zip(gradients, ctx.like)), None, None
 
 
@@ -128,29 +131,22 @@ class _ToTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out_BhTE: Tensor, heads: Ranges, row: Partners) -> Tensor:
-        batch, here, _, width = out_BhTE.shape
+        batch, _, _, width = out_BhTE.shape
         ctx.heads, ctx.row = heads, row
-        tokens = row.tokens[row.place]
-        each = batch * width
-        received = [tokens * len(part) * each for part in heads]
-        arrived = all_to_all(row.transport)(
-            rows_of((out_BhTE,)).reshape(-1), [number * here * each for number in row.tokens], received, row.group
-        )
-        out = _token_major((batch, heads[-1].stop, tokens, width), out_BhTE)
-        unpack(arrived, (out,), (heads,))
-        return out
+        out, back = _rows_for_tokens(out_BhTE, heads, row)
+        arrived = row.exchange(rows_of((out_BhTE,)).reshape(-1), out, back)
+        complete = _token_major((batch, heads[-1].stop, row.tokens[row.place], width), out_BhTE)
+        unpack(arrived, (complete,), (heads,))
+        return complete
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_BHtE: Tensor) -> tuple[Tensor | None, ...]:
-        batch, _, tokens, width = gradient_BHtE.shape
-        here, each = len(ctx.heads[ctx.row.place]), batch * width
-        sent = [tokens * len(part) * each for part in ctx.heads]
-        received = [number * here * each for number in ctx.row.tokens]
-        flat = pack((gradient_BHtE,), (ctx.heads,))
-        arrived = all_to_all(ctx.row.transport)(flat, sent, received, ctx.row.group)
-        rows_TBW = arrived.view(sum(ctx.row.tokens), batch, here * width)
-        return views(rows_TBW, [(here, width)])[0], None, None
+        heads, row = ctx.heads, ctx.row
+        back, out = _rows_for_tokens(gradient_BHtE, heads, row)
+        arrived = row.exchange(pack((gradient_BHtE,), (heads,)), out, back, gradients=True)
+        rows_TBW = arrived.view(sum(row.tokens), gradient_BHtE.shape[0], back[0].width)
+        return views(rows_TBW, [(len(heads[row.place]), gradient_BHtE.shape[-1])])[0], None, None
 
 
 class GatherRows(torch.autograd.Function):
@@ -158,10 +154,13 @@ class GatherRows(torch.autograd.Function):
     the ranks and in at least float32, so that the sum has the same bits with every transport."""
 
     @staticmethod
-    def forward(ctx: Any, rows_TBW: Tensor, column: Partners, ranges: tuple[Ranges, ...]) -> Tensor:
-        ctx.column, ctx.ranges = column, ranges
-        gathered = all_gather_rows(rows_TBW, list(column.tokens), column.group, column.transport)
-        pieces = gathered.split([len(part) for of_rank in ranges for part in of_rank])
+    def forward(
+        ctx: Any, rows_TBW: Tensor, parts: tuple[MessagePart, ...], column: Partners, ranges: tuple[Ranges, ...]
+    ) -> Tensor:
+        ctx.parts, ctx.column, ctx.ranges = parts, column, ranges
+        batch, width = rows_TBW.shape[1:]
+        gathered = column.gather(rows_TBW.reshape(-1), [Rows(tokens * batch, parts) for tokens in column.tokens])
+        pieces = gathered.view(sum(column.tokens), batch, width).split([len(x) for of_rank in ranges for x in of_rank])
         order = sorted(zip((part.start for of_rank in ranges for part in of_rank), pieces), key=lambda one: one[0])
         return torch.cat([piece for _, piece in order])
 
@@ -169,21 +168,39 @@ class GatherRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient_TBW: Tensor) -> tuple[Tensor | None, ...]:
         column: Partners = ctx.column
+        batch, width = gradient_TBW.shape[1:]
         by_rank = torch.cat([gradient_TBW[part.start : part.stop] for of_rank in ctx.ranges for part in of_rank])
         here = column.tokens[column.place]
-        ranks = len(column.tokens)
-        arrived = all_to_all(column.transport)(by_rank, list(column.tokens), [here] * ranks, column.group)
-        wide = torch.promote_types(gradient_TBW.dtype, torch.float32)
-        total = arrived[:here].to(wide, copy=True)
-        for part in arrived[here:].split(here):
+        sent = [Rows(tokens * batch, ctx.parts) for tokens in column.tokens]
+        received = [Rows(here * batch, ctx.parts)] * len(column.tokens)
+        arrived = column.exchange(by_rank.reshape(-1), sent, received, gradients=True)
+        arrived = arrived.view(len(received), here, batch, width)
+        total = arrived[0].to(torch.promote_types(arrived.dtype, torch.float32), copy=True)
+        for part in arrived[1:]:
             total += part
-        return total.to(gradient_TBW.dtype), None, None
+        return total.to(gradient_TBW.dtype), None, None, None
 
 
-def _sizes(tensors: Sequence[Tensor], heads: Sequence[Ranges], place: int, batch: int) -> tuple[list[int], int]:
-    """Return the elements of a token's row for each rank, and for this one."""
-    sizes = [batch * sum(len(of[rank]) * x.shape[-1] for x, of in zip(tensors, heads)) for rank in range(len(heads[0]))]
-    return sizes, sizes[place]
+def _rows_for_heads(
+    like: Sequence[tuple[Sequence[int], torch.dtype]], heads: Sequence[Ranges], row: Partners
+) -> tuple[list[Rows], list[Rows]]:
+    """Return the messages that this rank sends to each of the row for q, k and v, and those that it receives."""
+    contents: tuple[Content, ...] = ("query", "key", "value")
+    widths = [shape[-1] for shape, _ in like]
+    parts = [
+        tuple(MessagePart(content, len(of[rank]), width) for content, of, width in zip(contents, heads, widths))
+        for rank in range(len(row.tokens))
+    ]
+    batch, tokens = like[0][0][0], row.tokens[row.place]
+    return [Rows(tokens * batch, one) for one in parts], [Rows(n * batch, parts[row.place]) for n in row.tokens]
+
+
+def _rows_for_tokens(out: Tensor, heads: Ranges, row: Partners) -> tuple[list[Rows], list[Rows]]:
+    """Return the messages that this rank sends to each of the row for the output, and those that it receives."""
+    batch, width = out.shape[0], out.shape[-1]
+    sent = [Rows(tokens * batch, (MessagePart("output", len(heads[row.place]), width),)) for tokens in row.tokens]
+    tokens = row.tokens[row.place]
+    return sent, [Rows(tokens * batch, (MessagePart("output", len(part), width),)) for part in heads]
 
 
 def _token_major(shape: Sequence[int], like: Tensor) -> Tensor:

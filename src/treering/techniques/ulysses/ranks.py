@@ -10,6 +10,7 @@ import torch.distributed as dist
 from treering.attention.documents import Documents
 from treering.core.row_messages import Transport
 from treering.core.topology import grid_of_sequence
+from treering.techniques.ulysses.coded import NONE, Codecs
 from treering.techniques.ulysses.exchange import Partners, UlyssesExchange
 from treering.techniques.ulysses.shares import Grid, Ranges, pieces
 
@@ -25,7 +26,7 @@ class SequenceRanks:
         grid: How they are arranged.
         rank: Of this process among them.
         row, column: Names of the process groups of its row and its column of the grid; empty for one rank alone.
-        transport: How they exchange.
+        transport, codecs: How they exchange.
     """
 
     grid: Grid
@@ -33,23 +34,28 @@ class SequenceRanks:
     row: str = ""
     column: str = ""
     transport: Transport = "collective"
+    codecs: Codecs = NONE
 
     @classmethod
-    def of_group(cls, group: Any, transport: Transport = "collective", *, gathered: bool = False) -> "SequenceRanks":
+    def of_group(
+        cls, group: Any, transport: Transport = "collective", codecs: Codecs = NONE, *, gathered: bool = False
+    ) -> "SequenceRanks":
         """Return the ranks of one process group, which all exchange heads, or which all gather keys."""
         size, rank, name = dist.get_world_size(group), dist.get_rank(group), group.group_name
-        if gathered:
-            return cls(grid=Grid(heads=1, gathered=size), rank=rank, column=name, transport=transport)
-        return cls(grid=Grid(heads=size), rank=rank, row=name, transport=transport)
+        grid = Grid(heads=1, gathered=size) if gathered else Grid(heads=size)
+        names = {"column" if gathered else "row": name}
+        return cls(grid=grid, rank=rank, transport=transport, codecs=codecs, **names)
 
     @classmethod
-    def of_mesh(cls, mesh: "DeviceMesh", grid: Grid, transport: Transport = "collective") -> "SequenceRanks":
+    def of_mesh(
+        cls, mesh: "DeviceMesh", grid: Grid, transport: Transport = "collective", codecs: Codecs = NONE
+    ) -> "SequenceRanks":
         """Return the ranks of the axis `sequence` as a grid. Creates process groups if it has rows and columns."""
         axis = mesh["sequence"]
         if grid.ranks != axis.size():
             raise AssertionError(f"a grid of {grid.ranks} ranks for {axis.size()}")
         if 1 in (grid.heads, grid.gathered):
-            return cls.of_group(axis.get_group(), transport, gathered=grid.heads == 1)
+            return cls.of_group(axis.get_group(), transport, codecs, gathered=grid.heads == 1)
         row, column = grid_of_sequence(mesh, grid.heads)
         return cls(
             grid=grid,
@@ -57,6 +63,7 @@ class SequenceRanks:
             row=row.group_name,
             column=column.group_name,
             transport=transport,
+            codecs=codecs,
         )
 
     def tokens(self, tokens: int) -> Ranges:
@@ -68,12 +75,13 @@ class SequenceRanks:
         grid = self.grid
         shares, of_rows = grid.tokens(tokens), grid.row_tokens(tokens)
         at, place = grid.place(self.rank)
+        how = {"transport": self.transport, "codecs": self.codecs}
         row = column = None
         if grid.heads > 1:
             here = shares[at * grid.heads : (at + 1) * grid.heads]
-            row = Partners(group=self.row, place=place, tokens=_numbers(here), transport=self.transport)
+            row = Partners(group=self.row, place=place, tokens=_numbers(here), **how)  # type: ignore[arg-type]
         if grid.gathered > 1:
-            column = Partners(group=self.column, place=at, tokens=_numbers(of_rows), transport=self.transport)
+            column = Partners(group=self.column, place=at, tokens=_numbers(of_rows), **how)  # type: ignore[arg-type]
         return UlyssesExchange(row=row, column=column, ranges=of_rows, last_position=last_position)
 
     def documents(self, lengths: Sequence[int], device: torch.device | str, last_position: int = 0) -> Documents:

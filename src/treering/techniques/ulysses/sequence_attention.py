@@ -4,7 +4,8 @@ Shapes: B rows, H query heads, K key heads, t tokens of this rank, R tokens that
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,9 @@ from torch.nn import functional as F
 
 from treering.core.errors import DataError
 from treering.core.row_messages import Transport, gather_equal
+from treering.techniques.ulysses.coded import Codecs, MessagePart
 from treering.techniques.ulysses.exchange import GatherRows, Partners, UlyssesExchange, expanded
+from treering.techniques.ulysses.settings import Codec, Uncoded
 from treering.techniques.ulysses.shares import head_shares
 
 AttendPlainly = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -34,6 +37,8 @@ def sequence_attention(
     replicated: Three | None = None,
     replicated_at: Literal["start", "end"] = "end",
     transport: Transport = "collective",
+    codec: Codec = "none",
+    uncoded: Collection[Uncoded] = (),
 ) -> Any:
     """Return this rank's part of the attention of all tokens, [B, H, t, E]. A collective, and one more in the backward.
 
@@ -55,6 +60,8 @@ def sequence_attention(
         replicated: q, k and v [B, H, R, D] of tokens that are the same on every rank.
         replicated_at: whether they come before all others or after them.
         transport: `collective` or `paired`.
+        codec: `none`, `int8` or `e4m3`, in which q, k, v, the output and gradients are sent.
+        uncoded: what the codec leaves as it is: query, key, value, output, gradients.
 
     Example:
         out = tr.sequence_attention(q, k, v, group)
@@ -69,7 +76,9 @@ def sequence_attention(
             f"of the group has {query_BHtD.shape[2]} tokens; give the number of tokens of each rank"
         )
     plainly = attend or _sdpa(causal, scaling)
-    row = Partners(group=group.group_name, place=place, tokens=numbers, transport=transport)
+    codecs = Codecs.of(codec, uncoded)
+    codecs.check(key_BKtD.shape[-1], value_BKtE.shape[-1])
+    row = Partners(group=group.group_name, place=place, tokens=numbers, transport=transport, codecs=codecs)
     exchange = UlyssesExchange(row=row)
     if replicated is None:
         return exchange.around(lambda q, k, v, _: plainly(q, k, v), query_BHtD, key_BKtD, value_BKtE, None)
@@ -108,9 +117,10 @@ class _Replicated:
         """Return [B, H, R, E]."""
         batch, _, tokens, width = self.out.shape
         numbers = tuple(map(len, self.shares.query))
-        column = Partners(group=self.row.group, place=self.row.place, tokens=numbers, transport=self.row.transport)
+        column = replace(self.row, tokens=numbers)
         rows_HBW = self.out.transpose(0, 1).flatten(2)
-        gathered_HBW = GatherRows.apply(rows_HBW, column, tuple((part,) for part in self.shares.query))
+        parts = (MessagePart("output", tokens, width),)
+        gathered_HBW = GatherRows.apply(rows_HBW, parts, column, tuple((part,) for part in self.shares.query))
         return gathered_HBW.view(-1, batch, tokens, width).transpose(0, 1)
 
 
