@@ -117,7 +117,8 @@ def compared(kind: str, layers: Sequence[Layer]) -> Iterator[Row]:
                     continue
                 case = f"{kind}, {what}" + f", {how} layer" * (len(layers) > 1)
                 yield row(
-                    f"relative error of the {tensor}, int8 / e4m3", case, [of(mine)], [of(theirs)], unit="relative", at_most=None if kind == "normal" else 1 / 3,
+                    f"relative error of the {tensor}, int8 / e4m3", case, [of(mine)], [of(theirs)], unit="relative",
+                    at_most=None if kind == "normal" else 1 / 3,
                     packages=PACKAGES, command=COMMAND,
                 )  # fmt: skip
     apart = statistics.median(sum(errors(layer, "int8", key="none", gradients=True)) for layer in layers)
