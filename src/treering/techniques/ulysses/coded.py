@@ -22,7 +22,7 @@ Content = Literal["query", "key", "value", "output"]
 CONTENTS: tuple[Content, ...] = get_args(Content)
 
 
-class Part(NamedTuple):
+class MessagePart(NamedTuple):
     """Some heads of one tensor in each row of a message."""
 
     content: Content
@@ -34,7 +34,7 @@ class Rows(NamedTuple):
     """A message: so many rows of these parts."""
 
     number: int
-    parts: tuple[Part, ...]
+    parts: tuple[MessagePart, ...]
 
     @property
     def width(self) -> int:
@@ -87,7 +87,7 @@ class Codecs:
         """Return whether anything is coded in this pass."""
         return bool(self._coding(gradients=gradients))
 
-    def _size(self, part: Part, number: int, itemsize: int, *, gradients: bool) -> int:
+    def _size(self, part: MessagePart, number: int, itemsize: int, *, gradients: bool) -> int:
         coding = self._coding(gradients=gradients).get(part.content)
         if coding is not None:
             return coding.size(number, part.heads, part.width)
@@ -170,7 +170,7 @@ class CodingErrors:
         return found
 
 
-def _parts(message: Tensor, rows: Rows) -> list[tuple[Part, Tensor]]:
+def _parts(message: Tensor, rows: Rows) -> list[tuple[MessagePart, Tensor]]:
     """Return the parts of a flat message as views [N, H, D]."""
     pieces = message.view(rows.number, rows.width).split([part.heads * part.width for part in rows.parts], dim=1)
     return [(part, piece.unflatten(1, (part.heads, part.width))) for part, piece in zip(rows.parts, pieces)]

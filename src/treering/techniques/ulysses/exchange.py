@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from treering.attention.documents import Attend
 from treering.core.row_messages import Transport
-from treering.techniques.ulysses.coded import NONE, Codecs, Content, Part, Rows, exchange, gather
+from treering.techniques.ulysses.coded import NONE, Codecs, Content, MessagePart, Rows, exchange, gather
 from treering.techniques.ulysses.layout import pack, rows_of, unpack, views
 from treering.techniques.ulysses.shares import HeadShares, Ranges, head_shares
 
@@ -81,7 +81,7 @@ class UlyssesExchange:
             here = (len(shares.query[place]), len(shares.key[place]), len(shares.key[place]))
             query, key, value = views(rows_TBW, list(zip(here, widths)))
         if self.column is not None and key.shape[1]:
-            parts = (Part("key", key.shape[1], widths[1]), Part("value", key.shape[1], widths[2]))
+            parts = (MessagePart("key", key.shape[1], widths[1]), MessagePart("value", key.shape[1], widths[2]))
             gathered_TBW = GatherRows.apply(rows_of((key, value)), parts, self.column, self.ranges)
             key, value = views(gathered_TBW, [(part.heads, part.width) for part in parts])
         expansion = shares.expansion(place)
@@ -155,7 +155,7 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows_TBW: Tensor, parts: tuple[Part, ...], column: Partners, ranges: tuple[Ranges, ...]
+        ctx: Any, rows_TBW: Tensor, parts: tuple[MessagePart, ...], column: Partners, ranges: tuple[Ranges, ...]
     ) -> Tensor:
         ctx.parts, ctx.column, ctx.ranges = parts, column, ranges
         batch, width = rows_TBW.shape[1:]
@@ -188,7 +188,7 @@ def _rows_for_heads(
     contents: tuple[Content, ...] = ("query", "key", "value")
     widths = [shape[-1] for shape, _ in like]
     parts = [
-        tuple(Part(content, len(of[rank]), width) for content, of, width in zip(contents, heads, widths))
+        tuple(MessagePart(content, len(of[rank]), width) for content, of, width in zip(contents, heads, widths))
         for rank in range(len(row.tokens))
     ]
     batch, tokens = like[0][0][0], row.tokens[row.place]
@@ -198,9 +198,9 @@ def _rows_for_heads(
 def _rows_for_tokens(out: Tensor, heads: Ranges, row: Partners) -> tuple[list[Rows], list[Rows]]:
     """Return the messages that this rank sends to each of the row for the output, and those that it receives."""
     batch, width = out.shape[0], out.shape[-1]
-    sent = [Rows(tokens * batch, (Part("output", len(heads[row.place]), width),)) for tokens in row.tokens]
+    sent = [Rows(tokens * batch, (MessagePart("output", len(heads[row.place]), width),)) for tokens in row.tokens]
     tokens = row.tokens[row.place]
-    return sent, [Rows(tokens * batch, (Part("output", len(part), width),)) for part in heads]
+    return sent, [Rows(tokens * batch, (MessagePart("output", len(part), width),)) for part in heads]
 
 
 def _token_major(shape: Sequence[int], like: Tensor) -> Tensor:

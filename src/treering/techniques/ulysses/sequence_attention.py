@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from treering.core.errors import DataError
 from treering.core.row_messages import Transport, gather_equal
-from treering.techniques.ulysses.coded import Codecs, Part
+from treering.techniques.ulysses.coded import Codecs, MessagePart
 from treering.techniques.ulysses.exchange import GatherRows, Partners, UlyssesExchange, expanded
 from treering.techniques.ulysses.settings import Codec, Uncoded
 from treering.techniques.ulysses.shares import head_shares
@@ -119,7 +119,7 @@ class _Replicated:
         numbers = tuple(map(len, self.shares.query))
         column = replace(self.row, tokens=numbers)
         rows_HBW = self.out.transpose(0, 1).flatten(2)
-        parts = (Part("output", tokens, width),)
+        parts = (MessagePart("output", tokens, width),)
         gathered_HBW = GatherRows.apply(rows_HBW, parts, column, tuple((part,) for part in self.shares.query))
         return gathered_HBW.view(-1, batch, tokens, width).transpose(0, 1)
 
