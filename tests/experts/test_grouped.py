@@ -79,6 +79,7 @@ def test_float64_agrees_with_the_loop_of_transformers(name):
 @pytest.mark.parametrize("rank", [1, 3, 4, 12, 16])
 def test_low_rank_products_and_gradients_are_those_of_a_loop(sizes, kind, rank):
     experts, tokens, choices = sizes
+    torch.manual_seed(0)  # with other numbers a product of one token may happen to be almost zero
     routing = route(drawn(experts, tokens, choices, kind=kind), experts)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
         x = torch.randn(tokens, 24).to(dtype)[routing.tokens].requires_grad_()

@@ -56,7 +56,7 @@ def test_a_dry_run_measures_every_row_with_nothing_but_torch_and_transformers(tm
     peaks = [row for row in found if "peak above" in row["figure"]]
     assert peaks and all(row["ours"] is None for row in peaks), "a CPU has no peak to measure"
     exact = [row for row in found if row["row"] in ("kernels", "flex") and "float64" in row["figure"]]
-    assert len(exact) == 14 and all(row["holds"] for row in exact)
+    assert len(exact) == 18 and all(row["holds"] for row in exact)
 
 
 def test_a_dry_run_is_kept_out_of_the_results(tmp_path, monkeypatch):

@@ -117,7 +117,7 @@ def other_documents():
     mesh = tr.mesh(shard=1, sequence=2)
     run = tr.compose(build("llama"), [tr.Full(), tr.Shard(), CutRows(how="documents")], mesh=mesh)
     own = packed((4, 4) if dist.get_rank() == 0 else (5, 6))
-    with pytest.raises(tr.DataError, match=r"sequence.*the same batches.*data_rank"):
+    with pytest.raises(tr.DataError, match=r"sequence.*the same micro-batches.*data_rank"):
         next(run.steps([[own]]))
 
 
