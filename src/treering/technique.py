@@ -278,10 +278,12 @@ class Workload:
     Attributes:
         tokens: Of one micro-batch's row, before any technique cuts it.
         micro_batches: Forward and backward passes in the step, on each rank.
+        sequence: As if the mesh's axis `sequence` had so many ranks, to compare meshes; None: it is as it is.
     """
 
     tokens: int
     micro_batches: int = 1
+    sequence: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +299,7 @@ class Message:
         calls: How often.
         content: What is sent, in a word or two.
         stride: Every how many ranks of `axes` take part.
+        overlaps: Whether it is sent while the ranks compute something that does not need it.
     """
 
     kind: Collective
@@ -306,6 +309,7 @@ class Message:
     calls: int
     content: str
     stride: int = 1
+    overlaps: bool = False
 
     @property
     def sent(self) -> float:
@@ -356,6 +360,9 @@ class Applied:
         messages: The communication of one step, computed from shapes once every technique is applied.
         tokens: Where `batch` cuts rows over ranks: from the number of a micro-batch's tokens to the ranges of them that
             this rank computes; of at most one technique. None: all of them.
+        busiest: Where ranks share a row: which part of its attention the rank that has most of it computes. None: each
+            as much as every other.
+        compared: Lines for `explain()` that compare what the technique has chosen with what it has not.
         maps: Plain name → the tensors that learn instead of, or as, this weight.
         without: Opens a context in which the model computes, without gradients, as if the technique were absent. None:
             that is not possible (the plain weights themselves train), unless nothing of the technique learns.
@@ -378,6 +385,8 @@ class Applied:
     undo: Callable[[], None] | None = None
     messages: Callable[[Workload], Sequence[Message]] | None = None
     tokens: Callable[[int], tuple[range, ...]] | None = None
+    busiest: Callable[[Workload], float] | None = None
+    compared: Callable[[Workload], Sequence[str]] | None = None
     maps: Maps = field(default_factory=dict)
     without: Without | None = None
     notes: tuple[str, ...] = ()

@@ -67,6 +67,30 @@ def test_what_does_not_fit_is_told_what_to_write(file, capsys, monkeypatch):
     assert "would fit with 2 ranks, a tiled loss, recompute, activations" in plan(capsys, file, "--gpu", "4GiB")
 
 
+SHARED = ("--set", "techniques.ulysses={}", "--set", "mesh.sequence=4", "--set", "data.max_length=40000")
+
+
+def test_several_ranks_have_times_and_other_meshes(file, capsys):
+    output = plan(capsys, file, "--ranks", 8, *SHARED, "--node", 4, "--between", 25, "--schedule", "--gpu", "3GiB")
+    assert "on nodes of 4 ranks, 350 GB/s inside one and 25 GB/s between them, 400 TFLOP/s" in output
+    assert re.search(r"ulysses +all_to_all.* inside a node, +0 B to others", output)
+    assert re.search(r"shard +all_gather.* inside a node, +[\d.]+ [KM]iB to others.*, while it computes", output)
+    assert "arithmetic : messages" in output and "tokens a second" in output
+    assert "a layer of these tokens sends, forward and backward" in output and output.count("(chosen)") == 1
+    for layout in ("heads", "gathered", "2d (2 × 2)"):
+        assert re.search(rf"ulysses +{re.escape(layout)}: [\d.,]+ MiB in \d calls, [\d.]+ ms", output), layout
+    assert "among 4 ranks of the axis sequence: 3\n  round 0: 0–3, 1–2" in output
+    need = float(re.findall(r"40,000 tokens need ([\d.]+) GiB", output)[0])
+    own = re.findall(r"\{replicate: \d, shard: \d, sequence: (\d)\} .*; ([\d.]+) GiB", output)
+    assert dict(own)["4"] == f"{need}"  # sharded as the configuration is: the same trace
+    assert re.search(r"least time of those that fit: mesh: \{replicate: \d, shard: \d, sequence: \d\}", output)
+
+
+def test_one_rank_sends_nothing_and_has_no_other_mesh(file, capsys):
+    output = plan(capsys, file)
+    assert "on nodes of" not in output and "meshes of" not in output and "round 0" not in output
+
+
 def test_a_device_without_a_size_is_an_error(file, capsys):
     assert entry.run(["plan", str(file), "--gpu", "big"]) == 2
     assert "such as 80GiB" in capsys.readouterr().err

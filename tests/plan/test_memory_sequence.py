@@ -15,13 +15,15 @@ TECHNIQUES = {
     "full": [tr.Full()],
     "tiled, recomputed": [tr.Full(), tr.Recompute(), tr.TiledLoss(tile=64)],
     "kept": [tr.Full(), tr.Recompute(keep=("all_to_all",)), tr.TiledLoss(tile=64)],
+    "coded": [tr.Full(), tr.Recompute(), tr.TiledLoss(tile=64)],
 }
-MORE = ("full", "kept")
+MORE = ("full", "kept", "coded")
 
 
 def run(layout, name, ranks, shards=1, key_heads=2, on="cpu"):
     sizes = {"shard": shards, "sequence": ranks}
-    techniques = [*TECHNIQUES[name], tr.Ulysses(layout=layout), tr.Shard()]
+    ulysses = tr.Ulysses(layout=layout, codec="int8" if name == "coded" else "none")
+    techniques = [*TECHNIQUES[name], ulysses, tr.Shard()]
     config = llama(num_key_value_heads=key_heads)
     return subject(config, techniques, world=shards * ranks, sizes=sizes, on=on)
 
@@ -74,6 +76,7 @@ def test_a_row_that_no_rank_shares_is_traced_as_it_was():
     [
         ("gathered", "kept", 4),
         ("heads", "full", 3),
+        ("heads", "coded", 2),
         pytest.param(("heads", "tiled, recomputed", 2, 2), marks=pytest.mark.slow),
         pytest.param(("2d", "full", 6), marks=pytest.mark.slow),
     ],

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from treering.cli.schema import RunConfig
-    from treering.memory import Forecast, Subject
+    from treering.core.links import Links
+    from treering.memory import Forecast, Peak, Subject
+    from treering.memory.meshes import MeshShape
     from treering.memory.search import Switch
-    from treering.plan import Run
+    from treering.plan import Plan, Run
     from treering.technique import Variant
     from treering.weights.plain_tensors import Source
 
@@ -37,20 +39,36 @@ def command(
     length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of one micro-batch; default: data.max_length.", show_default=False)
     ] = None,
+    node: Annotated[int, typer.Option(min=1, help="Ranks of one node, for times of messages.")] = 8,
+    inside: Annotated[float, typer.Option(min=0.001, metavar="GB/S", help="What a rank sends in its node.")] = 350.0,
+    between: Annotated[float, typer.Option(min=0.001, metavar="GB/S", help="What a rank sends to others.")] = 50.0,
+    arithmetic: Annotated[float, typer.Option(min=0.001, metavar="TFLOP/S", help="Of a rank, in products.")] = 400.0,
+    schedule: Annotated[bool, typer.Option("--schedule", help="Also the rounds of pairs along sequence.")] = False,
 ) -> None:
-    """Show what would happen: order, memory, messages. Reads no weights, trains nothing."""
+    """Show what would happen: order, memory, messages, time. Reads no weights, trains nothing."""
     limit = None if gpu is None else _bytes(gpu)
     config = load(file, settings)
     from treering.cli.console import say
+    from treering.core.links import Links
+    from treering.core.topology import sizes
+    from treering.memory.traffic import schedule_lines
 
     tokens = length or config.data.max_length
-    say(explanation(config, ranks, tokens))
+    links = Links(node=node, inside=1e9 * inside, between=1e9 * between, arithmetic=1e12 * arithmetic)
+    state = _State(config=config, ranks=ranks)
+    say(explanation(config, ranks, tokens, links))
+    if schedule:
+        say("\n" + "\n".join(schedule_lines(sizes(ranks, **asdict(config.mesh))[2])))
+    peak = None
     try:
-        say("\n" + _memory(_State(config=config, ranks=ranks), tokens, limit))
+        text, peak = _memory(state, tokens, limit)
+        say("\n" + text)
     except PlanError as error:
         if error.settings:
             raise
         say(f"\nmemory: {error}")
+    if ranks > 1:
+        say("\n" + _meshes(state, tokens, links, limit, peak))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,41 +83,84 @@ class _State:
         changed = replace(self.config.techniques, **techniques)
         return replace(self, config=replace(self.config, techniques=changed))
 
+    def on(self, shape: "MeshShape") -> "_State":
+        """Return the run on another mesh of as many ranks."""
+        sizes = {axis: shape.sizes[axis] for axis in asdict(self.config.mesh)}
+        return replace(self, config=replace(self.config, mesh=replace(self.config.mesh, **sizes)))
 
-def explanation(config: "RunConfig", ranks: int, tokens: int) -> str:
-    """Return `explain()` of `config` as rank 0 of `ranks` sees it, for micro-batches of `tokens`."""
-    from treering.cli.train import job_of
-    from treering.core.topology import axis_size, mesh
+
+def explanation(config: "RunConfig", ranks: int, tokens: int, links: "Links | None" = None) -> str:
+    """Return `explain()` of `config` as rank 0 of `ranks` sees it, for micro-batches of `tokens`; with times by `links`
+    where there are several ranks."""
+    from treering.core.topology import axis_size
     from treering.memory import pretend
-    from treering.plan import draft
+    from treering.memory.traffic import report
     from treering.plan.explain import explain
-    from treering.plan.open_model import locate, on_meta
     from treering.technique import Workload
-    from treering.train.measurements import find
 
     with pretend.ranks(ranks):
-        folder = locate(config.model.path) if config.model.initialise else None
-        plan = draft(
-            config.model.path if folder is None else on_meta(folder, config.model.dtype),  # no weights of the folder
-            config.techniques.chosen(),
-            mesh=mesh(**asdict(config.mesh), device="cpu"),
-            dtype=config.model.dtype,
-            seed=config.seed,
-            dropout=config.model.dropout,
-            statistics=find(job_of(config)),
-            roles=config.model.roles,
-            objective=config.objective.chosen(),
-            dequantize=config.model.dequantize,
-            weights=False,
-            name=config.model.path,
-            folder=folder,
-        )
+        plan = _plan(config, asdict(config.mesh))
         once = tokens * axis_size(plan.mesh, "replicate", "shard")
         batches = max(1, -(-(config.train.tokens_per_step or 0) // once))
-        return explain(plan, work=Workload(tokens=tokens, micro_batches=batches))
+        work = Workload(tokens=tokens, micro_batches=batches)
+        times = "" if links is None else report(plan, work, links)
+        return explain(plan, work=work) + (f"\n\n{times}" if times else "")
 
 
-def _memory(state: _State, length: int, limit: int | None) -> str:
+def _plan(config: "RunConfig", sizes: dict[str, int]) -> "Plan":
+    """Return the plan of `config` on a mesh of all ranks of the process group, without weights."""
+    from treering.cli.train import job_of
+    from treering.core.topology import mesh
+    from treering.plan import draft
+    from treering.plan.open_model import locate, on_meta
+    from treering.train.measurements import find
+
+    folder = locate(config.model.path) if config.model.initialise else None
+    return draft(
+        config.model.path if folder is None else on_meta(folder, config.model.dtype),  # no weights of the folder
+        config.techniques.chosen(),
+        mesh=mesh(**sizes, device="cpu"),
+        dtype=config.model.dtype,
+        seed=config.seed,
+        dropout=config.model.dropout,
+        statistics=find(job_of(config)),
+        roles=config.model.roles,
+        objective=config.objective.chosen(),
+        dequantize=config.model.dequantize,
+        weights=False,
+        name=config.model.path,
+        folder=folder,
+    )
+
+
+def _meshes(state: _State, length: int, links: "Links", limit: int | None, peak: "Peak | None") -> str:
+    """Return the lines that compare meshes of as many ranks. `peak`: of the configuration's mesh."""
+    from treering.core.topology import sizes
+    from treering.memory import pretend
+    from treering.memory.meshes import MemoryOfMeshes, MeshShape, by_time, mesh_lines, probe_shape, recommended
+
+    config = state.config
+    *own, expert = sizes(state.ranks, **asdict(config.mesh))
+    shared = config.techniques.ulysses is not None
+    probe = probe_shape(expert, shared=shared)
+    with pretend.ranks(probe.replicate * probe.sharing):
+        plan = _plan(config, {axis: probe.sizes[axis] for axis in asdict(config.mesh)})
+        timed = by_time(
+            plan, probe, state.ranks, length, links, tokens_per_step=config.train.tokens_per_step, shared=shared
+        )
+
+    def traced(shape: MeshShape) -> "Peak":
+        return _forecast(state.on(shape), length).at(length)
+
+    memory = None
+    if limit is not None and peak is not None:
+        memory = MemoryOfMeshes(traced)
+        memory.know(MeshShape(replicate=own[0], shard=own[1], sequence=own[2], expert=expert), peak)
+    lines = mesh_lines(*recommended(timed, memory, limit), limit)
+    return "\n".join([f"meshes of {state.ranks} ranks, by the time of a token", *(f"  {line}" for line in lines)])
+
+
+def _memory(state: _State, length: int, limit: int | None) -> "tuple[str, Peak]":
     from treering.core.topology import sizes
     from treering.memory.picture import render
     from treering.memory.timeline import LONG
@@ -115,7 +176,7 @@ def _memory(state: _State, length: int, limit: int | None) -> str:
         more.append(f"longest that fits: {longest:,} tokens" if longest else "no length fits")
         if peak.device > limit:
             more += _proposed(state, length, limit)
-    return render(peak, limit, length, more)
+    return render(peak, limit, length, more), peak
 
 
 def _forecast(state: _State, length: int) -> "Forecast":

@@ -1,4 +1,8 @@
-"""A model of the links between ranks: bytes inside a node, bytes between nodes, and a cost for each message."""
+"""A model of the links between ranks: bytes inside a node, bytes between nodes, and a cost for each message.
+
+A collective that gathers or sums runs as rings, one through each card of a node: of what a rank of k in a node sends,
+1/k goes to another node. What each rank has for each other (an all-to-all) is sent there directly.
+"""
 
 from dataclasses import dataclass
 
@@ -24,13 +28,24 @@ class Links:
         """Return how many of a group of `ranks`, whose numbers differ by `stride`, share a node with the first."""
         return max(1, min(ranks, -(-self.node // stride)))
 
-    def seconds(self, sent: float, ranks: int, stride: int = 1, calls: int = 1) -> float:
-        """Return the time for `sent` bytes of one rank, equally many for each other of the group, in so many calls.
+    def divided(self, sent: float, ranks: int, stride: int = 1, *, ring: bool = False) -> tuple[float, float]:
+        """Return how many of `sent` bytes of one rank go to ranks of its node, and how many to other nodes.
 
-        What goes to the same node and to others is sent at the same time.
+        Args:
+            ranks, stride: of the group, as for `neighbours`.
+            ring: The collective gathers or sums; else there is equally much for each other rank.
         """
         if ranks == 1:
+            return 0.0, 0.0
+        near = self.neighbours(ranks, stride)
+        if near == ranks:
+            return sent, 0.0
+        away = sent / near if ring else sent * (ranks - near) / (ranks - 1)
+        return sent - away, away
+
+    def seconds(self, sent: float, ranks: int, stride: int = 1, calls: int = 1, *, ring: bool = False) -> float:
+        """Return the time for `sent` bytes of one rank in so many calls. Both links are used at the same time."""
+        if ranks == 1:
             return 0.0
-        near = self.neighbours(ranks, stride) - 1
-        each = sent / (ranks - 1)
-        return max(near * each / self.inside, (ranks - 1 - near) * each / self.between) + calls * self.latency
+        inside, away = self.divided(sent, ranks, stride, ring=ring)
+        return max(inside / self.inside, away / self.between) + calls * self.latency

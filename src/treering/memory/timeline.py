@@ -152,7 +152,7 @@ def _power(record: "StorageRecord", row: TracedRow) -> tuple[int, float]:
         if record.elements and record.elements % divisor == 0:
             square = record.elements % divisor**2 == 0
             return (2, float(divisor) ** 2) if square else (1, float(divisor))
-    return 0, 1.0
+    return (1, float(row.unit)) if record.rows else (0, 1.0)
 
 
 def _category(record: "StorageRecord", blocks: int) -> Category:

@@ -29,6 +29,8 @@ _ASSUMED = {
     torch.ops.aten.nonzero.default,
     torch.ops.aten._grouped_mm.default,
 }
+# Messages of rows grow with the tokens, also where parts of them are rounded up to some bytes.
+_ROWS = ("treering::all_to_all_rows", "treering::all_to_all_in_pairs", "treering::all_gather_rows")
 _EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default}
 
 
@@ -42,6 +44,7 @@ class StorageRecord:
     born: int  # the segment
     category: Category | None = None
     died: int | None = None
+    rows: bool = False  # a message of rows of tokens
 
 
 class Tracker(TorchDispatchMode):
@@ -73,6 +76,9 @@ class Tracker(TorchDispatchMode):
                     self._see(tensor, func)
         if func.namespace == "fsdp":
             self._mark_messages(func, args, kwargs or {})
+        elif func._schema.name in _ROWS:
+            for tensor in (args[0], results):
+                self.record(tensor).rows = True
         return results
 
     def start(self) -> None:

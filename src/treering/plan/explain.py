@@ -80,7 +80,11 @@ def explain(
         + (f"teacher {size(taught)}, " if taught else "")
         + f"together {size(n.stored + n.gradients + n.optimizer + taught)}",
     ]
-    lines += _communication(plan, work or Workload(tokens=4096))
+    work = work or Workload(tokens=4096)
+    lines += _communication(plan, work)
+    for technique, applied in zip(plan.techniques, plan.applied):
+        for line in applied.compared(work) if applied.compared is not None else ():
+            lines.append(f"  {name_of(technique):<10}{line}")
     if lost:
         worst = max(lost, key=lambda name: lost[name])
         lines.append(

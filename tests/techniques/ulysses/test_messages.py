@@ -34,6 +34,13 @@ LEARNING = {
     "the last block's outputs": [tr.LoRA(rank=2, targets=("*layers.1.*o_proj",)), EVERY],
     "the first block's values": [tr.LoRA(rank=2, targets=("*layers.0.*v_proj",))],
 }
+CODED = {
+    "coded": {"codec": "int8"},
+    "coded in part": {"codec": "e4m3", "uncoded": ("key", "gradients")},
+    "coded, in bfloat16": {"codec": "int8", "uncoded": ("value",)},
+}
+LEARNING |= {"coded": [tr.Full(), EVERY], "coded in part": [tr.Full(), KEPT]}
+LEARNING["coded, in bfloat16"] = [tr.Full(), tr.Shard(compute="bfloat16")]
 
 
 @cache
@@ -67,7 +74,9 @@ def sent(record, transport):
 def composed(arch, learning, layout, transport, ranks, shards=1, **settings):
     techniques = LEARNING[learning] if isinstance(learning, str) else learning
     shard = [] if any(isinstance(one, tr.Shard) for one in techniques) else [tr.Shard()]
-    ulysses = tr.Ulysses(layout=layout, transport=transport)
+    ulysses = tr.Ulysses(
+        layout=layout, transport=transport, **CODED.get(learning if isinstance(learning, str) else "", {})
+    )
     return tr.compose(build(arch), [*techniques, ulysses, *shard], mesh=mesh(ranks, shards), **settings)
 
 
@@ -98,6 +107,7 @@ TWO = [
     *(("llama", learning, layout, "collective") for learning in LEARNING for layout in ("heads", "gathered")),
     *(("llama", "kept", layout, "paired") for layout in ("heads", "gathered")),
     *((arch, "all", layout, "paired") for arch in ("deepseek_v3", "gpt2") for layout in ("heads", "gathered")),
+    *(("llama", "coded in part", layout, "paired") for layout in ("heads", "gathered")),
     *(("gpt_oss", learning, "heads", "collective") for learning in ("recomputed", "adapters")),
 ]
 MORE = [
@@ -119,6 +129,7 @@ MORE = [
                 ("llama", "kept", "2d", "collective"),
                 ("llama", "the last block's queries", "2d", "paired"),
                 ("llama", "adapters", "auto", "collective"),
+                ("llama", "coded", "2d", "collective"),
             ],
             4,
         ),

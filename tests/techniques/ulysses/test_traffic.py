@@ -11,7 +11,7 @@ from treering.attention import attend
 from treering.core.links import Links
 from treering.core.row_messages import recorded
 from treering.techniques.ulysses.shares import Grid
-from treering.techniques.ulysses.traffic import AttentionWidths, Sent, choose, grids, seconds, traffic
+from treering.techniques.ulysses.traffic import AttentionWidths, Sent, SentForm, choose, grids, seconds, traffic
 
 WIDTH = 8
 UNEVEN, EVEN = 50, 48  # tokens
@@ -48,10 +48,10 @@ def counted(ranks, among, transport, tokens=UNEVEN):
 
 
 def formula(heads, grid, rank, padded):
-    one = traffic(widths(*heads), grid, rank, UNEVEN, padded=padded)
+    one = traffic(widths(*heads), grid, rank, UNEVEN, SentForm(padded=padded))
     parts = [one.to_heads, one.to_tokens, one.from_heads, one.from_tokens, one.summed]
-    total = sum([*parts, Sent(one.gathered.elements * (grid.gathered - 1), one.gathered.calls)], Sent())
-    return total.calls, total.elements * 2
+    total = sum([*parts, Sent(one.gathered.size * (grid.gathered - 1), one.gathered.calls)], Sent())
+    return total.calls, total.size
 
 
 @pytest.mark.parametrize("ranks", HEADS)
@@ -98,9 +98,8 @@ def test_known_sizes():
     layer = AttentionWidths(heads=32, kv_heads=8, head_dim=128, value_dim=128)
 
     def forward(grid):
-        one = traffic(layer, grid, 0, 131072)
-        elements = one.to_heads.elements + one.to_tokens.elements + one.gathered.elements * (grid.gathered - 1)
-        return round(elements * 2 / 1e6)
+        one = traffic(layer, grid, 0, 131072, SentForm())
+        return round((one.to_heads + one.to_tokens + one.gathered * (grid.gathered - 1)).size / 1e6)
 
     assert [forward(Grid(heads=p)) for p in (2, 4, 8)] == [671, 503, 294]
     assert [forward(Grid(heads=1, gathered=p)) for p in (2, 4, 8)] == [268, 403, 470]

@@ -118,7 +118,17 @@ def _messages(kind: Collective, mesh: "DeviceMesh", axis: int, size: int, calls:
     ranks = mesh.size(axis)
     if ranks == 1 or not calls:
         return []
-    return [Message(kind=kind, axes=axes_of(mesh, axis), ranks=ranks, bytes=size, calls=calls, content=content)]
+    return [
+        Message(
+            kind=kind,
+            axes=axes_of(mesh, axis),
+            ranks=ranks,
+            bytes=size,
+            calls=calls,
+            content=content,
+            overlaps=True,
+        )
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

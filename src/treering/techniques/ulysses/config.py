@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from treering.anatomy import Anatomy
+    from treering.techniques.ulysses.ranks import SequenceRanks
     from treering.techniques.ulysses.shares import Grid
+    from treering.techniques.ulysses.traffic import SentForm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,9 @@ class Ulysses(UlyssesSettings):
         return Applied(
             batch=partial(split_batch, ranks=ranks, last=last),
             tokens=ranks.tokens,
-            messages=partial(self._messages, model, site.anatomy, grid, ranks.rank),
+            messages=partial(self._messages, model, site.anatomy, ranks),
+            busiest=partial(self._busiest, site.anatomy, ranks.grid),
+            compared=partial(self._compared, model, site.anatomy, ranks.grid),
             metrics=None if self.codec == "none" else partial(errors.metrics, site.mesh["sequence"].get_group()),
             undo=undo_all(undone),
             notes=(_note(grid, site.anatomy),),
@@ -74,11 +78,7 @@ class Ulysses(UlyssesSettings):
 
     def for_teacher(self, student: "Anatomy", mesh: "DeviceMesh | None") -> "Ulysses":
         """Return the technique for a teacher, which is given the student's shares of rows, whatever its own heads."""
-        ranks = axis_size(mesh, "sequence")
-        if ranks == 1:
-            return self
-        settings = {one.name: getattr(self, one.name) for one in fields(Ulysses)}
-        return TaughtRows(**settings, grid_of_student=self.grid(student, ranks))
+        return TaughtRows(**{one.name: getattr(self, one.name) for one in fields(Ulysses)}, student=student)
 
     def grid(self, anatomy: "Anatomy", ranks: int) -> "Grid":
         """Return how the ranks of the axis `sequence` are arranged."""
@@ -98,25 +98,56 @@ class Ulysses(UlyssesSettings):
                     "heads, gathered or auto, or a number of ranks that is not prime",
                     settings=("ulysses.layout", "mesh.sequence"),
                 )
-        return choose(_layers(anatomy), among)
+        return choose(_layers(anatomy), among, form=self._form())
 
     def _messages(
-        self, model: "nn.Module", anatomy: "Anatomy", grid: "Grid", rank: int, work: Workload
+        self, model: "nn.Module", anatomy: "Anatomy", ranks: "SequenceRanks", work: Workload
     ) -> list[Message]:
-        from treering.techniques.ulysses.sent import messages_of
+        from treering.techniques.ulysses.sent import itemsize, messages_of
 
-        return messages_of(model, anatomy, grid, rank, work, padded=self.transport == "collective")
+        grid = self._grid_for(anatomy, ranks.grid, work)
+        rank = ranks.rank if grid is ranks.grid else 0
+        return messages_of(model, anatomy, grid, rank, work, self._form(itemsize(model, anatomy)))
+
+    def _busiest(self, anatomy: "Anatomy", grid: "Grid", work: Workload) -> float:
+        from treering.techniques.ulysses.traffic import busiest
+
+        grid = self._grid_for(anatomy, grid, work)
+        return max(busiest(widths, grid) for widths in _layers(anatomy))
+
+    def _compared(self, model: "nn.Module", anatomy: "Anatomy", grid: "Grid", work: Workload) -> list[str]:
+        from treering.core.links import Links
+        from treering.techniques.ulysses.sent import itemsize
+        from treering.techniques.ulysses.traffic import compared
+
+        return compared(_layers(anatomy), grid, work.tokens, Links(), self._form(itemsize(model, anatomy)))
+
+    def _form(self, itemsize: int = 2) -> "SentForm":
+        """Return the form in which tensors are sent; a run chooses a layout before it knows the bytes of an element."""
+        from treering.techniques.ulysses.traffic import SentForm
+
+        padded = self.transport == "collective"
+        return SentForm(itemsize=itemsize, codec=self.codec, uncoded=tuple(self.uncoded), padded=padded)
+
+    def _grid_for(self, anatomy: "Anatomy", grid: "Grid", work: Workload) -> "Grid":
+        """Return `grid`, that of the mesh, or that of as many ranks as `work` asks for."""
+        from treering.techniques.ulysses.shares import Grid
+
+        ranks = work.sequence or grid.ranks
+        if ranks == grid.ranks:
+            return grid
+        return Grid(heads=1) if ranks == 1 else self.grid(anatomy, ranks)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaughtRows(Ulysses):
     """`Ulysses` of a teacher, whose ranks are arranged as the student's."""
 
-    grid_of_student: "Grid"
+    student: "Anatomy"
 
     def grid(self, anatomy: "Anatomy", ranks: int) -> "Grid":
         """Return how the ranks of the axis `sequence` are arranged."""
-        return self.grid_of_student
+        return super().grid(self.student, ranks)
 
 
 def _layers(anatomy: "Anatomy") -> list:

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from treering.core.module_forward import installed
 from treering.technique import Message, Workload
 from treering.techniques.ulysses.shares import Grid
-from treering.techniques.ulysses.traffic import AttentionWidths, Traffic, messages, traffic
+from treering.techniques.ulysses.traffic import AttentionWidths, SentForm, Traffic, messages, traffic
 
 if TYPE_CHECKING:
     from treering.anatomy import Anatomy, Attention, Block
@@ -29,7 +29,7 @@ def layers(anatomy: "Anatomy") -> list[AttentionWidths]:
 
 
 def messages_of(
-    model: nn.Module, anatomy: "Anatomy", grid: Grid, rank: int, work: Workload, *, padded: bool
+    model: nn.Module, anatomy: "Anatomy", grid: Grid, rank: int, work: Workload, form: SentForm
 ) -> list[Message]:
     """Return what `rank` of the axis `sequence` sends in a step of `work`."""
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -42,14 +42,14 @@ def messages_of(
         feeding = [name for name in inside if _feeds(name, one, block)]
         keys = bool(before) or any(not _is_of_queries(name, one) for name in feeding if name != one.sinks)
         inputs = keys or any(name != one.sinks for name in feeding)
-        sent = traffic(widths, grid, rank, work.tokens, padded=padded)
+        sent = traffic(widths, grid, rank, work.tokens, form)
         total += sent.repeated(
             forwards=1 + again,
             inputs=int(inputs),
             keys=int(inputs if grid.heads > 1 else keys),  # of one message, all have a gradient or none
             outputs=int(inputs or bool(feeding)),
         )
-    return messages(total, grid, _itemsize(model, anatomy), work.micro_batches)
+    return messages(total, grid, work.micro_batches)
 
 
 def _before(anatomy: "Anatomy", index: int, learning: set[str]) -> set[str]:
@@ -73,7 +73,7 @@ def _is_of_queries(name: str, attention: "Attention") -> bool:
     return own != name and own.startswith(QUERIES)
 
 
-def _itemsize(model: nn.Module, anatomy: "Anatomy") -> int:
+def itemsize(model: nn.Module, anatomy: "Anatomy") -> int:
     """Return the bytes of an element of q, k and v: of the dtype in which sharded blocks compute, if it is set."""
     block: Any = model.get_submodule(anatomy.blocks[0].fqn)
     compute: torch.dtype | None = (

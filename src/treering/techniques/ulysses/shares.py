@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
+from typing import Literal
 
 Ranges = tuple[range, ...]
 
@@ -36,6 +37,13 @@ class Grid:
     @property
     def ranks(self) -> int:
         return self.heads * self.gathered
+
+    @property
+    def layout(self) -> Literal["heads", "gathered", "2d"]:
+        """The kind of arrangement, as the settings name it."""
+        if self.gathered == 1:
+            return "heads"
+        return "gathered" if self.heads == 1 else "2d"
 
     def place(self, rank: int) -> tuple[int, int]:
         """Return (row of the grid, place in the row) of a rank."""
