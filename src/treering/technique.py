@@ -279,11 +279,13 @@ class Workload:
         tokens: Of one micro-batch's row, before any technique cuts it.
         micro_batches: Forward and backward passes in the step, on each rank.
         sequence: As if the mesh's axis `sequence` had so many ranks, to compare meshes; None: it is as it is.
+        own_teacher: The model runs forward once more for each micro-batch, without gradients, as its own teacher.
     """
 
     tokens: int
     micro_batches: int = 1
     sequence: int | None = None
+    own_teacher: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

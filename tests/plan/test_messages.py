@@ -165,6 +165,36 @@ def test_what_is_reported_is_what_is_sent(world, sizes, cases, tmp_path):
             assert reported == seen and reported, name
 
 
+def of_its_own_teacher(sizes, folder):
+    found = {}
+    for name, more in {"": [], "not freed": [tr.Shard(reshard=False)], "all": [tr.Shard(hold="all")]}.items():
+        shared = [tr.Ulysses()] if "sequence" in sizes else []
+        techniques = [tr.LoRA(rank=3), tr.Recompute(), *shared, *(more or [tr.Shard()])]
+        run = tr.compose(
+            build("llama"), techniques, mesh=tr.mesh(**sizes), prepared=folder, objective=tr.Distill(teacher="base")
+        )
+        optimizer = run.optimizer(torch.optim.SGD, lr=0.01)
+        for _ in range(2):
+            batches = run.ready([{**b, "count": 10} for b in rows(2, lengths=(12,))])
+            with Recorder() as recorder:
+                for batch in batches:
+                    run.loss(batch).backward()
+                for applied in run.plan.applied:
+                    if applied.gradients is not None:
+                        applied.gradients()
+                optimizer.step()
+                optimizer.zero_grad()
+        found[name] = reported(run, 2), recorder.seen
+    return found
+
+
+@pytest.mark.parametrize("sizes", [{}, {"shard": 1, "sequence": 2}])
+def test_a_model_that_is_its_own_teacher_runs_forward_once_more(sizes, tmp_path):
+    for totals in on_ranks(2, of_its_own_teacher, sizes, tmp_path):
+        for name, (said, seen) in totals.items():
+            assert said == seen, name
+
+
 def forward_only(folder):
     run = tr.compose(folder, [tr.Shard()], mesh=tr.mesh(), frozen=True)
     with Recorder() as recorder, torch.no_grad():

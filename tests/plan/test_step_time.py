@@ -116,6 +116,18 @@ def test_a_token_goes_through_the_experts_that_it_chooses():
     assert all_of_them.products - few.products == pytest.approx(6 * 0.75 * experts * 50)
 
 
+def test_a_model_that_is_its_own_teacher_runs_forward_once_more():
+    with torch.device("meta"):
+        models = [hf.AutoModelForCausalLM.from_config(llama()) for _ in range(2)]
+    techniques = [tr.LoRA(rank=2), tr.TiledLoss()]
+    alone = operations(draft(models[0], techniques, weights=False), 50)
+    taught = operations(draft(models[1], techniques, weights=False, objective=tr.Distill(teacher="base")), 50)
+    with torch.device("meta"):
+        frozen = operations(draft(hf.AutoModelForCausalLM.from_config(llama()), [], frozen=True, weights=False), 50)
+    assert taught.products - alone.products == pytest.approx(frozen.products)
+    assert taught.attention - alone.attention == pytest.approx(frozen.attention)
+
+
 def on_mesh(config, techniques, shape):
     with pretend.ranks(shape.replicate * shape.sharing):
         with torch.device("meta"):

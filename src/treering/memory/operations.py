@@ -4,7 +4,8 @@
                 the weights that train
     attention   4 products of queries with keys and values that a token sees: T² / 2 pairs, or T w with a window w
 
-A block that is computed again in the backward counts its forward twice; the second pass of tiles is not counted.
+A block that is computed again in the backward counts its forward twice, and a model that is its own teacher once more;
+the second pass of tiles is not counted.
 """
 
 from dataclasses import dataclass
@@ -32,8 +33,10 @@ def operations(plan: Plan, tokens: int) -> Operations:
     embeddings = {f"{module}.weight" for module in plan.anatomy.embeddings}
     share = _used_of_experts(plan)
     trained = sum(p.numel() * (share if p.ndim == 3 else 1.0) for name, p in learning if name not in embeddings)
-    products = 2 * (used + again * in_blocks + (used + trained if learning else 0.0)) * tokens
-    return Operations(products=products, attention=_attention(plan, tokens, 1 + again, bool(learning)))
+    own_teacher = plan.teacher is None and getattr(plan.objective, "teacher", None) is not None
+    products = 2 * (used * (1 + own_teacher) + again * in_blocks + (used + trained if learning else 0.0)) * tokens
+    forwards = 1 + again + own_teacher
+    return Operations(products=products, attention=_attention(plan, tokens, forwards, bool(learning)))
 
 
 def _weights(plan: Plan) -> tuple[float, float]:

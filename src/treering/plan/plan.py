@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +142,8 @@ class Plan:
         """Return the communication of this rank in a step of `work`, each with the name of its technique. That of a
         teacher of its own has the name teacher."""
         taught = [] if self.teacher is None else [("teacher", message) for _, message in self.teacher.messages(work)]
+        own_teacher = self.teacher is None and getattr(self.objective, "teacher", None) is not None
+        work = replace(work, own_teacher=own_teacher)
         return taught + [
             (name_of(technique), message)
             for technique, applied in zip(self.techniques, self.applied)

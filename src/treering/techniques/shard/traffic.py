@@ -86,6 +86,7 @@ class ShardTraffic:
     units: tuple[ShardedUnit, ...]
     config: "ShardSettings"
     dispatches: tuple["Dispatch", ...] = ()
+    head: int | None = None  # the unit that stays gathered where the model is its own teacher
 
     def messages(self, work: Workload) -> list[Message]:
         """Return what a rank sends in a step of `work`; nothing over axes of one rank."""
@@ -95,6 +96,9 @@ class ShardTraffic:
             passes * (1 if unit.kept or i < first - 1 or first == len(self.units) else 2)
             for i, unit in enumerate(self.units)
         ]
+        if work.own_teacher:
+            gathers = [n if unit.kept else n + passes for n, unit in zip(gathers, self.units)]
+            gathers = [passes if i == self.head else n for i, n in enumerate(gathers)]
         messages = []
         for mesh in dict.fromkeys(unit.mesh for unit in self.units):
             messages += self._of_mesh(mesh, gathers, work)
@@ -155,10 +159,11 @@ class Dispatch:
 
     def sent(self, work: Workload) -> tuple[int, int, int, int]:
         """Return (calls, bytes) of rows of tokens in a step of `work`, and those of the counts before them."""
-        out, back = self.forwards + self.rows_learn, self.forwards + self.results_learn
+        forwards = self.forwards + work.own_teacher
+        out, back = forwards + self.rows_learn, forwards + self.results_learn
         away = work.tokens * self.choices * (self.ranks - 1) // self.ranks
         counts = self.experts * (self.ranks - 1) // self.ranks * 4
-        each = (out + back, away * (out * self.row + back * self.result), self.forwards, self.forwards * counts)
+        each = (out + back, away * (out * self.row + back * self.result), forwards, forwards * counts)
         calls, size, *of_counts = (value * work.micro_batches for value in each)
         return calls, size, of_counts[0], of_counts[1]
 

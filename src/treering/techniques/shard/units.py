@@ -83,10 +83,14 @@ def shard(model: nn.Module, config: "ShardSettings", site: Site) -> tuple[tuple[
         )
     if view is not None:
         notes.append(note(site.anatomy, view))
-    in_order = tuple(unit for _, unit in sorted(sharded, key=lambda one: one[0]) if unit.gathered)
+    in_order = [(order, unit) for order, unit in sorted(sharded, key=lambda one: one[0]) if unit.gathered]
+    heads = [i for i, (order, _) in enumerate(in_order) if order in (2, 3)]  # the last one is the head's own
     compute = None if config.compute == "stored" else getattr(torch, config.compute)
     sent = () if view is None else dispatches(model, site.anatomy, view, compute)
-    return tuple(notes), ShardTraffic(units=in_order, config=config, dispatches=sent)
+    traffic = ShardTraffic(
+        units=tuple(unit for _, unit in in_order), config=config, dispatches=sent, head=heads[-1] if heads else None
+    )
+    return tuple(notes), traffic
 
 
 class _Wrapper:

@@ -44,7 +44,7 @@ def messages_of(
         inputs = keys or any(name != one.sinks for name in feeding)
         sent = traffic(widths, grid, rank, work.tokens, form)
         total += sent.repeated(
-            forwards=1 + again,
+            forwards=1 + again + work.own_teacher,
             inputs=int(inputs),
             keys=int(inputs if grid.heads > 1 else keys),  # of one message, all have a gradient or none
             outputs=int(inputs or bool(feeding)),
