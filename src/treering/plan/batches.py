@@ -38,6 +38,8 @@ def steps(loader: Iterable[Batch | list[Batch]], accumulate: int, mesh: DeviceMe
         counted = bool(step) and all("count" in batch for batch in step or ())
         problem, count = (None, 0) if counted else _examined(step or ())
         agree_along_sequence(step, mesh, refused=problem is not None)
+        if problem is not None and axis_size(mesh, "sequence") > 1:
+            raise problem  # all others have raised an error, too
         if counted and step is not None:
             yield step
             continue

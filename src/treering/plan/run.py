@@ -21,13 +21,11 @@ from treering.plan.explain import explain
 from treering.plan.export import Experts, export
 from treering.plan.plan import Plan
 from treering.plan.prepared import Prepared
-from treering.plan.sequence import agree_along_sequence, copies
+from treering.plan.sequence import agree_along_sequence, copies, marked, refuse_undone, refuse_unmarked
 from treering.plan.step import StepReport
 from treering.plan.teacher import Teacher
 from treering.plan.values import plain
 from treering.technique import Workload
-
-READY = "share_of_row"  # marks a batch that was cut for this rank
 
 
 class Run:
@@ -133,24 +131,12 @@ class Run:
         if batch.get("documents") is not None and self.plan.unpackable:
             raise PlanError(f"a packed batch, but {self.plan.unpackable}; turn packing off (data.packing: off)")
         number = batch["input_ids"].numel()
-        if self._cuts and self._undone:
-            raise PlanError(
-                "run.undo() has removed what lets ranks compute a row together, so no batch can be made ready for it; "
-                "compose a fresh run"
-            )
+        if self._cuts:
+            refuse_undone(self._undone)
         for applied in self.plan.applied:
             if applied.batch is not None:
                 batch = applied.batch(batch)
-        self._check_share(batch, number)
-        return batches.to_device({**batch, READY: True} if self._cuts else batch, self.plan.device)
-
-    def _check_share(self, batch: Batch, number: int) -> None:
-        """Raise an error if techniques cut rows to another length than they declare: a plan would count others."""
-        if not self._cuts:
-            return
-        share, remaining = sum(map(len, self.plan.tokens(number))), batch["input_ids"].numel()
-        if remaining != share:
-            raise AssertionError(f"{number} tokens were cut to {remaining}, and this rank's share is {share}")
+        return batches.to_device(marked(batch, self.plan.tokens(number)) if self._cuts else batch, self.plan.device)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return this micro-batch's share of the step's loss: its sum over trained tokens / their global number.
@@ -185,11 +171,8 @@ class Run:
         return dict(zip(("loss", *names), sums, strict=True))
 
     def _sum(self, batch: Batch, objective: Objective) -> Any:
-        if self._cuts and READY not in batch:
-            raise PlanError(
-                "the batch is not cut for the ranks that share its rows, so that it would count once for each of them; "
-                "take batches from run.steps(loader), or pass them through run.ready"
-            )
+        if self._cuts:
+            refuse_unmarked(batch)
         batch = with_targets(batch)  # of a loop that counts by itself
         if "count" not in batch or "targets" not in batch:
             raise PlanError(

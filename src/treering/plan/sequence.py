@@ -16,6 +16,7 @@ from treering.core.topology import AXES, axis_size
 from treering.objectives import IGNORED
 
 Batch = dict[str, Any]
+SHARE = "share_of_row"  # the key that marks a batch which was cut for this rank
 Fact = tuple[int, int, int]  # micro-batches or −1 for no more data, a digest of them, whether they cannot be used
 
 
@@ -119,3 +120,29 @@ def copies(before: Sequence[Batch], after: Sequence[Batch], mesh: DeviceMesh) ->
             "of the `sequence` axis, one that does not must leave it on all of them"
         )
     return ways
+
+
+def marked(batch: Batch, own: Sequence[range]) -> Batch:
+    """Return a batch as one that was cut for this rank; an error if its tokens are not as many as those in `own`."""
+    share, remaining = sum(map(len, own)), batch["input_ids"].numel()
+    if remaining != share:  # a plan would count others
+        raise AssertionError(f"a micro-batch was cut to {remaining} tokens, and this rank's share is {share}")
+    return {**batch, SHARE: True}
+
+
+def refuse_unmarked(batch: Batch) -> None:
+    """Raise PlanError for a batch that was not cut."""
+    if SHARE not in batch:
+        raise PlanError(
+            "the batch is not cut for the ranks that share its rows, so that it would count once for each of them; "
+            "take batches from run.steps(loader), or pass them through run.ready"
+        )
+
+
+def refuse_undone(undone: bool) -> None:
+    """Raise PlanError where `run.undo` was called."""
+    if undone:
+        raise PlanError(
+            "run.undo() has removed what lets ranks compute a row together, so no batch can be made ready for it; "
+            "compose a fresh run"
+        )

@@ -148,8 +148,8 @@ ROPES = {
 }
 
 
-def roped(rope, techniques, sizes):
-    """The loss and gradients of one document that is longer than the model was trained with."""
+def roped(rope, techniques, sizes, several=False):
+    """The loss and gradients of one document that is longer than the model was trained with, or of two rows."""
     import transformers as hf
 
     from tests.zoo import randomise
@@ -161,7 +161,9 @@ def roped(rope, techniques, sizes):
     model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     randomise(model, 0)
     run = tr.compose(model, [tr.Full(), *techniques], mesh=mesh(**sizes) if sizes else None)
-    for batches in run.steps([[packed((37,))]]):
+    ids = torch.arange(3, 77).view(2, 37)
+    batch = {"input_ids": ids, "labels": ids} if several else packed((37,))
+    for batches in run.steps([[batch]]):
         loss = run.loss(batches[0])
         loss.backward()
         total = float(run.total(loss))
@@ -170,9 +172,9 @@ def roped(rope, techniques, sizes):
 
 @pytest.mark.parametrize("rope", ROPES)
 def test_frequencies_that_depend_on_the_longest_position_are_those_of_the_complete_row(rope):
-    loss, gradients = roped(rope, [], {})
-    for layout in ("heads", "gathered"):
+    for layout, several in (("heads", False), ("gathered", True)):
+        loss, gradients = roped(rope, [], {}, several)
         techniques = [tr.Ulysses(layout=layout), tr.Recompute(), tr.Shard()]
-        for found, found_gradients in on_ranks(2, roped, rope, techniques, {"shard": 1, "sequence": 2}):
+        for found, found_gradients in on_ranks(2, roped, rope, techniques, {"shard": 1, "sequence": 2}, several):
             assert abs(found - loss) < 1e-6 * loss
             assert_all_same(found_gradients, gradients, 1e-5)

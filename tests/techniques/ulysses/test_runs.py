@@ -1,5 +1,7 @@
 """Runs with ranks that share rows: what a loop of one's own may do wrong, other models, refusals, and teachers."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +11,7 @@ import treering as tr
 from tests.ranks import on_ranks
 from tests.same import assert_all_same, assert_same
 from tests.toy import packed, rows, train, weights
-from tests.zoo import build
+from tests.zoo import build, randomise
 from treering.attention import Documents
 from treering.core.topology import data_rank
 
@@ -40,10 +42,6 @@ def other_documents(given):
     return [[given[0][0] | {"documents": Documents.of([12])}], *given[1:]]
 
 
-def other_labels(given):
-    return [[given[0][0] | {"labels": given[0][0]["labels"].roll(1)}], *given[1:]]
-
-
 def one_more_micro_batch(given):
     return [[*given[0], packed((4,))], *given[1:]]
 
@@ -65,6 +63,72 @@ def test_ranks_with_other_batches_are_named_on_every_rank(change, found):
     for message in on_ranks(2, other_tokens, change):
         assert "ranks 0, 1 of the mesh's `sequence` axis" in message
         assert found in message and "data_rank(mesh)" in message
+
+
+def one_rank_cannot(change, sizes):
+    """A rank with a step that it cannot use raises its own error, and all others of the mesh one that says so."""
+    run = composed(tr.Full(), sizes=sizes)
+    batch = packed((7, 5))
+    last = dist.get_rank() == dist.get_world_size() - 1
+    with pytest.raises(tr.DataError) as refused:
+        for batches in run.steps([[change(batch) if last else batch]]):
+            run.loss(batches[0]).backward()
+    return str(refused.value)
+
+
+def first_token_trained(batch):
+    return batch | {"labels": batch["input_ids"].clone()}
+
+
+def other_ids(batch):
+    return batch | {"input_ids": batch["input_ids"].flip(1)}
+
+
+@pytest.mark.parametrize("sizes", [SIZES, {"shard": 2, "sequence": 2}])
+@pytest.mark.parametrize(
+    ("change", "own"), [(first_token_trained, "have a label at their first token"), (other_ids, "with the digest")]
+)
+def test_no_rank_of_the_mesh_waits_for_one_that_cannot_go_on(sizes, change, own):
+    *others, last = on_ranks(2 * sizes["shard"], one_rank_cannot, change, sizes)
+    assert own in last
+    for message in others:
+        assert re.search(r"cannot be used; its message says why|another part of the mesh|with the digest", message)
+
+
+def left_padded():
+    ids = torch.arange(3, 14)[None]
+    mask = (torch.arange(11) > 2).long()[None]
+    batch = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(11) < 4, -100), "attention_mask": mask}
+    run = composed(tr.Full())
+    with pytest.raises(tr.DataError, match="padded on the left"):
+        run.ready([batch | {"count": 7}])
+    mask = mask.bfloat16()
+    run.ready([batch | {"count": 7, "attention_mask": mask, "position_ids": torch.arange(11)[None]}])
+
+
+def test_positions_of_rows_that_are_padded_on_the_left_are_not_guessed():
+    on_ranks(2, left_padded)
+
+
+def mixed():
+    """Queries and values of different dtypes are one message, and keep their own."""
+    from treering.techniques.ulysses.ranks import SequenceRanks
+
+    documents = SequenceRanks.of_group(dist.group.WORLD).documents([8], "cpu")
+    seen = []
+
+    def attend(q, k, v, s):
+        seen.extend((q.dtype, k.dtype, v.dtype))
+        return v.repeat_interleave(2, 1)
+
+    q, k, v = torch.randn(1, 4, 4, 8).bfloat16(), torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8)
+    out = documents.exchange.around(attend, q, k, v, None)
+    assert seen == [torch.bfloat16, torch.float32, torch.float32]
+    assert torch.equal(out, v.repeat_interleave(2, 1))
+
+
+def test_dtypes_of_query_and_value_are_kept():
+    on_ranks(2, mixed)
 
 
 def left_alone():
@@ -111,8 +175,17 @@ def uncut():
             attempt()
     with torch.no_grad():
         assert run.model(**given, use_cache=False).logits.shape[1] == 12
+        with pytest.raises(tr.PlanError, match="would count once for each"):
+            run.loss(batch | {"count": 10})
     run.undo()
     run.model(**given, use_cache=False)
+    with pytest.raises(tr.PlanError, match=r"run\.undo\(\) has removed"):
+        run.ready([batch | {"count": 10}])
+    tiled = composed(tr.Full(), tr.TiledLoss(tile=3))
+    with pytest.raises(tr.PlanError, match=r"pass them through run\.ready"):
+        tiled.model.base_model(**given, use_cache=False)
+    with pytest.raises(tr.PlanError, match=r"pass them through run\.ready"):
+        tiled.loss(batch | {"count": 10})
 
 
 def test_a_batch_that_is_not_cut_has_no_gradient():
@@ -206,6 +279,33 @@ def taught(sizes, folder, teacher):
     steps = [[packed((7, 3, 2)), packed((9, 4), seed=1)][rank::ranks]] * 2
     losses = train(run, steps, lr=0.5)
     return [float(run.total(torch.tensor(loss))) for loss in losses], weights(run)
+
+
+def roped_teacher(folder):
+    config = hf.LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=16,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    )  # fmt: skip
+    model = hf.AutoModelForCausalLM.from_config(config)
+    randomise(model, 5)
+    model.save_pretrained(folder)
+
+
+def taught_long(sizes, folder):
+    mesh = tr.mesh(**sizes) if sizes else None
+    techniques = [tr.Full(), tr.Ulysses(), *([tr.Shard()] if sizes else [])]
+    objective = tr.Distill(teacher=str(folder / "roped"))
+    run = tr.compose(build("qwen3"), techniques, mesh=mesh, prepared=folder, objective=objective)
+    [ready] = run.steps([[packed((37,))]])
+    return float(run.total(run.loss(ready[0])))
+
+
+def test_a_teacher_whose_frequencies_depend_on_the_longest_position_sees_it(tmp_path):
+    roped_teacher(tmp_path / "roped")
+    wanted = taught_long({}, tmp_path)
+    for found in on_ranks(2, taught_long, SIZES, tmp_path):
+        assert found == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("base", [False, True])

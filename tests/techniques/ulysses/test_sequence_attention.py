@@ -99,6 +99,14 @@ def counted():
     half = [x.detach() for x in tensors]
     own = tr.sequence_attention(*half, lengths=(4, 4), attend=lambda q, k, v: torch.zeros_like(q))
     assert not own.any()
+    with pytest.raises(tr.DataError, match="let it do both"):
+        tr.sequence_attention(*half, lengths=(4, 4), attend=lambda q, k, v: q, causal=True)
+    # A loss of the text on one rank only.
+    texts = [torch.randn(1, x.shape[1], 2, 8, dtype=torch.float64, requires_grad=True) for x in half]
+    mine = [x.clone().requires_grad_() for x in half]
+    out, of_text = tr.sequence_attention(*mine, lengths=(4, 4), replicated=tuple(texts))
+    loss = out.sum() + (of_text.sum() if dist.get_rank() == 0 else 0)
+    loss.backward()
     for wrong, message in (
         ({"lengths": (4, 5)}, "give the number of tokens of each rank"),
         ({"lengths": (4,)}, "for 2 ranks"),
