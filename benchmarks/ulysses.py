@@ -138,7 +138,7 @@ def exchange(quick: bool, command: str) -> Iterator[Row]:
 
 def attention(quick: bool, command: str) -> Iterator[Row]:
     numbers = (*ATTENDED[:3], ATTENDED[3] // 4) if quick else ATTENDED
-    (found,) = peer.ask("times", "4", json.dumps([numbers]), "false", "5", "1")[0]
+    (found,) = peer.ask("times", "4", json.dumps([numbers]), "false", "7", "1")[0]
     case = f"{Case(*numbers)}, 4 ranks, bfloat16"
     yield from compared("exchange and attention", case, found, 1.0, command)
 

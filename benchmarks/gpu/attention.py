@@ -113,7 +113,7 @@ def error(context: Context, case: Case) -> tuple[float, str]:
         window=case.window,
         softcap=case.softcap,
         sinks=case.sinks,
-        before=case.ranges,
+        keys_before=case.ranges,
     )
     return worst, choose(device.type, features)
 
@@ -126,7 +126,7 @@ def _in_ranges(function: Callable[..., Tensor], parts: tuple[range, ...]) -> Cal
     """Return `function` of the queries of these ranges only."""
 
     def call(query: Tensor, key: Tensor, value: Tensor, documents: Any, **rule: Any) -> Tensor:
-        return function(_rows(query, parts), key, value, documents.asked_by(parts) if parts else documents, **rule)
+        return function(_rows(query, parts), key, value, documents.with_queries(parts) if parts else documents, **rule)
 
     return call
 

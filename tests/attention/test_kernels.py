@@ -71,7 +71,7 @@ def test_queries_of_some_ranges_see_the_keys_of_the_complete_row(ranges, window,
     documents, rule = Documents.of(LENGTHS), {"window": window, "softcap": softcap}
     results = []
     for function in (
-        lambda q, k, v, s: attend(rows(q), k, v, documents.asked_by(ranges), sinks_H=s, **rule),
+        lambda q, k, v, s: attend(rows(q), k, v, documents.with_queries(ranges), sinks_H=s, **rule),
         lambda q, k, v, s: rows(reference(q, k, v, documents, sinks_H=s, **rule)),
     ):
         copies = [x.detach().clone().requires_grad_() for x in tensors]

@@ -41,13 +41,15 @@ def chunked(
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """Return H × T × E, in the dtype of the query; computed in at least float32. The first `documents.before` keys have
-    no query."""
+    """Return H × T × E, in the dtype of the query; computed in at least float32.
+
+    The first `documents.keys_before` keys have no query.
+    """
     return _Chunked.apply(query_HTD, key_KTD, value_KTE, sinks_H, _rule(documents, scaling, window, softcap))
 
 
 def _rule(documents: Documents, scaling: float, window: int | None, softcap: float | None) -> _Rule:
-    return _Rule(documents.lengths, documents.before, scaling, window, softcap)
+    return _Rule(documents.lengths, documents.keys_before, scaling, window, softcap)
 
 
 class _Chunked(torch.autograd.Function):

@@ -45,9 +45,10 @@ class Documents:
         lengths: Tokens of each document.
         cu_seqlens: int32 [D + 1]: 0, then where each document ends.
         longest: The largest of `lengths`.
+        rows: These are rows of a batch and not packed: what depends on the longest position is that of the batch.
         exchange: Called around every attention, or None.
         inside: The documents of what the exchange attends to; None: these.
-        before: Tokens at the beginning of the first document that have keys and no queries.
+        keys_before: Tokens at the beginning of the first document that have keys and no queries.
         queries: Where only some ranges of the row have queries, one range after the other, and keys are of the complete
             row: for each range, which keys it can see, and the documents of these keys. None: all tokens have queries.
     """
@@ -55,9 +56,10 @@ class Documents:
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
     longest: int
+    rows: bool = False
     exchange: Exchange | None = None
     inside: "Documents | None" = None
-    before: int = 0
+    keys_before: int = 0
     queries: "tuple[tuple[slice, Documents], ...] | None" = None
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -82,7 +84,11 @@ class Documents:
         """Return the same documents with an exchange, and `inside` it perhaps others."""
         return replace(self, exchange=exchange, inside=inside)
 
-    def asked_by(self, queries: Iterable[range]) -> "Documents":
+    def as_rows(self) -> "Documents":
+        """Return the same documents as what they are: rows of a batch."""
+        return replace(self, rows=True)
+
+    def with_queries(self, queries: Iterable[range]) -> "Documents":
         """Return the same documents, with queries in these ranges of the row only."""
         return replace(self, queries=tuple(self._seen_by(part) for part in queries))
 
@@ -97,7 +103,7 @@ class Documents:
         ]
         first = inside[0][0]
         seen = Documents.of((stop - start for start, stop in inside), self.cu_seqlens.device)
-        return slice(first, part.stop), replace(seen, before=part.start - first)
+        return slice(first, part.stop), replace(seen, keys_before=part.start - first)
 
     def to(self, device: torch.device | str) -> "Documents":
         """Return the same documents with `cu_seqlens` on `device`."""

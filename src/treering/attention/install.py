@@ -113,6 +113,8 @@ def _keywords_lost(model: nn.Module) -> str | None:
     for fqn in attentions:
         if not getattr(model.get_submodule(fqn), "is_causal", True):
             return f"{fqn} of {type(model).__name__} is not causal"
+        if "arange" in _called(_kind(model.get_submodule(fqn))):
+            return f"{fqn} of {type(model).__name__} counts positions itself, from the first token that it is given"
         if _looks_into_mask(_kind(model.get_submodule(fqn))):
             return f"{fqn} of {type(model).__name__} computes with its mask, and packing makes none"
         for above, module in _path(model, fqn):
@@ -147,6 +149,13 @@ def _receivers(kind: type[nn.Module]) -> frozenset[str]:
         for word in call.keywords
         if word.arg is None and isinstance(word.value, ast.Name) and word.value.id == swallowed
     )
+
+
+@cache
+def _called(kind: type[nn.Module]) -> frozenset[str]:
+    """Return the last names of all functions that the forward of a class calls: `arange` of `torch.arange(…)`."""
+    calls = [node.func for node in ast.walk(_parsed(inspect.unwrap(kind.forward))) if isinstance(node, ast.Call)]
+    return frozenset(ast.unparse(call).rpartition(".")[2] for call in calls)
 
 
 @cache

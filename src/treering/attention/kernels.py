@@ -4,13 +4,15 @@ Shapes: B rows, H query heads, K key heads, T tokens, D width of query and key, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from treering.attention.chunks import chunked
 from treering.attention.documents import Documents
@@ -39,7 +41,7 @@ class Features:
     window: bool = False
     softcap: bool = False
     sinks: bool = False
-    before: bool = False  # the first keys have no queries
+    keys_before: bool = False  # the first keys have no queries
     flash: bool = True  # the card can run FlashAttention 2 (compute capability 8.0 or newer)
 
 
@@ -57,7 +59,8 @@ def choose(device: str, features: Features) -> Kernel:
     half = features.dtype in (torch.float16, torch.bfloat16)
     if half and features.flash and features.width <= 256 and not features.softcap:
         return "varlen"
-    if features.softcap and not features.sinks and not features.before and (half or features.dtype == torch.float32):
+    capped = features.softcap and not features.sinks and not features.keys_before
+    if capped and (half or features.dtype == torch.float32):
         # Triton's dot needs a head at least 16 wide; above 256 the tiles no longer fit
         if 16 <= features.width <= 256:
             return "flex"
@@ -95,11 +98,31 @@ def attend(
     if documents.queries is None:
         out = one(query, key, value, documents)
     else:
-        lengths = [seen.tokens - seen.before for _, seen in documents.queries]
-        parts = zip(query.split(lengths, dim=1), documents.queries)
-        outputs = [one(q, key[:, keys], value[:, keys], seen) for q, (keys, seen) in parts]
+        lengths = [seen.tokens - seen.keys_before for _, seen in documents.queries]
+        spans = [keys for keys, _ in documents.queries]
+        pieces = zip(query.split(lengths, dim=1), _Spans.apply(key, spans), _Spans.apply(value, spans))
+        outputs = [one(q, k, v, seen) for (q, k, v), (_, seen) in zip(pieces, documents.queries)]
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return out.view(heads, rows, tokens, -1).transpose(0, 1)
+
+
+class _Spans(torch.autograd.Function):
+    """Spans of tokens that overlap, [H, T, D] each. Their gradients are added in one tensor: those of slices would each
+    be a tensor of all tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x_HTD: Tensor, spans: Sequence[slice]) -> tuple[Tensor, ...]:
+        ctx.spans, ctx.tokens = spans, x_HTD.shape[1]
+        return tuple(x_HTD[:, span] for span in spans)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        heads, _, width = gradients[0].shape
+        total = gradients[0].new_zeros(ctx.tokens, heads, width).transpose(0, 1)
+        for span, gradient in zip(ctx.spans, gradients):
+            total[:, span] += gradient
+        return total, None
 
 
 def _attend(
@@ -116,7 +139,7 @@ def _attend(
         window=window is not None,
         softcap=softcap is not None,
         sinks=sinks is not None,
-        before=documents.before > 0,
+        keys_before=documents.keys_before > 0,
         flash=not query.is_cuda or torch.cuda.get_device_capability(query.device) >= (8, 0),
     )
     match choose(query.device.type, features):
@@ -141,17 +164,22 @@ def _per_document(query: Tensor, key: Tensor, value: Tensor, documents: Document
     """Return heads × T × E. Split, not sliced: the gradient of many slices would each be a tensor of all tokens."""
     width = value.shape[-1]
     wide = _same_width(query, key, value, multiple=1)
-    asked = [documents.lengths[0] - documents.before, *documents.lengths[1:]]
+    asked = [documents.lengths[0] - documents.keys_before, *documents.lengths[1:]]
     pieces = zip(wide[0].split(asked, dim=1), *(x.split(documents.lengths, dim=1) for x in wide[1:]))
     outputs = [_document(q, k, v, scaling) for q, k, v in pieces]
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    return out[..., :width].contiguous()
+    return out if out.shape[-1] == width else out[..., :width].contiguous()
 
 
 def _document(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
     """Return heads × T × E of the last T tokens of one document."""
-    if q.shape[1] != k.shape[1]:  # causal kernels begin both at the first token, and a mask would be T × T
-        one = Documents.of([k.shape[1]]).asked_by([range(k.shape[1] - q.shape[1], k.shape[1])])
+    if q.shape[1] != k.shape[1] and q.is_cuda:
+        # The last query and the last key meet; a kernel that saves memory knows this without a mask.
+        k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
+        bias = causal_lower_right(q.shape[1], k.shape[1])
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias, scale=scaling)[0]
+    if q.shape[1] != k.shape[1]:  # other causal kernels begin both at the first token, and a mask would be T × T
+        one = Documents.of([k.shape[1]]).with_queries([range(k.shape[1] - q.shape[1], k.shape[1])])
         assert one.queries is not None
         return chunked(q, k, v, one.queries[0][1], scaling=scaling)
     gqa = len(q) != len(k)
@@ -173,7 +201,7 @@ def _varlen(
     width = value.shape[-1]
     query, key, value = (x.transpose(0, 1) for x in _same_width(query, key, value, multiple=8))
     out = varlen(query, key, value, documents.to(query.device), scaling=scaling, window=window, sinks_H=sinks)
-    return out[..., :width].transpose(0, 1).contiguous()
+    return out[..., :width].transpose(0, 1)
 
 
 def _same_width(query: Tensor, key: Tensor, value: Tensor, *, multiple: int) -> tuple[Tensor, Tensor, Tensor]:

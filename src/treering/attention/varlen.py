@@ -27,8 +27,11 @@ def varlen(
     window: int | None = None,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """Return T × H × D. A window of w tokens is the query itself and the w − 1 before it. The first `documents.before`
-    keys have no query: the kernel lets the last query and the last key of a document meet."""
+    """Return T × H × D. A window of w tokens is the query itself and the w − 1 before it.
+
+    The first `documents.keys_before` keys have no query: the kernel lets the last query and the last key of a document
+    meet.
+    """
     sides = (-1 if window is None else window - 1, 0)
     if sinks_H is not None:
         return _WithSinks.apply(query_THD, key_TKD, value_TKD, sinks_H, documents, scaling, sides)
@@ -47,7 +50,7 @@ def _shared_heads(query_THD: Tensor, key_TKD: Tensor) -> dict[str, Any]:
 def _lengths(documents: Documents) -> tuple[Tensor, Tensor, int, int]:
     """Return where documents end among queries and among keys, and two numbers that no document is longer than."""
     ends, longest = documents.cu_seqlens, documents.longest
-    asked = (ends - documents.before).clamp_(min=0) if documents.before else ends
+    asked = (ends - documents.keys_before).clamp_(min=0) if documents.keys_before else ends
     return asked, ends, longest, longest
 
 

@@ -104,9 +104,21 @@ def all_to_all_in_pairs(rows: Tensor, sent: Sequence[int], received: Sequence[in
     return arrived
 
 
+_met: set[str] = set()  # groups whose ranks have all met
+
+
+def _meet(ranks: Any, device: torch.device) -> None:
+    """Let all ranks of a group meet before the first pair does: NCCL makes a group's links in its first messages, and
+    waits for every rank; in a round of pairs one may rest."""
+    if ranks.group_name not in _met and device.type != "cpu":
+        dist.all_reduce(torch.zeros(1, device=device), group=ranks)
+    _met.add(ranks.group_name)
+
+
 def _exchange_in_pairs(out: Sequence[Tensor], into: Sequence[Tensor], ranks: Any) -> None:
     """Send `out[j]` to rank j of the group and receive `into[j]` from it, for all others. Nothing is sent of no row."""
     me, size = dist.get_rank(ranks), dist.get_world_size(ranks)
+    _meet(ranks, out[me].device)
     for round_ in range(rounds(size)):
         other = partner(me, round_, size)
         if other is None:

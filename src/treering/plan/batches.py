@@ -35,25 +35,32 @@ def steps(loader: Iterable[Batch | list[Batch]], accumulate: int, mesh: DeviceMe
     gathered = _gathered(loader, accumulate)
     while True:
         step = next(gathered, None)
-        if step is not None and step and all("count" in batch for batch in step):
+        counted = bool(step) and all("count" in batch for batch in step or ())
+        problem, count = (None, 0) if counted else _examined(step or ())
+        agree_along_sequence(step, mesh, refused=problem is not None)
+        if counted and step is not None:
             yield step
             continue
-        if alone:
-            if step is None:
-                agree_along_sequence(None, mesh)
-                return
-            most = len(step)
-            count = _trained(step)
-        else:
+        most = len(step or ())
+        if not alone:
             assert mesh is not None
-            count, most = _agree(0 if step is None else _trained(step), 0 if step is None else len(step), mesh)
-            if most == 0 and step is None:
-                agree_along_sequence(None, mesh)
-                return
+            count, most, problem = _agree(count, most, problem, mesh)
+        if problem is not None:
+            raise problem
+        if step is None and most == 0:
+            return
         if count == 0:
             raise DataError("a step has no trained token on any rank: every label is -100, or there is no batch in it")
         batches = [*(step or []), *[silent()] * (most - len(step or []))]
         yield [{**batch, "count": count} for batch in batches]
+
+
+def _examined(step: Sequence[Batch]) -> tuple[DataError | None, int]:
+    """Return why a step cannot be used, if it cannot, and how many tokens it trains."""
+    try:
+        return None, _trained(step)
+    except DataError as error:
+        return error, 0
 
 
 def _gathered(loader: Iterable[Batch | list[Batch]], accumulate: int) -> Iterator[list[Batch]]:
@@ -70,7 +77,7 @@ def _gathered(loader: Iterable[Batch | list[Batch]], accumulate: int) -> Iterato
         yield waiting
 
 
-def _trained(step: list[Batch]) -> int:
+def _trained(step: Sequence[Batch]) -> int:
     for batch in step:
         missing = [name for name in ("input_ids", "labels") if name not in batch]
         if missing:
@@ -94,14 +101,18 @@ def _refuse_across(batch: Batch) -> None:
         )
 
 
-def _agree(count: int, most: int, mesh: DeviceMesh) -> tuple[int, int]:
-    """Return the number of trained tokens over all ranks, and of micro-batches on the rank that has most."""
+def _agree(count: int, most: int, problem: DataError | None, mesh: DeviceMesh) -> tuple[int, int, DataError | None]:
+    """Return the number of trained tokens over all ranks, of micro-batches on the rank that has most, and an error
+    where a rank has one."""
     total = torch.tensor([count], device=mesh.device_type)
-    longest = torch.tensor([most], device=mesh.device_type)
+    largest = torch.tensor([most, problem is not None], device=mesh.device_type)
     for axis in ("replicate", "shard"):
         dist.all_reduce(total, group=mesh[axis].get_group())
-        dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=mesh[axis].get_group())
-    return int(total), int(longest)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh[axis].get_group())
+    longest, failed = largest.tolist()
+    if failed and problem is None:
+        problem = DataError("the micro-batches of another rank cannot be used; its message says why")
+    return int(total), int(longest), problem
 
 
 def silent() -> Batch:

@@ -27,6 +27,8 @@ from treering.plan.teacher import Teacher
 from treering.plan.values import plain
 from treering.technique import Workload
 
+READY = "share_of_row"  # marks a batch that was cut for this rank
+
 
 class Run:
     """A composed model, and the methods that a training loop calls.
@@ -55,7 +57,8 @@ class Run:
         self.skipped_in_a_row = 0
         self._samples: list[str] = []
         self._copies = 0  # on how many ranks each trained token is; 0: not known yet
-        self._attached = False
+        self._attached = self._undone = False
+        self._cuts = any(applied.tokens is not None for applied in plan.applied)
         losses = [a.loss for a in plan.applied if a.loss is not None]
         self._loss = losses[0] if losses else plain_loss
         self._teacher = Teacher.of(plan)
@@ -105,7 +108,7 @@ class Run:
         if accumulate < 1:
             raise PlanError(f"accumulate is {accumulate}; a step takes at least 1 micro-batch")
         for micro_batches in batches.steps(loader, accumulate, self.plan.mesh):
-            yield self.ready(micro_batches)
+            yield self._all_ready(micro_batches)
 
     def ready(self, micro_batches: Sequence[Batch]) -> list[Batch]:
         """Return counted micro-batches of one step, transformed by the techniques and on the device.
@@ -113,6 +116,9 @@ class Run:
         A collective where a mesh has `sequence`: see `agree_along_sequence`.
         """
         agree_along_sequence(micro_batches, self.plan.mesh)
+        return self._all_ready(micro_batches)
+
+    def _all_ready(self, micro_batches: Sequence[Batch]) -> list[Batch]:
         self._samples = [sample for batch in micro_batches for sample in batch.get("samples", ())]
         shifted = [with_targets(batch) for batch in micro_batches]
         ready = [self._ready(batch) for batch in shifted]
@@ -127,15 +133,20 @@ class Run:
         if batch.get("documents") is not None and self.plan.unpackable:
             raise PlanError(f"a packed batch, but {self.plan.unpackable}; turn packing off (data.packing: off)")
         number = batch["input_ids"].numel()
+        if self._cuts and self._undone:
+            raise PlanError(
+                "run.undo() has removed what lets ranks compute a row together, so no batch can be made ready for it; "
+                "compose a fresh run"
+            )
         for applied in self.plan.applied:
             if applied.batch is not None:
                 batch = applied.batch(batch)
         self._check_share(batch, number)
-        return batches.to_device(batch, self.plan.device)
+        return batches.to_device({**batch, READY: True} if self._cuts else batch, self.plan.device)
 
     def _check_share(self, batch: Batch, number: int) -> None:
         """Raise an error if techniques cut rows to another length than they declare: a plan would count others."""
-        if all(applied.tokens is None for applied in self.plan.applied):
+        if not self._cuts:
             return
         share, remaining = sum(map(len, self.plan.tokens(number))), batch["input_ids"].numel()
         if remaining != share:
@@ -174,6 +185,11 @@ class Run:
         return dict(zip(("loss", *names), sums, strict=True))
 
     def _sum(self, batch: Batch, objective: Objective) -> Any:
+        if self._cuts and READY not in batch:
+            raise PlanError(
+                "the batch is not cut for the ranks that share its rows, so that it would count once for each of them; "
+                "take batches from run.steps(loader), or pass them through run.ready"
+            )
         batch = with_targets(batch)  # of a loop that counts by itself
         if "count" not in batch or "targets" not in batch:
             raise PlanError(
@@ -254,6 +270,7 @@ class Run:
 
         Parameters stay where techniques put them, and so does sharding.
         """
+        self._undone = True
         for applied in reversed(self.plan.applied):
             if applied.undo is not None:
                 applied.undo()

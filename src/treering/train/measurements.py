@@ -95,10 +95,11 @@ def grow(training: Training) -> None:
 
 
 def _restore_forwards(run: Run) -> None:
-    """Undo techniques that change forwards for the sake of a backward: training is over, and inputs that come tile by
-    tile cannot be counted by token."""
+    """Undo tiles and recomputes, which change forwards for the sake of a backward: training is over, and inputs that
+    come tile by tile cannot be counted by token. Ranks that share rows still do."""
     for technique, applied in zip(run.plan.techniques, run.plan.applied):
-        if technique.stage in (Stage.FORWARD, Stage.RECOMPUTE) and applied.undo is not None:
+        early = technique.stage in (Stage.FORWARD, Stage.RECOMPUTE)
+        if early and applied.undo is not None and applied.tokens is None:
             applied.undo()
 
 

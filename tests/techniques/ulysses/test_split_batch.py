@@ -18,7 +18,7 @@ GRIDS = [Grid(heads=2), Grid(heads=3), Grid(heads=1, gathered=2), Grid(heads=1, 
 
 def shares(batch, grid):
     """What each rank gets."""
-    return [split_batch(batch, SequenceRanks(grid=grid, rank=rank), last=True) for rank in range(grid.ranks)]
+    return [split_batch(batch, SequenceRanks(grid=grid, rank=rank)) for rank in range(grid.ranks)]
 
 
 def joined(name, batch, grid):
@@ -71,6 +71,9 @@ def masked(*rows):
 
 def test_padding_at_either_end_is_a_document_of_its_own():
     batch = masked([1, 1, 1, 0], [0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0])
+    with pytest.raises(tr.DataError, match="row 1 is padded on the left and the batch has no position_ids"):
+        shares(batch, Grid(heads=2))
+    batch["position_ids"] = torch.arange(4).expand(5, 4)
     [share, _] = shares(batch, Grid(heads=2))
     assert share["documents"].inside.lengths == (3, 1, 2, 2, 1, 2, 1, 4, 4)
     assert "attention_mask" not in share

@@ -143,10 +143,11 @@ class CodingErrors:
 
     Args:
         every: one of so many messages is decoded again and compared. An odd number meets all kinds in turn.
+        device: where sums are added up.
     """
 
-    def __init__(self, every: int):
-        self.every, self.seen = every, 0
+    def __init__(self, every: int, device: torch.device | str = "cpu"):
+        self.every, self.seen, self.device = every, 0, device
         self.sums: dict[str, Tensor] = {}
 
     def due(self) -> bool:
@@ -160,14 +161,14 @@ class CodingErrors:
 
     def metrics(self, group: Any) -> dict[str, float]:
         """Return the relative errors since the last call, over all ranks of `group`. A collective."""
-        found = {}
-        for name in ("forward", "gradients"):
-            if name in self.sums:
-                squares = self.sums.pop(name)
-                dist.all_reduce(squares, group=group)
-                error, size = squares.tolist()
-                found[f"ulysses/error_{name}"] = (error / size) ** 0.5 if size else 0.0
-        return found
+        names = ("forward", "gradients")
+        # Ranks may have measured different messages: one without heads sends none.
+        device = next(iter(self.sums.values())).device if self.sums else self.device
+        nothing = torch.zeros(2, dtype=torch.float64, device=device)
+        squares = torch.cat([self.sums.pop(name, nothing) for name in names])
+        dist.all_reduce(squares, group=group)
+        pairs = zip(names, squares.view(2, 2).tolist())
+        return {f"ulysses/error_{name}": (error / size) ** 0.5 for name, (error, size) in pairs if size}
 
 
 def _parts(message: Tensor, rows: Rows) -> list[tuple[MessagePart, Tensor]]:

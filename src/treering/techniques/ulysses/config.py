@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from treering.core.errors import PlanError
 from treering.core.topology import axis_size
@@ -58,15 +58,15 @@ class Ulysses(UlyssesSettings):
                 settings=("ulysses", "mesh.sequence"),
             )
         grid = self.grid(site.anatomy, axis_size(site.mesh, "sequence"))
-        errors = CodingErrors(every=2 * (len(site.anatomy.attentions) // 4) + 1)
+        errors = CodingErrors(2 * (len(site.anatomy.attentions) // 4) + 1, site.mesh.device_type)
         codecs = Codecs.of(self.codec, self.uncoded, errors)
         for one in site.anatomy.attentions:
             codecs.check(one.head_dim, one.value_dim)
         ranks = SequenceRanks.of_mesh(site.mesh, grid, self.transport, codecs)
-        last = depends_on_batch(model.config)
-        undone = [install(OnlyShares(model))] + ([install_rotary(model)] if last else [])
+        body: Any = getattr(model, "base_model", model)  # a tiled loss calls it without the model around it
+        undone = [install(OnlyShares(body))] + ([install_rotary(model)] if depends_on_batch(model.config) else [])
         return Applied(
-            batch=partial(split_batch, ranks=ranks, last=last),
+            batch=partial(split_batch, ranks=ranks),
             tokens=ranks.tokens,
             messages=partial(self._messages, model, site.anatomy, ranks),
             busiest=partial(self._busiest, site.anatomy, ranks.grid),

@@ -12,6 +12,7 @@ Shapes: B rows, H query heads, K key heads, t tokens of this rank, T tokens of w
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -71,6 +72,14 @@ class UlyssesExchange:
         self, attend: Attend, query_BHtD: Tensor, key_BKtD: Tensor, value_BKtE: Tensor, sinks_H: Tensor | None
     ) -> Tensor:
         """Return the output, B × H × t × E."""
+        of_query, of_key, of_value = dtypes = (query_BHtD.dtype, key_BKtD.dtype, value_BKtE.dtype)
+        if len(set(dtypes)) > 1:  # they are one message
+            wide = reduce(torch.promote_types, dtypes)
+
+            def narrow(q: Tensor, k: Tensor, v: Tensor, s: Tensor | None) -> Tensor:
+                return attend(q.to(of_query), k.to(of_key), v.to(of_value), s)
+
+            return self.around(narrow, query_BHtD.to(wide), key_BKtD.to(wide), value_BKtE.to(wide), sinks_H)
         query, key, value, sinks = query_BHtD, key_BKtD, value_BKtE, sinks_H
         heads = query.shape[1]
         widths = (query.shape[-1], key.shape[-1], value.shape[-1])

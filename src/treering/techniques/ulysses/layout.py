@@ -37,11 +37,11 @@ def pack(tensors: Sequence[Tensor], shares: Sequence[Ranges]) -> Tensor:
     rows, _, tokens, _ = tensors[0].shape
     wide = widths([(heads, x.shape[-1]) for heads, x in zip(shares, tensors)])
     flat = tensors[0].new_empty(tokens * rows * sum(wide))
-    if all(_is_even(heads) for heads in shares):
+    if all(map(_repeats, shares)):
         blocks_PTBW = flat.view(len(wide), tokens, rows, wide[0])
         for x, columns, heads in _columns(tensors, shares, 0):
-            each = (len(heads), len(heads[0]))
-            _heads(blocks_PTBW[..., columns], each[1]).copy_(x.unflatten(1, each).permute(1, 3, 0, 2, 4))
+            into, given = _in_groups(blocks_PTBW[..., columns], x, heads)
+            into.copy_(given.unsqueeze(1).expand_as(into))
         return flat
     for rank, block in enumerate(flat.split([tokens * rows * width for width in wide])):
         block_TBW = block.view(tokens, rows, wide[rank])
@@ -59,11 +59,14 @@ def unpack(flat: Tensor, tensors: Sequence[Tensor], shares: Sequence[Ranges]) ->
     """
     rows, _, tokens, _ = tensors[0].shape
     wide = widths([(heads, x.shape[-1]) for heads, x in zip(shares, tensors)])
-    if all(_is_even(heads) for heads in shares):
+    if all(map(_repeats, shares)):
         blocks_PTBW = flat.view(len(wide), tokens, rows, wide[0])
         for x, columns, heads in _columns(tensors, shares, 0):
-            each = (len(heads), len(heads[0]))
-            x.unflatten(1, each).permute(1, 3, 0, 2, 4).copy_(_heads(blocks_PTBW[..., columns], each[1]))
+            values, into = _in_groups(blocks_PTBW[..., columns], x, heads)
+            total = values[:, 0]
+            for more in values[:, 1:].unbind(1):
+                total = total.to(torch.promote_types(x.dtype, torch.float32)) + more
+            into.copy_(total)
         return
     summed = [_wide_zeros(x) if _overlap(heads) else x for x, heads in zip(tensors, shares)]
     for rank, block in enumerate(flat.split([tokens * rows * width for width in wide])):
@@ -94,7 +97,8 @@ def views(rows_TBW: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
 
 def rows_of(tensors: Sequence[Tensor]) -> Tensor:
     """Return the rows of tokens [T, B, W] that tensors [B, H, T, D] form."""
-    return torch.cat([_tokens_first(x).flatten(2) for x in tensors], dim=-1)
+    rows = [_tokens_first(x).flatten(2) for x in tensors]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
 
 
 def _columns(tensors: Sequence[Tensor], shares: Sequence[Ranges], rank: int) -> list[tuple[Tensor, slice, Ranges]]:
@@ -115,9 +119,25 @@ def _tokens_first(x_BHTD: Tensor) -> Tensor:
     return x_BHTD.permute(2, 0, 1, 3)
 
 
-def _is_even(heads: Ranges) -> bool:
-    """Return whether each head is for one rank, and all ranks have equally many: one copy does for all ranks."""
-    return len(heads[0]) > 0 and len({len(part) for part in heads}) == 1 and not _overlap(heads)
+def _in_groups(columns_PTBW: Tensor, x: Tensor, heads: Ranges) -> tuple[Tensor, Tensor]:
+    """Return the messages of all ranks as [G, R, T, B, h, D], and the tensor as [G, T, B, h, D].
+
+    Each of the G shares of h heads is for R ranks.
+    """
+    groups = len(heads) // _repeats(heads)
+    each = len(heads[0])
+    return _heads(columns_PTBW, each).unflatten(0, (groups, -1)), x.unflatten(1, (groups, each)).permute(1, 3, 0, 2, 4)
+
+
+def _repeats(heads: Ranges) -> int:
+    """Return how many ranks in a row have the same heads, if all have equally many and share them so; else 0. Then one
+    copy does for all ranks."""
+    each, total = len(heads[0]), max(part.stop for part in heads)
+    if not each or total % each or len(heads) % (total // each):
+        return 0
+    repeats = len(heads) * each // total
+    wanted = [range(i // repeats * each, (i // repeats + 1) * each) for i in range(len(heads))]
+    return repeats if list(heads) == wanted else 0
 
 
 def _overlap(heads: Ranges) -> bool:

@@ -93,7 +93,7 @@ class SequenceRanks:
         tokens = sum(lengths)
         inside = Documents.of(lengths, device)
         if self.grid.gathered > 1:
-            inside = inside.asked_by(self.grid.row_tokens(tokens)[self.grid.place(self.rank)[0]])
+            inside = inside.with_queries(self.grid.row_tokens(tokens)[self.grid.place(self.rank)[0]])
         own = Documents.of(pieces(lengths, self.tokens(tokens)), device)
         return own.exchanged(self.exchange(tokens, last_position), inside)
 

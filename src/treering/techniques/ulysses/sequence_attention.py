@@ -68,6 +68,12 @@ def sequence_attention(
     """
     group = group or dist.group.WORLD
     place = dist.get_rank(group)
+    if place < 0:
+        raise DataError(f"sequence_attention: rank {dist.get_rank()} is not in the group; call it on the group's ranks")
+    if attend is not None and (causal or scaling is not None):
+        raise DataError(
+            "sequence_attention: causal and scaling are for torch's own attention, and attend is given; let it do both"
+        )
     _check((query_BHtD, key_BKtD, value_BKtE), replicated)
     numbers = _lengths(query_BHtD, group) if lengths is None else tuple(lengths)
     if len(numbers) != dist.get_world_size(group) or numbers[place] != query_BHtD.shape[2]:
@@ -84,7 +90,20 @@ def sequence_attention(
         return exchange.around(lambda q, k, v, _: plainly(q, k, v), query_BHtD, key_BKtD, value_BKtE, None)
     more = _Replicated(replicated, row, plainly, first=replicated_at == "start")
     out = exchange.around(more.attend, query_BHtD, key_BKtD, value_BKtE, None)
-    return out, more.gathered()
+    return _Together.apply(out, more.gathered())
+
+
+class _Together(torch.autograd.Function):
+    """Two tensors as they are. Where only one of them is used for a loss, the other has a gradient of zeros: each rank
+    takes part in the messages of both backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, of_replicated: Tensor) -> tuple[Tensor, Tensor]:
+        return out.view_as(out), of_replicated.view_as(of_replicated)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
 
 
 class _Replicated:

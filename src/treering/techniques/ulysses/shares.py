@@ -13,7 +13,7 @@ see and a late one with many, so that causal attention costs all ranks the same.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from typing import Literal
 
@@ -62,7 +62,7 @@ class Grid:
         return _row_tokens(self, tokens)
 
 
-@cache
+@lru_cache(256)  # every batch may have another length
 def _row_tokens(grid: Grid, tokens: int) -> tuple[Ranges, ...]:
     if grid.gathered == 1:
         return ((range(grid.padded(tokens)),),)
@@ -71,7 +71,7 @@ def _row_tokens(grid: Grid, tokens: int) -> tuple[Ranges, ...]:
     return tuple(_joined(pair) for pair in pairs)
 
 
-@cache
+@lru_cache(256)
 def _tokens(grid: Grid, tokens: int) -> tuple[Ranges, ...]:
     shares: list[Ranges] = []
     for ranges in _row_tokens(grid, tokens):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from treering.attention import Documents
@@ -36,17 +37,15 @@ class OnlyShares(ModuleForward):
         return self.call_former(*args, **({} if documents is None else {"documents": documents}), **kwargs)
 
 
-def split_batch(batch: Batch, ranks: SequenceRanks, *, last: bool = False) -> Batch:
+def split_batch(batch: Batch, ranks: SequenceRanks) -> Batch:
     """Return the share of this rank of `batch`, [B, S], as one row with the exchange in its documents.
 
     `labels` are left out: a loss that shifts them inside a share would lose a target at each border.
-
-    Args:
-        last: Let the exchange know the largest position of the complete batch.
     """
     rows, length = batch["input_ids"].shape
-    batch = {**batch, "position_ids": _positions(batch, rows, length)}
+    packed = batch.get("documents") is not None
     lengths = _lengths(batch, rows, length)
+    batch = {**batch, "position_ids": _positions(batch, rows, length)}
     tokens = rows * length
     padding = ranks.grid.padded(tokens) - tokens
     if padding:
@@ -56,8 +55,8 @@ def split_batch(batch: Batch, ranks: SequenceRanks, *, last: bool = False) -> Ba
         if name not in ("labels", "attention_mask", "documents"):
             flat = _flat(value, rows, length, IGNORED if name == "targets" else 0, padding)
             share[name] = _cut(flat, tokens + padding, ranks.tokens(tokens))
-    last_position = int(batch["position_ids"].max()) if last else 0
-    return {**share, "documents": ranks.documents(lengths, batch["input_ids"].device, last_position)}
+    documents = ranks.documents(lengths, batch["input_ids"].device, _last(batch["position_ids"]))
+    return {**share, "documents": documents if packed else documents.as_rows()}
 
 
 def _lengths(batch: Batch, rows: int, length: int) -> tuple[int, ...]:
@@ -86,6 +85,11 @@ def _runs(batch: Batch, row: int, real: Tensor) -> list[int]:
     borders = (real[1:] != real[:-1]).nonzero().flatten() + 1
     stops = [*borders.tolist(), len(real)]
     lengths = [stop - start for start, stop in zip([0, *stops], stops)]
+    if not real[0] and real.any() and batch.get("position_ids") is None:
+        raise DataError(
+            f"row {row} is padded on the left and the batch has no position_ids: models differ in whether positions "
+            "begin at the padding or at the first token. Pad on the right, or give position_ids"
+        )
     texts = len(lengths) - (0 if real[0] else 1)  # runs from the first token on
     if texts > 2:
         raise DataError(
@@ -121,6 +125,11 @@ def _positions(batch: Batch, rows: int, length: int) -> Tensor:
     if positions is None:
         positions = torch.arange(length, device=batch["input_ids"].device)[None]
     return positions.expand(*positions.shape[:-2], rows, length)
+
+
+def _last(position_ids: Tensor) -> int:
+    """Return the largest position; 0 where memory is planned, from shapes alone."""
+    return 0 if isinstance(position_ids, FakeTensor) else int(position_ids.max())
 
 
 def _cut(value: Any, tokens: int, own: tuple[range, ...]) -> Any:
