@@ -14,8 +14,8 @@ mean, such as gradients of tokens without a target, keep their precision, and ze
 The sign of a scale of int8 is a: negative where 0. Nothing is raised on values, and nothing depends on them but values:
 the lengths, the shapes and the order of operations are the same on every rank.
 
-* There is no least scale. A row of float32's smallest numbers is coded to its last bit or to the codec's precision,
-  whichever is coarser.
+* There is no least scale: a row keeps the codec's precision however small it is, down to about D times float32's
+  smallest number, 1.4e-45, and is coded to within that below.
 * A row with an infinity or a NaN is decoded as a row of NaN. It has no part in the mean, so no other row changes.
 * float64 is rounded to float32 first: a row above its range is decoded as NaN, numbers below it as 0.
 
@@ -34,7 +34,6 @@ from treering.core.errors import ConfigError, PlanError
 from treering.formats.float8 import LARGEST, e4m3_table
 from treering.techniques.ulysses.codec_kernels import (
     SMALLEST,
-    aligned,
     hadamard,
     read_e4m3,
     read_int8,
@@ -44,6 +43,7 @@ from treering.techniques.ulysses.codec_kernels import (
     write_int8,
 )
 
+ALIGNMENT = 16  # bytes: what a message and its parts begin at, so that they can be viewed as wider types
 LEAST_ROTATION = 8  # channels among which a rotation spreads a large one; fewer are not worth it
 
 
@@ -58,9 +58,9 @@ class RowCodec(ABC):
 
     name: ClassVar[str]
 
-    @abstractmethod
     def check(self, width: int) -> None:
-        """Refuse a head width that the codec cannot write."""
+        """Refuse a head width that the codec cannot write; here: none."""
+        del width
 
     def size(self, rows: int, heads: int, width: int) -> int:
         """Return the bytes of the message of a block, a multiple of 16; 0 for a block without elements."""
@@ -158,9 +158,6 @@ class E4M3Row(RowCodec):
 
     name: ClassVar[str] = "e4m3"
 
-    def check(self, width: int) -> None:
-        """Accept every width."""
-
     def parts(self, rows: int, heads: int, width: int) -> list[int]:
         return [rows * heads * width, 4 * rows * heads]
 
@@ -232,3 +229,7 @@ def codec(name: str) -> RowCodec | None:
     if name not in _CODECS:
         raise ConfigError(f"{name!r} is no codec; there are {', '.join(_CODECS)}", field="codec")
     return _CODECS[name]
+
+
+def aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,6 +1,6 @@
-"""The arithmetic of the codecs: pure functions of tensors, compiled on a card.
+"""The arithmetic of the codecs, on whole tensors: plain torch on the CPU, one or two kernels on a card.
 
-Shapes: R rows of tokens, H heads, D width of a head.
+Shapes: R rows of tokens, H heads, D width of a head; H_DD is the Hadamard matrix.
 """
 
 import math
@@ -16,8 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from treering.formats.bits import divided
 from treering.formats.float8 import LARGEST
 
-ALIGNMENT = 16  # bytes: what a message and its parts begin at, so that they can be viewed as wider types
-CODES = 127  # int8 without −128
+_CODES = 127  # int8 without −128
 SMALLEST = 2.0**-149  # of float32; added to a scale, it rounds a subnormal one up, so that no code exceeds its range
 _LARGEST_VALUE = (2 - 2**-22) * 2.0**127  # a little below float32's, so that a code times its scale is finite
 
@@ -45,10 +44,6 @@ def _hadamard(width: int) -> Tensor:
     while len(matrix) < block:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return torch.block_diag(*[matrix] * (width // block))
-
-
-def aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _scale(reach: Tensor, codes: float) -> Tensor:
@@ -86,8 +81,8 @@ def write_int8(x_RHD: Tensor, H_DD: Tensor, codes_RHD: Tensor, scales_RH1: Tenso
     shifted_reach = shifted.abs().amax(-1, keepdim=True)
     closer = finite & (shifted_reach < reach)
     y, reach = torch.where(closer, shifted, y), torch.where(closer, shifted_reach, reach)
-    scale = _scale(reach, CODES)
-    codes_RHD.copy_((y / _divisor(scale)).round().clamp(-CODES, CODES))
+    scale = _scale(reach, _CODES)
+    codes_RHD.copy_((y / _divisor(scale)).round().clamp(-_CODES, _CODES))
     scales_RH1.copy_(torch.where(closer, scale, -scale))
 
 

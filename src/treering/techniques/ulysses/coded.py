@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from treering.core.row_messages import Transport, all_gather_rows, all_to_all
-from treering.techniques.ulysses.codec import RowCodec, codec
-from treering.techniques.ulysses.codec_kernels import aligned
+from treering.techniques.ulysses.codec import RowCodec, aligned, codec
 
 Content = Literal["query", "key", "value", "output"]
 CONTENTS: tuple[Content, ...] = get_args(Content)
