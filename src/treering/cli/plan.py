@@ -1,6 +1,7 @@
 """`treering plan`: what a configuration would do and whether it fits into memory, computed from shapes."""
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -143,7 +144,8 @@ def _meshes(state: _State, length: int, links: "Links", limit: int | None, peak:
     *own, expert = sizes(state.ranks, **asdict(config.mesh))
     shared = config.techniques.ulysses is not None
     probe = probe_shape(expert, shared=shared)
-    with pretend.ranks(probe.replicate * probe.sharing):
+    with pretend.ranks(probe.replicate * probe.sharing), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of a mesh that nobody has asked for
         plan = _plan(config, {axis: probe.sizes[axis] for axis in asdict(config.mesh)})
         timed = by_time(
             plan, probe, state.ranks, length, links, tokens_per_step=config.train.tokens_per_step, shared=shared

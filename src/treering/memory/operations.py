@@ -5,7 +5,7 @@
     attention   4 products of queries with keys and values that a token sees: T² / 2 pairs, or T w with a window w
 
 A block that is computed again in the backward counts its forward twice, and a model that is its own teacher once more;
-the second pass of tiles is not counted.
+the second pass of tiles is not counted. Where a config does not say how many experts a token has, all count.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from math import prod
 from treering.plan.plan import Plan
 from treering.technique import Stage
 
+CHOICES = ("num_experts_per_tok", "top_k_experts", "moe_topk")  # where configs write how many experts a token has
 NOT_IN_PRODUCTS = ("embedding", "position", "norm", "sink")
 
 
@@ -59,8 +60,9 @@ def _used_of_experts(plan: Plan) -> float:
     """Return which part of all experts one token goes through."""
     if not plan.anatomy.experts:
         return 1.0
-    config = plan.model.config.get_text_config()
-    return config.num_experts_per_tok / plan.anatomy.experts[0].number
+    config, number = plan.model.config.get_text_config(), plan.anatomy.experts[0].number
+    written = (getattr(config, name, None) for name in CHOICES)
+    return next((value for value in written if isinstance(value, int)), number) / number
 
 
 def _attention(plan: Plan, tokens: int, forwards: int, backward: bool) -> float:
