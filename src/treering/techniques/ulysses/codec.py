@@ -37,6 +37,7 @@ from treering.techniques.ulysses.codec_kernels import (
     hadamard,
     read_e4m3,
     read_int8,
+    rotate,
     rotation_block,
     run,
     write_e4m3,
@@ -170,7 +171,8 @@ class E4M3Row(RowCodec):
 
     def _write(self, x_RHD: Tensor, parts: list[Tensor]) -> None:
         codes, scales = parts
-        run(write_e4m3, x_RHD, codes.view(torch.float8_e4m3fn), scales)
+        for part, value in zip((codes.view(torch.float8_e4m3fn), scales), run(write_e4m3, x_RHD)):
+            part.copy_(value)
 
     def _read(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
         codes, scales = parts
@@ -213,7 +215,9 @@ class Int8Row(RowCodec):
     def _write(self, x_RHD: Tensor, parts: list[Tensor]) -> None:
         codes, scales, means = parts
         rotation = hadamard(x_RHD.shape[-1], x_RHD.device)
-        run(write_int8, x_RHD, rotation, codes.view(torch.int8), scales, means)
+        y, center = run(rotate, x_RHD, rotation)
+        for part, value in zip((codes.view(torch.int8), scales, means), (*run(write_int8, y, center), center)):
+            part.copy_(value)
 
     def _read(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
         codes, scales, means = parts

@@ -57,12 +57,12 @@ def _divisor(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, 1.0)
 
 
-def write_e4m3(x_RHD: Tensor, codes_RHD: Tensor, scales_RH1: Tensor) -> None:
+def write_e4m3(x_RHD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes and scales."""
     x = x_RHD.float()
     scale = _scale(x.abs().amax(-1, keepdim=True), LARGEST)
     # clamped: before torch 2.13 a value over 448 became NaN
-    codes_RHD.copy_((x / _divisor(scale)).clamp(-LARGEST, LARGEST))
-    scales_RH1.copy_(scale)
+    return (x / _divisor(scale)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
 
 
 def read_e4m3(codes_RHD: Tensor, scales_RH1: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -70,20 +70,30 @@ def read_e4m3(codes_RHD: Tensor, scales_RH1: Tensor, table: Tensor, dtype: torch
     return (values * scales_RH1).to(dtype)
 
 
-def write_int8(x_RHD: Tensor, H_DD: Tensor, codes_RHD: Tensor, scales_RH1: Tensor, means_HD: Tensor) -> None:
+def rotate(x_RHD: Tensor, H_DD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rotated rows, and the mean of those that are finite in bfloat16.
+
+    By itself: one kernel with `write_int8` would subtract a mean that is not rounded as the one that is sent.
+    """
     # divided by a power of two before the sums: exact, and no sum can exceed the largest element
     y = x_RHD.float() @ (H_DD / rotation_block(H_DD.shape[0]))
-    reach = y.abs().amax(-1, keepdim=True)
+    finite = y.abs().amax(-1, keepdim=True) < math.inf
+    total = torch.where(finite, y, 0).sum(0)
+    return y, (total / finite.sum(0).clamp(min=1)).bfloat16()
+
+
+def write_int8(y_RHD: Tensor, means_HD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes and scales of rotated rows, with the mean taken off where that makes the scale smaller."""
+    reach = y_RHD.abs().amax(-1, keepdim=True)
     finite = reach < math.inf
-    y = torch.where(finite, y, 0)
-    means_HD.copy_(y.sum(0) / finite.sum(0).clamp(min=1))
+    y = torch.where(finite, y_RHD, 0)
     shifted = y - means_HD.float()
     shifted_reach = shifted.abs().amax(-1, keepdim=True)
     closer = finite & (shifted_reach < reach)
     y, reach = torch.where(closer, shifted, y), torch.where(closer, shifted_reach, reach)
     scale = _scale(reach, _CODES)
-    codes_RHD.copy_((y / _divisor(scale)).round().clamp(-_CODES, _CODES))
-    scales_RH1.copy_(torch.where(closer, scale, -scale))
+    codes = (y / _divisor(scale)).round().clamp(-_CODES, _CODES).to(torch.int8)
+    return codes, torch.where(closer, scale, -scale)
 
 
 def read_int8(codes_RHD: Tensor, H_DD: Tensor, scales_RH1: Tensor, means_HD: Tensor, dtype: torch.dtype) -> Tensor:
