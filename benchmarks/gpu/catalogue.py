@@ -26,6 +26,8 @@ ROWS = {
     "qlora": _plan("quantized:whole", "tokens per second and memory of a whole 8B shape in NF4 with LoRA", 45),
     "formats": _plan("quantized:formats", "a step of LoRA on weights in each number format", 45),
     "decode": _plan("quantized:decode", "reading packed weights next to a plain copy of as many bytes", 20),
+    "codecs": _plan("exchange:codecs", "8-bit messages of Ulysses next to a plain copy", 30),
+    "packed": _plan("exchange:packed", "packed attention next to torch's with a dense mask", 20),
     "products": _plan("projection:products", "float32 products of operators in four ways", 20),
     "projection": _plan("projection:rows", "projecting V of each matrix, in three forms", 20),
     "loss": _plan("loss:rows", "the tiled loss against the plain one and Liger's", 45),
