@@ -76,7 +76,7 @@ def test_a_row_that_no_rank_shares_is_traced_as_it_was():
     [
         ("gathered", "kept", 4),
         ("heads", "full", 3),
-        ("heads", "coded", 2),
+        pytest.param(("heads", "coded", 2), marks=pytest.mark.slow),
         pytest.param(("heads", "tiled, recomputed", 2, 2), marks=pytest.mark.slow),
         pytest.param(("2d", "full", 6), marks=pytest.mark.slow),
     ],

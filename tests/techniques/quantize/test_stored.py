@@ -141,7 +141,7 @@ def on_mesh(paths, compute="stored", more=()):
 
 
 @sharded_codes
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_hold_the_same_codes_and_train_like_one_process(world, tmp_path):
     """No folder for prepared results is needed: each rank reads its own rows of codes."""
     chosen = [(name, "llama") for name in WRITERS] + [(n, "qwen3_moe") for n in ("nvfp4", "deepseek", "bitsandbytes")]
