@@ -45,11 +45,8 @@ def chunked(
 
     The first `documents.keys_before` keys have no query.
     """
-    return _Chunked.apply(query_HTD, key_KTD, value_KTE, sinks_H, _rule(documents, scaling, window, softcap))
-
-
-def _rule(documents: Documents, scaling: float, window: int | None, softcap: float | None) -> _Rule:
-    return _Rule(documents.lengths, documents.keys_before, scaling, window, softcap)
+    rule = _Rule(documents.lengths, documents.keys_before, scaling, window, softcap)
+    return _Chunked.apply(query_HTD, key_KTD, value_KTE, sinks_H, rule)
 
 
 class _Chunked(torch.autograd.Function):

@@ -20,6 +20,10 @@ from treering.core.errors import PlanError
 _FOREIGN = ("position_bias", "indices", "block_indices", "cache")
 
 
+# rotary embeddings whose frequencies depend on the longest position of a batch
+BATCH_DEPENDENT = ("longrope", "dynamic")
+
+
 # a graph break: kernels are chosen and cut by lengths on the host, and would be compiled again for every batch
 @torch.compiler.disable
 def attention(
@@ -145,7 +149,7 @@ def rope_conflict(config: Any, lengths: Sequence[int]) -> str | None:
         return None
     for rope in ropes(config):
         kind = rope.get("rope_type", "default")
-        if kind not in ("longrope", "dynamic"):
+        if kind not in BATCH_DEPENDENT:
             continue
         limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         beyond = sum(length > limit for length in lengths)

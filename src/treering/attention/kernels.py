@@ -173,23 +173,22 @@ def _per_document(query: Tensor, key: Tensor, value: Tensor, documents: Document
 
 def _document(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
     """Return heads × T × E of the last T tokens of one document."""
-    if q.shape[1] != k.shape[1] and q.is_cuda:
-        # The last query and the last key meet; a kernel that saves memory knows this without a mask.
-        k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
-        bias = causal_lower_right(q.shape[1], k.shape[1])
-        return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias, scale=scaling)[0]
-    if q.shape[1] != k.shape[1]:  # other causal kernels begin both at the first token, and a mask would be T × T
-        one = Documents.of([k.shape[1]]).with_queries([range(k.shape[1] - q.shape[1], k.shape[1])])
-        assert one.queries is not None
-        return chunked(q, k, v, one.queries[0][1], scaling=scaling)
     gqa = len(q) != len(k)
     if gqa and q.is_cuda:
         # What FlashAttention does not take comes here on a card. The kernel that saves memory without it knows no
         # grouped heads, and with them torch would compute T × T scores.
         k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
         gqa = False
-    out = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scaling, enable_gqa=gqa)
-    return out[0]
+    if q.shape[1] == k.shape[1]:
+        out = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scaling, enable_gqa=gqa)
+        return out[0]
+    if q.is_cuda:  # the last query and the last key meet; a kernel that saves memory knows this without a mask
+        bias = causal_lower_right(q.shape[1], k.shape[1])
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias, scale=scaling)[0]
+    # Other causal kernels begin both at the first token, and a mask would be T × T.
+    one = Documents.of([k.shape[1]]).with_queries([range(k.shape[1] - q.shape[1], k.shape[1])])
+    assert one.queries is not None
+    return chunked(q, k, v, one.queries[0][1], scaling=scaling)
 
 
 def _varlen(

@@ -60,10 +60,11 @@ def _record(operator: str, size: int) -> None:
         record.add(operator, size)
 
 
-def gather_equal(gathered: Tensor, rows: Tensor, group: Any) -> None:
-    """Fill `gathered` with the `rows` of all ranks, equally many, by the name that this torch has for it."""
+def gather_equal(gathered: Tensor, rows: Tensor, group: Any, *, wait: bool = True) -> Any:
+    """Fill `gathered` with the `rows` of all ranks, equally many. Without `wait`, return what is to be waited for."""
+    # Before torch 2.13 it has another name, which warns since then.
     collective: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    collective(gathered, rows, group=group)
+    return collective(gathered, rows, group=group, async_op=not wait)
 
 
 def _group(name: str) -> Any:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from treering.core.errors import PlanError
+from treering.core.row_messages import gather_equal
 from treering.core.topology import expert_mesh, parameter_mesh, unit_mesh
 
 if TYPE_CHECKING:
@@ -185,9 +186,7 @@ def _start_level(rows: Tensor, cut: _Cut) -> tuple[Tensor, Any]:
         padded = rows.new_zeros(cut.each, *rows.shape[1:])
         padded[: rows.shape[0]] = rows
     gathered = rows.new_empty(cut.each * dist.get_world_size(cut.group), *rows.shape[1:])
-    # Before torch 2.13 it has another name, which warns since then.
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gathered, all_gather(gathered, padded.contiguous(), group=cut.group, async_op=True)
+    return gathered, gather_equal(gathered, padded.contiguous(), cut.group, wait=False)
 
 
 def settle(model: nn.Module) -> None:

@@ -121,18 +121,18 @@ class _ToHeads(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, shares: HeadShares, row: Partners) -> Tensor:
         tensors, of_heads = (query, key, value), (shares.query, shares.key, shares.key)
         ctx.of_heads, ctx.row = of_heads, row
-        ctx.like = [(x.shape, x.dtype) for x in tensors]
-        out, back = _rows_for_heads(ctx.like, of_heads, row)
+        ctx.shapes = [x.shape for x in tensors]
+        out, back = _rows_for_heads(ctx.shapes, of_heads, row)
         arrived = row.exchange(pack(tensors, of_heads), out, back)
         return arrived.view(sum(row.tokens), query.shape[0], back[0].width)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_TBW: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [_token_major(shape, gradient_TBW) for shape, _ in ctx.like]
-        back, out = _rows_for_heads(ctx.like, ctx.of_heads, ctx.row)
+        gradients = [_token_major(shape, gradient_TBW) for shape in ctx.shapes]
+        back, out = _rows_for_heads(ctx.shapes, ctx.of_heads, ctx.row)
         unpack(ctx.row.exchange(gradient_TBW.reshape(-1), out, back, gradients=True), gradients, ctx.of_heads)
-        return *(x.to(dtype) for x, (_, dtype) in zip(gradients, ctx.like)), None, None
+        return *gradients, None, None
 
 
 class _ToTokens(torch.autograd.Function):
@@ -191,16 +191,16 @@ class GatherRows(torch.autograd.Function):
 
 
 def _rows_for_heads(
-    like: Sequence[tuple[Sequence[int], torch.dtype]], heads: Sequence[Ranges], row: Partners
+    shapes: Sequence[Sequence[int]], heads: Sequence[Ranges], row: Partners
 ) -> tuple[list[Rows], list[Rows]]:
     """Return the messages that this rank sends to each of the row for q, k and v, and those that it receives."""
     contents: tuple[Content, ...] = ("query", "key", "value")
-    widths = [shape[-1] for shape, _ in like]
+    widths = [shape[-1] for shape in shapes]
     parts = [
         tuple(MessagePart(content, len(of[rank]), width) for content, of, width in zip(contents, heads, widths))
         for rank in range(len(row.tokens))
     ]
-    batch, tokens = like[0][0][0], row.tokens[row.place]
+    batch, tokens = shapes[0][0], row.tokens[row.place]
     return [Rows(tokens * batch, one) for one in parts], [Rows(n * batch, parts[row.place]) for n in row.tokens]
 
 

@@ -9,6 +9,7 @@ Shapes: B rows of the batch, H heads, T tokens, D width of a head, W width of a 
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -129,6 +130,7 @@ def _in_groups(columns_PTBW: Tensor, x: Tensor, heads: Ranges) -> tuple[Tensor, 
     return _heads(columns_PTBW, each).unflatten(0, (groups, -1)), x.unflatten(1, (groups, each)).permute(1, 3, 0, 2, 4)
 
 
+@lru_cache(256)  # asked for every message of every layer
 def _repeats(heads: Ranges) -> int:
     """Return how many ranks in a row have the same heads, if all have equally many and share them so; else 0. Then one
     copy does for all ranks."""

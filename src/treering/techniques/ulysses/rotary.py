@@ -11,16 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from treering.attention.hook import ropes
+from treering.attention.hook import BATCH_DEPENDENT, ropes
 from treering.core.errors import PlanError
 from treering.core.module_forward import ModuleForward, install, undo_all
-
-DEPENDENT = ("dynamic", "longrope")
 
 
 def depends_on_batch(config: Any) -> bool:
     """Return whether a model's frequencies depend on the largest position of a batch."""
-    return any(rope.get("rope_type") in DEPENDENT for rope in ropes(config.get_text_config()))
+    return any(rope.get("rope_type") in BATCH_DEPENDENT for rope in ropes(config.get_text_config()))
 
 
 def install_rotary(model: nn.Module) -> Callable[[], None]:
