@@ -85,8 +85,8 @@ class Documents:
         return replace(self, exchange=exchange, inside=inside)
 
     def as_rows(self) -> "Documents":
-        """Return the same documents as what they are: rows of a batch."""
-        return replace(self, rows=True)
+        """Return the same documents, and those inside, as what they are: rows of a batch."""
+        return replace(self, rows=True, inside=None if self.inside is None else self.inside.as_rows())
 
     def with_queries(self, queries: Iterable[range]) -> "Documents":
         """Return the same documents, with queries in these ranges of the row only."""

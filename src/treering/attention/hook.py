@@ -41,7 +41,7 @@ def attention(
     if documents is None:
         return _unpacked(module, query_BHTD, key_BKSD, value_BKSE, attention_mask, dropout, scaling, kwargs)
     inside = documents.inside or documents
-    _refuse(module, query_BHTD, key_BKSD, attention_mask, dropout, inside, documents.rows, kwargs)
+    _refuse(module, query_BHTD, key_BKSD, attention_mask, dropout, inside, kwargs)
     documents.check(query_BHTD.shape[2])
 
     def attended(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
@@ -56,7 +56,7 @@ def attention(
 
 def _refuse(
     module: nn.Module, query: Tensor, key: Tensor, mask: "DeferredMask | Tensor | None", dropout: float,
-    documents: Documents, rows: bool, kwargs: dict[str, Any],
+    documents: Documents, kwargs: dict[str, Any],
 ) -> None:  # fmt: skip
     """Raise PlanError or DataError where the packed result would not be that of each document alone."""
     name = type(module).__name__
@@ -79,7 +79,7 @@ def _refuse(
         raise PlanError(f"{name} got documents and an attention_mask; packed rows have no padding: leave the mask out")
     if isinstance(mask, DeferredMask):
         _refuse_mask(name, mask, documents, kwargs.get("sliding_window"))
-    conflict = None if rows else rope_conflict(getattr(module, "config", None), documents.lengths)
+    conflict = None if documents.rows else rope_conflict(getattr(module, "config", None), documents.lengths)
     if conflict:
         raise PlanError(conflict)
 

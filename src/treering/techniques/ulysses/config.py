@@ -82,6 +82,7 @@ class Ulysses(UlyssesSettings):
 
     def grid(self, anatomy: "Anatomy", ranks: int) -> "Grid":
         """Return how the ranks of the axis `sequence` are arranged."""
+        from treering.techniques.ulysses.sent import layers
         from treering.techniques.ulysses.shares import Grid
         from treering.techniques.ulysses.traffic import choose, grids
 
@@ -98,7 +99,7 @@ class Ulysses(UlyssesSettings):
                     "heads, gathered or auto, or a number of ranks that is not prime",
                     settings=("ulysses.layout", "mesh.sequence"),
                 )
-        return choose(_layers(anatomy), among, form=self._form())
+        return choose(layers(anatomy), among, form=self._form())
 
     def _messages(
         self, model: "nn.Module", anatomy: "Anatomy", ranks: "SequenceRanks", work: Workload
@@ -110,17 +111,18 @@ class Ulysses(UlyssesSettings):
         return messages_of(model, anatomy, grid, rank, work, self._form(itemsize(model, anatomy)))
 
     def _busiest(self, anatomy: "Anatomy", grid: "Grid", work: Workload) -> float:
+        from treering.techniques.ulysses.sent import layers
         from treering.techniques.ulysses.traffic import busiest
 
         grid = self._grid_for(anatomy, grid, work)
-        return max(busiest(widths, grid) for widths in _layers(anatomy))
+        return max(busiest(widths, grid) for widths in layers(anatomy))
 
     def _compared(self, model: "nn.Module", anatomy: "Anatomy", grid: "Grid", work: Workload) -> list[str]:
         from treering.core.links import Links
-        from treering.techniques.ulysses.sent import itemsize
+        from treering.techniques.ulysses.sent import itemsize, layers
         from treering.techniques.ulysses.traffic import compared
 
-        return compared(_layers(anatomy), grid, work.tokens, Links(), self._form(itemsize(model, anatomy)))
+        return compared(layers(anatomy), grid, work.tokens, Links(), self._form(itemsize(model, anatomy)))
 
     def _form(self, itemsize: int = 2) -> "SentForm":
         """Return the form in which tensors are sent; a run chooses a layout before it knows the bytes of an element."""
@@ -148,12 +150,6 @@ class TaughtRows(Ulysses):
     def grid(self, anatomy: "Anatomy", ranks: int) -> "Grid":
         """Return how the ranks of the axis `sequence` are arranged."""
         return super().grid(self.student, ranks)
-
-
-def _layers(anatomy: "Anatomy") -> list:
-    from treering.techniques.ulysses.sent import layers
-
-    return layers(anatomy)
 
 
 def _note(grid: "Grid", anatomy: "Anatomy") -> str:
