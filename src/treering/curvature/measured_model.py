@@ -13,7 +13,8 @@ from treering.anatomy import examine
 from treering.core.errors import DataError, PlanError
 from treering.core.sharded import settle
 from treering.core.topology import AXES, axis_size
-from treering.curvature.observer import Observer, summed
+from treering.curvature.observer import Observer
+from treering.curvature.sums import reduced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,8 +66,8 @@ class MeasuredModel:
         if self.shared == 1:
             return
         every = _groups(self.mesh, AXES)
-        total = int(summed(torch.tensor(given, device=self.device), self.groups))
-        counted = int(summed(torch.tensor(seen, device=self.device), every))
+        total = int(reduced(torch.tensor(given, device=self.device), self.groups))
+        counted = int(reduced(torch.tensor(seen, device=self.device), every))
         if counted == total:
             self.groups = every
         elif counted != total * self.shared:

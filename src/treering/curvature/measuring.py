@@ -1,11 +1,11 @@
 """A complete measurement: every batch through the model, as often as memory requires, one tensor written at a time."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,10 +15,11 @@ from treering.core.collectives import gather_objects
 from treering.core.errors import DataError, PlanError
 from treering.curvature.adding import added, joint, refuse_other
 from treering.curvature.disk import open_folder, writing
+from treering.curvature.exact_sums import ExactSum, Peaks, bits_for, exponents_of
 from treering.curvature.measured_model import Batch, Composed, MaskedBatches, MeasuredModel, evaluating, real_tokens
 from treering.curvature.observe import Observer, observe
-from treering.curvature.observer import summed
 from treering.curvature.statistics import Counts, Entry, Ring, Statistics, in_memory, sizes
+from treering.curvature.sums import reduced
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -72,13 +73,14 @@ def measure(
     masked_batches = [(batch, real_tokens(batch, tokens)) for batch in every]
     _refuse_nothing(subject, masked_batches, tokens)
     with evaluating(subject.model):
-        owners, passes = _passes(subject, masked_batches, memory_limit or _memory_limit(subject.device))
-        return _measured(subject, masked_batches, owners, passes, ring or Ring(name="", tokens=0), onto, to, progress)
+        grid = _grid(subject, masked_batches)
+        passes = _passes(subject, grid.owners, memory_limit or _memory_limit(subject.device))
+        return _measured(subject, masked_batches, grid, passes, ring or Ring(name="", tokens=0), onto, to, progress)
 
 
 def _refuse_nothing(subject: MeasuredModel, masked_batches: MaskedBatches, tokens: Literal["real", "trained"]) -> None:
     """Raise a DataError if no token of any rank counts. One rank alone may have nothing but padding."""
-    if int(summed(torch.tensor(_count(masked_batches), device=subject.device), subject.groups)) == 0:
+    if int(reduced(torch.tensor(_count(masked_batches), device=subject.device), subject.groups)) == 0:
         what = "predicts a trained token (are all labels -100?)" if tokens == "trained" else "is not padding"
         raise DataError(
             f"no token of the batches {what}, so there is nothing to measure; look at their attention_mask, `real` or "
@@ -91,15 +93,46 @@ def _count(masked_batches: MaskedBatches) -> int:
     return sum(batch["input_ids"].numel() if real is None else int((real != 0).sum()) for batch, real in masked_batches)
 
 
-def _passes(subject: MeasuredModel, masked_batches: MaskedBatches, limit: int) -> tuple[Any, list[set[str]]]:
-    """Return owners, and the weights of each pass. Where several are needed, one forward shows which share inputs."""
+@dataclass(frozen=True, kw_only=True)
+class IntegerGrid:
+    """The integers to which products are rounded, the same on all ranks.
+
+    Attributes:
+        owners: weight → the one whose sum is also its sum, as the first batch showed.
+        exponents: of each sum, by owner.
+        bits: see `exact_sums`.
+    """
+
+    owners: dict[str, str]
+    exponents: dict[str, Tensor]
+    bits: int
+
+    def new_sum(self, weight: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> ExactSum:
+        exponents = self.exponents.get(weight, torch.zeros(shape[-1], dtype=torch.int64))
+        return ExactSum.empty(shape, device, exponents, self.bits)
+
+
+def _grid(subject: MeasuredModel, masked_batches: MaskedBatches) -> IntegerGrid:
+    """Return the grid, from one forward of the first batch of each rank, of which that of rank 0 counts."""
+    with observe(subject.model, subject.anatomy, new_sum=Peaks.empty) as seen:
+        subject.forward(seen, *masked_batches[0])
+    owners = seen.order()
+    _agree(owners)
+    widths = {owner: sizes(subject.anatomy)[owner][-1] for owner in dict.fromkeys(owners.values())}
+    peaks = [seen.sums[o].largest if o in seen.sums else torch.zeros(m).double() for o, m in widths.items()]
+    flat = torch.cat([peak.to(subject.device) for peak in peaks]) if peaks else torch.zeros(0)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast(flat, src=0)
+    exponents = {o: exponents_of(peak) for o, peak in zip(widths, flat.cpu().split(list(widths.values())))}
+    terms = torch.tensor(sum(real is None or bool(real.any()) for _, real in masked_batches), device=subject.device)
+    return IntegerGrid(owners=owners, exponents=exponents, bits=bits_for(int(reduced(terms, subject.groups))))
+
+
+def _passes(subject: MeasuredModel, owners: dict[str, str], limit: int) -> list[set[str]]:
+    """Return the weights of each pass through the batches."""
     shapes = sizes(subject.anatomy)
     if sum(map(_bytes, shapes.values())) <= limit:
-        return None, [set(shapes)]
-    batch = masked_batches[0][0]
-    with observe(subject.model, subject.anatomy) as seen:
-        subject.forward(seen, batch, torch.zeros(batch["input_ids"].shape, dtype=torch.bool))
-    owners = seen.order()
+        return [set(shapes)]
     passes: list[set[str]] = []
     used = limit
     for owner in dict.fromkeys(owners.values()):
@@ -108,7 +141,7 @@ def _passes(subject: MeasuredModel, masked_batches: MaskedBatches, limit: int) -
             passes.append(set())
             used = _bytes(shapes[owner])
         passes[-1] |= {weight for weight, other in owners.items() if other == owner}
-    return owners, passes
+    return passes
 
 
 def _memory_limit(device: torch.device) -> int:
@@ -125,13 +158,13 @@ def _memory_limit(device: torch.device) -> int:
 
 
 def _bytes(shape: tuple[int, ...]) -> int:
-    return 4 * torch.Size(shape).numel()
+    return ExactSum.BYTES * torch.Size(shape).numel()
 
 
 def _measured(
     subject: MeasuredModel,
     masked_batches: MaskedBatches,
-    owners: dict[str, str] | None,
+    grid: IntegerGrid,
     passes: Sequence[set[str]],
     ring: Ring,
     onto: Sequence[Statistics],
@@ -140,10 +173,9 @@ def _measured(
 ) -> Statistics:
     for one in onto:
         one.check(subject.anatomy)
-    watched = _watched(subject, masked_batches, passes, progress)
+    watched = _watched(subject, masked_batches, grid, passes, progress)
     first = next(watched)
-    subject.agree(_count(masked_batches), first.tokens)
-    owners = owners or first.order()
+    owners = first.order() if len(passes) == 1 else grid.owners
     rings = [*(r for one in onto for r in one.rings), replace(ring, tokens=first.counted(subject.groups))]
     for one in onto:
         if set(one.entries) != set(owners):
@@ -168,17 +200,37 @@ def _measured(
 def _watched(
     subject: MeasuredModel,
     masked_batches: MaskedBatches,
+    grid: IntegerGrid,
     passes: Sequence[set[str]],
     progress: Callable[[int, int], None],
 ) -> Iterator[Observer]:
     """Yield the observer of each pass, with its sums complete."""
     for number, weights in enumerate(passes):
-        with observe(subject.model, subject.anatomy, weights=weights) as seen:
-            for i, (batch, real) in enumerate(masked_batches):
-                subject.forward(seen, batch, real)
-                progress(number * len(masked_batches) + i + 1, len(passes) * len(masked_batches))
-        _agree(seen.order())
+        done = number * len(masked_batches)
+        while True:  # a second time, where a batch does not fit the grid of the first one
+            with observe(subject.model, subject.anatomy, weights=weights, new_sum=grid.new_sum) as seen:
+                for i, (batch, real) in enumerate(masked_batches):
+                    subject.forward(seen, batch, real)
+                    progress(done + i + 1, len(passes) * len(masked_batches))
+            _agree(seen.order())
+            if number == 0:
+                subject.agree(_count(masked_batches), seen.tokens)
+            larger = _larger_exponents(seen, subject)
+            if not larger:
+                break
+            grid = replace(grid, exponents=grid.exponents | larger)
         yield seen
+
+
+def _larger_exponents(seen: Observer, subject: MeasuredModel) -> dict[str, Tensor]:
+    """Return the exponents of sums that may have overflowed, by owner. A collective."""
+    found = {}
+    for owner in dict.fromkeys(seen.order().values()):
+        if owner not in seen.sums:  # no token on this rank; others may have some
+            seen.sums[owner] = seen.new_sum(owner, seen.sizes[owner], *seen.kinds[owner])
+        if (exponents := seen.sums[owner].larger_exponents(owner, subject.groups)) is not None:
+            found[owner] = exponents
+    return found
 
 
 def _agree(owners: dict[str, str]) -> None:

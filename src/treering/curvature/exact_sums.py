@@ -1,0 +1,141 @@
+"""Sums of second moments that do not depend on the order of their terms, nor on how ranks share them.
+
+Floating-point addition rounds, so the same terms give other bits in another order, and other bits are another digest:
+another prepared folder, another index. Here each term is rounded once, to a grid of integers, and integers are added:
+int64 sums are associative. The grid is fine (2⁻⁴⁴ of √(c_ii c_jj) for 64 batches) and has a step of its own for
+each row and each column, because channels of a model differ by orders of magnitude.
+
+    c_ij  ≈  n_ij · 2^(e_i + e_j − bits),   n_ij an integer
+
+The exponents e come from the first batch of rank 0 (`Peaks`), which is the same batch on any number of ranks. Where a
+later batch is so much larger that a sum could overflow, the measurement is repeated with exponents that fit all batches
+(`larger_exponents`): they too depend on the data alone.
+
+M width of the moment, E experts, T tokens.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from treering.core.errors import NumericsError
+from treering.curvature.statistics import Counts
+from treering.curvature.sums import reduced
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_RANGE = 62  # bits of a sum, without its sign
+_GROWTH = 12  # bits by which a later batch may be larger than the first one
+_FLOOR = 40  # bits between the largest variance and the smallest that a step is chosen for
+_UNSEEN = 20  # the same, for channels that were 0 in the first batch: what they will be is not known
+_BLOCK = 1 << 22  # elements that are converted at a time
+
+
+def bits_for(terms: int) -> int:
+    """Return the bits of the grid below √(c_ii c_jj) where `terms` are added."""
+    return _RANGE - _GROWTH - max(1, math.ceil(math.log2(max(2, terms))))
+
+
+def exponents_of(variances_M: Tensor) -> Tensor:
+    """Return e_M, int64, with variances ≤ 4^e: a channel that was not seen takes part in the range of the others."""
+    largest = variances_M.max() if variances_M.numel() else variances_M.new_zeros(())
+    if not 0 < float(largest) < math.inf:
+        return torch.zeros(variances_M.shape, dtype=torch.int64)
+    floored = variances_M.double().clamp_min(float(largest) * 2.0**-_FLOOR)
+    floored = torch.where(variances_M > 0, floored, float(largest) * 2.0**-_UNSEEN)
+    return torch.ceil(torch.log2(floored) / 2).long().cpu()
+
+
+@dataclass(kw_only=True)
+class Peaks:
+    """The largest diagonal of Σ a aᵀ over the forwards so far: what the exponents of a sum are chosen from. Experts of
+    a stack share it."""
+
+    largest: Tensor  # [M]
+
+    @classmethod
+    def empty(cls, weight: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "Peaks":
+        return cls(largest=torch.zeros(shape[-1:], dtype=torch.float64, device=device))
+
+    @torch.no_grad()
+    def add(self, rows: Tensor, expert: int | None = None) -> None:
+        torch.maximum(self.largest, rows.double().square().sum(0), out=self.largest)
+
+
+@dataclass(kw_only=True)
+class ExactSum:
+    """Σ c over terms c, M × M or E × M × M, as integers; see above. `tokens`: how many, or E of them."""
+
+    BYTES: ClassVar[int] = 8  # of an element
+
+    total: Tensor  # int64
+    tokens: Tensor
+    exponents: Tensor  # [M], int64, on the host
+    bits: int
+    largest: Tensor = field(init=False)  # [M], float64: of the diagonals that were added
+    terms: int = 0
+
+    def __post_init__(self) -> None:
+        device, width = self.total.device, len(self.exponents)
+        self.largest = torch.zeros(width, dtype=torch.float64, device=device)
+        steps = self.exponents.double()
+        self._rows = torch.exp2(self.bits - steps).to(device)[:, None]
+        self._columns = torch.exp2(-steps).to(device)
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], device: torch.device, exponents: Tensor, bits: int) -> "ExactSum":
+        total = torch.zeros(shape, dtype=torch.int64, device=device)
+        return cls(total=total, tokens=torch.zeros(shape[:-2], dtype=torch.int64), exponents=exponents, bits=bits)
+
+    @torch.no_grad()
+    def add(self, rows: Tensor, expert: int | None = None) -> None:
+        """Add rowsᵀ rows of inputs T × M; of a stack, to the sum of one expert."""
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        with torch.autocast(rows.device.type, enabled=False):
+            self.add_product(wide.mT @ wide, rows.shape[0], expert)
+
+    @torch.no_grad()
+    def add_product(self, product: Tensor, tokens: int, expert: int | None = None) -> None:
+        """Add a symmetric matrix without negative eigenvalues, of so many tokens."""
+        torch.maximum(self.largest, product.diagonal().double(), out=self.largest)
+        total = self.total if expert is None else self.total[expert]
+        height = max(1, _BLOCK // product.shape[1])
+        for start in range(0, len(product), height):
+            part = slice(start, start + height)
+            grid = product[part].double().mul_(self._rows[part]).mul_(self._columns).round_()
+            total[part] += grid.long()
+        (self.tokens if expert is None else self.tokens[expert]).add_(tokens)
+        self.terms += 1
+
+    @torch.no_grad()
+    def larger_exponents(self, name: str, groups: "Sequence[ProcessGroup]") -> Tensor | None:
+        """Return the exponents that fit what was added, where the present ones do not; else None. A collective."""
+        largest = reduced(self.largest.nan_to_num(nan=math.inf, posinf=math.inf), groups, dist.ReduceOp.MAX).cpu()
+        terms = int(reduced(torch.tensor(self.terms, device=self.total.device), groups))
+        if not bool(torch.isfinite(largest).all()):
+            raise NumericsError(
+                f"what reaches {name} is not finite, or too large to be squared; does the model work in this dtype?"
+            )
+        limit = torch.exp2(2 * self.exponents.double() + (_RANGE - self.bits))
+        return exponents_of(largest) if bool((largest * max(1, terms) > limit).any()) else None
+
+    @torch.no_grad()
+    def sum(self, groups: "Sequence[ProcessGroup]") -> tuple[Tensor, Tensor]:
+        """Return the sum in float64 on the host, and its tokens; it is used up. A collective over `groups`."""
+        total = reduced(self.total, groups).cpu().double()
+        steps = torch.exp2(self.exponents.double())
+        total *= steps[:, None] * 2.0**-self.bits
+        total *= steps
+        return (total + total.mT) / 2, reduced(self.tokens.to(self.total.device), groups).cpu()
+
+    def mean(self, name: str, groups: "Sequence[ProcessGroup]") -> tuple[Tensor, Counts]:
+        """Return the mean in float32, and the tokens that it is of; the sum is used up. A collective."""
+        total, tokens = self.sum(groups)
+        mean = (total / tokens.clamp_min(1)[..., None, None]).float().contiguous()
+        return mean, int(tokens) if tokens.ndim == 0 else tuple(int(n) for n in tokens)
