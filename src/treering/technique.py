@@ -435,3 +435,34 @@ def recomputing(kind: Recompute) -> AbstractContextManager[None]:
             _recompute.reset(token)
 
     return scope()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileRows:
+    """Which rows of how many a tile is computed on."""
+
+    start: int
+    stop: int
+    total: int
+
+
+_tile_rows: ContextVar[TileRows | None] = ContextVar("treering_tile_rows", default=None)
+
+
+def tile_rows() -> TileRows | None:
+    """Return which rows the modules of a tile are called with; None outside of tiles."""
+    return _tile_rows.get()
+
+
+def in_tile(rows: TileRows) -> AbstractContextManager[None]:
+    """Mark the forwards inside as those of a tile of `rows`."""
+
+    @contextmanager
+    def scope():
+        token = _tile_rows.set(rows)
+        try:
+            yield
+        finally:
+            _tile_rows.reset(token)
+
+    return scope()

@@ -21,9 +21,11 @@ class ModuleForward:
             methods of equal layers for one function, and compiles them once; objects, for each layer again. For
             layers that take one tensor: `inspect.signature` does not see the signature of what was replaced.
         again: whether the backward calls what was replaced again, with all messages that this sends.
+        returns_objective: whether the call may return a value of an objective, in place of the module's output.
     """
 
     as_method: ClassVar[bool] = False
+    returns_objective: ClassVar[bool] = False
     again: bool = False
 
     def __init__(self, module: nn.Module):

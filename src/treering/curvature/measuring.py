@@ -15,7 +15,7 @@ from treering.core.collectives import gather_objects
 from treering.core.errors import DataError, PlanError
 from treering.curvature.adding import added, joint, refuse_other
 from treering.curvature.disk import open_folder, writing
-from treering.curvature.exact_sums import ExactSum, Peaks, bits_for, exponents_of
+from treering.curvature.exact_sums import ExactSum, Peaks, Steps, bits_for, exponents_of
 from treering.curvature.measured_model import Batch, Composed, MaskedBatches, MeasuredModel, evaluating, real_tokens
 from treering.curvature.observe import Observer, observe
 from treering.curvature.statistics import Counts, Entry, Ring, Statistics, in_memory, sizes
@@ -99,17 +99,18 @@ class IntegerGrid:
 
     Attributes:
         owners: weight → the one whose sum is also its sum, as the first batch showed.
-        exponents: of each sum, by owner.
-        bits: see `exact_sums`.
+        steps: of each sum, by owner.
+        bits: of the steps.
     """
 
     owners: dict[str, str]
-    exponents: dict[str, Tensor]
+    steps: dict[str, Steps]
     bits: int
 
     def new_sum(self, weight: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> ExactSum:
-        exponents = self.exponents.get(weight, torch.zeros(shape[-1], dtype=torch.int64))
-        return ExactSum.empty(shape, device, exponents, self.bits)
+        unknown = torch.zeros(shape[-1], dtype=torch.int64)
+        steps = self.steps.get(weight, Steps(rows=unknown, columns=unknown, bits=self.bits))
+        return ExactSum.empty(shape, device, steps)
 
 
 def _grid(subject: MeasuredModel, masked_batches: MaskedBatches) -> IntegerGrid:
@@ -125,7 +126,9 @@ def _grid(subject: MeasuredModel, masked_batches: MaskedBatches) -> IntegerGrid:
         dist.broadcast(flat, src=0)
     exponents = {o: exponents_of(peak) for o, peak in zip(widths, flat.cpu().split(list(widths.values())))}
     terms = torch.tensor(sum(real is None or bool(real.any()) for _, real in masked_batches), device=subject.device)
-    return IntegerGrid(owners=owners, exponents=exponents, bits=bits_for(int(reduced(terms, subject.groups))))
+    bits = bits_for(int(reduced(terms, subject.groups)))
+    steps = {owner: Steps(rows=one, columns=one, bits=bits) for owner, one in exponents.items()}
+    return IntegerGrid(owners=owners, steps=steps, bits=bits)
 
 
 def _passes(subject: MeasuredModel, owners: dict[str, str], limit: int) -> list[set[str]]:
@@ -215,21 +218,21 @@ def _watched(
             _agree(seen.order())
             if number == 0:
                 subject.agree(_count(masked_batches), seen.tokens)
-            larger = _larger_exponents(seen, subject)
+            larger = _larger_steps(seen, subject)
             if not larger:
                 break
-            grid = replace(grid, exponents=grid.exponents | larger)
+            grid = replace(grid, steps=grid.steps | larger)
         yield seen
 
 
-def _larger_exponents(seen: Observer, subject: MeasuredModel) -> dict[str, Tensor]:
-    """Return the exponents of sums that may have overflowed, by owner. A collective."""
+def _larger_steps(seen: Observer, subject: MeasuredModel) -> dict[str, Steps]:
+    """Return the steps of sums that may have overflowed, by owner. A collective."""
     found = {}
     for owner in dict.fromkeys(seen.order().values()):
         if owner not in seen.sums:  # no token on this rank; others may have some
             seen.sums[owner] = seen.new_sum(owner, seen.sizes[owner], *seen.kinds[owner])
-        if (exponents := seen.sums[owner].larger_exponents(owner, subject.groups)) is not None:
-            found[owner] = exponents
+        if (steps := seen.sums[owner].larger_steps(owner, subject.groups)) is not None:
+            found[owner] = steps
     return found
 
 

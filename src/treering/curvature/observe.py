@@ -56,7 +56,7 @@ def observe(
     chosen = set(observer.weights)
     undo: list[Callable[[], None]] = []
     try:
-        _eager(model, undo)
+        run_eagerly(model, undo)
         undo.append(model.register_forward_pre_hook(observer.begin, with_kwargs=True).remove)
         undo.append(model.register_forward_hook(observer.end, always_call=True).remove)
         for linear in anatomy.linears:
@@ -72,7 +72,7 @@ def observe(
             one()
 
 
-def _eager(model: nn.Module, undo: list[Callable[[], None]]) -> None:
+def run_eagerly(model: nn.Module, undo: list[Callable[[], None]]) -> None:
     """Run compiled modules eagerly: what was compiled before has no hooks, and would skip them without a message."""
     if any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in model.modules()):
         stance = torch.compiler.set_stance("force_eager")
@@ -118,10 +118,14 @@ class _GroupedInputs:
     observer: Observer
     weights: Mapping[str, str]
 
-    def see(self, stack: str, x_SM: Tensor, y_SN: Tensor, routing: Routing) -> None:
+    def see(self, stack: str, x_SM: Tensor, y_SN: Tensor, routing: Routing) -> Tensor:
         weight, observer = self.weights[stack], self.observer
-        if recompute_state() != "forward" or weight not in observer.weights or not observer.owns(weight, x_SM):
-            return
+        if recompute_state() == "forward" and weight in observer.weights and observer.owns(weight, x_SM):
+            self._add(weight, x_SM, routing)
+        return y_SN
+
+    def _add(self, weight: str, x_SM: Tensor, routing: Routing) -> None:
+        observer = self.observer
         rows, ends, real = x_SM.detach(), routing.offsets, routing.counted
         if real is None and observer.real is not None:
             observer.refuse_unless(len(rows) == len(observer.real) * routing.choices, weight)

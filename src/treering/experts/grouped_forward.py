@@ -6,7 +6,7 @@ the same bits, and asks what was registered for each stack:
 
     source      where its weight comes from: a plain parameter, packed codes, factors
     addends     modules called with (rows, offsets), whose results are added to the product: adapters
-    observers   objects that see the rows of each product, and its gradient: statistics
+    observers   objects that see the rows of each product, and may see its gradient: statistics
 
 Nothing else replaces the forward of an experts module; tiles, and the exchange of rows between ranks (`dispatch.py`),
 call it.
@@ -37,8 +37,9 @@ class StackSource(Protocol):
 
 
 class ProductObserver(Protocol):
-    def see(self, stack: str, x_SM: Tensor, y_SN: Tensor, routing: Routing) -> None:
-        """Called with the rows that a stack multiplies and their products, once for each forward."""
+    def see(self, stack: str, x_SM: Tensor, y_SN: Tensor, routing: Routing) -> Tensor:
+        """Called with the rows that a stack multiplies and their products, once for each forward. Returns the products:
+        the same values, through which a gradient may be seen."""
         ...
 
     def counted(self, tokens: int) -> Tensor | None:
@@ -133,7 +134,7 @@ class GroupedForward(ModuleForward):
             if not addition.off:
                 y.add_(addition.addend(x, routing.offsets))  # in place: y is as large as the layer's activations
         for observer in self.observers:
-            observer.see(leaf, x, y, routing)
+            y = observer.see(leaf, x, y, routing)
         return y
 
 
