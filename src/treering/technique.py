@@ -439,11 +439,12 @@ def recomputing(kind: Recompute) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class TileRows:
-    """Which rows of how many a tile is computed on."""
+    """Which rows of how many a tile is computed on. Where they are not `of_tokens`, they are experts."""
 
     start: int
     stop: int
     total: int
+    of_tokens: bool = True
 
 
 _tile_rows: ContextVar[TileRows | None] = ContextVar("treering_tile_rows", default=None)

@@ -22,7 +22,7 @@ from treering.core.errors import PlanError
 from treering.core.module_forward import ModuleForward, beneath, installed, undo_all
 from treering.curvature.batch_tokens import BatchTokens, Rows
 from treering.curvature.observe import run_eagerly
-from treering.experts.grouped_forward import GroupedForward, grouped, grouped_of, release, unsupported
+from treering.experts.grouped_forward import GroupedForward, grouped_beneath, grouped_of, release, unsupported
 from treering.experts.routing import Routing
 from treering.technique import TileRows, recompute_state, tile_rows
 
@@ -113,7 +113,8 @@ def capture(model: nn.Module, anatomy: "Anatomy", weights: Iterable[str], sink: 
         weights: plain names of linear layers and stacks of experts; see `capturable`.
         sink: is called in the backward, layer by layer.
     """
-    seen, undo = Capture(sink), []
+    seen = Capture(sink)
+    undo: list[Callable[[], None]] = []
     try:
         run_eagerly(model, undo)
         undo.append(install_capture(model, anatomy, weights, seen))
@@ -197,6 +198,8 @@ class _LinearOutput:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
+        if not isinstance(x, Tensor):  # a block in tiles: the layer is called again in each tile, with its rows
+            return y
         count = y.numel() // y.shape[-1]
         return self.seen.see(self.weight, x, y, partial(_rows_of_linear, self.weight, count))
 
@@ -232,7 +235,13 @@ class _GroupedOutputs:
                 "of its experts cannot be seen there: leave expert out of the mesh",
                 settings=("mesh.expert",),
             )
-        tokens = routing.tokens
+        tokens, tile = routing.tokens, tile_rows()
+        if tile is not None and not tile.of_tokens:
+            raise PlanError(
+                f"{weight} is computed by groups of experts, so which expert a row is for is not known; set experts to "
+                "tokens",
+                settings=("tiledmlp.experts", "tiledblock.experts"),
+            )
 
         def rows(batch: BatchTokens, tile: TileRows | None) -> Rows:
             return batch.routed(weight, tokens, len(tokens) // routing.choices, tile)
@@ -246,7 +255,7 @@ class _GroupedOutputs:
 def _see_experts(
     module: nn.Module, anatomy: "Anatomy", experts: "Experts", chosen: set[str], seen: Capture
 ) -> Callable[[], None]:
-    forward = grouped(module, experts.fqn)
+    forward = grouped_beneath(module, experts.fqn)
     stacks = {stack.leaf: stack.weight for stack in of_experts(anatomy, experts) if stack.weight in chosen}
     observer = _GroupedOutputs(seen, stacks)
     forward.observers.append(observer)

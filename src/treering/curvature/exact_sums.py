@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from treering.core.errors import NumericsError
-from treering.curvature.statistics import Counts
+from treering.curvature.entry import Counts
 from treering.curvature.sums import reduced
 
 if TYPE_CHECKING:

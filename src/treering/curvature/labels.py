@@ -1,4 +1,4 @@
-"""Labels for gradients: those of the data, or drawn from the model's own prediction, which gives the Fisher information.
+"""Labels for gradients: those of the data, or drawn from the model's prediction, which gives the Fisher information.
 
 A drawn label is a function of (seed, tokens of its document, position) and of the model's probabilities there, whatever
 else is in the batch and wherever it is computed: u comes from a counter-based generator and the label is the first
@@ -65,3 +65,13 @@ def with_targets(batch: dict[str, Any], numbers_BS: Tensor) -> dict[str, Any]:
     following = F.pad(numbers_BS[:, 1:], (0, 1), value=-1)
     inside = ((following == numbers_BS) & (numbers_BS >= 0)).to(device)
     return {**batch, "targets": targets.masked_fill(~inside, IGNORED)}
+
+
+def with_gradient(numbers_BS: Tensor, targets_BS: Tensor) -> Tensor:
+    """Return the documents of tokens, -1 for those after the last label of their document: no gradient reaches them."""
+    trained = (targets_BS != IGNORED).cpu().reshape(-1)
+    flat = numbers_BS.reshape(-1)
+    places = torch.arange(len(flat))
+    last = torch.full((int(flat.max()) + 2,), -1)
+    last.scatter_reduce_(0, flat[trained] + 1, places[trained], "amax")
+    return flat.masked_fill(places > last[flat + 1], -1).view(numbers_BS.shape)

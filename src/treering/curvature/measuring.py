@@ -11,14 +11,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from treering.core.collectives import gather_objects
 from treering.core.errors import DataError, PlanError
 from treering.curvature.adding import added, joint, refuse_other
 from treering.curvature.disk import open_folder, writing
+from treering.curvature.entry import Counts, Entry
 from treering.curvature.exact_sums import ExactSum, Peaks, Steps, bits_for, exponents_of
-from treering.curvature.measured_model import Batch, Composed, MaskedBatches, MeasuredModel, evaluating, real_tokens
+from treering.curvature.factors import GradientSettings
+from treering.curvature.measured_model import (
+    Batch,
+    Composed,
+    MaskedBatches,
+    MeasuredModel,
+    agreed,
+    evaluating,
+    real_tokens,
+)
+from treering.curvature.measuring_gradients import measure_gradients
 from treering.curvature.observe import Observer, observe
-from treering.curvature.statistics import Counts, Entry, Ring, Statistics, in_memory, sizes
+from treering.curvature.statistics import Ring, Statistics, in_memory, sizes
 from treering.curvature.sums import reduced
 
 if TYPE_CHECKING:
@@ -40,9 +50,11 @@ def measure(
     onto: Sequence[Statistics] = (),
     to: str | Path | None = None,
     memory_limit: int | None = None,
+    gradients: GradientSettings | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Statistics:
-    """Measure the second moments of the inputs of all linear layers and experts in the blocks of `model`.
+    """Measure the second moments of the inputs of all linear layers and experts in the blocks of `model`; with
+    `gradients` also those of their output gradients.
 
     Args:
         model: a live transformers model, sharded or not, or a composed run.
@@ -57,6 +69,8 @@ def measure(
         to: a folder to write, instead of keeping everything in memory.
         memory_limit: bytes of sums at a time: where all do not fit, the batches go through the model several times.
             Default: 8 GiB, or half of what the device has free.
+        gradients: what to measure of gradients, by a backward of each batch. Tokens after the last label of their
+            document have none, and do not count then. Batches without labels train every next token.
         progress: called with (batches done, batches in all passes).
 
     Returns:
@@ -72,10 +86,17 @@ def measure(
         raise DataError("there is no batch to measure; every rank needs at least one")
     masked_batches = [(batch, real_tokens(batch, tokens)) for batch in every]
     _refuse_nothing(subject, masked_batches, tokens)
+    limit = memory_limit or _memory_limit(subject.device)
+    ring = ring or Ring(name="", tokens=0)
+    if gradients is not None:
+        if onto:
+            raise PlanError("statistics that are added up have inputs only; measure gradients without `onto`")
+        folder = None if to is None else Path(to)
+        return measure_gradients(subject, masked_batches, gradients, ring, folder, limit, progress)
     with evaluating(subject.model):
         grid = _grid(subject, masked_batches)
-        passes = _passes(subject, grid.owners, memory_limit or _memory_limit(subject.device))
-        return _measured(subject, masked_batches, grid, passes, ring or Ring(name="", tokens=0), onto, to, progress)
+        passes = _passes(subject, grid.owners, limit)
+        return _measured(subject, masked_batches, grid, passes, ring, onto, to, progress)
 
 
 def _refuse_nothing(subject: MeasuredModel, masked_batches: MaskedBatches, tokens: Literal["real", "trained"]) -> None:
@@ -118,7 +139,7 @@ def _grid(subject: MeasuredModel, masked_batches: MaskedBatches) -> IntegerGrid:
     with observe(subject.model, subject.anatomy, new_sum=Peaks.empty) as seen:
         subject.forward(seen, *masked_batches[0])
     owners = seen.order()
-    _agree(owners)
+    agreed(owners)
     widths = {owner: sizes(subject.anatomy)[owner][-1] for owner in dict.fromkeys(owners.values())}
     peaks = [seen.sums[o].largest if o in seen.sums else torch.zeros(m).double() for o, m in widths.items()]
     flat = torch.cat([peak.to(subject.device) for peak in peaks]) if peaks else torch.zeros(0)
@@ -215,7 +236,7 @@ def _watched(
                 for i, (batch, real) in enumerate(masked_batches):
                     subject.forward(seen, batch, real)
                     progress(done + i + 1, len(passes) * len(masked_batches))
-            _agree(seen.order())
+            agreed(seen.order())
             if number == 0:
                 subject.agree(_count(masked_batches), seen.tokens)
             larger = _larger_steps(seen, subject)
@@ -234,18 +255,6 @@ def _larger_steps(seen: Observer, subject: MeasuredModel) -> dict[str, Steps]:
         if (steps := seen.sums[owner].larger_steps(owner, subject.groups)) is not None:
             found[owner] = steps
     return found
-
-
-def _agree(owners: dict[str, str]) -> None:
-    """Raise a PlanError unless all ranks have the same sums in the same order: wrong ones would be added up."""
-    everyone = gather_objects(owners)
-    for rank, other in enumerate(everyone):
-        if list(other.items()) != list(everyone[0].items()):
-            raise PlanError(
-                f"rank {rank} observed other linears than rank 0, or others that share their inputs ({len(other)} "
-                f"and {len(everyone[0])} weights); the model does not compute the same on all ranks and "
-                "cannot be measured"
-            )
 
 
 def _keys_of(owner: str, owners: Mapping[str, str], keys: Mapping[str, str]) -> list[str]:

@@ -1,8 +1,8 @@
 """Observing the linear layers and experts of a live model: sums of a aᵀ over the tokens of every forward.
 
 T tokens, M inputs. Products and sums are at least float32: a bfloat16 product would round away what small directions
-contain. In a loop of your own each batch is added by one gemm into a float32 sum, whose error grows like the root of the
-number of batches times 6e-8; of a float64 model everything is float64. `measure` adds to integers (`exact_sums.py`).
+contain. In a loop of your own each batch is added by one gemm into a float32 sum, whose error grows like the root of
+the number of batches times 6e-8; of a float64 model all is float64. `measure` adds to integers (`exact_sums.py`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from treering.core.errors import DataError, PlanError
-from treering.curvature.statistics import Counts, Ring, Statistics, in_memory, sizes
+from treering.curvature.entry import Counts
+from treering.curvature.statistics import Ring, Statistics, in_memory, sizes
 from treering.curvature.sums import NewSum, Sum, reduced
 from treering.technique import recompute_state
 
@@ -156,7 +157,11 @@ class Observer:
         They are the same where they are the same memory, referenced since then and not written to since then.
         """
         version = None if x.is_inference() else x._version
-        now = next((o for t, v, o in self._recent if v == version and _same(t, x)), weight) if self.share else weight
+        now = (
+            next((o for t, v, o in self._recent if v == version and same_memory(t, x)), weight)
+            if self.share
+            else weight
+        )
         known = self.owner.setdefault(weight, now)
         if known != weight and now != known:
             raise PlanError(
@@ -169,7 +174,8 @@ class Observer:
         return known == weight
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are the same values in the same place."""
     if a is b:
         return not a.is_inference()  # torch does not count the writes to an inference tensor
     facts = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in (a, b) if t.numel()]

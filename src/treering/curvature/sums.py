@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from treering.core.errors import NumericsError
-from treering.curvature.statistics import Counts
+from treering.curvature.entry import Counts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

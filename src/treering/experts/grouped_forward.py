@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 
 from treering.core.errors import PlanError
-from treering.core.module_forward import AddedForward, ModuleForward, Switchable, beneath, install, installed
+from treering.core.module_forward import (
+    AddedForward,
+    ModuleForward,
+    Switchable,
+    beneath,
+    install,
+    installed,
+    remove,
+)
 from treering.experts.assigned import Arrivals, shown_local
 from treering.experts.products import stack_product
 from treering.experts.routing import Routing, route
@@ -196,11 +204,12 @@ def grouped_beneath(module: nn.Module, name: str) -> GroupedForward:
             f"{name}: {reason}, so its experts cannot be assigned to ranks. Leave expert out of the mesh",
             settings=("mesh.expert",),
         )
-    if not above or current is not None:
-        forward = current or grouped(module, name)
-    else:
+    if current is None and not above:
+        return grouped(module, name)
+    forward = current
+    if forward is None:
         forward = GroupedForward(module)
-        above[-1].replaced = forward.__call__
+        forward.replaced, above[-1].replaced = above[-1].replaced, forward.__call__
     forward.users += 1
     return forward
 
@@ -238,6 +247,6 @@ def release(
             forward.observers.remove(observer)
         forward.users -= 1
         if not forward.users:
-            del forward.module.__dict__["forward"]
+            remove(forward)
 
     return undo

@@ -15,8 +15,9 @@ from treering.core.errors import PlanError
 from treering.core.sharded import settle
 from treering.core.topology import axis_size
 from treering.objectives import Objective, Scores, score_names
+from treering.objectives.plain_loss import plain_loss
 from treering.plan import batches, step
-from treering.plan.batches import Batch, plain_loss, with_targets
+from treering.plan.batches import Batch, with_targets
 from treering.plan.explain import explain
 from treering.plan.export import Experts, export
 from treering.plan.plan import Plan
@@ -180,9 +181,17 @@ class Run:
                 "from run.steps(loader), or pass them through run.ready"
             )
         with nullcontext(batch) if self._teacher is None else self._teacher.teaching(batch) as taught:
-            sums = self._loss(self.model, taught, objective)
+            sums = self.objective_sum(taught, objective)
         count = batch["count"]
         return tuple(one / count for one in sums) if isinstance(sums, tuple) else sums / count
+
+    def objective_sum(self, batch: Batch, objective: Objective) -> Tensor:
+        """Return the sum of an objective over the trained positions of this rank's share of a micro-batch.
+
+        Args:
+            batch: From `steps` or `ready`, with what the objective needs.
+        """
+        return self._loss(self.model, batch, objective)
 
     def total(self, shares: Tensor) -> Tensor:
         """Return the loss of a step over all ranks: the sum of their `shares`. A collective if there are several.

@@ -72,8 +72,8 @@ class TileJob:
         return [x[start:stop] if cut and not single else x for x, cut in zip(inputs, self.cut)]
 
     def place(self, start: int, stop: int) -> TileRows:
-        """Return which tokens, of all, a tile has."""
-        return TileRows(start=start, stop=stop, total=self.bounds[-1][1])
+        """Return which rows, of all, a tile has."""
+        return TileRows(start=start, stop=stop, total=self.bounds[-1][1], of_tokens=self.cut[0])
 
     def rows(self, gradient: Tensor) -> Tensor:
         """Return the gradient of a result with one row for each token."""
