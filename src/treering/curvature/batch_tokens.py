@@ -1,7 +1,7 @@
 """Which document each token of a batch is of, and which tokens the rows are that reach a layer.
 
-Rows reach a layer in one of three ways: all tokens in their order, the tokens that a loss is taken at (the head), or a
-tile of either. Experts get rows that are sorted by expert, whose tokens the routing knows.
+Rows reach a layer in one of three ways: all tokens in their order, the tokens that a loss is taken at (the head), or
+a tile of either. Experts get rows that are sorted by expert, whose tokens the routing knows.
 
 T tokens of this rank's batch, R rows.
 """
@@ -30,7 +30,7 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Rows:
+class LayerRows:
     """The rows of one call of a layer.
 
     Attributes:
@@ -73,7 +73,7 @@ class BatchTokens:
         """Return the tokens of a batch that a run has made ready, which has `targets` and `document_numbers`."""
         return cls(batch[NUMBERS], batch["targets"], batch.get("samples", ()))
 
-    def rows(self, name: str, count: int, tile: TileRows | None) -> Rows:
+    def rows(self, name: str, count: int, tile: TileRows | None) -> LayerRows:
         """Return the rows of a layer that is called with `count` of them."""
         total = count if tile is None else tile.total
         if total not in self.orders or (tile is not None and tile.stop - tile.start != count):
@@ -83,19 +83,19 @@ class BatchTokens:
             )
         documents = self.documents_T if self.orders[total] is None else self.documents_T[self.orders[total]]
         if tile is None:
-            return Rows(documents_R=documents, complete=True, key=(total, 0))
-        return Rows(
+            return LayerRows(documents_R=documents, complete=True, key=(total, 0))
+        return LayerRows(
             documents_R=documents[tile.start : tile.stop],
             complete=tile.stop == tile.total,
             key=(total, tile.start, tile.stop),
         )
 
-    def routed(self, name: str, tokens_R: Tensor, count: int, tile: TileRows | None) -> Rows:
+    def routed(self, name: str, tokens_R: Tensor, count: int, tile: TileRows | None) -> LayerRows:
         """Return the rows of experts that are called with `count` tokens, of which `tokens_R` are the rows' ones."""
         among = self.rows(name, count, tile)
-        return Rows(documents_R=among.documents_R[tokens_R.cpu()], complete=among.complete, key=None)
+        return LayerRows(documents_R=among.documents_R[tokens_R.cpu()], complete=among.complete, key=None)
 
-    def segments(self, rows: Rows, experts_R: Tensor | None = None) -> list[Segment]:
+    def segments(self, rows: LayerRows, experts_R: Tensor | None = None) -> list[Segment]:
         """Return the runs of rows of one document (and expert), without those that count for nothing."""
         if rows.key is not None and experts_R is None and rows.key in self._cached:
             return self._cached[rows.key]

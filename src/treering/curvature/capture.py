@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from treering.anatomy.matrices import Matrix, of_experts, of_linear
 from treering.core.errors import PlanError
 from treering.core.module_forward import ModuleForward, beneath, installed, undo_all
-from treering.curvature.batch_tokens import BatchTokens, Rows
+from treering.curvature.batch_tokens import BatchTokens, LayerRows
 from treering.curvature.observe import run_eagerly
 from treering.experts.grouped_forward import GroupedForward, grouped_beneath, grouped_of, release, unsupported
 from treering.experts.routing import Routing
@@ -45,7 +45,7 @@ class Pair:
     weight: str
     a_RM: Tensor
     g_RN: Tensor
-    rows: Rows
+    rows: LayerRows
     experts: Tensor | None
     batch: BatchTokens
 
@@ -67,7 +67,7 @@ class Capture:
         """Refuse to be copied, as an observer does."""
         raise PlanError("the gradients of the model are being observed; copy the model before or afterwards")
 
-    def see(self, weight: str, x: Tensor, y: Tensor, rows: Callable[[BatchTokens, TileRows | None], Rows],
+    def see(self, weight: str, x: Tensor, y: Tensor, rows: Callable[[BatchTokens, TileRows | None], LayerRows],
             experts: Tensor | None = None) -> Tensor:  # fmt: skip
         """Return y, through which the gradient of `weight` will be seen."""
         if self.batch is None or not torch.is_grad_enabled() or not y.requires_grad or recompute_state() == "teacher":
@@ -204,7 +204,7 @@ class _LinearOutput:
         return self.seen.see(self.weight, x, y, partial(_rows_of_linear, self.weight, count))
 
 
-def _rows_of_linear(weight: str, count: int, batch: BatchTokens, tile: TileRows | None) -> Rows:
+def _rows_of_linear(weight: str, count: int, batch: BatchTokens, tile: TileRows | None) -> LayerRows:
     return batch.rows(weight, count, tile)
 
 
@@ -243,7 +243,7 @@ class _GroupedOutputs:
                 settings=("tiledmlp.experts", "tiledblock.experts"),
             )
 
-        def rows(batch: BatchTokens, tile: TileRows | None) -> Rows:
+        def rows(batch: BatchTokens, tile: TileRows | None) -> LayerRows:
             return batch.routed(weight, tokens, len(tokens) // routing.choices, tile)
 
         return self.seen.see(weight, x_SM, y_SN, rows, routing.experts)

@@ -1,15 +1,16 @@
 """A complete measurement of gradients: factors of every weight, then Λ, written as two publications of one folder.
 
-A measurement that is killed between the two goes on with Λ: the folder says what it was measured on, and how.
+A measurement that is killed between the two resumes with Λ: the folder says what it was measured on, and how.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from treering.anatomy.matrices import Matrix
 from treering.core.errors import CheckpointError, PlanError
@@ -25,6 +26,9 @@ from treering.curvature.measured_model import MaskedBatches, MeasuredModel, eval
 from treering.curvature.statistics import Ring, Statistics, in_memory
 from treering.store.untrusted import read_json
 
+if TYPE_CHECKING:
+    from treering.anatomy import Anatomy
+
 Weights = dict[str, tuple[Tensor, dict[str, str]]]  # weight -> (c, piece -> key)
 
 
@@ -38,7 +42,7 @@ def measure_gradients(
     progress: Callable[[int, int], None],
 ) -> Statistics:
     """Return the statistics of the inputs and gradients of all matrices in blocks; see `measure`."""
-    matrices, left_out = _matrices(subject)
+    matrices, left_out = _chosen(subject.model, subject.anatomy)
     model = weights_digest(subject.model)
     done = None if to is None else _begun(to, settings, model, ring)
     if done is not None and done.gradients is not None and done.gradients.complete:
@@ -59,6 +63,18 @@ def measure_gradients(
     return open_folder(to)
 
 
+def bytes_on_disk(model: nn.Module, anatomy: "Anatomy", settings: GradientSettings) -> int:
+    """Return the bytes of factors, eigenvectors and Λ, if no two weights have the same inputs: an upper bound."""
+    total = 0
+    for matrix in _chosen(model, anatomy)[0].values():
+        count = (1 if settings.experts == "pooled" else matrix.experts) or 1
+        sides = 2 * (matrix.inputs**2 + matrix.outputs**2) + matrix.inputs + matrix.outputs
+        moment = matrix.inputs**2 if settings.kind in ("shampoo", "tkfac") else 0
+        corrected = matrix.inputs * matrix.outputs if settings.kind == "ekfac" else 0
+        total += 4 * count * (sides + moment + corrected)
+    return total
+
+
 class _Count:
     """Batches done, of all passes."""
 
@@ -70,9 +86,9 @@ class _Count:
         self.progress(min(self.done, self.batches * self.passes), self.batches * self.passes)
 
 
-def _matrices(subject: MeasuredModel) -> tuple[dict[str, Matrix], dict[str, str]]:
+def _chosen(model: nn.Module, anatomy: "Anatomy") -> tuple[dict[str, Matrix], dict[str, str]]:
     """Return what is measured, by weight, and why each other matrix is not."""
-    possible, left_out = capturable(subject.model, subject.anatomy)
+    possible, left_out = capturable(model, anatomy)
     chosen = {weight: matrix for weight, matrix in possible.items() if matrix.block is not None}
     left_out |= {weight: "it is outside the blocks" for weight in possible if weight not in chosen}
     if not chosen:
@@ -87,20 +103,13 @@ def _split(
     passes: list[list[str]] = []
     used = limit
     for weight in matrices:
-        need = ExactSum.BYTES * sum(_numel(shape) for shape in shapes[weight].values())
+        need = ExactSum.BYTES * sum(prod(shape) for shape in shapes[weight].values())
         used += need
         if used > limit:
             passes.append([])
             used = need
         passes[-1].append(weight)
     return passes
-
-
-def _numel(shape: Iterable[int]) -> int:
-    product = 1
-    for n in shape:
-        product *= n
-    return product
 
 
 def _key(weight: str, piece: str) -> str:
