@@ -163,5 +163,5 @@ def test_gradients_are_measured_and_what_has_none_is_said(place, capsys):
     assert call(place, *data, "--to", place / "one") == 5  # complete: it would be overwritten
     assert "holds statistics already" in capsys.readouterr().err
     for wrong in (("--add", place / "one"), ("--trained",)):
-        assert call(place, *data, *wrong, "--to", place / "three") == 3
+        assert call(place, *data, *wrong, "--to", place / "three") == 2
         assert "--gradients measures both" in capsys.readouterr().err
