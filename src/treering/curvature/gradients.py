@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from treering.anatomy.matrices import Matrix
 from treering.curvature.capture import PairSink, capture
 from treering.curvature.eigen import decompose_all
 from treering.curvature.exact_sums import ExactSum, Steps, bits_for
@@ -19,6 +18,7 @@ from treering.curvature.factors import GradientSettings, scale_of
 from treering.curvature.gradient_terms import CorrectedTerms, FactorTerms, SharedInputs, Term
 from treering.curvature.measured_model import MaskedBatches, MeasuredModel, agreed
 from treering.curvature.sums import reduced
+from treering.curvature.targets import Target, TargetPairs
 
 Key = tuple[str, Term]
 Shapes = dict[Key, tuple[int, ...]]
@@ -47,7 +47,7 @@ class GradientPasses:
     Args:
         subject: the model.
         batches: this rank's, with the tokens that count.
-        matrices: what is measured, by weight.
+        targets: what is measured, by name.
         settings: how.
         progress: called after each batch of a pass.
 
@@ -60,11 +60,11 @@ class GradientPasses:
         self,
         subject: MeasuredModel,
         batches: MaskedBatches,
-        matrices: Mapping[str, Matrix],
+        targets: Mapping[str, Target],
         settings: GradientSettings,
         progress: Callable[[], None] = lambda: None,
     ):
-        self.subject, self.batches, self.matrices = subject, batches, dict(matrices)
+        self.subject, self.batches, self.targets = subject, batches, dict(targets)
         self.settings, self.progress = settings, progress
         self.pooled = settings.experts == "pooled"
         self.owners: dict[str, str] = {}
@@ -75,29 +75,29 @@ class GradientPasses:
 
     def prepare(self) -> None:
         """Run the first batch: which weights have the same inputs, and what the sums are rounded to."""
-        shapes = {key: shape for weight in self.matrices for key, shape in self.shapes(weight).items()}
+        shapes = {key: shape for weight in self.targets for key, shape in self.shapes(weight).items()}
         sums, shared = self._empty(shapes, dict.fromkeys(shapes)), SharedInputs()
         given = self._run(FactorTerms(self.settings.kind, self.pooled, sums, shared), shapes, self.batches[:1])
         self.subject.agree(*given)
-        self.owners = agreed({weight: shared.owner.get(weight, weight) for weight in self.matrices})
+        self.owners = agreed({weight: shared.owner.get(weight, weight) for weight in self.targets})
         self._steps = self._chosen(sums)
 
     def shapes(self, weight: str) -> Shapes:
         """Return the shapes of the sums of a weight; of inputs that another weight has as well, none."""
-        matrix, kind = self.matrices[weight], self.settings.kind
-        lead = () if self.pooled else matrix.lead
-        square = (*lead, matrix.inputs, matrix.inputs)
+        target, kind = self.targets[weight], self.settings.kind
+        lead = () if self.pooled else target.lead
+        square = (*lead, target.inputs, target.inputs)
         owner, shapes = self.owners.get(weight, weight) == weight, Shapes()
         if kind in ("kfac", "ekfac"):
             if owner:
                 shapes[weight, "inputs"] = square
         else:
             shapes[weight, "inputs"], shapes[weight, "trace"] = square, (*lead, 1, 1)
-            if owner and not (self.pooled and matrix.lead):
+            if owner and not (self.pooled and target.lead):
                 shapes[weight, "moment"] = square
         if kind == "tkfac":
             shapes[weight, "cross"] = (*lead, 1, 1)
-        return shapes | {(weight, "gradients"): (*lead, matrix.outputs, matrix.outputs)}
+        return shapes | {(weight, "gradients"): (*lead, target.outputs, target.outputs)}
 
     def factors(self, weights: Sequence[str]) -> Iterator[MeasuredFactors]:
         """Yield what is summed for each of `weights`, with eigenvectors and c."""
@@ -145,12 +145,12 @@ class GradientPasses:
 
     def corrected_shape(self, weight: str) -> tuple[int, ...]:
         """Return the shape of Λ."""
-        matrix = self.matrices[weight]
-        return (*(() if self.pooled else matrix.lead), matrix.outputs, matrix.inputs)
+        target = self.targets[weight]
+        return (*(() if self.pooled else target.lead), target.outputs, target.inputs)
 
     def _documents(self, weight: str) -> int:
         """Return N; times the number of experts that are pooled, each of which has a gradient of every document."""
-        lead = self.matrices[weight].lead
+        lead = self.targets[weight].lead
         return self.documents * (lead[0] if self.pooled and lead else 1)
 
     def _scale(self, weight: str, tokens: Tensor, means: Mapping[Key, Tensor]) -> Tensor:
@@ -188,9 +188,10 @@ class GradientPasses:
 
     def _run(self, sink: PairSink, shapes: Shapes, batches: MaskedBatches) -> tuple[int, int]:
         """Run forward and backward over batches. Returns how many tokens they have and how many of them were seen."""
-        weights = {weight for weight, _ in shapes}
+        targets = [self.targets[name] for name in dict.fromkeys(name for name, _ in shapes)]
+        weights = {target.weight for target in targets}
         documents = given = seen_tokens = 0
-        with capture(self.subject.model, self.subject.anatomy, weights, sink) as seen:
+        with capture(self.subject.model, self.subject.anatomy, weights, TargetPairs(targets, sink)) as seen:
             for batch, real in batches:
                 numbers, here = self.subject.backward(seen, batch, real, self.settings.labels, self.settings.seed)
                 documents += int((numbers.unique() >= 0).sum())

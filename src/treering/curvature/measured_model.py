@@ -22,6 +22,7 @@ from treering.curvature.observer import Observer
 from treering.curvature.sums import reduced
 from treering.objectives import CrossEntropy, Objective
 from treering.objectives.plain_loss import plain_loss
+from treering.technique import Maps
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,6 +43,7 @@ class Composed(Protocol):
     plan: Any
 
     def ready(self, micro_batches: Sequence[Batch]) -> list[Batch]: ...
+    def maps(self) -> Maps | None: ...
     def objective_sum(self, batch: Batch, objective: Objective) -> Tensor: ...
 
 
@@ -52,6 +54,7 @@ class MeasuredModel:
         self.model, self.anatomy, self.run = model, anatomy, run
         self.mesh = mesh
         self.groups = self.data_groups = _groups(mesh, ("replicate", "shard"))
+        self.maps: Maps | None = None if run is None else run.maps()  # None: nothing trains
         self.shared = axis_size(mesh, "sequence")  # ranks that are given the same batches
         self.device = run.plan.device if run is not None else next(model.parameters()).device
         self.short = {"use_cache": False}

@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from treering.anatomy.matrices import Matrix
 from treering.core.errors import CheckpointError, PlanError
 from treering.core.weights_digest import weights_digest
 from treering.curvature import factors_layout
-from treering.curvature.capture import capturable
 from treering.curvature.disk import NAME, open_folder, writing
 from treering.curvature.entry import Counts
 from treering.curvature.exact_sums import ExactSum
@@ -24,7 +22,9 @@ from treering.curvature.factors import CORRECTED, GradientFactors, GradientSetti
 from treering.curvature.gradients import GradientPasses, MeasuredFactors
 from treering.curvature.measured_model import MaskedBatches, MeasuredModel, evaluating
 from treering.curvature.statistics import Ring, Statistics, in_memory
+from treering.curvature.targets import Target, targets_of
 from treering.store.untrusted import read_json
+from treering.technique import Maps
 
 if TYPE_CHECKING:
     from treering.anatomy import Anatomy
@@ -42,17 +42,17 @@ def measure_gradients(
     progress: Callable[[int, int], None],
 ) -> Statistics:
     """Return the statistics of the inputs and gradients of all matrices in blocks; see `measure`."""
-    matrices, left_out = _chosen(subject.model, subject.anatomy)
+    targets, left_out = _chosen(subject.model, subject.anatomy, subject.maps)
     model = weights_digest(subject.model)
     done = None if to is None else _begun(to, settings, model, ring)
     if done is not None and done.gradients is not None and done.gradients.complete:
         return done
     count = _Count(len(batches), progress)
     with evaluating(subject.model):
-        passes = GradientPasses(subject, batches, matrices, settings, count.one)
+        passes = GradientPasses(subject, batches, targets, settings, count.one)
         passes.prepare()
-        every = _split(matrices, {w: passes.shapes(w) for w in matrices}, limit)
-        again = _split(matrices, {w: {"": passes.corrected_shape(w)} for w in matrices}, limit)
+        every = _split(targets, {w: passes.shapes(w) for w in targets}, limit)
+        again = _split(targets, {w: {"": passes.corrected_shape(w)} for w in targets}, limit)
         count.passes = (0 if done else len(every)) + (len(again) if settings.kind == "ekfac" else 0)
         if to is None:
             return _in_memory(passes, every, again, ring, left_out, model)
@@ -63,10 +63,10 @@ def measure_gradients(
     return open_folder(to)
 
 
-def bytes_on_disk(model: nn.Module, anatomy: "Anatomy", settings: GradientSettings) -> int:
+def bytes_on_disk(model: nn.Module, anatomy: "Anatomy", settings: GradientSettings, maps: Maps | None = None) -> int:
     """Return the bytes of factors, eigenvectors and Λ, if no two weights have the same inputs: an upper bound."""
     total = 0
-    for matrix in _chosen(model, anatomy)[0].values():
+    for matrix in _chosen(model, anatomy, maps)[0].values():
         count = (1 if settings.experts == "pooled" else matrix.experts) or 1
         sides = 2 * (matrix.inputs**2 + matrix.outputs**2) + matrix.inputs + matrix.outputs
         moment = matrix.inputs**2 if settings.kind in ("shampoo", "tkfac") else 0
@@ -86,23 +86,21 @@ class _Count:
         self.progress(min(self.done, self.batches * self.passes), self.batches * self.passes)
 
 
-def _chosen(model: nn.Module, anatomy: "Anatomy") -> tuple[dict[str, Matrix], dict[str, str]]:
-    """Return what is measured, by weight, and why each other matrix is not."""
-    possible, left_out = capturable(model, anatomy)
-    chosen = {weight: matrix for weight, matrix in possible.items() if matrix.block is not None}
-    left_out |= {weight: "it is outside the blocks" for weight in possible if weight not in chosen}
-    if not chosen:
+def _chosen(model: nn.Module, anatomy: "Anatomy", maps: Maps | None) -> tuple[dict[str, Target], dict[str, str]]:
+    """Return what is measured, by name, and why each other matrix is not."""
+    targets, left_out = targets_of(model, anatomy, maps)
+    if not targets:
         raise PlanError("the model has no matrix in its blocks whose gradient can be measured")
-    return chosen, left_out
+    return targets, left_out
 
 
 def _split(
-    matrices: Mapping[str, Matrix], shapes: Mapping[str, Mapping[Any, tuple[int, ...]]], limit: int
+    targets: Mapping[str, Target], shapes: Mapping[str, Mapping[Any, tuple[int, ...]]], limit: int
 ) -> list[list[str]]:
     """Return the weights of each pass, whose sums fit into `limit` bytes."""
     passes: list[list[str]] = []
     used = limit
-    for weight in matrices:
+    for weight in targets:
         need = ExactSum.BYTES * sum(prod(shape) for shape in shapes[weight].values())
         used += need
         if used > limit:
@@ -129,7 +127,7 @@ def _keys(passes: GradientPasses, weight: str) -> dict[str, str]:
 
 def _moments(passes: GradientPasses) -> dict[str, str]:
     """Return the owner of the inputs of each weight whose inputs alone are measured: not of experts that are pooled."""
-    return {w: o for w, o in passes.owners.items() if not (passes.pooled and passes.matrices[w].lead)}
+    return {w: o for w, o in passes.owners.items() if not (passes.pooled and passes.targets[w].lead)}
 
 
 def _stored(passes: GradientPasses, one: MeasuredFactors) -> Iterator[tuple[str, Tensor, Counts]]:
@@ -144,7 +142,7 @@ def _stored(passes: GradientPasses, one: MeasuredFactors) -> Iterator[tuple[str,
 def _shapes(passes: GradientPasses) -> dict[str, tuple[int, ...]]:
     """Return the shapes of everything that is stored, by key."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for weight in passes.matrices:
+    for weight in passes.targets:
         keys = _keys(passes, weight)
         for (_, term), shape in passes.shapes(weight).items():
             if term == "moment":
@@ -177,7 +175,7 @@ def _write_corrected(passes: GradientPasses, again: list[list[str]], to: Path) -
     passes.documents, passes.tokens = present.gradients.documents, present.gradients.tokens
     description = read_json(to / NAME)
     weights: Weights = {w: (one.scale, {**one.keys}) for w, one in present.gradients.items()}
-    shapes = {_key(weight, CORRECTED): passes.corrected_shape(weight) for weight in passes.matrices}
+    shapes = {_key(weight, CORRECTED): passes.corrected_shape(weight) for weight in passes.targets}
     owners = {weight: entry.key for weight, entry in present.entries.items()}
     kept = description["tensors"]
     with writing(to, shapes, present.model_type, owners, present.rings, kept=kept) as writer:

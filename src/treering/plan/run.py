@@ -26,7 +26,7 @@ from treering.plan.sequence import agree_along_sequence, copies, marked, refuse_
 from treering.plan.step import StepReport
 from treering.plan.teacher import Teacher
 from treering.plan.values import plain
-from treering.technique import Workload
+from treering.technique import Maps, TrainedMatrix, Workload
 
 
 class Run:
@@ -192,6 +192,14 @@ class Run:
             batch: From `steps` or `ready`, with what the objective needs.
         """
         return self._loss(self.model, batch, objective)
+
+    def maps(self) -> Maps | None:
+        """Return the tensors that train, by the plain weight that each changes; None where nothing trains."""
+        maps: dict[str, tuple[TrainedMatrix, ...]] = {}
+        for applied in self.plan.applied:
+            for weight, matrices in applied.maps.items():
+                maps[weight] = (*maps.get(weight, ()), *matrices)
+        return maps if any(applied.trainable for applied in self.plan.applied) else None
 
     def total(self, shares: Tensor) -> Tensor:
         """Return the loss of a step over all ranks: the sum of their `shares`. A collective if there are several.
