@@ -56,6 +56,10 @@ class Setting:
 
 
 STANDARD = Setting()
+# Wider and briefly trained, with longer documents: what sketches and speed are measured on. It has no ground truth.
+WIDE = Setting(
+    width=256, inner=512, layers=2, base_chunks=1600, runs=25, chunks=9, length=66, documents=200, queries=8
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,17 @@ class TextTruth:
     full: NDArray[np.float64]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """The model before fine-tuning, and the documents: [documents, length] and [queries, length]."""
+
+    base: Path
+    train: Tensor
+    queries: Tensor
+    names: list[str]
+    query_names: list[str]
+
+
 def cache() -> Path:
     """Return the user's folder for what benchmarks make once."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "treering-benchmarks"
@@ -94,28 +109,41 @@ def ground_truth(*, subsets: int = 60, folder: Path | None = None, setting: Sett
 
     Subset i is the same whatever `subsets` is; more of them are added to those that are there.
     """
+    found = material(folder=folder, setting=setting)
+    train, queries, root = found.train, found.queries, found.base.parent
     with one_thread():
-        root = (folder or cache()) / f"influence-text-{_digest(setting)}"
-        chosen = np.stack([half(setting, number) for number in range(subsets)])
         if not (root / "model").is_dir():
-            _make(root, setting)
-        texts = json.loads((root / "texts.json").read_text("utf-8"))
-        train, queries = (torch.tensor(texts[name]) for name in ("train", "queries"))
-        full = losses(_opened(root / "model"), queries)
+            tuned = _opened(found.base)
+            finetune(tuned, train, np.ones(len(train), dtype=bool), setting, divisor=setting.batch)
+            _save(tuned, _tokenizer(found.base), root / "model")
+        chosen = np.stack([half(setting, number) for number in range(subsets)])
         path = root / "losses.safetensors"
-        known = load_file(path)["losses"].double().numpy() if path.is_file() else np.zeros((0, len(queries)))
-        base = _opened(root / "base")
-        first = {name: value.clone() for name, value in base.state_dict().items()}
-        before = losses(base, queries)
+        known = load_file(path)["losses"].numpy() if path.is_file() else np.zeros((0, len(queries)))
+        model = _opened(found.base)
+        first = {name: value.clone() for name, value in model.state_dict().items()}
+        before, full = losses(model, queries), losses(_opened(root / "model"), queries)
         while len(known) < subsets:
-            base.load_state_dict(first)
-            finetune(base, train, chosen[len(known)], setting, divisor=setting.batch / 2)
-            known = np.concatenate([known, losses(base, queries)[None]])
+            model.load_state_dict(first)
+            finetune(model, train, chosen[len(known)], setting, divisor=setting.batch / 2)
+            known = np.concatenate([known, losses(model, queries)[None]])
             _replace(path, known)
     return TextTruth(
-        model=root / "model", base=root / "base", train=train, queries=queries, names=texts["names"],
-        query_names=texts["query_names"], subsets=chosen, losses=known[:subsets], before=before, full=full,
+        model=root / "model", base=found.base, train=train, queries=queries, names=found.names,
+        query_names=found.query_names, subsets=chosen, losses=known[:subsets], before=before, full=full,
     )  # fmt: skip
+
+
+def material(*, folder: Path | None = None, setting: Setting = STANDARD) -> Material:
+    """Return base model, documents and queries of a setting, made first if they are not in the folder."""
+    root = (folder or cache()) / f"influence-text-{_digest(setting)}"
+    if not (root / "base").is_dir():
+        with one_thread():
+            _make(root, setting)
+    texts = json.loads((root / "texts.json").read_text("utf-8"))
+    train, queries = (torch.tensor(texts[name]) for name in ("train", "queries"))
+    return Material(
+        base=root / "base", train=train, queries=queries, names=texts["names"], query_names=texts["query_names"]
+    )
 
 
 def retrained(truth: TextTruth, kept: NDArray[np.bool_], *, setting: Setting = STANDARD) -> Any:
@@ -218,9 +246,12 @@ def _make(root: Path, setting: Setting) -> None:
     batches = base.split(setting.base_batch)
     optimize(model, iter(batches), len(batches), setting.base_lr, setting.base_batch)
     _save(model, tokenizer, root / "base")
-    train = torch.tensor(found["train"])
-    finetune(model, train, np.ones(len(train), dtype=bool), setting, divisor=setting.batch)
-    _save(model, tokenizer, root / "model")
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
