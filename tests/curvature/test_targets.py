@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 import treering as tr
-from tests.curvature.texts import documents, packed
 from tests.curvature.test_capture import Gathered
+from tests.curvature.texts import documents, packed
 from tests.same import assert_same
 from tests.zoo import build
 from treering.curvature import GradientSettings, measure
@@ -79,6 +79,6 @@ def test_factors_of_adapters_are_of_their_own_sizes(tmp_path):
     A = next(
         one
         for name, one in factors.items()
-        if name.endswith("q_proj.treering_lora.A") or "q_proj" in name and name.endswith(".A")
+        if name.endswith("q_proj.treering_lora.A") or ("q_proj" in name and name.endswith(".A"))
     )
     assert A.eigenvalues().shape == (4, 32)
