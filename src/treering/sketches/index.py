@@ -4,6 +4,7 @@ score(query, document) = Σ_modules ⟨query, document⟩: positive where traini
 query, as far as the curvature describes the loss.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -198,11 +199,10 @@ class Index:
         return reader
 
     def _pages(self, scorer: ShardScorer, unit: bool) -> Iterator[tuple[int, Tensor]]:
-        page = -(-PAGE // scorer.rows) * scorer.rows
         for number, first in enumerate(self.starts[:-1]):
             shard = self.shard(number)
-            for start in range(0, shard.documents, page):
-                stop = min(shard.documents, start + page)
+            for start in range(0, shard.documents, PAGE):
+                stop = min(shard.documents, start + PAGE)
                 values = scorer.scores(shard, start, stop)
                 if unit:
                     length = scorer.squares(shard, start, stop).sqrt()[:, None]
@@ -246,7 +246,7 @@ class Index:
                     f"{module.name} has rows of {module.numbers} numbers in {self.folder}, and the queries have "
                     f"{found}; make queries with the recipe of the index, [queries, numbers] of each module"
                 )
-            if not bool(torch.isfinite(x).all()):
+            if x.numel() and not all(map(math.isfinite, x.aminmax())):  # one pass, where isfinite takes four
                 bad = int((~torch.isfinite(x).all(1)).nonzero()[0])
                 raise DataError(f"the gradient of query {bad} is not finite in {module.name}; compute in a wider dtype")
             used[module.name] = x.detach().cpu()
