@@ -435,3 +435,35 @@ def recomputing(kind: Recompute) -> AbstractContextManager[None]:
             _recompute.reset(token)
 
     return scope()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileRows:
+    """Which rows of how many a tile is computed on. Where they are not `of_tokens`, they are experts."""
+
+    start: int
+    stop: int
+    total: int
+    of_tokens: bool = True
+
+
+_tile_rows: ContextVar[TileRows | None] = ContextVar("treering_tile_rows", default=None)
+
+
+def tile_rows() -> TileRows | None:
+    """Return which rows the modules of a tile are called with; None outside of tiles."""
+    return _tile_rows.get()
+
+
+def in_tile(rows: TileRows) -> AbstractContextManager[None]:
+    """Mark the forwards inside as those of a tile of `rows`."""
+
+    @contextmanager
+    def scope():
+        token = _tile_rows.set(rows)
+        try:
+            yield
+        finally:
+            _tile_rows.reset(token)
+
+    return scope()

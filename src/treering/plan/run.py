@@ -15,8 +15,9 @@ from treering.core.errors import PlanError
 from treering.core.sharded import settle
 from treering.core.topology import axis_size
 from treering.objectives import Objective, Scores, score_names
+from treering.objectives.plain_loss import plain_loss
 from treering.plan import batches, step
-from treering.plan.batches import Batch, plain_loss, with_targets
+from treering.plan.batches import Batch, with_targets
 from treering.plan.explain import explain
 from treering.plan.export import Experts, export
 from treering.plan.plan import Plan
@@ -25,7 +26,7 @@ from treering.plan.sequence import agree_along_sequence, copies, marked, refuse_
 from treering.plan.step import StepReport
 from treering.plan.teacher import Teacher
 from treering.plan.values import plain
-from treering.technique import Workload
+from treering.technique import Maps, TrainedMatrix, Workload
 
 
 class Run:
@@ -180,9 +181,25 @@ class Run:
                 "from run.steps(loader), or pass them through run.ready"
             )
         with nullcontext(batch) if self._teacher is None else self._teacher.teaching(batch) as taught:
-            sums = self._loss(self.model, taught, objective)
+            sums = self.objective_sum(taught, objective)
         count = batch["count"]
         return tuple(one / count for one in sums) if isinstance(sums, tuple) else sums / count
+
+    def objective_sum(self, batch: Batch, objective: Objective) -> Tensor:
+        """Return the sum of an objective over the trained positions of this rank's share of a micro-batch.
+
+        Args:
+            batch: From `steps` or `ready`, with what the objective needs.
+        """
+        return self._loss(self.model, batch, objective)
+
+    def maps(self) -> Maps | None:
+        """Return the tensors that train, by the plain weight that each changes; None where nothing trains."""
+        maps: dict[str, tuple[TrainedMatrix, ...]] = {}
+        for applied in self.plan.applied:
+            for weight, matrices in applied.maps.items():
+                maps[weight] = (*maps.get(weight, ()), *matrices)
+        return maps if any(applied.trainable for applied in self.plan.applied) else None
 
     def total(self, shares: Tensor) -> Tensor:
         """Return the loss of a step over all ranks: the sum of their `shares`. A collective if there are several.

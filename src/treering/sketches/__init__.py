@@ -23,7 +23,7 @@ outputs, are all that is needed of a model, and whoever runs one gives them.
 Every row, and every byte of a shard, is a function of the documents, the recipe and the seed alone.
 """
 
-from treering.sketches.encoding import encode
+from treering.sketches.encoding import encode, encode_rows
 from treering.sketches.index import Index, IndexScores
 from treering.sketches.index import open_index as open
 from treering.sketches.maps import ModuleMap, SideBasis, module_map
@@ -44,6 +44,7 @@ __all__ = [
     "SketchSettings",
     "TokenSpans",
     "encode",
+    "encode_rows",
     "module_map",
     "open",
     "recipe_of",

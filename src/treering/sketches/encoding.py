@@ -22,9 +22,14 @@ def encode(recipe: IndexRecipe, rows: Mapping[str, Tensor], ids: Sequence[str]) 
         if x is None or tuple(x.shape) != (len(ids), module.numbers):
             found = "no rows" if x is None else f"rows of {tuple(x.shape)}"
             raise DataError(f"{module.name} came with {found}; {(len(ids), module.numbers)} are wanted")
-        _refuse_not_finite(x, module.name, ids)
-        encoded[module.name] = {name: t.cpu() for name, t in encode_module(recipe, module, x).items()}
+        encoded[module.name] = encode_rows(recipe, module, x, ids)
     return encoded
+
+
+def encode_rows(recipe: IndexRecipe, module: IndexModule, x: Tensor, ids: Sequence[str]) -> dict[str, Tensor]:
+    """Return the stored tensors, on the CPU, of one module for the rows [n, numbers] of documents `ids`."""
+    _refuse_not_finite(x, module.name, ids)
+    return {name: tensor.cpu() for name, tensor in encode_module(recipe, module, x).items()}
 
 
 def encode_module(recipe: IndexRecipe, module: IndexModule, x: Tensor) -> dict[str, Tensor]:

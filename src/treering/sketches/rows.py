@@ -94,19 +94,19 @@ class RowSums:
 
     def documents_rows(self) -> dict[str, Tensor]:
         """Return the numbers [documents, rows · columns] of each module, as an index keeps them before encoding."""
-        return {name: self.maps[name].document(self._of(name)) for name in self.maps}
+        return {name: self.maps[name].document(self.of(name)) for name in self.maps}
 
     def query_rows(self) -> dict[str, Tensor]:
         """Return the numbers of each module for documents that are queries."""
-        return {name: self.maps[name].query(self._of(name)) for name in self.maps}
+        return {name: self.maps[name].query(self.of(name)) for name in self.maps}
 
-    def _of(self, module: str) -> Tensor:
-        """Return the sums of a module: zeros where no token reached it, of an expert for example."""
-        if module in self.sums:
-            return self.sums[module]
-        mapped = self.maps[module]
-        like = next(iter(self.sums.values()), torch.empty(0))
-        return like.new_zeros(self.documents, mapped.rows, mapped.columns)
+    def of(self, module: str) -> Tensor:
+        """Return the sums of a module, kept: zeros where no token reached it, of an expert for example."""
+        if module not in self.sums:
+            mapped = self.maps[module]
+            like = next((x for x in (*self.sums.values(), mapped.left, mapped.right) if x is not None), torch.empty(0))
+            self.sums[module] = like.new_zeros(self.documents, mapped.rows, mapped.columns)
+        return self.sums[module]
 
 
 def add_products(sums: Tensor, left_TP: Tensor, right_TQ: Tensor, spans: TokenSpans) -> None:
