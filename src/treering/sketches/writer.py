@@ -200,8 +200,8 @@ def _begin(folder: Path, recipe: IndexRecipe, append: bool, documents: int) -> N
     need, space = documents * recipe.bytes_of_row - present, disk.free(folder)
     if need > space:
         raise CheckpointError(
-            f"{folder} needs {need / 2**20:,.0f} MiB for {documents:,} documents, and {space / 2**20:,.0f} MiB are free; "
-            "free some space, keep less of each document, or write to another place"
+            f"{folder} needs {need / 2**20:,.0f} MiB for {documents:,} documents, and {space / 2**20:,.0f} MiB are "
+            "free; free some space, keep less of each document, or write to another place"
         )
     if building is not None:
         read_recipe(building)[0].check(recipe, f"the unfinished index {folder}")
