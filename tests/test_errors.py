@@ -26,7 +26,7 @@ SECTIONS = {
 }
 SECTIONS["objectives"] = (SOURCE / "objectives", SOURCE / "plan" / "teacher.py")
 SECTIONS["measure"] = (SOURCE / "curvature", SOURCE / "cli" / "measure.py")
-SECTIONS["index"] = (SOURCE / "sketches",)
+SECTIONS["influence"] = (SOURCE / "influence", SOURCE / "sketches")
 TITLES = {"tiling": "tiledmlp, tiledblock, tiledloss"}
 
 Kind = tuple[str, frozenset[str]]  # error class, its settings

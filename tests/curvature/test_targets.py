@@ -36,7 +36,7 @@ def started(techniques, name):
 
 
 def check(run, name):
-    targets, _ = targets_of(run.model, run.plan.anatomy, run.maps())
+    targets, _ = targets_of(run.model, run.plan.anatomy, run.plan.maps())
     sizes = {t.name: (*t.lead, t.outputs, t.inputs) for t in targets.values()}
     sink = Gathered(sizes)
     weights = {t.weight for t in targets.values()}

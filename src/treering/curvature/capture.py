@@ -123,11 +123,18 @@ def capture(model: nn.Module, anatomy: "Anatomy", weights: Iterable[str], sink: 
         undo_all(undo)()
 
 
-def install_capture(model: nn.Module, anatomy: "Anatomy", weights: Iterable[str], seen: Capture) -> Callable[[], None]:
-    """Install the identities of `weights`. Returns a function that removes them."""
+def install_capture(
+    model: nn.Module, anatomy: "Anatomy", weights: Iterable[str], seen: Capture, *, rooted: bool = True
+) -> Callable[[], None]:
+    """Install the identities of `weights`. Returns a function that removes them.
+
+    Args:
+        rooted: let gradients begin at the embedding, also of weights that do not train.
+    """
     chosen, undo = set(weights), []
     try:
-        undo.append(_rooted(model))
+        if rooted:
+            undo.append(_rooted(model))
         for linear in anatomy.linears:
             if linear.weight in chosen:
                 undo.append(_see_linear(model.get_submodule(linear.fqn), linear.weight, seen))

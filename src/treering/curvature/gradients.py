@@ -93,7 +93,7 @@ class GradientPasses:
                 shapes[weight, "inputs"] = square
         else:
             shapes[weight, "inputs"], shapes[weight, "trace"] = square, (*lead, 1, 1)
-            if owner and not (self.pooled and target.lead):
+            if owner and target.matrices is None and not (self.pooled and target.lead):
                 shapes[weight, "moment"] = square
         if kind == "tkfac":
             shapes[weight, "cross"] = (*lead, 1, 1)

@@ -43,7 +43,6 @@ class Composed(Protocol):
     plan: Any
 
     def ready(self, micro_batches: Sequence[Batch]) -> list[Batch]: ...
-    def maps(self) -> Maps | None: ...
     def objective_sum(self, batch: Batch, objective: Objective) -> Tensor: ...
 
 
@@ -54,7 +53,7 @@ class MeasuredModel:
         self.model, self.anatomy, self.run = model, anatomy, run
         self.mesh = mesh
         self.groups = self.data_groups = _groups(mesh, ("replicate", "shard"))
-        self.maps: Maps | None = None if run is None else run.maps()  # None: nothing trains
+        self.maps: Maps | None = None if run is None else run.plan.maps()  # None: nothing trains
         self.shared = axis_size(mesh, "sequence")  # ranks that are given the same batches
         self.device = run.plan.device if run is not None else next(model.parameters()).device
         self.short = {"use_cache": False}

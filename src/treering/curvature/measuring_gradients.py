@@ -126,8 +126,11 @@ def _keys(passes: GradientPasses, weight: str) -> dict[str, str]:
 
 
 def _moments(passes: GradientPasses) -> dict[str, str]:
-    """Return the owner of the inputs of each weight whose inputs alone are measured: not of experts that are pooled."""
-    return {w: o for w, o in passes.owners.items() if not (passes.pooled and passes.targets[w].lead)}
+    """Return the owner of the inputs of each plain weight whose inputs alone are measured: no adapters, and no experts
+    that are pooled."""
+    plain = {name for name, target in passes.targets.items() if target.matrices is None}
+    pooled = {name for name, target in passes.targets.items() if passes.pooled and target.lead}
+    return {name: owner for name, owner in passes.owners.items() if name in plain - pooled}
 
 
 def _stored(passes: GradientPasses, one: MeasuredFactors) -> Iterator[tuple[str, Tensor, Counts]]:

@@ -49,14 +49,15 @@ class Sketched:
             statistics: with gradients, of the run as it is now; None with curvature `identity`.
         """
         factors = None if settings.curvature == "identity" else _factors(statistics, settings)
-        targets, left_out = targets_of(run.model, run.plan.anatomy, run.maps())
+        targets, left_out = targets_of(run.model, run.plan.anatomy, run.plan.maps())
         model = weights_digest(run.model)
         if factors is not None:
             _refuse_other_model(factors, model, str(statistics.where if statistics else ""))
-        maps = {name: one.to(run.plan.device) for name, one in maps_of(settings, targets, factors).items()}
+        every, without = maps_of(settings, targets, factors)
+        maps = {name: one.to(run.plan.device) for name, one in every.items()}
         digests = {} if factors is None else {"statistics": factors.digest, "basis": factors.digest}
         recipe = recipe_of(maps.values(), settings, model=model, **digests)
-        return cls(run=run, targets=targets, maps=maps, recipe=recipe, left_out=left_out)
+        return cls(run=run, targets=targets, maps=maps, recipe=recipe, left_out=left_out | without)
 
     @contextmanager
     def rows(self, *, query: bool = False) -> Iterator[RowsOf]:

@@ -1,8 +1,7 @@
 """A model with its techniques in place, ready to train: what `compose` returns."""
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 from treering.core.errors import PlanError
 from treering.core.sharded import settle
 from treering.core.topology import axis_size
+from treering.curvature.batch_tokens import NUMBERS, numbers_of
 from treering.objectives import Objective, Scores, score_names
 from treering.objectives.plain_loss import plain_loss
 from treering.plan import batches, step
@@ -26,7 +26,7 @@ from treering.plan.sequence import agree_along_sequence, copies, marked, refuse_
 from treering.plan.step import StepReport
 from treering.plan.teacher import Teacher
 from treering.plan.values import plain
-from treering.technique import Maps, TrainedMatrix, Workload
+from treering.technique import Workload
 
 
 class Run:
@@ -58,6 +58,7 @@ class Run:
         self._copies = 0  # on how many ranks each trained token is; 0: not known yet
         self._attached = self._undone = False
         self._cuts = any(applied.tokens is not None for applied in plan.applied)
+        self._watching = [applied.watch for applied in plan.applied if applied.watch is not None]
         losses = [a.loss for a in plan.applied if a.loss is not None]
         self._loss = losses[0] if losses else plain_loss
         self._teacher = Teacher.of(plan)
@@ -86,21 +87,7 @@ class Run:
         Where parameters rest on the CPU, AdamW is the fused one, which is several times faster, unless `settings`
         choose otherwise.
         """
-        named = self.trainable()
-        if not named:
-            raise PlanError("the run is frozen, so there is nothing to optimize; compose it with full, lora or osft")
-        chosen = settings.keys() & {"fused", "foreach", "differentiable", "capturable"}
-        if kind is torch.optim.AdamW and not chosen and {p.device.type for _, p in named} == {"cpu"}:
-            settings["fused"] = True
-        if "weight_decay" in inspect.signature(kind).parameters:
-            settings.setdefault("weight_decay", 0.0)
-        if not settings.get("weight_decay"):
-            return kind([p for _, p in named], **settings)
-        groups: list[dict[str, Any]] = [
-            {"params": [p for _, p in named if p.ndim >= 2]},
-            {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        return kind([g for g in groups if g["params"]], **settings)
+        return step.make_optimizer(self.trainable(), kind, settings)
 
     def steps(self, loader: Iterable[Batch | list[Batch]], *, accumulate: int = 1) -> Iterator[list[Batch]]:
         """Yield the micro-batches of one optimizer step at a time: counted over ranks, transformed, on the device."""
@@ -132,6 +119,8 @@ class Run:
         if batch.get("documents") is not None and self.plan.unpackable:
             raise PlanError(f"a packed batch, but {self.plan.unpackable}; turn packing off (data.packing: off)")
         number = batch["input_ids"].numel()
+        if self._watching:
+            batch = {**batch, NUMBERS: numbers_of(batch, batch.get("attention_mask"))}
         if self._cuts:
             refuse_undone(self._undone)
         for applied in self.plan.applied:
@@ -148,7 +137,14 @@ class Run:
         Args:
             batch: From `steps` or `ready`. A loop that counts by itself may pass `labels` and `count`.
         """
-        return self._sum(batch, self.plan.objective)
+        if not (self._watching and torch.is_grad_enabled()):
+            return self._sum(batch, self.plan.objective)
+        with ExitStack() as stack:
+            ends = [stack.enter_context(watch(batch)) for watch in self._watching]
+            share = self._sum(batch, self.plan.objective)
+            for end in ends:
+                share = end(share)
+        return share
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> dict[str, Tensor]:
@@ -193,14 +189,6 @@ class Run:
         """
         return self._loss(self.model, batch, objective)
 
-    def maps(self) -> Maps | None:
-        """Return the tensors that train, by the plain weight that each changes; None where nothing trains."""
-        maps: dict[str, tuple[TrainedMatrix, ...]] = {}
-        for applied in self.plan.applied:
-            for weight, matrices in applied.maps.items():
-                maps[weight] = (*maps.get(weight, ()), *matrices)
-        return maps if any(applied.trainable for applied in self.plan.applied) else None
-
     def total(self, shares: Tensor) -> Tensor:
         """Return the loss of a step over all ranks: the sum of their `shares`. A collective if there are several.
 
@@ -242,7 +230,6 @@ class Run:
         step.check_optimizers(self.trainable(), [optimizer])
         self._refuse_attached()
         self._attached = True
-
         handles = step.hooks(self.model, self.plan.applied, optimizer)
 
         def detach() -> None:
@@ -264,6 +251,12 @@ class Run:
             if applied.metrics is not None:
                 metrics |= applied.metrics()
         return metrics
+
+    def finish(self) -> None:
+        """Let the techniques write what they have collected; after the last step. A collective."""
+        for applied in self.plan.applied:
+            if applied.finish is not None:
+                applied.finish()
 
     def undo(self) -> None:
         """Remove forward rewrites and observers: the model computes with its plain modules, as they are now.

@@ -23,14 +23,18 @@ outputs, are all that is needed of a model, and whoever runs one gives them.
 Every row, and every byte of a shard, is a function of the documents, the recipe and the seed alone.
 """
 
-from treering.sketches.encoding import encode, encode_rows
-from treering.sketches.index import Index, IndexScores
-from treering.sketches.index import open_index as open
-from treering.sketches.maps import ModuleMap, SideBasis, module_map
-from treering.sketches.recipe import IndexModule, IndexRecipe, recipe_of
-from treering.sketches.rows import RowSums, TokenSpans
-from treering.sketches.settings import SketchSettings
-from treering.sketches.writer import IndexWriter, shard_documents, writing
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from treering.sketches.encoding import encode, encode_rows
+    from treering.sketches.index import Index, IndexScores
+    from treering.sketches.index import open_index as open
+    from treering.sketches.maps import ModuleMap, SideBasis, module_map
+    from treering.sketches.recipe import IndexModule, IndexRecipe, recipe_of
+    from treering.sketches.rows import RowSums, TokenSpans
+    from treering.sketches.settings import SketchSettings
+    from treering.sketches.writer import IndexWriter, shard_documents, writing
 
 __all__ = [
     "Index",
@@ -51,3 +55,32 @@ __all__ = [
     "shard_documents",
     "writing",
 ]
+
+# Names are looked up when they are asked for: settings, which a configuration reads, must not import torch.
+_WHERE = {
+    "encode": ("encoding", "encode"),
+    "encode_rows": ("encoding", "encode_rows"),
+    "Index": ("index", "Index"),
+    "IndexScores": ("index", "IndexScores"),
+    "open": ("index", "open_index"),
+    "ModuleMap": ("maps", "ModuleMap"),
+    "SideBasis": ("maps", "SideBasis"),
+    "module_map": ("maps", "module_map"),
+    "IndexModule": ("recipe", "IndexModule"),
+    "IndexRecipe": ("recipe", "IndexRecipe"),
+    "recipe_of": ("recipe", "recipe_of"),
+    "RowSums": ("rows", "RowSums"),
+    "TokenSpans": ("rows", "TokenSpans"),
+    "SketchSettings": ("settings", "SketchSettings"),
+    "IndexWriter": ("writer", "IndexWriter"),
+    "shard_documents": ("writer", "shard_documents"),
+    "writing": ("writer", "writing"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"treering.sketches has no {name!r}")
+    module, attribute = _WHERE[name]
+    globals()[name] = value = getattr(import_module(f"treering.sketches.{module}"), attribute)
+    return value

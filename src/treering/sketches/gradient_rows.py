@@ -29,8 +29,9 @@ def module_names(target: Target) -> tuple[str, ...]:
 
 def maps_of(
     settings: SketchSettings, targets: Mapping[str, Target], factors: GradientFactors | None
-) -> dict[str, ModuleMap]:
-    """Return the map of every module of `targets`.
+) -> tuple[dict[str, ModuleMap], dict[str, str]]:
+    """Return the map of every module of `targets`, and why a module has none: no gradient reached it in the measured
+    text, such as an expert that no token was routed to, or an adapter's A while B is 0.
 
     Args:
         factors: what was measured; None with curvature `identity`.
@@ -44,6 +45,7 @@ def maps_of(
         return bases[key]
 
     maps: dict[str, ModuleMap] = {}
+    without: dict[str, str] = {}
     for name, target in targets.items():
         N, M = target.outputs, target.inputs
         if settings.curvature == "identity":
@@ -62,6 +64,9 @@ def maps_of(
         for expert, module in enumerate(module_names(target)):
             one = lambda x, lead: x if x.ndim == lead else x[expert]  # noqa: B023, E731
             c = scale if scale.ndim == 0 else scale[expert]
+            if not (bool(one(E_A, 1).any()) and bool(one(E_S, 1).any()) and float(c) > 0):
+                without[module] = "no gradient reached it in the measured text"
+                continue
             maps[module] = module_map(
                 settings,
                 module,
@@ -71,7 +76,7 @@ def maps_of(
                 gradient_basis=SideBasis(values=one(E_S, 1) * c.float(), vectors=one(Q_S, 2)),
                 corrected=None if corrected is None else one(corrected, 2),
             )
-    return maps
+    return maps, without
 
 
 Finish = Callable[[str, Tensor], Any]
@@ -101,8 +106,12 @@ class GradientRows:
         groups: "Sequence[ProcessGroup]" = (),
     ):
         self.maps, self.finish, self.query, self.groups = dict(maps), finish, query, tuple(groups)
-        self.names = {name: module_names(target) for name, target in targets.items()}
+        self.names = {
+            name: {expert: module for expert, module in enumerate(module_names(target)) if module in self.maps}
+            for name, target in targets.items()
+        }
         self.documents = 0
+        self.scale: float | Tensor = 1.0  # by which the sums of the batch are multiplied
         self.finished: dict[str, Any] = {}
         self._sums: dict[str, RowSums] = {}
         self._problem: TreeringError | None = None
@@ -111,12 +120,13 @@ class GradientRows:
         """Begin with a batch of so many documents."""
         self.documents = documents
         self.finished, self._sums, self._problem = {}, {}, None
+        self.scale = 1.0
 
     def rows(self) -> dict[str, Any]:
         """Return what `finish` gave for each module, after the backward of the batch; or raise its first error, which
         would leave other ranks waiting if it were raised inside the backward. A collective with `groups`."""
         for target, names in self.names.items():
-            if not self.finished.keys() >= set(names):  # no token reached it
+            if not self.finished.keys() >= set(names.values()):  # no token reached it
                 self._finish(target)
         if self._problem is not None:
             raise self._problem
@@ -127,14 +137,16 @@ class GradientRows:
         """Add what a pair gives."""
         names = self.names[pair.weight]
         if pair.weight not in self._sums:
-            self._sums[pair.weight] = RowSums({name: self.maps[name] for name in names}, self.documents)
+            self._sums[pair.weight] = self._empty(pair.weight)
         sums, segments = self._sums[pair.weight], pair.batch.segments(pair.rows, pair.experts)
-        if pair.experts is None:
+        if pair.experts is None and 0 in names:
             sums.add(names[0], pair.a_RM, pair.g_RN, _spans(segments, 0))
         by_expert: dict[int, list[Segment]] = {}
         for segment in segments if pair.experts is not None else ():
             by_expert.setdefault(segment.expert, []).append(segment)
         for expert, pieces in by_expert.items():
+            if expert not in names:
+                continue
             first, last = pieces[0].start, pieces[-1].stop
             sums.add(names[expert], pair.a_RM[first:last], pair.g_RN[first:last], _spans(pieces, first))
         if pair.rows.complete:
@@ -142,17 +154,23 @@ class GradientRows:
 
     @torch.no_grad()
     def _finish(self, target: str) -> None:
-        names = self.names[target]
-        sums = self._sums.pop(target, None) or RowSums({name: self.maps[name] for name in names}, self.documents)
+        names = self.names[target].values()
+        sums = self._sums.pop(target, None) or self._empty(target)
         for group in self.groups:
             for name in names:
                 dist.all_reduce(sums.of(name), group=group)
+        if not isinstance(self.scale, float):
+            for name in names:
+                sums.of(name).mul_(self.scale)
         rows = sums.query_rows() if self.query else sums.documents_rows()
         for name in names:
             try:
                 self.finished[name] = self.finish(name, rows.pop(name))
             except TreeringError as error:
                 self.finished[name], self._problem = None, self._problem or error
+
+    def _empty(self, target: str) -> RowSums:
+        return RowSums({name: self.maps[name] for name in self.names[target].values()}, self.documents)
 
 
 def _spans(segments: Sequence[Segment], first: int) -> TokenSpans:
