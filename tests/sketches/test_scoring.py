@@ -47,13 +47,17 @@ def test_the_best_documents_are_those_with_the_highest_scores(index):
 def test_pages_and_blocks_do_not_change_scores(index, monkeypatch):
     q = queries(index.recipe)
     wanted = index.score(q, top=5)
-    monkeypatch.setattr(index_module, "PAGE", 3)
+    monkeypatch.setattr(index_module, "PAGE", 3 * 4)
     for name, value in (("BLOCK", 40), ("ROWS", 3), ("ENTRIES", 20)):
         monkeypatch.setattr(scoring, name, value)
     found = index.score(q, top=5)
     assert torch.equal(found.documents, wanted.documents)
     assert_same(found.values, wanted.values, 1e-6)
-    assert [start for start, _ in index.score_pages(q)][:3] == [0, 3, 5]
+    assert [start for start, _ in index.score_pages(q)] == [0, 3, 5, 8, 10, 13, 15]
+    monkeypatch.setattr(index_module, "PAGE", 11 * 4)
+    monkeypatch.setattr(index_module, "OPEN", 2)
+    assert [(start, len(x)) for start, x in index.score_pages(q)] == [(0, 10), (10, 8)]
+    assert_same(index.score(q, top=5).values, wanted.values, 1e-6)
 
 
 def test_scores_of_modules_add_up(index):

@@ -25,6 +25,9 @@ BLOCK = 1 << 17  # numbers of a block: 1 MiB of float64
 ROWS, ENTRIES = 1024, 1 << 16  # most rows of a block, and most entries of one
 
 
+Chosen = Sequence[tuple[ShardReader, slice | Tensor]]  # rows of shards
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoredModule:
     """A module that is scored.
@@ -41,24 +44,6 @@ class ScoredModule:
     steps: Tensor
 
 
-def scored_modules(recipe: IndexRecipe, queries: Mapping[str, Tensor]) -> list[ScoredModule]:
-    """Return the modules that have queries [Q, D], in the order of the index."""
-    result = []
-    for number, module in enumerate(recipe.modules):
-        if module.name not in queries:
-            continue
-        x = queries[module.name].mT
-        steps = torch.ones(x.shape[1], dtype=torch.float64)
-        if recipe.settings.kind == "eigen-topk":
-            x = x.float()
-        elif recipe.settings.storage in ("int8", "int4"):
-            x, steps = fixed_point(x)
-        else:
-            x = x.double()
-        result.append(ScoredModule(number=number, module=module, queries_DQ=x.contiguous(), steps=steps))
-    return result
-
-
 def fixed_point(x_DQ: Tensor) -> tuple[Tensor, Tensor]:
     """Return whole numbers [D, Q], float64, and steps [Q], powers of 2, whose product is x to 29 bits or more of the
     largest: so large that sums of `BLOCK` products with codes stay below 2^53."""
@@ -69,51 +54,70 @@ def fixed_point(x_DQ: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(x_DQ.double() / steps), steps
 
 
-class ShardScorer:
-    """Scores the rows of shards of one index against the queries of `modules`: module by module, whose queries stay in
-    the cache, and inside by blocks of rows."""
+class Scorer:
+    """Scores rows of an index against queries [Q, numbers] by module.
 
-    def __init__(self, recipe: IndexRecipe, modules: Sequence[ScoredModule]):
-        self.recipe, self.modules = recipe, modules
+    Module by module, whose queries stay in the cache and are transposed alone: those of all modules would need as much
+    memory again as the queries. Inside a module by shards, and by blocks of rows.
+    """
+
+    def __init__(self, recipe: IndexRecipe, queries: Mapping[str, Tensor]):
+        self.queries = queries
+        self.modules = [(i, m) for i, m in enumerate(recipe.modules) if m.name in queries]
+        self.count = len(next(iter(queries.values())))
         self.sparse, self.storage = recipe.settings.kind == "eigen-topk", recipe.settings.storage
-        self.queries = modules[0].queries_DQ.shape[1]
         self.buffer = torch.empty(0 if self.sparse else BLOCK, dtype=torch.float64)
 
-    def scores(self, shard: ShardReader, start: int, stop: int) -> Tensor:
-        """Return the scores [stop − start, Q] of some rows, float32."""
-        total = torch.zeros(stop - start, self.queries, dtype=torch.float64)
-        for one in self.modules:
-            self._add_scores(total, shard, one, start, stop)
-        return total.float()
-
-    def by_module(self, shard: ShardReader, start: int, stop: int) -> Tensor:
-        """Return the scores [modules, stop − start, Q] of some rows, float32."""
-        total = torch.zeros(len(self.modules), stop - start, self.queries, dtype=torch.float64)
-        for of_module, one in zip(total, self.modules):
-            self._add_scores(of_module, shard, one, start, stop)
-        return total.float()
-
-    def squares(self, shard: ShardReader, start: int, stop: int) -> Tensor:
-        """Return the squared lengths [stop − start] of some rows, float64."""
-        total = torch.zeros(stop - start, dtype=torch.float64)
-        for one in self.modules:
-            if self.sparse:
-                stored = shard.tensor(f"values.{one.number}")[start:stop]
-                squares = stored.float().square_().sum(1, dtype=torch.float64)
-            else:
-                stored = shard.tensor(f"codes.{one.number}")[start:stop]
-                squares = dense_squares(stored, one.module.numbers, self.storage, self.buffer)
-            total.addcmul_(squares, _scales(shard, one, start, stop).square_())
+    def scores(self, chosen: Chosen) -> Tensor:
+        """Return the scores [n, Q] of rows, float64."""
+        total = torch.zeros(_count(chosen), self.count, dtype=torch.float64)
+        for number, module in self.modules:
+            self._add_scores(total, self._prepared(number, module), chosen)
         return total
 
-    def _add_scores(self, total: Tensor, shard: ShardReader, one: ScoredModule, start: int, stop: int) -> None:
+    def by_module(self, chosen: Chosen) -> dict[str, Tensor]:
+        """Return the scores [n, Q] of rows in each module, float32."""
+        result = {}
+        for number, module in self.modules:
+            total = torch.zeros(_count(chosen), self.count, dtype=torch.float64)
+            self._add_scores(total, self._prepared(number, module), chosen)
+            result[module.name] = total.float()
+        return result
+
+    def squares(self, chosen: Chosen) -> Tensor:
+        """Return the squared lengths [n] of rows, float64."""
+        total = torch.zeros(_count(chosen), dtype=torch.float64)
+        for number, module in self.modules:
+            for part, (shard, rows) in zip(_split(total, chosen), chosen):
+                if self.sparse:
+                    values = shard.tensor(f"values.{number}")[rows]
+                    squares = values.float().square_().sum(1, dtype=torch.float64)
+                else:
+                    stored = shard.tensor(f"codes.{number}")[rows]
+                    squares = dense_squares(stored, module.numbers, self.storage, self.buffer)
+                part.addcmul_(squares, _scales(shard, number, rows).square_())
+        return total
+
+    def _prepared(self, number: int, module: IndexModule) -> ScoredModule:
+        x = self.queries[module.name].mT
+        steps = torch.ones(x.shape[1], dtype=torch.float64)
         if self.sparse:
-            gaps, values = (shard.tensor(f"{kind}.{one.number}")[start:stop] for kind in ("gaps", "values"))
-            products = entry_products(gaps, values, one.queries_DQ, str(shard.path)).double()
+            x = x.float()
+        elif self.storage in ("int8", "int4"):
+            x, steps = fixed_point(x)
         else:
-            stored = shard.tensor(f"codes.{one.number}")[start:stop]
-            products = dense_products(stored, self.storage, one.queries_DQ, self.buffer)
-        total.addcmul_(products, _scales(shard, one, start, stop)[:, None] * one.steps)
+            x = x.double()
+        return ScoredModule(number=number, module=module, queries_DQ=x.contiguous(), steps=steps)
+
+    def _add_scores(self, total: Tensor, one: ScoredModule, chosen: Chosen) -> None:
+        for part, (shard, rows) in zip(_split(total, chosen), chosen):
+            if self.sparse:
+                gaps, values = (shard.tensor(f"{kind}.{one.number}")[rows] for kind in ("gaps", "values"))
+                products = entry_products(gaps, values, one.queries_DQ, str(shard.path)).double()
+            else:
+                stored = shard.tensor(f"codes.{one.number}")[rows]
+                products = dense_products(stored, self.storage, one.queries_DQ, self.buffer)
+            part.addcmul_(products, _scales(shard, one.number, rows)[:, None] * one.steps)
 
 
 def dense_products(stored: Tensor, storage: Storage, queries_DQ: Tensor, buffer: Tensor) -> Tensor:
@@ -172,5 +176,13 @@ def blocks(stored: Tensor, numbers: int, storage: Storage, buffer: Tensor) -> It
             yield slice(start, start + rows), first, codes.units_of(part, last - first, storage, out)
 
 
-def _scales(shard: ShardReader, one: ScoredModule, start: int, stop: int) -> Tensor:
-    return shard.tensor("scales")[one.number, start:stop].double()
+def _scales(shard: ShardReader, number: int, rows: slice | Tensor) -> Tensor:
+    return shard.tensor("scales")[number, rows].double()
+
+
+def _count(chosen: Chosen) -> int:
+    return sum(len(shard.tensor("tokens")[rows]) for shard, rows in chosen)
+
+
+def _split(total: Tensor, chosen: Chosen) -> tuple[Tensor, ...]:
+    return total.split([len(shard.tensor("tokens")[rows]) for shard, rows in chosen])
