@@ -185,6 +185,8 @@ def test_what_cannot_be_written_is_refused(folder, tmp_path):
     refused("has kind psift, not eigen-topk", folder, recipe("eigen-topk"), append=True)
     refused("no index to append to", tmp_path / "new", recipe(), append=True)
     assert not (tmp_path / "new").exists()
+    refused(r"new needs [\d,]+ MiB for 1,000,000,000,000 documents", tmp_path / "new", recipe(), documents=10**12)
+    assert not (tmp_path / "new").exists()
     (tmp_path / "file").touch()
     refused("is a file", tmp_path / "file", recipe())
     (tmp_path / "other").mkdir()

@@ -47,13 +47,17 @@ def test_the_best_documents_are_those_with_the_highest_scores(index):
 def test_pages_and_blocks_do_not_change_scores(index, monkeypatch):
     q = queries(index.recipe)
     wanted = index.score(q, top=5)
-    monkeypatch.setattr(index_module, "PAGE", 3)
+    monkeypatch.setattr(index_module, "PAGE", 3 * 4)
     for name, value in (("BLOCK", 40), ("ROWS", 3), ("ENTRIES", 20)):
         monkeypatch.setattr(scoring, name, value)
     found = index.score(q, top=5)
     assert torch.equal(found.documents, wanted.documents)
     assert_same(found.values, wanted.values, 1e-6)
-    assert [start for start, _ in index.score_pages(q)][:3] == [0, 3, 5]
+    assert [start for start, _ in index.score_pages(q)] == [0, 3, 5, 8, 10, 13, 15]
+    monkeypatch.setattr(index_module, "PAGE", 11 * 4)
+    monkeypatch.setattr(index_module, "OPEN", 2)
+    assert [(start, len(x)) for start, x in index.score_pages(q)] == [(0, 10), (10, 8)]
+    assert_same(index.score(q, top=5).values, wanted.values, 1e-6)
 
 
 def test_scores_of_modules_add_up(index):
@@ -99,22 +103,30 @@ def test_small_numbers_have_lengths(tmp_path):
     assert_same(index.score(index.rows(range(5)), unit=True).values.diagonal(), torch.ones(5), 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["psift", "eigen-topk"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_equal_documents_have_equal_scores_wherever_they_are(kind, tmp_path):
-    of = recipe(kind)
+    of = recipe(kind, {"a": (16, 16), "b": (20, 30)})
+    one = rows(of, 5, 6)
     with writing(tmp_path / "index", of) as writer:
-        one = {name: x.expand(1, -1) for name, x in rows(of, 5, 6).items()}
-        for number, count in enumerate((1, 1500, 37)):
+        for number, count in enumerate((1, 1500, 37, 2)):
             with writer.shard(number) as shard:
-                repeated = {name: x.expand(count, -1) for name, x in one.items()}
-                shard.add([f"copy {i}" for i in range(count)], [1] * count, repeated)
-        writer.publish(3)
+                shard.add(["copy"] * count, [1] * count, {name: x.expand(count, -1) for name, x in one.items()})
+        writer.publish(4)
     index = sketches.open(tmp_path / "index")
-    for count in (1, 3, 8):
+    for count in (1, 2, 8, 9):
         values = index.score(queries(of, count)).values
-        assert_same(values, values[:1].expand_as(values), 1e-6)
-        best = index.score(queries(of, count), top=4, modules=["b"])
-        assert best.documents.shape == (count, 4)
+        assert_same(values, values[:1].expand_as(values), 0 if "float" not in kind else 1e-7)
+
+
+def test_sums_in_fixed_point_are_exact():
+    x = normal(300, 5).double() * torch.logspace(-30, 30, 5)
+    whole, steps = scoring.fixed_point(x)
+    assert_same((whole * steps / x.abs().amax(0)), x / x.abs().amax(0), 1e-11)
+    codes = torch.randint(-127, 128, (300, 300)).double()
+    for order in (torch.arange(300), torch.arange(299, -1, -1), torch.randperm(300)):
+        assert torch.equal(codes[:, order] @ whole[order], codes @ whole)
+    assert float((127 * whole.abs()).sum(0).max()) < 2**53
+    assert not scoring.fixed_point(torch.zeros(4, 2))[0].any()
 
 
 def test_of_equal_scores_the_earlier_document_is_better():
@@ -209,6 +221,9 @@ def test_entries_beyond_a_module_are_refused():
     assert scoring.entry_products(gaps, values, torch.eye(15), "shard").sum() == 2
     with pytest.raises(CheckpointError, match="shard names coordinates that its modules do not have"):
         scoring.entry_products(gaps, values, torch.eye(14), "shard")
+    wide = torch.full((1, 4), 65_535).to(torch.uint16), torch.zeros(1, 4, dtype=torch.int8)
+    with pytest.raises(CheckpointError, match="that its modules do not have"):
+        scoring.entry_products(*wide, torch.zeros(100_000, 1), "shard")
 
 
 @pytest.mark.parametrize("settings", [{}, {"curvature": "kfac"}, {"curvature": "kfac", "kind": "psift"}])

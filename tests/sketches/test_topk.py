@@ -115,9 +115,3 @@ def test_a_row_does_not_depend_on_its_neighbours(entries, documents, seed):
     for i in range(documents):
         for one, all_ in zip(topk.encode(rows[i : i + 1], entries), whole):
             assert torch.equal(one[0], all_[i])
-
-
-def test_entries_of_a_damaged_file_lie_nowhere_below_zero():
-    gaps = torch.full((1, 8), 65_535).to(torch.uint16)
-    places = topk.positions(gaps, torch.zeros(1, 8, dtype=torch.int8), WIDE)
-    assert int(places.min()) >= 0

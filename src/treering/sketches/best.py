@@ -19,15 +19,24 @@ class BestDocuments:
 
     def add(self, start: int, scores_nQ: Tensor) -> None:
         """Add the scores of documents `start`, `start` + 1 and so on, after all earlier ones."""
-        scores = scores_nQ.mT
-        full = self.values.shape[1] == self.top
-        better = scores > self.values[:, -1:] if full else torch.ones_like(scores, dtype=torch.bool)
-        count = int(better.sum(1).max()) if scores.numel() else 0
+        scores = scores_nQ.mT.contiguous()
+        if not scores.numel():
+            return
+        if scores.shape[1] > self.top:
+            # What is below the lowest of the best ones of this block is not among the best; equal ones may be.
+            least = scores.topk(self.top, 1).values[:, -1:]
+        else:
+            least = torch.full_like(scores[:, :1], -torch.inf)
+        if self.values.shape[1] == self.top:
+            least = torch.maximum(least, torch.nextafter(self.values[:, -1:], torch.tensor(torch.inf)))
+        chosen = scores >= least
+        count = int(chosen.sum(1).max())
         if not count:
             return
-        # All better ones are among the `count` largest; in the order of documents, so that the sort keeps it.
-        places = torch.where(better, scores, -torch.inf).topk(count, 1).indices.sort(1).values
-        values = torch.cat([self.values, scores.gather(1, places)], 1)
+        # The chosen ones first, in the order of documents, so that the sort by scores keeps it.
+        places = chosen.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
+        found = torch.where(chosen.gather(1, places), scores.gather(1, places), -torch.inf)
+        values = torch.cat([self.values, found], 1)
         documents = torch.cat([self.documents, places + start], 1)
         values, order = values.sort(dim=1, descending=True, stable=True)
         self.values, self.documents = values[:, : self.top], documents.gather(1, order)[:, : self.top]

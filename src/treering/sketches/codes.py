@@ -39,16 +39,10 @@ def decode(codes: Tensor, scales: Tensor, numbers: int, storage: Storage) -> Ten
 
 
 def units_of(codes: Tensor, numbers: int, storage: Storage, out: Tensor | None = None) -> Tensor:
-    """Return codes as float32 [n, numbers], in `out` if it is given; not multiplied by the scales.
-
-    Args:
-        numbers: how many of them, an even number or all.
-    """
-    if storage == "float32" and out is None:
-        return codes[:, :numbers]
-    result = codes.new_empty(len(codes), numbers, dtype=torch.float32) if out is None else out[: len(codes), :numbers]
+    """Return codes as numbers [n, numbers], not multiplied by the scales: float32, or in `out`, which is filled."""
+    result = codes.new_empty(len(codes), numbers, dtype=torch.float32) if out is None else out
     if storage != "int4":
-        return result.copy_(codes[:, :numbers])
+        return result.copy_(codes)
     result[:, 0::2] = (codes & 15)[:, : -(-numbers // 2)]
     result[:, 1::2] = (codes >> 4)[:, : numbers // 2]
     return result.sub_(8)

@@ -4,6 +4,7 @@ score(query, document) = Σ_modules ⟨query, document⟩: positive where traini
 query, as far as the curvature describes the loss.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from treering.sketches.best import BestDocuments
 from treering.sketches.encoding import decode_module
 from treering.sketches.listing import BUILDING, NAME, read_index
 from treering.sketches.recipe import IndexModule, IndexRecipe
-from treering.sketches.scoring import ShardScorer, scored_modules
+from treering.sketches.scoring import Scorer
 from treering.sketches.shards import REMEDY, ShardEntry, ShardReader
 from treering.store.untrusted import in_folder
 
-PAGE = 1 << 14  # documents whose scores are in memory at once
+PAGE = 1 << 23  # scores that are in memory at once
+OPEN = 64  # shards that are mapped at once: there may be more of them than files may be open
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ class Index:
         self.documents, self.tokens = self.starts[-1], sum(entry.tokens for entry in entries)
         self.bytes = sum(entry.bytes for entry in entries)
         self._checked: set[int] = set()
-        self._last: tuple[int, ShardReader] | None = None
+        self._open: dict[int, ShardReader] = {}
         self._ids = lru_cache(maxsize=8)(lambda number: self.shard(number).ids)
 
     def check(self, recipe: IndexRecipe) -> None:
@@ -128,37 +130,30 @@ class Index:
     ) -> Iterator[tuple[int, Tensor]]:
         """Return an iterator over (first document, scores [n, Q]), for files of scores that do not fit in memory."""
         used = self._queries(queries, modules)
+        lengths = None
         if unit:
             self._refuse_one_sided("unit", "a cosine")
-            length = torch.stack([q.double().square().sum(1) for q in used.values()]).sum(0).sqrt()[:, None]
-            used = {name: torch.where(length > 0, q / length, 0).float() for name, q in used.items()}
-        return self._pages(ShardScorer(self.recipe, scored_modules(self.recipe, used)), unit)
+            lengths = sum(q.double().square().sum(1) for q in used.values()).sqrt()  # type: ignore[union-attr]
+        return self._pages(Scorer(self.recipe, used), lengths)
 
     def by_module(
         self, queries: Mapping[str, Tensor], documents: Sequence[int] | Tensor, *, modules: Sequence[str] | None = None
     ) -> dict[str, Tensor]:
         """Return the scores [n, Q] that each module adds to those of some documents."""
-        used = scored_modules(self.recipe, self._queries(queries, modules))
-        scorer = ShardScorer(self.recipe, used)
-        places = [self._place(int(document)) for document in documents]
-        rows = [scorer.by_module(self.shard(shard), row, row + 1) for shard, row in places]
-        found = torch.cat(rows, 1) if rows else torch.empty(len(used), 0, scorer.queries)
-        return {one.module.name: found[i] for i, one in enumerate(used)}
+        scorer = Scorer(self.recipe, self._queries(queries, modules))
+        return scorer.by_module(self._chosen(documents))
 
     def self_influence(self, *, modules: Sequence[str] | None = None) -> Tensor:
         """Return the score of each document with itself [documents], float32: the squared length of its row."""
         self._refuse_one_sided("kind", "a document's score with itself")
-        nothing = {m.name: torch.empty(0, m.numbers) for m in self._modules(modules)}
-        scorer = ShardScorer(self.recipe, scored_modules(self.recipe, nothing))
-        readers = (self.shard(number) for number in range(len(self.entries)))
-        return torch.cat([scorer.squares(shard, 0, shard.documents) for shard in readers]).float()
+        scorer = Scorer(self.recipe, {m.name: torch.empty(0, m.numbers) for m in self._modules(modules)})
+        return torch.cat([scorer.squares(page).float() for _, page in self._shards(1)])
 
     def rows(self, documents: Sequence[int] | Tensor) -> dict[str, Tensor]:
         """Return the rows [n, numbers] of documents by module, float32; of two-sided kinds they are queries, too."""
-        places = [self._place(int(document)) for document in documents]
         result: dict[str, list[Tensor]] = {module.name: [] for module in self.recipe.modules}
-        for shard, row in places:
-            for name, x in self._decoded(self.shard(shard), row, row + 1):
+        for shard, some in self._chosen(documents):
+            for name, x in self._decoded(shard, some):
                 result[name].append(x)
         sizes = {module.name: module.numbers for module in self.recipe.modules}
         return {name: torch.cat(found) if found else torch.empty(0, sizes[name]) for name, found in result.items()}
@@ -168,52 +163,74 @@ class Index:
         nearest neighbours by inner product."""
         if not 0 <= start <= stop <= self.documents:
             raise DataError(f"documents {start} to {stop} were asked for, and the index has {self.documents}")
-        result, offset = torch.empty(stop - start, self.recipe.numbers), 0
+        result = torch.empty(stop - start, self.recipe.numbers)
         done = start
         while done < stop:
             number, row = self._place(done)
-            last = min(stop, self.starts[number + 1])
-            offset = 0
-            for _, x in self._decoded(self.shard(number), row, row + last - done):
+            last, offset = min(stop, self.starts[number + 1]), 0
+            for _, x in self._decoded(self.shard(number), slice(row, row + last - done)):
                 result[done - start : last - start, offset : offset + x.shape[1]] = x
                 offset += x.shape[1]
             done = last
         return result
 
     def shard(self, number: int, check: bool = True) -> ShardReader:
-        """Return a shard. The last one alone stays mapped: there may be more shards than files may be open."""
-        if self._last is not None and self._last[0] == number and (number in self._checked or not check):
-            return self._last[1]
-        entry = self.entries[number]
+        """Return a shard, mapped; with `check`, compared with its digest once."""
+        if number not in self._open:
+            self._open = dict(list(self._open.items())[-OPEN + 1 :])
+            self._open[number] = self._opened(self.entries[number])
+        reader = self._open[number]
+        if check and number not in self._checked:
+            reader.check_data()
+            self._checked.add(number)
+        return reader
+
+    def _opened(self, entry: ShardEntry) -> ShardReader:
         path = in_folder(self.folder, entry.file)
         if path is None:
             raise CheckpointError(f"{self.folder} lacks {entry.file}, which its {NAME} names; {REMEDY}")
         reader = ShardReader(path, self.recipe)
         if (reader.digest, reader.documents, path.stat().st_size) != (entry.digest, entry.documents, entry.bytes):
             raise CheckpointError(f"{path} is not the file that {NAME} lists: its digest or size differs; {REMEDY}")
-        if check and number not in self._checked:
-            reader.check_data()
-            self._checked.add(number)
-        self._last = number, reader
         return reader
 
-    def _pages(self, scorer: ShardScorer, unit: bool) -> Iterator[tuple[int, Tensor]]:
-        page = -(-PAGE // scorer.rows) * scorer.rows
-        for number, first in enumerate(self.starts[:-1]):
-            shard = self.shard(number)
-            for start in range(0, shard.documents, page):
-                stop = min(shard.documents, start + page)
-                values = scorer.scores(shard, start, stop)
-                if unit:
-                    length = scorer.squares(shard, start, stop).sqrt()[:, None]
-                    values = torch.where(length > 0, values / length, 0).float()
-                yield first + start, values
+    def _pages(self, scorer: Scorer, lengths: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+        for first, page in self._shards(scorer.count):
+            values = scorer.scores(page)
+            if lengths is not None:
+                both = scorer.squares(page).sqrt()[:, None] * lengths
+                values = torch.where(both > 0, values / both, 0)
+            yield first, values.float()
 
-    def _decoded(self, shard: ShardReader, start: int, stop: int) -> Iterator[tuple[str, Tensor]]:
+    def _shards(self, queries: int) -> Iterator[tuple[int, list[tuple[ShardReader, slice | Tensor]]]]:
+        """Yield (first document, shards) of whose documents all scores fit into memory; large shards in parts."""
+        most = max(1, PAGE // max(1, queries))
+        page: list[tuple[ShardReader, slice | Tensor]] = []
+        first = held = 0
+        for number, entry in enumerate(self.entries):
+            for start in range(0, entry.documents, most):
+                count = min(most, entry.documents - start)
+                if page and (held + count > most or len(page) == OPEN):
+                    yield first, page
+                    first, page, held = first + held, [], 0
+                page.append((self.shard(number), slice(start, start + count)))
+                held += count
+        yield first, page
+
+    def _chosen(self, documents: Sequence[int] | Tensor) -> list[tuple[ShardReader, slice | Tensor]]:
+        """Return rows of documents, those that follow one another in one shard together."""
+        groups: list[tuple[int, list[int]]] = []
+        for shard, row in (self._place(int(document)) for document in documents):
+            if not groups or groups[-1][0] != shard:
+                groups.append((shard, []))
+            groups[-1][1].append(row)
+        return [(self.shard(shard), torch.tensor(rows)) for shard, rows in groups]
+
+    def _decoded(self, shard: ShardReader, rows: slice | Tensor) -> Iterator[tuple[str, Tensor]]:
         scales = shard.tensor("scales")
         for number, module in enumerate(self.recipe.modules):
-            stored = {kind: shard.tensor(f"{kind}.{number}")[start:stop] for kind in self.recipe.stored(module)}
-            stored["scales"] = scales[number, start:stop]
+            stored = {kind: shard.tensor(f"{kind}.{number}")[rows] for kind in self.recipe.stored(module)}
+            stored["scales"] = scales[number, rows]
             yield module.name, decode_module(self.recipe, module, stored)
 
     def _place(self, document: int) -> tuple[int, int]:
@@ -246,7 +263,7 @@ class Index:
                     f"{module.name} has rows of {module.numbers} numbers in {self.folder}, and the queries have "
                     f"{found}; make queries with the recipe of the index, [queries, numbers] of each module"
                 )
-            if not bool(torch.isfinite(x).all()):
+            if x.numel() and not all(map(math.isfinite, x.aminmax())):  # one pass, where isfinite takes four
                 bad = int((~torch.isfinite(x).all(1)).nonzero()[0])
                 raise DataError(f"the gradient of query {bad} is not finite in {module.name}; compute in a wider dtype")
             used[module.name] = x.detach().cpu()

@@ -1,9 +1,12 @@
 """Scores of the rows of one shard against queries, block by block: Σ_modules ⟨document, query⟩.
 
-D numbers of a module, Q queries. Blocks of rows are converted to float32 in one buffer that stays in the cache of a
-core, and multiplied there; scales are applied to the products, of which there are Q a row, not D. Of the largest
-coordinates only the entries are read: each picks a row of the queries, transposed [D, Q]. Products of a module are
-float32 sums; modules are added in float64.
+D numbers of a module, Q queries. Blocks of codes are converted to float64 in one buffer that stays in the cache of a
+core, and multiplied there by queries in fixed point: all products and sums are integers below 2^53, so that they are
+exact, in any order, on any number of threads and any machine, and copies of a document have equal scores. That costs a
+quarter of the speed of float32. Scales are applied to the sums, of which there are Q a row, not D.
+
+Of the largest coordinates only the entries are read: each picks a row of the queries, transposed [D, Q]. Products are
+added in float32, one document by itself.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,126 +21,168 @@ from treering.sketches.recipe import IndexModule, IndexRecipe
 from treering.sketches.settings import Storage
 from treering.sketches.shards import REMEDY, ShardReader
 
-BLOCK = 1 << 18  # numbers of a block: 1 MiB of float32
+BLOCK = 1 << 17  # numbers of a block: 1 MiB of float64
 ROWS, ENTRIES = 1024, 1 << 16  # most rows of a block, and most entries of one
+
+
+Chosen = Sequence[tuple[ShardReader, slice | Tensor]]  # rows of shards
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredModule:
-    """A module that is scored: its number in the index, and its queries, transposed [D, Q]."""
+    """A module that is scored.
+
+    Attributes:
+        number: of the module in the index.
+        queries_DQ: transposed; of dense kinds in units of `steps`, float64; else float32.
+        steps: [Q], float64.
+    """
 
     number: int
     module: IndexModule
     queries_DQ: Tensor
+    steps: Tensor
 
 
-def scored_modules(recipe: IndexRecipe, queries: Mapping[str, Tensor]) -> list[ScoredModule]:
-    """Return the modules that have queries [Q, D], in the order of the index."""
-    return [
-        ScoredModule(number=i, module=m, queries_DQ=queries[m.name].float().mT.contiguous())
-        for i, m in enumerate(recipe.modules)
-        if m.name in queries
-    ]
+def fixed_point(x_DQ: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whole numbers [D, Q], float64, and steps [Q], powers of 2, whose product is x to 29 bits or more of the
+    largest: so large that sums of `BLOCK` products with codes stay below 2^53."""
+    D = x_DQ.shape[0]
+    bits = 53 - 7 - (min(D, BLOCK) - 1).bit_length()
+    most = x_DQ.double().abs().amax(0) if D else x_DQ.new_zeros(x_DQ.shape[1], dtype=torch.float64)
+    steps = torch.ldexp(torch.ones_like(most), torch.frexp(most).exponent - bits)
+    return torch.round(x_DQ.double() / steps), steps
 
 
-class ShardScorer:
-    """Scores the rows of shards of one index against the queries of `modules`."""
+class Scorer:
+    """Scores rows of an index against queries [Q, numbers] by module.
 
-    def __init__(self, recipe: IndexRecipe, modules: Sequence[ScoredModule]):
-        self.recipe, self.modules = recipe, modules
+    Module by module, whose queries stay in the cache and are transposed alone: those of all modules would need as much
+    memory again as the queries. Inside a module by shards, and by blocks of rows.
+    """
+
+    def __init__(self, recipe: IndexRecipe, queries: Mapping[str, Tensor]):
+        self.queries = queries
+        self.modules = [(i, m) for i, m in enumerate(recipe.modules) if m.name in queries]
+        self.count = len(next(iter(queries.values())))
         self.sparse, self.storage = recipe.settings.kind == "eigen-topk", recipe.settings.storage
-        self.queries = modules[0].queries_DQ.shape[1]
-        widest = max(m.module.numbers for m in modules)
-        if self.sparse:
-            self.rows = max(1, min(ROWS, ENTRIES // max(recipe.stored(m.module)["gaps"][0] for m in modules)))
-        else:
-            self.rows = max(1, min(ROWS, BLOCK // widest))
-        self.buffer = torch.empty(0 if self.sparse else max(self.rows * widest, 1) if widest <= BLOCK else BLOCK)
+        self.buffer = torch.empty(0 if self.sparse else BLOCK, dtype=torch.float64)
 
-    def scores(self, shard: ShardReader, start: int, stop: int) -> Tensor:
-        """Return the scores [stop − start, Q] of some rows, float32."""
-        total = torch.zeros(stop - start, self.queries, dtype=torch.float64)
-        for first in range(start, stop, self.rows):
-            last = min(stop, first + self.rows)
-            part = total[first - start : last - start]
-            for one in self.modules:
-                part.addcmul_(self._products(shard, one, first, last), _scales(shard, one, first, last))
-        return total.float()
+    def scores(self, chosen: Chosen) -> Tensor:
+        """Return the scores [n, Q] of rows, float64."""
+        total = torch.zeros(_count(chosen), self.count, dtype=torch.float64)
+        for number, module in self.modules:
+            self._add_scores(total, self._prepared(number, module), chosen)
+        return total
 
-    def by_module(self, shard: ShardReader, start: int, stop: int) -> Tensor:
-        """Return the scores [modules, stop − start, Q] of some rows, float32."""
-        result = torch.empty(len(self.modules), stop - start, self.queries)
-        for first in range(start, stop, self.rows):
-            last = min(stop, first + self.rows)
-            for row, one in zip(result, self.modules):
-                row[first - start : last - start] = self._products(shard, one, first, last) * _scales(
-                    shard, one, first, last
-                )
+    def by_module(self, chosen: Chosen) -> dict[str, Tensor]:
+        """Return the scores [n, Q] of rows in each module, float32."""
+        result = {}
+        for number, module in self.modules:
+            total = torch.zeros(_count(chosen), self.count, dtype=torch.float64)
+            self._add_scores(total, self._prepared(number, module), chosen)
+            result[module.name] = total.float()
         return result
 
-    def squares(self, shard: ShardReader, start: int, stop: int) -> Tensor:
-        """Return the squared lengths [stop − start] of some rows, float64."""
-        total = torch.zeros(stop - start, dtype=torch.float64)
-        for first in range(start, stop, self.rows):
-            last = min(stop, first + self.rows)
-            for one in self.modules:
-                scales = _scales(shard, one, first, last)[:, 0].double()
-                total[first - start : last - start] += self._squares(shard, one, first, last) * scales**2
+    def squares(self, chosen: Chosen) -> Tensor:
+        """Return the squared lengths [n] of rows, float64."""
+        total = torch.zeros(_count(chosen), dtype=torch.float64)
+        for number, module in self.modules:
+            for part, (shard, rows) in zip(_split(total, chosen), chosen):
+                if self.sparse:
+                    values = shard.tensor(f"values.{number}")[rows]
+                    squares = values.float().square_().sum(1, dtype=torch.float64)
+                else:
+                    stored = shard.tensor(f"codes.{number}")[rows]
+                    squares = dense_squares(stored, module.numbers, self.storage, self.buffer)
+                part.addcmul_(squares, _scales(shard, number, rows).square_())
         return total
 
-    def _products(self, shard: ShardReader, one: ScoredModule, start: int, stop: int) -> Tensor:
-        """Return the products with queries [stop − start, Q], before scales."""
+    def _prepared(self, number: int, module: IndexModule) -> ScoredModule:
+        x = self.queries[module.name].mT
+        steps = torch.ones(x.shape[1], dtype=torch.float64)
         if self.sparse:
-            gaps, values = (shard.tensor(f"{kind}.{one.number}")[start:stop] for kind in ("gaps", "values"))
-            return entry_products(gaps, values, one.queries_DQ, str(shard.path))
-        return dense_products(self._codes(shard, one, start, stop), self.storage, one.queries_DQ, self.buffer)
+            x = x.float()
+        elif self.storage in ("int8", "int4"):
+            x, steps = fixed_point(x)
+        else:
+            x = x.double()
+        return ScoredModule(number=number, module=module, queries_DQ=x.contiguous(), steps=steps)
 
-    def _squares(self, shard: ShardReader, one: ScoredModule, start: int, stop: int) -> Tensor:
-        """Return the squared lengths [stop − start] before scales, float64."""
-        if self.sparse:
-            return shard.tensor(f"values.{one.number}")[start:stop].float().square_().sum(1, dtype=torch.float64)
-        total = torch.zeros(stop - start, dtype=torch.float64)
-        wide = torch.float64 if self.storage == "float32" else None  # squares of small numbers would vanish
-        stored = self._codes(shard, one, start, stop)
-        for _, units in blocks(stored, self.storage, one.module.numbers, self.buffer):
-            total += torch.linalg.vector_norm(units, dim=1, dtype=wide).double() ** 2
-        return total
-
-    def _codes(self, shard: ShardReader, one: ScoredModule, start: int, stop: int) -> Tensor:
-        return shard.tensor(f"codes.{one.number}")[start:stop]
+    def _add_scores(self, total: Tensor, one: ScoredModule, chosen: Chosen) -> None:
+        for part, (shard, rows) in zip(_split(total, chosen), chosen):
+            if self.sparse:
+                gaps, values = (shard.tensor(f"{kind}.{one.number}")[rows] for kind in ("gaps", "values"))
+                products = entry_products(gaps, values, one.queries_DQ, str(shard.path)).double()
+            else:
+                stored = shard.tensor(f"codes.{one.number}")[rows]
+                products = dense_products(stored, self.storage, one.queries_DQ, self.buffer)
+            part.addcmul_(products, _scales(shard, one.number, rows)[:, None] * one.steps)
 
 
 def dense_products(stored: Tensor, storage: Storage, queries_DQ: Tensor, buffer: Tensor) -> Tensor:
-    """Return the products [n, Q] of codes [n, width] with queries, float32, before scales."""
+    """Return the products [n, Q] of codes [n, width] with queries, float64, before scales.
+
+    Args:
+        queries_DQ: float64.
+        buffer: float64, which is overwritten.
+    """
     numbers, queries = queries_DQ.shape
-    result = None
-    for first, units in blocks(stored, storage, numbers, buffer):
-        product = units @ queries_DQ[first : first + units.shape[1]]
-        result = product if result is None else result.add_(product)
-    return stored.new_zeros(len(stored), queries, dtype=torch.float32) if result is None else result
+    products = queries_DQ.new_zeros(len(stored), queries)
+    for some, first, units in blocks(stored, numbers, storage, buffer):
+        part = products[some]
+        if units.shape[1] == numbers:
+            torch.mm(units, queries_DQ, out=part)
+        else:
+            part.addmm_(units, queries_DQ[first : first + units.shape[1]])
+    return products
+
+
+def dense_squares(stored: Tensor, numbers: int, storage: Storage, buffer: Tensor) -> Tensor:
+    """Return the squared lengths [n] of codes, float64, before scales."""
+    squares = torch.zeros(len(stored), dtype=torch.float64)
+    for some, _, units in blocks(stored, numbers, storage, buffer):
+        squares[some] += units.square_().sum(1)
+    return squares
 
 
 def entry_products(gaps: Tensor, values: Tensor, queries_DQ: Tensor, where: str) -> Tensor:
     """Return the products [n, Q] of entries [n, entries] with queries, float32, before scales."""
-    places = topk.positions(gaps, values, len(queries_DQ))
-    if places.numel() and int(places[:, -1].max()) >= len(queries_DQ):
-        raise CheckpointError(f"{where} names coordinates that its modules do not have; {REMEDY}")
-    return torch.nn.functional.embedding_bag(places, queries_DQ, mode="sum", per_sample_weights=values.float())
+    products = queries_DQ.new_empty(len(gaps), queries_DQ.shape[1])
+    rows = max(1, ENTRIES // max(1, gaps.shape[1]))
+    for start in range(0, len(gaps), rows):
+        some = slice(start, start + rows)
+        places = topk.positions(gaps[some], values[some], len(queries_DQ))
+        if places.numel():
+            low, high = (int(place) for place in places.aminmax())
+            if low < 0 or high >= len(queries_DQ):
+                raise CheckpointError(f"{where} names coordinates that its modules do not have; {REMEDY}")
+        products[some] = torch.nn.functional.embedding_bag(
+            places, queries_DQ, mode="sum", per_sample_weights=values[some].float()
+        )
+    return products
 
 
-def blocks(stored: Tensor, storage: Storage, numbers: int, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first column, codes as float32) of rows, as many columns as fit into `buffer`, which is used again."""
-    if storage == "float32":
-        yield 0, stored
-        return
-    columns = min(numbers, len(buffer) // max(1, len(stored)))
-    columns -= columns % 2 if columns < numbers else 0
+def blocks(stored: Tensor, numbers: int, storage: Storage, buffer: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
+    """Yield (rows, first column, their codes as float64), as many as fit into `buffer`, which is used again."""
+    rows, columns = max(1, min(ROWS, len(buffer) // numbers)), min(numbers, len(buffer))
     share = 2 if storage == "int4" else 1
-    for first in range(0, numbers, columns):
-        some = min(columns, numbers - first)
-        out = buffer[: len(stored) * some].view(len(stored), some)
-        yield first, codes.units_of(stored[:, first // share : -(-(first + some) // share)], some, storage, out)
+    for start in range(0, len(stored), rows):
+        some = stored[start : start + rows]
+        for first in range(0, numbers, columns):
+            last = min(numbers, first + columns)
+            out = buffer[: len(some) * (last - first)].view(len(some), last - first)
+            part = some if last - first == numbers else some[:, first // share : -(-last // share)]
+            yield slice(start, start + rows), first, codes.units_of(part, last - first, storage, out)
 
 
-def _scales(shard: ShardReader, one: ScoredModule, start: int, stop: int) -> Tensor:
-    return shard.tensor("scales")[one.number, start:stop, None].float()
+def _scales(shard: ShardReader, number: int, rows: slice | Tensor) -> Tensor:
+    return shard.tensor("scales")[number, rows].double()
+
+
+def _count(chosen: Chosen) -> int:
+    return sum(len(shard.tensor("tokens")[rows]) for shard, rows in chosen)
+
+
+def _split(total: Tensor, chosen: Chosen) -> tuple[Tensor, ...]:
+    return total.split([len(shard.tensor("tokens")[rows]) for shard, rows in chosen])

@@ -37,13 +37,16 @@ def shard_documents(recipe: IndexRecipe) -> int:
 
 
 @contextmanager
-def writing(folder: str | Path, recipe: IndexRecipe, *, append: bool = False) -> Iterator["IndexWriter"]:
+def writing(
+    folder: str | Path, recipe: IndexRecipe, *, append: bool = False, documents: int = 0
+) -> Iterator["IndexWriter"]:
     """Begin to write an index, or continue what a killed writer left. Every rank calls it.
 
     Args:
         folder: of the index alone.
         recipe: of all its rows.
         append: add shards to an index that is published already, of the same recipe.
+        documents: how many will be added, so that a disk that is too small for them is refused now.
 
     Example:
         with writing("index", recipe) as writer:
@@ -54,7 +57,7 @@ def writing(folder: str | Path, recipe: IndexRecipe, *, append: bool = False) ->
             writer.publish(len(plan))
     """
     folder = Path(folder)
-    on_first(lambda: _begin(folder, recipe, append), f"writing {folder}")
+    on_first(lambda: _begin(folder, recipe, append, documents), f"writing {folder}")
     with disk.writing_in(folder, _TEMPORARY):
         yield IndexWriter(folder, recipe)
 
@@ -175,7 +178,7 @@ class ShardWriter:
         self.rows.append(rows)
 
 
-def _begin(folder: Path, recipe: IndexRecipe, append: bool) -> None:
+def _begin(folder: Path, recipe: IndexRecipe, append: bool, documents: int) -> None:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give an index a folder of its own")
     unknown = sorted(p.name for p in folder.iterdir() if not _FILES.fullmatch(p.name)) if folder.exists() else []
@@ -193,6 +196,13 @@ def _begin(folder: Path, recipe: IndexRecipe, append: bool) -> None:
         listed = {entry.file for entry in entries}
     elif append:
         raise CheckpointError(f"{folder} has no index to append to; build it without append")
+    present = sum(path.stat().st_size for path in folder.glob("shard-*") if path.name not in listed)
+    need, space = documents * recipe.bytes_of_row - present, disk.free(folder)
+    if need > space:
+        raise CheckpointError(
+            f"{folder} needs {need / 2**20:,.0f} MiB for {documents:,} documents, and {space / 2**20:,.0f} MiB are "
+            "free; free some space, keep less of each document, or write to another place"
+        )
     if building is not None:
         read_recipe(building)[0].check(recipe, f"the unfinished index {folder}")
     else:
