@@ -58,8 +58,17 @@ class Setting:
 STANDARD = Setting()
 # Wider and briefly trained, with longer documents: what sketches and speed are measured on. It has no ground truth.
 WIDE = Setting(
-    width=256, inner=512, layers=2, base_chunks=1600, runs=25, chunks=9, length=66, documents=200, queries=8
-)  # fmt: skip
+    width=256,
+    inner=512,
+    layers=2,
+    base_chunks=3200,
+    base_lr=3e-3,
+    runs=25,
+    chunks=9,
+    length=66,
+    documents=200,
+    queries=8,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
