@@ -94,6 +94,10 @@ class Examples:
         begin, end = self._offsets[i], self._offsets[i + 1]
         return Document(ids=self._ids[begin:end], mask=self._mask[begin:end], sample_id=self.sample_id(i))
 
+    def tokens(self) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Return the tokens of all documents, one behind the other, and the offsets [documents + 1] of each."""
+        return self._ids, self._offsets
+
     def sample_id(self, i: int) -> str:
         """Return the place of a document, such as `train.jsonl:17`; a piece of a cut text is `book.txt:1#3`."""
         piece = int(self._places["pieces"][i])
