@@ -174,7 +174,7 @@ def _write(
         report = Report(
             **counts, format=job.format, template=job.plan.template_name, skipped=skipped, named=first_errors
         )
-        writer.publish({"key": key, "files": _short([file.label for file in files]), "report": asdict(report)})
+        writer.publish({"key": key, "files": short_names([file.label for file in files]), "report": asdict(report)})
     except BaseException:
         writer.discard()
         raise
@@ -191,8 +191,8 @@ def _skip(error: SampleError, config: Data, skipped: dict[str, int], named: dict
         named[error.kind].append(str(error))
 
 
-def _short(labels: list[str]) -> list[str]:
-    """Return the file names without folders if they are unique, otherwise the labels."""
+def short_names(labels: list[str]) -> list[str]:
+    """Return how sample ids name the files: without folders if that is unique, otherwise as they are labelled."""
     names = [Path(label).name or label for label in labels]
     return names if len(set(names)) == len(names) else labels
 
