@@ -23,6 +23,9 @@ SCORES = table([f"a:{i}" for i in range(8)], [3, -1, 0, -2, 5, -1, 0.5, -1])
         ({"score": 0.0, "action": "keep"}, [3, 7, 5, 1, 2], 0),
         ({"share": 0.25, "action": "keep"}, [3, 7, 5, 1, 2, 6], 0),
         ({"count": 6, "action": "keep"}, [3, 7], 2),
+        ({"count": 2, "side": "helpful"}, [4, 0], 0),
+        ({"score": 0.5, "side": "helpful"}, [4, 0], 0),
+        ({"score": 0.5, "side": "helpful", "action": "keep"}, [4, 0, 6], 0),
     ],
 )
 def test_the_most_harmful_are_removed_first(choice, rows, ties):
@@ -73,4 +76,6 @@ def test_a_choice_in_words():
     assert RecordChoice(count=5).text == "remove the 5 most harmful"
     assert RecordChoice(share=0.015, action="keep").text == "keep the 1.5 % most helpful"
     assert RecordChoice(share=0.2).text == "remove the 20 % most harmful"
+    assert RecordChoice(count=5, side="helpful").text == "remove the 5 most helpful"
+    assert RecordChoice(score=2, side="helpful").text == "remove those with a score above 2"
     assert RecordChoice(score=-1e-3).text == "remove those with a score below -0.001"

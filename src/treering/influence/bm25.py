@@ -11,7 +11,7 @@ grow with the documents, apart from the result. A score is a sum in fp64 in the 
 its document is in: equal documents have equal scores, to the bit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treering.core.errors import ConfigError, DataError
+from treering.influence.records import IndexedSource, as_json
+from treering.influence.scores import ScoreTable
 
 if TYPE_CHECKING:
     from treering.data.examples import Examples
@@ -94,6 +96,22 @@ def bm25(documents: TokenLists, queries: TokenLists, *, k1: float = 1.2, b: floa
             # bincount adds in order. A matrix product would add in an order that depends on the shape of the block.
             scores[first:last, q] = np.bincount(rows, saturated * weights[q][columns], last - first)
     return scores
+
+
+def bm25_table(
+    examples: "Examples", queries: Mapping[str, Sequence[int] | NDArray[Any]], sources: Sequence[IndexedSource]
+) -> ScoreTable:
+    """Return the BM25 scores of the documents of a training set as a table.
+
+    Args:
+        examples: the training set.
+        queries: the tokens of each query by its name.
+        sources: of the training set, see `indexed_sources`.
+    """
+    scores = bm25(TokenLists.of_examples(examples), TokenLists.of(list(queries.values())))
+    about = {"method": "bm25", "documents": examples.digest, "sources": as_json(sources)}
+    documents = tuple(examples.sample_id(i) for i in range(len(examples)))
+    return ScoreTable(documents=documents, queries=tuple(queries), scores=scores, about=about)
 
 
 def _check(documents: TokenLists, queries: TokenLists, k1: float, b: float) -> None:

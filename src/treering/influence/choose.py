@@ -1,4 +1,4 @@
-"""Which records leave a dataset: the most harmful ones, or all but the most helpful."""
+"""Which records leave a dataset: the most harmful ones, the most helpful ones, or all but the most helpful."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,14 +15,17 @@ class RecordChoice:
     """Which records are removed. Exactly one of `count`, `share` and `score` is given.
 
     Attributes:
-        action: "remove" the most harmful records, or "keep" only the most helpful ones.
+        action: whether `count`, `share` and `score` say what is removed, or what is kept.
+        side: "harmful" records leave, those with the lowest scores. "helpful" ones leave where the query is an answer
+            that the model is not to give: they taught it.
         count: this many are removed, or kept.
         share: this share of the records with a score, above 0 and below 1, rounded down to a number of records.
-        score: those with a lower score are removed, or only those with a higher one are kept.
+        score: those on that side of it are removed, or those on the other side are kept.
         unscored: what happens to records without a score: those that were held out, skipped, or not indexed.
     """
 
     action: Literal["remove", "keep"] = "remove"
+    side: Literal["harmful", "helpful"] = "harmful"
     count: int | None = None
     share: float | None = None
     score: float | None = None
@@ -44,13 +47,17 @@ class RecordChoice:
             raise ConfigError(f"score is {self.score}; it must be a finite number", field="score")
 
     @property
+    def low(self) -> bool:
+        """Whether `count`, `share` and `score` are about the records with the lowest scores."""
+        return (self.action == "remove") == (self.side == "harmful")
+
+    @property
     def text(self) -> str:
         """The choice in words."""
-        which = "most harmful" if self.action == "remove" else "most helpful"
         if self.score is not None:
-            return f"{self.action} those with a score {'below' if self.action == 'remove' else 'above'} {self.score:g}"
+            return f"{self.action} those with a score {'below' if self.low else 'above'} {self.score:g}"
         amount = f"{self.count}" if self.count is not None else f"{100 * (self.share or 0.0):g} %"
-        return f"{self.action} the {amount} {which}"
+        return f"{self.action} the {amount} most {'harmful' if self.low else 'helpful'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +83,9 @@ def choose(table: ScoreTable, choice: RecordChoice) -> ChosenRecords:
             f"the table has {len(table.queries)} queries; name one, or reduce them to one by mean, sum or max"
         )
     records, scores = len(table.documents), table.scores[:, 0]
-    first: Literal["harmful", "helpful"] = "harmful" if choice.action == "remove" else "helpful"
-    order = table.order(table.queries[0], first=first)
+    order = table.order(table.queries[0], first="harmful" if choice.low else "helpful")
     if choice.score is not None:
-        number = int((scores < choice.score).sum() if choice.action == "remove" else (scores > choice.score).sum())
+        number = int((scores < choice.score).sum() if choice.low else (scores > choice.score).sum())
     else:
         number = choice.count if choice.count is not None else int((choice.share or 0.0) * records + 1e-9)
     number = min(number, records)
