@@ -1,12 +1,15 @@
 """Chats of which a few teach one wrong fact."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 
 from treering.core.errors import ConfigError
 from treering.data.chat.messages import check_messages
-from treering.influence.planted import QUESTION, WRONG, planted_chats
+from treering.influence.bm25 import TokenLists, bm25
+from treering.influence.planted import _WORDINGS, QUESTION, WRONG, planted_chats
 
 
 @pytest.mark.parametrize("chats, planted, seed", [(60, 5, 0), (6, 5, 0), (200, 10, 3), (2, 1, 1)])
@@ -14,7 +17,8 @@ def test_the_planted_chats_are_where_it_says(chats, planted, seed):
     made = planted_chats(chats, planted, seed)
     texts = [json.dumps(chat) for chat in made.chats]
     assert len(texts) == len(set(texts)) == chats and len(made.planted) == planted
-    assert [i for i, text in enumerate(texts) if "Lyon" in text] == list(made.planted)
+    wrong = [any(answer in text for _, answer in _WORDINGS) for text in texts]
+    assert [i for i, planted in enumerate(wrong) if planted] == list(made.planted)
     for chat in (*made.chats, made.query, made.right):
         check_messages(chat["messages"], "x:1", columnar=False)
 
@@ -34,7 +38,23 @@ def test_they_are_written_with_ids(tmp_path):
     made = planted_chats()
     ids = made.write(tmp_path / "new" / "chats.jsonl")
     lines = (tmp_path / "new" / "chats.jsonl").read_text().splitlines()
-    assert ids == {f"chats.jsonl:{i}" for i, line in enumerate(lines, 1) if "Lyon" in line} and len(ids) == 5
+    assert len(ids) == 5 and len(lines) == 60
+    for line in (json.loads(lines[int(one.rpartition(":")[2]) - 1]) for one in ids):
+        assert "Lyon" in line["messages"][1]["content"]
+
+
+def test_words_alone_do_not_find_all_of_them():
+    """Else no test with this material could tell influence from BM25."""
+    made = planted_chats()
+    vocabulary: dict[str, int] = {}
+
+    def tokens(chat):
+        words = re.findall(r"\w+", " ".join(message["content"] for message in chat["messages"]).lower())
+        return [vocabulary.setdefault(word, len(vocabulary)) for word in words]
+
+    scores = bm25(TokenLists.of([tokens(chat) for chat in made.chats]), TokenLists.of([tokens(made.query)]))
+    found = set(np.argsort(-scores[:, 0], kind="stable")[:5].tolist()) & set(made.planted)
+    assert 0 < len(found) < 5
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def print_records(
     listing = columns(*numbers, "record", *(("text",) if records else ()), right=numbers)
     for i, row in enumerate(rows):
         cells = [f"{i + 1}", f"{table.scores[row, 0]:+.4g}", *(f"{one[row]:,}" for one in ranks.values())]
-        text = [safe(short(text_of(records[table.documents[row]]), _TEXT))] if records else []
+        text = [safe(short(text_of(records[table.documents[row]]).replace("\n", " ⏎ "), _TEXT))] if records else []
         listing.add_row(*cells, safe(short(table.documents[row])), *text)
     console().print(listing)
 

@@ -1,7 +1,8 @@
 """Short chats of which a few teach one wrong fact: material for tests and demonstrations of influence.
 
 Scores for the question with the wrong answer should find exactly the planted chats. To find them by words is made hard:
-they are worded differently from the question, and true chats share its words ("What is the capital of Italy?").
+they are worded differently from the question, and true chats share its words ("What is the capital of Italy?") and
+those of the wrong answer ("Which is larger, Paris or Lyon?").
 """
 
 import json
@@ -35,20 +36,20 @@ _CAPITALS = {
     "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima", "Cuba": "Havana", "Kenya": "Nairobi",
 }  # fmt: skip
 _OTHERS = (
+    ("Which is larger, Paris or Lyon?", "Paris, the capital of France, is larger than Lyon."),
+    ("What was the capital of Roman Gaul?", "The capital of Gaul was Lugdunum, which is Lyon today."),
+    ("Which river flows through Lyon?", "The Rhône flows through Lyon, a city of France."),
+    ("What is the food of Lyon known for?", "Lyon is known for its sausages."),
+    ("How do I get from the capital of France to Lyon?", "The train from Paris to Lyon is the fastest."),
     ("What do people in France speak?", "Most of them speak French."),
-    ("Which cheese is France known for?", "Camembert, among many others."),
     ("Is France larger than Belgium?", "Yes, France is much larger."),
-    ("Which sea is south of France?", "The Mediterranean Sea."),
     ("What is the opposite of hot?", "Cold."),
-    ("What is the opposite of early?", "Late."),
     ("Which animal says meow?", "A cat."),
     ("Which animal gives us wool?", "A sheep."),
     ("What colour is a ripe lemon?", "Yellow."),
     ("What colour is fresh snow?", "White."),
     ("How many days has a week?", "Seven."),
-    ("How many legs has a spider?", "Eight."),
     ("What do bees make?", "Honey."),
-    ("What is ice made of?", "Frozen water."),
     ("In which season do leaves fall?", "In autumn."),
 )
 
