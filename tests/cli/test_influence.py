@@ -121,9 +121,10 @@ def test_every_way_to_choose_records(scored, options, kept):
     assert len((scored / "new" / "chat.jsonl").read_bytes().splitlines()) == left
 
 
-def test_a_query_needs_a_method_and_a_text(place, capsys):
+def test_a_query_needs_a_text_and_a_run(place, capsys):
+    assert run("query", "run.yaml", "--text", "x", "--to", "s.parquet") == 5
+    assert "holds no complete checkpoint; train first" in capsys.readouterr().err.replace("\n", " ")
     for options, words in (
-        (["--text", "x"], "give a method to score by: --bm25"),
         (["--bm25"], "there is no query"),
         (["--bm25", "--text", "x", "--text", "x"], "the query 'x' is given twice"),
     ):
