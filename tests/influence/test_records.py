@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -10,6 +11,7 @@ from tests.influence.sources import all_kinds, chats, jsonl
 from treering.core.errors import DataError
 from treering.data.config import Data
 from treering.data.examples import build
+from treering.influence.bm25 import TokenLists, bm25, bm25_table
 from treering.influence.records import (
     as_json,
     from_json,
@@ -65,6 +67,17 @@ def test_every_document_leads_back_to_its_record(tmp_path, tokenizer):
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         joined[record_of(sample_id)] = joined.get(record_of(sample_id), "") + text
     assert joined == {record: value["text"] for record, value in records.items()}
+
+
+def test_a_training_set_is_scored_by_words_under_its_ids(tmp_path, tokenizer):
+    config = Data(train=all_kinds(tmp_path), cache=None, max_length=100, format="text")
+    examples, sources = build(config, tokenizer), indexed_sources(config)
+    documents = [examples.document(i) for i in range(len(examples))]
+    queries = {"first": tokenizer.encode("eight"), "second": tokenizer.encode("file")}
+    scored = bm25_table(examples, queries, sources)
+    expected = bm25(TokenLists.of([one.ids for one in documents]), TokenLists.of(list(queries.values())))
+    assert scored.documents == tuple(one.sample_id for one in documents) and scored.queries == ("first", "second")
+    assert np.array_equal(scored.scores, expected) and from_json(scored.about["sources"]) == sources
 
 
 def test_two_files_of_one_name_stay_apart_and_a_single_file_keeps_its_short_id(tmp_path, tokenizer):

@@ -241,7 +241,8 @@ _WRITERS: dict[str, Callable[[SourceFile, Path, _Rows], None]] = {
 
 def _file_names(sources: Sequence[IndexedSource]) -> list[str]:
     """Return a name in the new folder for each source: that of its file, with a number if another has the same."""
-    names = [Path(source.label).name or "data" for source in sources]
+    names = [Path(source.label).name for source in sources]
+    names = ["data" if name in ("", "..", LISTING) else name for name in names]
     return names if len(set(names)) == len(names) else [f"{i:03}-{name}" for i, name in enumerate(names)]
 
 
