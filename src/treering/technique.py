@@ -368,6 +368,9 @@ class Applied:
         maps: Plain name → the tensors that learn instead of, or as, this weight.
         without: Opens a context in which the model computes, without gradients, as if the technique were absent. None:
             that is not possible (the plain weights themselves train), unless nothing of the technique learns.
+        watch: Opened around every loss with a gradient, with its batch, which then has `document_numbers`; what it
+            gives is applied to the loss.
+        finish: Called on every rank when training is over: `run.finish()`.
         notes: Lines for `explain()`.
         warnings: What a person should know before training: in `explain()`, and when a run starts.
     """
@@ -391,6 +394,8 @@ class Applied:
     compared: Callable[[Workload], Sequence[str]] | None = None
     maps: Maps = field(default_factory=dict)
     without: Without | None = None
+    watch: "Callable[[Batch], AbstractContextManager[Callable[[Tensor], Tensor]]] | None" = None
+    finish: Callable[[], None] | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -433,5 +438,37 @@ def recomputing(kind: Recompute) -> AbstractContextManager[None]:
             yield
         finally:
             _recompute.reset(token)
+
+    return scope()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileRows:
+    """Which rows of how many a tile is computed on. Where they are not `of_tokens`, they are experts."""
+
+    start: int
+    stop: int
+    total: int
+    of_tokens: bool = True
+
+
+_tile_rows: ContextVar[TileRows | None] = ContextVar("treering_tile_rows", default=None)
+
+
+def tile_rows() -> TileRows | None:
+    """Return which rows the modules of a tile are called with; None outside of tiles."""
+    return _tile_rows.get()
+
+
+def in_tile(rows: TileRows) -> AbstractContextManager[None]:
+    """Mark the forwards inside as those of a tile of `rows`."""
+
+    @contextmanager
+    def scope():
+        token = _tile_rows.set(rows)
+        try:
+            yield
+        finally:
+            _tile_rows.reset(token)
 
     return scope()

@@ -9,7 +9,6 @@ import torch
 
 import treering as tr
 from tests.ranks import PATIENCE, on_ranks
-from tests.same import assert_same
 from tests.toy_run import chats, folder
 from treering.cli import entry
 from treering.curvature import open as open_statistics
@@ -138,9 +137,10 @@ def test_rings_that_are_there_are_not_lost(place, capsys):
 
 
 @pytest.mark.slow
-def test_two_ranks_of_the_command_measure_what_one_does(place):
-    arguments = ["--data", place / "chat.jsonl", "--tokens", 200, "--max-length", 64]
-    assert call(place, *arguments[:4], "--to", place / "one") == 0
+@pytest.mark.parametrize("gradients", [(), ("--gradients", "ekfac")], ids=str)
+def test_two_ranks_of_the_command_measure_what_one_does(place, gradients):
+    arguments = ["--data", place / "chat.jsonl", "--tokens", 200, "--max-length", 64, *gradients]
+    assert call(place, *arguments[:4], *gradients, "--to", place / "one") == 0
     command = [sys.executable, "-m", "treering", "measure", place / "model", *arguments, "--to", place / "two"]
     done = subprocess.run(
         list(map(str, [*command, "--nproc", 2])), env=os.environ, capture_output=True, text=True, timeout=PATIENCE
@@ -149,5 +149,19 @@ def test_two_ranks_of_the_command_measure_what_one_does(place):
     assert done.stdout.count("wrote") == 1
     one, two = open_statistics(place / "one"), open_statistics(place / "two")
     assert [(r.tokens, r.data) for r in one.rings] == [(r.tokens, r.data) for r in two.rings]
-    for weight in one:
-        assert_same(two[weight]["inputs"], one[weight]["inputs"], 1e-6, weight)
+    assert two.digest == one.digest and (not gradients or two.gradients.digest == one.gradients.digest)
+
+
+def test_gradients_are_measured_and_what_has_none_is_said(place, capsys):
+    data = ("--data", place / "chat.jsonl", "--tokens", 200, "--gradients", "ekfac")
+    assert call(place, *data, "--to", place / "one") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "factors of gradients will take up to" in out and "gradients: ekfac of" in out and "sampled labels" in out
+    assert "they cover 14 matrices:" in out and "without factors:" in out and "outside the blocks" in out
+    factors = open_statistics(place / "one").gradients
+    assert factors.complete and factors.settings.kind == "ekfac"
+    assert call(place, *data, "--to", place / "one") == 5  # complete: it would be overwritten
+    assert "holds statistics already" in capsys.readouterr().err
+    for wrong in (("--add", place / "one"), ("--trained",)):
+        assert call(place, *data, *wrong, "--to", place / "three") == 2
+        assert "--gradients measures both" in capsys.readouterr().err

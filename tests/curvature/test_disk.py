@@ -176,7 +176,7 @@ def changed(folder, change):
 
 
 DAMAGE = {
-    "another format": (lambda told: told.update(format=2), "format '2'"),
+    "another format": (lambda told: told.update(format=3), "format '3'"),
     "no rings": (lambda told: told.pop("rings"), "damaged"),
     "a ring without tokens": (lambda told: told["rings"][0].update(tokens=-1), "damaged"),
     "weights as a list": (lambda told: told.update(weights=[1]), "damaged"),

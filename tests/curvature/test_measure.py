@@ -105,7 +105,7 @@ def test_passes_are_as_many_as_memory_asks_for():
     whole = tr.measure(model, batches, progress=lambda *at: told.append(at))
     assert told == [(1, 2), (2, 2)]
     told.clear()
-    some = tr.measure(model, batches, memory_limit=3 * 4 * 32 * 32, progress=lambda *at: told.append(at))
+    some = tr.measure(model, batches, memory_limit=3 * 8 * 32 * 32, progress=lambda *at: told.append(at))
     same(some, whole, 0)
     assert some.digest == whole.digest
     assert told[-1] == (8, 8)  # a layer: three inputs of width 32 and one of 48 do not fit with them

@@ -41,18 +41,20 @@ def measured(sizes, arch, form, how, tokens, memory_limit):
     own = given[rank::ranks]
     own += [silent() | {"labels": torch.full((1, 2), -100)}] * (most - len(own))
     statistics = tr.measure(run, own, tokens=tokens, memory_limit=memory_limit)
-    return {weight: dict(statistics[weight]) for weight in statistics}, statistics.rings[0].tokens
+    return {weight: dict(statistics[weight]) for weight in statistics}, statistics.rings[0].tokens, statistics.digest
 
 
 def compare(sizes, arch="llama", form="packed", how="documents", tokens="real", memory_limit=None):
-    wanted, count = measured({}, arch, form, how, tokens, None)
-    for got, counted in on_ranks(
+    wanted, count, digest = measured({}, arch, form, how, tokens, None)
+    for got, counted, digest_there in on_ranks(
         torch.Size(sizes.values()).numel(), measured, sizes, arch, form, how, tokens, memory_limit
     ):
         assert counted == count and list(got) == list(wanted)
         for weight, values in wanted.items():
             assert torch.equal(got[weight]["tokens"], values["tokens"]), weight
             assert_same(got[weight]["inputs"], values["inputs"], 1e-6, weight)
+        if sizes.get("sequence", 1) == 1:  # each rank has documents of its own: every bit is the same
+            assert digest_there == digest
 
 
 @pytest.mark.parametrize("arch", ["llama", "mixtral"])
@@ -61,12 +63,17 @@ def test_every_mesh_measures_what_one_process_does(sizes, arch):
     compare(sizes, arch)
 
 
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_a_measurement_has_the_same_bits_on_any_number_of_ranks(ranks):
+    compare({"shard": ranks}, memory_limit=3 * 8 * 32 * 32)
+
+
 @pytest.mark.parametrize("form, how", [("packed", "copies"), ("rows", "copies"), ("packed", "targets")])
 def test_ranks_that_see_the_same_tokens_count_them_once(form, how):
     compare({"shard": 1, "sequence": 2}, form=form, how=how)
 
 
-@pytest.mark.parametrize("memory_limit", [None, 3 * 4 * 32 * 32])
+@pytest.mark.parametrize("memory_limit", [None, 3 * 8 * 32 * 32])
 def test_the_tokens_that_predict_a_trained_one_are_cut_with_their_row(memory_limit):
     compare({"shard": 1, "sequence": 2}, tokens="trained", memory_limit=memory_limit)
 

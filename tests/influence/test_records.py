@@ -41,6 +41,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         ("book.txt:1#3", ("book.txt", 1, 3)),
         ("a/b:c#2.jsonl:5", ("a/b:c#2.jsonl", 5, 0)),
         ("x:3#2:7#1", ("x:3#2", 7, 1)),
+        ("x:1#0", ("x", 1, 0)),
         ("two\nlines:1", ("two\nlines", 1, 0)),
     ],
 )
@@ -48,7 +49,7 @@ def test_an_id_has_a_name_a_row_and_a_piece(sample_id, place):
     assert tuple(place_of(sample_id)) == place
 
 
-@pytest.mark.parametrize("wrong", ["", "x", "x:", ":1", "x:0", "x:-1", "x:1#", "x:1#0", "x:1 ", "x:1#a", "x:01"])
+@pytest.mark.parametrize("wrong", ["", "x", "x:", ":1", "x:0", "x:-1", "x:1#", "x:1#00", "x:1 ", "x:1#a", "x:01"])
 def test_what_is_no_id_is_refused(wrong):
     with pytest.raises(DataError, match="is not the id of a document"):
         place_of(wrong)

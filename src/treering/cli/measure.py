@@ -12,9 +12,10 @@ from treering.cli import launch
 from treering.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from treering.curvature import Statistics
+    from treering.curvature import GradientSettings, Statistics
     from treering.data.examples import Document
     from treering.plan import Run
+    from treering.technique import Technique
 
 NAME = "measure"
 
@@ -32,6 +33,16 @@ def command(
     tokens: Annotated[int, typer.Option(min=1, help="How many are measured.")] = 32768,
     max_length: Annotated[int, typer.Option(min=2, help="The longest document, in tokens.")] = 2048,
     trained: Annotated[bool, typer.Option("--trained", help="Count only where an answer is predicted.")] = False,
+    gradients: Annotated[
+        Literal["kfac", "ekfac", "shampoo", "tkfac"] | None,
+        typer.Option("--gradients", help="Measure gradients as well, for influence; by a backward of each batch."),
+    ] = None,
+    labels: Annotated[
+        Literal["sampled", "data"], typer.Option(help="Of --gradients: drawn from the model, or those of the text.")
+    ] = "sampled",
+    experts: Annotated[
+        Literal["each", "pooled"], typer.Option(help="Of --gradients: experts of a stack apart, or together.")
+    ] = "each",
     add: Annotated[
         list[Path] | None, typer.Option("--add", metavar="DIR", help="Earlier statistics to add this to. Repeatable.")
     ] = None,
@@ -42,24 +53,34 @@ def command(
     ] = False,
     nproc: Annotated[int | None, typer.Option(min=1, help="Start this many ranks on this machine.")] = None,
 ) -> None:
-    """Measure which directions the inputs of each layer use: what `osft` keeps, and the next task adds to."""
+    """Measure which directions the inputs of each layer use: what `osft` keeps, and the next task adds to. With
+    --gradients also what `influence` needs."""
     if bool(data) == generate:
         raise ConfigError("give text to measure: --data FILE, or --generate to let the model write it; one of the two")
     if trained and generate:
         raise ConfigError("--trained counts answers in data, and --generate has none; leave one of them out")
+    if gradients is not None and (add or trained):
+        name = "--add" if add else "--trained"
+        raise ConfigError(f"{name} is of inputs alone, and --gradients measures both; leave one of them out")
     ranks = launch.ranks_from(os.environ)
     if ranks is not None:
         launch.set_environment(ranks, os.environ)
     elif nproc is not None and nproc > 1:
         _start_ranks(nproc)
         return
-    _refuse_taken(to, add or [])
-    run = composed(model, dtype, dequantize)
+    settings = gradient_settings(gradients, labels, experts, seed)
+    _refuse_taken(to, add or [], settings)
+    from treering.cli.measure_report import announce, report_gradients, table_of
+
+    run = composed(model, dtype, dequantize, settings)
     refuse_longer(run, max_length)
     texts, packing = documents(run, data, format, generate, tokens, max_length, seed)
-    statistics = measured(run, texts, packing, data, trained, add or [], max_length, to)
-    _table(statistics)
-    _report_missing(statistics.rings[-1].tokens, tokens, trained)
+    announce(run, settings)
+    statistics = measured(run, texts, packing, data, trained, add or [], max_length, to, settings)
+    table_of(statistics)
+    report_gradients(statistics, run.plan.anatomy)
+    if gradients is None:  # with gradients, the last token of a document does not count
+        _report_missing(statistics.rings[-1].tokens, tokens, trained)
     _warn(statistics)
 
 
@@ -88,23 +109,42 @@ def _warn(statistics: "Statistics") -> None:
             say(f"! {text}", "yellow")
 
 
-def composed(model: str, dtype: str, dequantize: bool) -> "Run":
-    """Return the plain model, sharded where there are several ranks. Nothing is trained."""
+def gradient_settings(kind: str | None, labels: str, experts: str, seed: int) -> "GradientSettings | None":
+    """Return what is measured of gradients; None: nothing."""
+    from treering.curvature import GradientSettings
+
+    if kind is None:
+        return None
+    return GradientSettings(kind=kind, labels=labels, experts=experts, seed=seed)  # type: ignore[arg-type]
+
+
+def composed(model: str, dtype: str, dequantize: bool, gradients: "GradientSettings | None" = None) -> "Run":
+    """Return the plain model, sharded where there are several ranks. Nothing is trained. For gradients, blocks are
+    recomputed and the loss is in tiles, so that a backward fits wherever a forward does."""
     from treering.plan import compose
+    from treering.techniques.recompute import Recompute
     from treering.techniques.shard import Shard
+    from treering.techniques.tiling import TiledLoss
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    shard = [Shard()] if several else []
+    shard: list[Technique] = [Shard()] if several else []
+    shard = shard if gradients is None else [Recompute(), TiledLoss(), *shard]
     return compose(model, shard, dtype=dtype, dropout="off", frozen=True, dequantize=dequantize)
 
 
-def _refuse_taken(to: Path, add: list[Path]) -> None:
-    """Refuse, before anything is loaded, a folder whose statistics would be overwritten."""
+def _refuse_taken(to: Path, add: list[Path], gradients: "GradientSettings | None") -> None:
+    """Refuse, before anything is loaded, a folder whose statistics would be overwritten, unless they are the first half
+    of the same measurement."""
     from treering.core.errors import CheckpointError
+    from treering.curvature import open
     from treering.curvature.disk import NAME as JSON
     from treering.curvature.disk import refuse_foreign
 
     refuse_foreign(to)
+    if gradients is not None and (to / JSON).exists():
+        begun = open(to).gradients
+        if begun is not None and begun.settings == gradients and not begun.complete:
+            return
     if (to / JSON).exists() and to.resolve() not in [folder.resolve() for folder in add]:
         raise CheckpointError(
             f"{to} holds statistics already; write --add {to} to add to them, or give another folder to --to"
@@ -160,8 +200,9 @@ def measured(
     add: list[Path],
     max_length: int,
     to: Path,
+    gradients: "GradientSettings | None" = None,
 ) -> "Statistics":
-    """Measure the inputs of the run's matrices over `documents`, write that to the folder `to`, and return it."""
+    """Measure the run's matrices over `documents`, write that to the folder `to`, and return it."""
     from treering.cli.console import console
     from treering.curvature import Ring, measure, open
     from treering.train import calibration
@@ -178,51 +219,6 @@ def measured(
             ring=ring,
             onto=[open(folder) for folder in add],
             to=to,
+            gradients=gradients,
             progress=lambda done, of: status.update(f"measuring: batch {done} of {of}"),
         )
-
-
-def _table(statistics: "Statistics") -> None:
-    """Print a row for each kind of matrix. Effective rank: (Σ e)² / Σ e² of the eigenvalues, without computing them."""
-    from treering.cli.console import console, safe, say, table
-    from treering.cli.text import count, size
-    from treering.core.collectives import is_first
-
-    if not is_first():
-        return
-    kinds: dict[str, list[str]] = {}
-    for key in statistics.tensors:
-        shared = [w for w, entry in statistics.entries.items() if entry.key == key]
-        names = [w.removesuffix(".weight").rpartition(".")[2] for w in shared]
-        kinds.setdefault(" ".join(names), []).append(key)
-    listing = table("inputs of", "times", "width", "tokens", "effective rank", "size", right=("times", "width"))
-    for kind, keys in kinds.items():
-        entries = [statistics.tensors[key] for key in keys]
-        tokens = sorted(t for e in entries for t in (e.tokens if isinstance(e.tokens, tuple) else (e.tokens,)))
-        ranks = sorted(rank for key in keys for rank in _ranks(statistics, key))
-        widths = sorted({entry.shape[-1] for entry in entries})
-        listing.add_row(
-            safe(kind), str(len(keys)), ", ".join(map(str, widths)), _range(tokens), _range([round(r) for r in ranks]),
-            size(sum(4 * _elements(entry.shape) for entry in entries)),
-        )  # fmt: skip
-    console().print(listing)
-    for ring in statistics.rings:
-        say(f"measurement {ring.name}: {ring.tokens:,} tokens{f', {ring.date}' if ring.date else ''}")
-    say(f"wrote {statistics.where}: {count(len(statistics.entries), 'weight')}, {size(statistics.bytes)}")
-
-
-def _ranks(statistics: "Statistics", key: str) -> list[float]:
-    matrix = statistics[key]["inputs"].double()
-    traces, squares = matrix.diagonal(dim1=-2, dim2=-1).sum(-1), matrix.square().sum((-2, -1))
-    return (traces.square() / squares.clamp_min(1e-300)).reshape(-1).tolist()
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    product = 1
-    for n in shape:
-        product *= n
-    return product
-
-
-def _range(values: list[int]) -> str:
-    return f"{values[0]:,}" if values[0] == values[-1] else f"{values[0]:,}–{values[-1]:,}"

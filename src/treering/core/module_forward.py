@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any, ClassVar, Protocol
 
@@ -21,9 +22,11 @@ class ModuleForward:
             methods of equal layers for one function, and compiles them once; objects, for each layer again. For
             layers that take one tensor: `inspect.signature` does not see the signature of what was replaced.
         again: whether the backward calls what was replaced again, with all messages that this sends.
+        returns_objective: whether the call may return the value of an objective, in place of the module's output.
     """
 
     as_method: ClassVar[bool] = False
+    returns_objective: ClassVar[bool] = False
     again: bool = False
 
     def __init__(self, module: nn.Module):
@@ -109,20 +112,22 @@ def install(forward: ModuleForward) -> Callable[[], None]:
     beneath what has replaced it since."""
     module = forward.module
     module.forward = forward.__call__ if forward.as_method else forward  # type: ignore[assignment, method-assign]
+    return partial(remove, forward)
 
-    def restore() -> None:
-        former, above = forward.replaced, installed(module)
-        while isinstance(above, ModuleForward) and above is not forward:
-            if beneath(above) is forward:
-                above.replaced = former
-                return
-            above = beneath(above)
-        if former is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = former
 
-    return restore
+def remove(forward: ModuleForward) -> None:
+    """Take `forward` out again, also from beneath what has replaced it since."""
+    module, former = forward.module, forward.replaced
+    above = installed(module)
+    while isinstance(above, ModuleForward) and above is not forward:
+        if beneath(above) is forward:
+            above.replaced = former
+            return
+        above = beneath(above)
+    if former is None:
+        del module.__dict__["forward"]
+    else:
+        module.forward = former  # type: ignore[assignment, method-assign]
 
 
 def undo_all(undone: Iterable[Callable[[], None]]) -> Callable[[], None]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from treering.core.errors import CheckpointError
 from treering.curvature.disk import open_folder, writing
-from treering.curvature.statistics import Counts, Statistics
+from treering.curvature.entry import Counts
+from treering.curvature.statistics import Statistics
 
 
 def add(given: Sequence[Statistics | str | Path], to: str | Path) -> Statistics:

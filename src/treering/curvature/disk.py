@@ -20,12 +20,14 @@ from torch import Tensor
 
 from treering.core.collectives import is_first, together
 from treering.core.errors import CheckpointError, TreeringError
-from treering.curvature.statistics import Counts, Entry, Ring, Statistics
+from treering.curvature import factors_layout
+from treering.curvature.entry import Counts, Entry
+from treering.curvature.statistics import Ring, Statistics
 from treering.store import disk
 from treering.store.tensor_writer import LIMIT, TensorWriter, content_digest
 from treering.store.untrusted import basename, in_folder, read_header, read_json
 
-FORMAT = 1
+FORMATS = (1, 2)  # 2: with gradients
 NAME = "statistics.json"
 _FILES = re.compile(r"statistics(\.json(\.tmp)?|-[0-9a-f]{8}(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?)")
 
@@ -37,24 +39,27 @@ def open_folder(folder: str | Path) -> Statistics:
     if path is None:
         raise CheckpointError(f"{folder} holds no {NAME}; make one: treering measure MODEL --data FILE --to {folder}")
     description = read_json(path)
-    if description.get("format") != FORMAT:
+    if description.get("format") not in FORMATS:
         raise CheckpointError(
-            f"{path} has the format {str(description.get('format'))[:40]!r}, and this version reads {FORMAT}; "
+            f"{path} has the format {str(description.get('format'))[:40]!r}, and this version reads 1 and 2; "
             "measure again"
         )
     try:
         rings = tuple(Ring(**_checked(ring, Ring)) for ring in description["rings"])
         entries = {str(weight): Entry(**_entry(description, entry)) for weight, entry in description["weights"].items()}
         model_type = str(description["model_type"])
+        pieces = factors_layout.entries(description)
+        gradients = factors_layout.factors(description, pieces, lambda entry: _read(folder, entry))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); measure again") from None
-    _check_files(folder, path, entries)
+    _check_files(folder, path, {**{entry.key: entry for entry in entries.values()}, **pieces})
     return Statistics(
         model_type=model_type,
         entries=entries,
         rings=rings,
         read=lambda entry: _read(folder, entry),
         where=str(folder),
+        gradients=gradients,
     )
 
 
@@ -71,7 +76,7 @@ def copy_folder(folder: Path, to: Path) -> None:
     """Copy statistics to a new folder, file by file, the JSON last."""
     statistics = open_folder(folder)
     to.mkdir()
-    for name in [*sorted({entry.file for entry in statistics.entries.values()}), NAME]:
+    for name in [*sorted(statistics.files), NAME]:
         shutil.copyfile(folder / name, to / name)
         disk.sync(to / name)
     disk.sync(to)
@@ -83,6 +88,7 @@ class StatisticsWriter:
 
     def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], limit: int):
         self.folder, self.token = folder, uuid.uuid4().hex[:8]
+        self.gradients: Mapping[str, Any] | None = None  # how they are described, set before the end
         meta = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
         self.writer = TensorWriter(meta, file=f"statistics-{self.token}.safetensors", limit=limit)
         self.counts: dict[str, Counts] = {}
@@ -116,8 +122,14 @@ class StatisticsWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.writer.open(self.folder)
 
-    def publish(self, model_type: str, owners: Mapping[str, str], rings: Sequence[Ring]) -> None:
-        """Write the JSON, after which the folder is the new one, and remove the former files."""
+    def publish(
+        self, model_type: str, owners: Mapping[str, str], rings: Sequence[Ring], kept: Mapping[str, Any]
+    ) -> None:
+        """Write the JSON, after which the folder is the new one, and remove the former files.
+
+        Args:
+            kept: tensors that are in the folder already, as the former JSON describes them.
+        """
         self.writer.close()
         self.writer.check()
         tensors = {
@@ -129,15 +141,18 @@ class StatisticsWriter:
             }
             for key, place in self.writer.places.items()
         }
-        description = {
-            "format": FORMAT,
+        description: dict[str, Any] = {
+            "format": 1 if self.gradients is None else 2,
             "model_type": model_type,
             "rings": [asdict(ring) for ring in rings],
             "weights": dict(owners),
-            "tensors": tensors,
+            "tensors": {**kept, **tensors},
         }
+        if self.gradients is not None:
+            description["gradients"] = self.gradients
         disk.replace(self.folder / NAME, json.dumps(description, indent=1).encode())
-        self.sweep(lambda name: self.token not in name)
+        used = {tensor["file"] for tensor in kept.values()}
+        self.sweep(lambda name: self.token not in name and name not in used)
 
     def sweep(self, old: Callable[[str], bool]) -> None:
         """Remove files of data that are not named in the JSON, if `old` of their name."""
@@ -154,13 +169,18 @@ def writing(
     owners: Mapping[str, str],
     rings: Sequence[Ring],
     limit: int = LIMIT,
+    kept: Mapping[str, Any] | None = None,
 ) -> Iterator[StatisticsWriter]:
-    """Write a folder, tensor by tensor: `shapes` announces them by key, `owners` names the key of each weight."""
+    """Write a folder, tensor by tensor: `shapes` announces them by key, `owners` names the key of each weight.
+
+    Args:
+        kept: tensors that are in the folder already and stay, as its JSON describes them.
+    """
     writer = StatisticsWriter(folder, shapes, limit)
     writer.first(writer.open)
     try:
         yield writer
-        writer.first(lambda: writer.publish(model_type, owners, rings))
+        writer.first(lambda: writer.publish(model_type, owners, rings, kept or {}))
     except BaseException:
         if is_first():
             writer.sweep(lambda name: writer.token in name)
@@ -196,14 +216,16 @@ def _is_count(value: Any) -> bool:
 def _check_files(folder: Path, path: Path, entries: Mapping[str, Entry]) -> None:
     """Check that every tensor is where the JSON lists it, before a run of hours needs it."""
     headers: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
-    for weight, entry in entries.items():
+    for entry in entries.values():
         if entry.file not in headers:
             file = in_folder(folder, basename(entry.file, path))
             if file is None:
                 raise CheckpointError(f"{folder} lacks {entry.file}, which its {NAME} names; measure again")
             headers[entry.file] = {t.name: (t.dtype, t.shape) for t in read_header(file)}
         if headers[entry.file].get(entry.key) != ("F32", entry.shape):
-            raise CheckpointError(f"{folder / entry.file} does not hold what {NAME} lists for {weight}; measure again")
+            raise CheckpointError(
+                f"{folder / entry.file} does not hold what {NAME} lists for {entry.key}; measure again"
+            )
 
 
 def _read(folder: Path, entry: Entry) -> Tensor:

@@ -10,10 +10,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from treering.anatomy import examine
+from treering.core.collectives import gather_objects
 from treering.core.errors import DataError, PlanError
 from treering.core.sharded import settle
 from treering.core.topology import AXES, axis_size
-from treering.curvature.observer import Observer, summed
+from treering.curvature import labels
+from treering.curvature.batch_tokens import NUMBERS, BatchTokens, numbers_of
+from treering.curvature.capture import Capture
+from treering.curvature.factors import Labels
+from treering.curvature.observer import Observer
+from treering.curvature.sums import reduced
+from treering.objectives import CrossEntropy, Objective
+from treering.objectives.plain_loss import plain_loss
+from treering.technique import Maps
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -23,6 +32,7 @@ if TYPE_CHECKING:
 
 _INPUTS = ("input_ids", "position_ids", "attention_mask", "documents")
 Batch = dict[str, Any]
+
 MaskedBatches = Sequence[tuple[Batch, Tensor | None]]  # with the tokens that count, [B, S]; None: all
 
 
@@ -33,6 +43,7 @@ class Composed(Protocol):
     plan: Any
 
     def ready(self, micro_batches: Sequence[Batch]) -> list[Batch]: ...
+    def objective_sum(self, batch: Batch, objective: Objective) -> Tensor: ...
 
 
 class MeasuredModel:
@@ -41,7 +52,8 @@ class MeasuredModel:
     def __init__(self, model: nn.Module, anatomy: "Anatomy", mesh: "DeviceMesh | None", run: Composed | None):
         self.model, self.anatomy, self.run = model, anatomy, run
         self.mesh = mesh
-        self.groups = _groups(mesh, ("replicate", "shard"))
+        self.groups = self.data_groups = _groups(mesh, ("replicate", "shard"))
+        self.maps: Maps | None = None if run is None else run.plan.maps()  # None: nothing trains
         self.shared = axis_size(mesh, "sequence")  # ranks that are given the same batches
         self.device = run.plan.device if run is not None else next(model.parameters()).device
         self.short = {"use_cache": False}
@@ -65,8 +77,8 @@ class MeasuredModel:
         if self.shared == 1:
             return
         every = _groups(self.mesh, AXES)
-        total = int(summed(torch.tensor(given, device=self.device), self.groups))
-        counted = int(summed(torch.tensor(seen, device=self.device), every))
+        total = int(reduced(torch.tensor(given, device=self.device), self.groups))
+        counted = int(reduced(torch.tensor(seen, device=self.device), every))
         if counted == total:
             self.groups = every
         elif counted != total * self.shared:
@@ -87,6 +99,52 @@ class MeasuredModel:
         inputs = {n: v.to(self.device) if hasattr(v, "to") else v for n, v in inputs.items()}
         with seen.counting(real):
             self.model(**inputs, **self.short)
+
+    def backward(self, seen: Capture, batch: Batch, real: Tensor | None, kind: Labels, seed: int) -> tuple[Tensor, int]:
+        """Run forward and backward over a batch, for the gradients that `seen` sees.
+
+        The loss is the sum over tokens, of labels of the data or drawn ones. Parameters get no gradient.
+
+        Returns:
+            The document of each token of the complete batch, [B, S], -1 for those that have no gradient: padding, and
+            what follows the last label of a document. And how many tokens with one this rank has computed.
+        """
+        numbers = numbers_of(batch, real)
+        batch = labels.with_targets(batch, numbers)
+        numbers = labels.with_gradient(numbers, batch["targets"])
+        objective: Objective = CrossEntropy()
+        if kind == "sampled":
+            objective = labels.SampledLabels()
+            batch = {**batch, labels.DRAWS: labels.draws(batch, numbers, seed)}
+        batch = {**batch, NUMBERS: numbers}
+        if self.run is not None:
+            [batch] = self.run.ready([batch])
+        batch = {name: value.to(self.device) if hasattr(value, "to") else value for name, value in batch.items()}
+        seen.batch = tokens = BatchTokens.of(batch)
+        with torch.enable_grad():
+            if self.run is None:
+                loss = plain_loss(self.model, batch, objective)
+            else:
+                loss = self.run.objective_sum(batch, objective)
+            loss.backward()
+        seen.batch = None
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        return numbers, int((tokens.documents_T >= 0).sum())
+
+
+def agreed(owners: dict[str, str]) -> dict[str, str]:
+    """Return `owners`, or raise a PlanError unless all ranks have the same in the same order: other sums would be added
+    up. A collective."""
+    everyone = gather_objects(owners)
+    for rank, other in enumerate(everyone):
+        if list(other.items()) != list(everyone[0].items()):
+            raise PlanError(
+                f"rank {rank} observed other linears than rank 0, or others that share their inputs ({len(other)} "
+                f"and {len(everyone[0])} weights); the model does not compute the same on all ranks and "
+                "cannot be measured"
+            )
+    return owners
 
 
 @contextmanager

@@ -1,24 +1,35 @@
 """A complete measurement: every batch through the model, as often as memory requires, one tensor written at a time."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from treering.core.collectives import gather_objects
 from treering.core.errors import DataError, PlanError
 from treering.curvature.adding import added, joint, refuse_other
 from treering.curvature.disk import open_folder, writing
-from treering.curvature.measured_model import Batch, Composed, MaskedBatches, MeasuredModel, evaluating, real_tokens
+from treering.curvature.entry import Counts, Entry
+from treering.curvature.exact_sums import ExactSum, Peaks, Steps, bits_for, exponents_of
+from treering.curvature.factors import GradientSettings
+from treering.curvature.measured_model import (
+    Batch,
+    Composed,
+    MaskedBatches,
+    MeasuredModel,
+    agreed,
+    evaluating,
+    real_tokens,
+)
+from treering.curvature.measuring_gradients import measure_gradients
 from treering.curvature.observe import Observer, observe
-from treering.curvature.observer import summed
-from treering.curvature.statistics import Counts, Entry, Ring, Statistics, in_memory, sizes
+from treering.curvature.statistics import Ring, Statistics, in_memory, sizes
+from treering.curvature.sums import reduced
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -39,9 +50,11 @@ def measure(
     onto: Sequence[Statistics] = (),
     to: str | Path | None = None,
     memory_limit: int | None = None,
+    gradients: GradientSettings | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Statistics:
-    """Measure the second moments of the inputs of all linear layers and experts in the blocks of `model`.
+    """Measure the second moments of the inputs of all linear layers and experts in the blocks of `model`; with
+    `gradients` also those of their output gradients.
 
     Args:
         model: a live transformers model, sharded or not, or a composed run.
@@ -56,6 +69,8 @@ def measure(
         to: a folder to write, instead of keeping everything in memory.
         memory_limit: bytes of sums at a time: where all do not fit, the batches go through the model several times.
             Default: 8 GiB, or half of what the device has free.
+        gradients: what to measure of gradients, by a backward of each batch. Tokens after the last label of their
+            document have none, and do not count then. Batches without labels train every next token.
         progress: called with (batches done, batches in all passes).
 
     Returns:
@@ -71,14 +86,22 @@ def measure(
         raise DataError("there is no batch to measure; every rank needs at least one")
     masked_batches = [(batch, real_tokens(batch, tokens)) for batch in every]
     _refuse_nothing(subject, masked_batches, tokens)
+    limit = memory_limit or _memory_limit(subject.device)
+    ring = ring or Ring(name="", tokens=0)
+    if gradients is not None:
+        if onto:
+            raise PlanError("statistics that are added up have inputs only; measure gradients without `onto`")
+        folder = None if to is None else Path(to)
+        return measure_gradients(subject, masked_batches, gradients, ring, folder, limit, progress)
     with evaluating(subject.model):
-        owners, passes = _passes(subject, masked_batches, memory_limit or _memory_limit(subject.device))
-        return _measured(subject, masked_batches, owners, passes, ring or Ring(name="", tokens=0), onto, to, progress)
+        grid = _grid(subject, masked_batches)
+        passes = _passes(subject, grid.owners, limit)
+        return _measured(subject, masked_batches, grid, passes, ring, onto, to, progress)
 
 
 def _refuse_nothing(subject: MeasuredModel, masked_batches: MaskedBatches, tokens: Literal["real", "trained"]) -> None:
     """Raise a DataError if no token of any rank counts. One rank alone may have nothing but padding."""
-    if int(summed(torch.tensor(_count(masked_batches), device=subject.device), subject.groups)) == 0:
+    if int(reduced(torch.tensor(_count(masked_batches), device=subject.device), subject.groups)) == 0:
         what = "predicts a trained token (are all labels -100?)" if tokens == "trained" else "is not padding"
         raise DataError(
             f"no token of the batches {what}, so there is nothing to measure; look at their attention_mask, `real` or "
@@ -91,15 +114,49 @@ def _count(masked_batches: MaskedBatches) -> int:
     return sum(batch["input_ids"].numel() if real is None else int((real != 0).sum()) for batch, real in masked_batches)
 
 
-def _passes(subject: MeasuredModel, masked_batches: MaskedBatches, limit: int) -> tuple[Any, list[set[str]]]:
-    """Return owners, and the weights of each pass. Where several are needed, one forward shows which share inputs."""
+@dataclass(frozen=True, kw_only=True)
+class IntegerGrid:
+    """The integers to which products are rounded, the same on all ranks.
+
+    Attributes:
+        owners: weight → the one whose sum is also its sum, as the first batch showed.
+        steps: of each sum, by owner.
+        bits: of the steps.
+    """
+
+    owners: dict[str, str]
+    steps: dict[str, Steps]
+    bits: int
+
+    def new_sum(self, weight: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> ExactSum:
+        unknown = torch.zeros(shape[-1], dtype=torch.int64)
+        steps = self.steps.get(weight, Steps(rows=unknown, columns=unknown, bits=self.bits))
+        return ExactSum.empty(shape, device, steps)
+
+
+def _grid(subject: MeasuredModel, masked_batches: MaskedBatches) -> IntegerGrid:
+    """Return the grid, from one forward of the first batch of each rank, of which that of rank 0 counts."""
+    with observe(subject.model, subject.anatomy, new_sum=Peaks.empty) as seen:
+        subject.forward(seen, *masked_batches[0])
+    owners = seen.order()
+    agreed(owners)
+    widths = {owner: sizes(subject.anatomy)[owner][-1] for owner in dict.fromkeys(owners.values())}
+    peaks = [seen.sums[o].largest if o in seen.sums else torch.zeros(m).double() for o, m in widths.items()]
+    flat = torch.cat([peak.to(subject.device) for peak in peaks]) if peaks else torch.zeros(0)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast(flat, src=0)
+    exponents = {o: exponents_of(peak) for o, peak in zip(widths, flat.cpu().split(list(widths.values())))}
+    terms = torch.tensor(sum(real is None or bool(real.any()) for _, real in masked_batches), device=subject.device)
+    bits = bits_for(int(reduced(terms, subject.groups)))
+    steps = {owner: Steps(rows=one, columns=one, bits=bits) for owner, one in exponents.items()}
+    return IntegerGrid(owners=owners, steps=steps, bits=bits)
+
+
+def _passes(subject: MeasuredModel, owners: dict[str, str], limit: int) -> list[set[str]]:
+    """Return the weights of each pass through the batches."""
     shapes = sizes(subject.anatomy)
     if sum(map(_bytes, shapes.values())) <= limit:
-        return None, [set(shapes)]
-    batch = masked_batches[0][0]
-    with observe(subject.model, subject.anatomy) as seen:
-        subject.forward(seen, batch, torch.zeros(batch["input_ids"].shape, dtype=torch.bool))
-    owners = seen.order()
+        return [set(shapes)]
     passes: list[set[str]] = []
     used = limit
     for owner in dict.fromkeys(owners.values()):
@@ -108,7 +165,7 @@ def _passes(subject: MeasuredModel, masked_batches: MaskedBatches, limit: int) -
             passes.append(set())
             used = _bytes(shapes[owner])
         passes[-1] |= {weight for weight, other in owners.items() if other == owner}
-    return owners, passes
+    return passes
 
 
 def _memory_limit(device: torch.device) -> int:
@@ -125,13 +182,13 @@ def _memory_limit(device: torch.device) -> int:
 
 
 def _bytes(shape: tuple[int, ...]) -> int:
-    return 4 * torch.Size(shape).numel()
+    return ExactSum.BYTES * torch.Size(shape).numel()
 
 
 def _measured(
     subject: MeasuredModel,
     masked_batches: MaskedBatches,
-    owners: dict[str, str] | None,
+    grid: IntegerGrid,
     passes: Sequence[set[str]],
     ring: Ring,
     onto: Sequence[Statistics],
@@ -140,10 +197,9 @@ def _measured(
 ) -> Statistics:
     for one in onto:
         one.check(subject.anatomy)
-    watched = _watched(subject, masked_batches, passes, progress)
+    watched = _watched(subject, masked_batches, grid, passes, progress)
     first = next(watched)
-    subject.agree(_count(masked_batches), first.tokens)
-    owners = owners or first.order()
+    owners = first.order() if len(passes) == 1 else grid.owners
     rings = [*(r for one in onto for r in one.rings), replace(ring, tokens=first.counted(subject.groups))]
     for one in onto:
         if set(one.entries) != set(owners):
@@ -168,29 +224,37 @@ def _measured(
 def _watched(
     subject: MeasuredModel,
     masked_batches: MaskedBatches,
+    grid: IntegerGrid,
     passes: Sequence[set[str]],
     progress: Callable[[int, int], None],
 ) -> Iterator[Observer]:
     """Yield the observer of each pass, with its sums complete."""
     for number, weights in enumerate(passes):
-        with observe(subject.model, subject.anatomy, weights=weights) as seen:
-            for i, (batch, real) in enumerate(masked_batches):
-                subject.forward(seen, batch, real)
-                progress(number * len(masked_batches) + i + 1, len(passes) * len(masked_batches))
-        _agree(seen.order())
+        done = number * len(masked_batches)
+        while True:  # a second time, where a batch does not fit the grid of the first one
+            with observe(subject.model, subject.anatomy, weights=weights, new_sum=grid.new_sum) as seen:
+                for i, (batch, real) in enumerate(masked_batches):
+                    subject.forward(seen, batch, real)
+                    progress(done + i + 1, len(passes) * len(masked_batches))
+            agreed(seen.order())
+            if number == 0:
+                subject.agree(_count(masked_batches), seen.tokens)
+            larger = _larger_steps(seen, subject)
+            if not larger:
+                break
+            grid = replace(grid, steps=grid.steps | larger)
         yield seen
 
 
-def _agree(owners: dict[str, str]) -> None:
-    """Raise a PlanError unless all ranks have the same sums in the same order: wrong ones would be added up."""
-    everyone = gather_objects(owners)
-    for rank, other in enumerate(everyone):
-        if list(other.items()) != list(everyone[0].items()):
-            raise PlanError(
-                f"rank {rank} observed other linears than rank 0, or others that share their inputs ({len(other)} "
-                f"and {len(everyone[0])} weights); the model does not compute the same on all ranks and "
-                "cannot be measured"
-            )
+def _larger_steps(seen: Observer, subject: MeasuredModel) -> dict[str, Steps]:
+    """Return the steps of sums that may have overflowed, by owner. A collective."""
+    found = {}
+    for owner in dict.fromkeys(seen.order().values()):
+        if owner not in seen.sums:  # no token on this rank; others may have some
+            seen.sums[owner] = seen.new_sum(owner, seen.sizes[owner], *seen.kinds[owner])
+        if (steps := seen.sums[owner].larger_steps(owner, subject.groups)) is not None:
+            found[owner] = steps
+    return found
 
 
 def _keys_of(owner: str, owners: Mapping[str, str], keys: Mapping[str, str]) -> list[str]:

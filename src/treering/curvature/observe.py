@@ -1,9 +1,8 @@
 """Observing the linear layers and experts of a live model: sums of a aᵀ over the tokens of every forward.
 
 T tokens, M inputs. Products and sums are at least float32: a bfloat16 product would round away what small directions
-contain. Each batch is added by one gemm into the float32 sum: the error grows like the root of the number of batches
-times 6e-8, far below the 1e-2 by which any 30,000 tokens miss the mean of their kind, and a float64 sum would double
-the memory, most of which a measurement needs for its sums. Of a float64 model everything is float64.
+contain. In a loop of your own each batch is added by one gemm into a float32 sum, whose error grows like the root of
+the number of batches times 6e-8; of a float64 model all is float64. `measure` adds to integers (`exact_sums.py`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from treering.anatomy.matrices import of_experts
 from treering.core.errors import PlanError
 from treering.curvature.observer import Observer
+from treering.curvature.sums import NewSum, Sum
 from treering.experts.grouped_forward import GroupedForward, grouped, grouped_of, release, unsupported
 from treering.experts.routing import Routing
 from treering.experts.stacked_forward import ExpertProduct, watch_products
@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def observe(
-    model: nn.Module, anatomy: "Anatomy", *, weights: Iterable[str] | None = None, share: bool = True
+    model: nn.Module,
+    anatomy: "Anatomy",
+    *,
+    weights: Iterable[str] | None = None,
+    share: bool = True,
+    new_sum: NewSum = Sum.empty,
 ) -> Iterator[Observer]:
     """Observe `model` while the body runs; nothing of it stays on the model afterwards.
 
@@ -37,6 +42,7 @@ def observe(
         anatomy: of the plain model.
         weights: plain names of the weights to observe; default: all linear layers in blocks, and all stacked experts.
         share: find linear layers that see the same inputs (q, k and v), and measure them once.
+        new_sum: makes what the inputs of a weight are added to.
 
     Returns:
         The observer, whose `statistics()` are the means of what was seen.
@@ -46,11 +52,11 @@ def observe(
             model(input_ids=ids)
         A = seen.statistics()["model.layers.0.mlp.up_proj.weight"]["inputs"]
     """
-    observer = Observer(anatomy, weights, share)
+    observer = Observer(anatomy, weights, share, new_sum)
     chosen = set(observer.weights)
     undo: list[Callable[[], None]] = []
     try:
-        _eager(model, undo)
+        run_eagerly(model, undo)
         undo.append(model.register_forward_pre_hook(observer.begin, with_kwargs=True).remove)
         undo.append(model.register_forward_hook(observer.end, always_call=True).remove)
         for linear in anatomy.linears:
@@ -66,7 +72,7 @@ def observe(
             one()
 
 
-def _eager(model: nn.Module, undo: list[Callable[[], None]]) -> None:
+def run_eagerly(model: nn.Module, undo: list[Callable[[], None]]) -> None:
     """Run compiled modules eagerly: what was compiled before has no hooks, and would skip them without a message."""
     if any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in model.modules()):
         stance = torch.compiler.set_stance("force_eager")
@@ -112,10 +118,14 @@ class _GroupedInputs:
     observer: Observer
     weights: Mapping[str, str]
 
-    def see(self, stack: str, x_SM: Tensor, y_SN: Tensor, routing: Routing) -> None:
+    def see(self, stack: str, x_SM: Tensor, y_SN: Tensor, routing: Routing) -> Tensor:
         weight, observer = self.weights[stack], self.observer
-        if recompute_state() != "forward" or weight not in observer.weights or not observer.owns(weight, x_SM):
-            return
+        if recompute_state() == "forward" and weight in observer.weights and observer.owns(weight, x_SM):
+            self._add(weight, x_SM, routing)
+        return y_SN
+
+    def _add(self, weight: str, x_SM: Tensor, routing: Routing) -> None:
+        observer = self.observer
         rows, ends, real = x_SM.detach(), routing.offsets, routing.counted
         if real is None and observer.real is not None:
             observer.refuse_unless(len(rows) == len(observer.real) * routing.choices, weight)

@@ -1,18 +1,18 @@
-"""Sums of a aᵀ over the tokens of every forward, one for each observed weight, and their means over all ranks."""
+"""Sums of a aᵀ over the tokens of every forward, one for each observed weight."""
 
 import inspect
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from treering.core.errors import DataError, NumericsError, PlanError
-from treering.curvature.statistics import Counts, Ring, Statistics, in_memory, sizes
+from treering.core.errors import DataError, PlanError
+from treering.curvature.entry import Counts
+from treering.curvature.statistics import Ring, Statistics, in_memory, sizes
+from treering.curvature.sums import NewSum, Sum, reduced
 from treering.technique import recompute_state
 
 if TYPE_CHECKING:
@@ -26,8 +26,14 @@ _RECENT = 8  # inputs of this forward that are remembered: those that two linear
 class Observer:
     """Yielded by `observe`. Every forward of the model counts, except one that is recomputed for the backward."""
 
-    def __init__(self, anatomy: "Anatomy", weights: Iterable[str] | None = None, share: bool = True):
-        self.anatomy, self.share = anatomy, share
+    def __init__(
+        self,
+        anatomy: "Anatomy",
+        weights: Iterable[str] | None = None,
+        share: bool = True,
+        new_sum: NewSum = Sum.empty,
+    ):
+        self.anatomy, self.share, self.new_sum = anatomy, share, new_sum
         self.sizes = sizes(anatomy)
         chosen = set(self.sizes if weights is None else weights)
         if unknown := chosen - set(self.sizes):
@@ -36,7 +42,7 @@ class Observer:
             )
         self.weights = tuple(w for w in self.sizes if w in chosen)
         self.owner: dict[str, str] = {}  # weight -> the one whose sum is also its sum
-        self.sums: dict[str, Sum] = {}
+        self.sums: dict[str, Any] = {}
         self.kinds: dict[str, tuple[torch.dtype, torch.device]] = {}  # of the sums, and of those without a token so far
         self.tokens = 0  # real ones so far, of this rank
         self.real: Tensor | None = None  # of the current forward: [T] bool; None: all tokens count
@@ -80,7 +86,7 @@ class Observer:
     def counted(self, groups: "Sequence[ProcessGroup]" = ()) -> int:
         """Return the number of tokens so far; with `groups` a collective."""
         device = next(iter(self.kinds.values()))[1] if self.kinds else None
-        return int(summed(torch.tensor(self.tokens, device=device), groups))
+        return int(reduced(torch.tensor(self.tokens, device=device), groups))
 
     def order(self) -> dict[str, str]:
         """Return `owner`, in the model's order."""
@@ -92,8 +98,11 @@ class Observer:
         for owner in dict.fromkeys(self.order().values()):
             total = self.sums.get(owner) if keep else self.sums.pop(owner, None)
             if total is None:
-                total = Sum.empty(self.sizes[owner], *self.kinds[owner])
+                total = self._empty(owner)
             yield owner, *(total.copy() if keep else total).mean(owner, groups)
+
+    def _empty(self, weight: str) -> Any:
+        return self.new_sum(weight, self.sizes[weight], *self.kinds[weight])
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Determine, before the model's forward, which of its tokens count."""
@@ -139,7 +148,7 @@ class Observer:
         """Add inputs, T × M, to the sum of `weight`; of a stack, to that of one expert."""
         if rows.shape[0]:
             if weight not in self.sums:
-                self.sums[weight] = Sum.empty(self.sizes[weight], *self.kinds[weight])
+                self.sums[weight] = self._empty(weight)
             self.sums[weight].add(rows, expert)
 
     def owns(self, weight: str, x: Tensor) -> bool:
@@ -148,7 +157,11 @@ class Observer:
         They are the same where they are the same memory, referenced since then and not written to since then.
         """
         version = None if x.is_inference() else x._version
-        now = next((o for t, v, o in self._recent if v == version and _same(t, x)), weight) if self.share else weight
+        now = (
+            next((o for t, v, o in self._recent if v == version and same_memory(t, x)), weight)
+            if self.share
+            else weight
+        )
         known = self.owner.setdefault(weight, now)
         if known != weight and now != known:
             raise PlanError(
@@ -161,7 +174,8 @@ class Observer:
         return known == weight
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are the same values in the same place."""
     if a is b:
         return not a.is_inference()  # torch does not count the writes to an inference tensor
     facts = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in (a, b) if t.numel()]
@@ -180,50 +194,3 @@ def _mask(mask: Any, tokens: Tensor | None) -> Tensor | None:
         mask = mask.to(tokens.device)
     flat = mask.reshape(-1) != 0
     return None if bool(flat.all()) else flat
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sum:
-    """A running sum: `total` M × M or E × M × M, `tokens` a count or E of them."""
-
-    total: Tensor
-    tokens: Tensor
-
-    @classmethod
-    def empty(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "Sum":
-        total = torch.zeros(shape, dtype=dtype, device=device)
-        return cls(total=total, tokens=torch.zeros(shape[:-2], dtype=torch.int64))
-
-    def copy(self) -> "Sum":
-        return Sum(total=self.total.clone(), tokens=self.tokens.clone())
-
-    @torch.no_grad()
-    def add(self, rows: Tensor, expert: int | None = None) -> None:
-        """Add the inputs of one matrix, T × M; of a stack, those of one expert."""
-        total = self.total if expert is None else self.total[expert]
-        wide = rows.to(total.dtype)
-        total.addmm_(wide.mT, wide)  # in place: autocast leaves it alone
-        (self.tokens if expert is None else self.tokens[expert]).add_(rows.shape[0])
-
-    @torch.no_grad()
-    def mean(self, name: str, groups: "Sequence[ProcessGroup]") -> tuple[Tensor, Counts]:
-        """Return A in float32 on the host, and the tokens that it is the mean of; the sum is used up.
-
-        An expert without tokens has A = 0. A collective over `groups`.
-        """
-        total = summed(self.total, groups).cpu()
-        tokens = summed(self.tokens.to(self.total.device), groups).cpu()
-        total /= tokens.clamp_min(1)[..., None, None]
-        mean = ((total + total.mT) / 2).float().contiguous()  # a gemm may round the two halves differently
-        if not bool(torch.isfinite(mean).all()):
-            raise NumericsError(
-                f"the inputs of {name} are not finite, or too large to be squared; does the model work in this dtype?"
-            )
-        return mean, int(tokens) if tokens.ndim == 0 else tuple(int(n) for n in tokens)
-
-
-def summed(value: Tensor, groups: "Sequence[ProcessGroup]") -> Tensor:
-    """Sum `value` in place over the ranks of each group in turn."""
-    for group in groups:
-        dist.all_reduce(value, group=group)
-    return value

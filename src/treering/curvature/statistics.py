@@ -14,11 +14,11 @@ from torch import Tensor
 
 from treering.anatomy.matrices import matrices
 from treering.core.errors import CheckpointError
+from treering.curvature.entry import Counts, Entry
+from treering.curvature.factors import GradientFactors
 
 if TYPE_CHECKING:
     from treering.anatomy import Anatomy
-
-Counts = int | tuple[int, ...]  # of tokens; of stacked experts one for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +29,6 @@ class Ring:
     tokens: int
     data: str = ""  # digest of the tokens
     date: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """The place of the moment of a weight on disk. Weights that see the same inputs have the same `key`."""
-
-    key: str
-    tokens: Counts
-    shape: tuple[int, ...]
-    digest: str  # of the values
-    file: str = ""  # "" in memory
 
 
 class Statistics(Mapping[str, Mapping[str, Tensor]]):
@@ -56,7 +45,9 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
         rings: tuple[Ring, ...],
         read: Callable[[Entry], Tensor],
         where: str = "memory",
+        gradients: GradientFactors | None = None,
     ):
+        self.gradients = gradients  # what was measured of gradients besides; None: nothing
         self.model_type, self.entries, self.rings, self.where = model_type, dict(entries), rings, where
         self._read = read
         self._last: tuple[str, Tensor] | None = None  # q, k and v are read one after the other
@@ -89,8 +80,15 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
         return {entry.key: entry for entry in self.entries.values()}
 
     @property
+    def files(self) -> set[str]:
+        """The files of data, without their folder."""
+        pieces = () if self.gradients is None else self.gradients.entries.values()
+        return {entry.file for entry in (*self.entries.values(), *pieces)}
+
+    @property
     def bytes(self) -> int:
-        return 4 * sum(torch.Size(entry.shape).numel() for entry in self.tensors.values())
+        pieces = {} if self.gradients is None else self.gradients.entries
+        return 4 * sum(torch.Size(entry.shape).numel() for entry in {**pieces, **self.tensors}.values())
 
     def check(self, anatomy: "Anatomy") -> None:
         """Raise a CheckpointError where these are statistics of another model: its directions mean nothing here."""

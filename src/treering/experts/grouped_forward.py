@@ -6,7 +6,7 @@ the same bits, and asks what was registered for each stack:
 
     source      where its weight comes from: a plain parameter, packed codes, factors
     addends     modules called with (rows, offsets), whose results are added to the product: adapters
-    observers   objects that see the rows of each product, and its gradient: statistics
+    observers   objects that see the rows of each product, and may see its gradient: statistics
 
 Nothing else replaces the forward of an experts module; tiles, and the exchange of rows between ranks (`dispatch.py`),
 call it.
@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 
 from treering.core.errors import PlanError
-from treering.core.module_forward import AddedForward, ModuleForward, Switchable, beneath, install, installed
+from treering.core.module_forward import (
+    AddedForward,
+    ModuleForward,
+    Switchable,
+    beneath,
+    install,
+    installed,
+    remove,
+)
 from treering.experts.assigned import Arrivals, shown_local
 from treering.experts.products import stack_product
 from treering.experts.routing import Routing, route
@@ -37,8 +45,9 @@ class StackSource(Protocol):
 
 
 class ProductObserver(Protocol):
-    def see(self, stack: str, x_SM: Tensor, y_SN: Tensor, routing: Routing) -> None:
-        """Called with the rows that a stack multiplies and their products, once for each forward."""
+    def see(self, stack: str, x_SM: Tensor, y_SN: Tensor, routing: Routing) -> Tensor:
+        """Called with the rows that a stack multiplies and their products, once for each forward. Returns the products:
+        the same values, through which a gradient may be seen."""
         ...
 
     def counted(self, tokens: int) -> Tensor | None:
@@ -133,7 +142,7 @@ class GroupedForward(ModuleForward):
             if not addition.off:
                 y.add_(addition.addend(x, routing.offsets))  # in place: y is as large as the layer's activations
         for observer in self.observers:
-            observer.see(leaf, x, y, routing)
+            y = observer.see(leaf, x, y, routing)
         return y
 
 
@@ -195,11 +204,12 @@ def grouped_beneath(module: nn.Module, name: str) -> GroupedForward:
             f"{name}: {reason}, so its experts cannot be assigned to ranks. Leave expert out of the mesh",
             settings=("mesh.expert",),
         )
-    if not above or current is not None:
-        forward = current or grouped(module, name)
-    else:
+    if current is None and not above:
+        return grouped(module, name)
+    forward = current
+    if forward is None:
         forward = GroupedForward(module)
-        above[-1].replaced = forward.__call__
+        forward.replaced, above[-1].replaced = above[-1].replaced, forward.__call__
     forward.users += 1
     return forward
 
@@ -237,6 +247,6 @@ def release(
             forward.observers.remove(observer)
         forward.users -= 1
         if not forward.users:
-            del forward.module.__dict__["forward"]
+            remove(forward)
 
     return undo

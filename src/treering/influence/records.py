@@ -23,7 +23,7 @@ _BATCH = 512
 
 
 class SamplePlace(NamedTuple):
-    """The parts of a sample id. `piece` is 0 for a document that was not cut, and for the first piece."""
+    """The parts of a sample id. `piece` is 0 for a document that was not cut, and the first piece (`#0` or nothing)."""
 
     name: str
     row: int
@@ -39,7 +39,7 @@ def place_of(sample_id: str) -> SamplePlace:
     """Return the parts of a sample id. The name may contain colons and number signs."""
     name, _, rest = sample_id.rpartition(":")
     row, mark, piece = rest.partition("#")
-    if not name or not _is_number(row) or (mark and not _is_number(piece)):
+    if not name or not _is_number(row) or (mark and piece != "0" and not _is_number(piece)):
         raise DataError(f"{sample_id!r} is not the id of a document; ids are NAME:ROW or NAME:ROW#PIECE")
     return SamplePlace(name, int(row), int(piece or 0))
 
@@ -50,8 +50,7 @@ def _is_number(text: str) -> bool:
 
 def record_of(sample_id: str) -> str:
     """Return the id of the record that a document is a piece of: `book.txt:1` for `book.txt:1#3`."""
-    place = place_of(sample_id)
-    return place.record if place.piece else sample_id
+    return place_of(sample_id).record
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ A loader's micro-batches become steps: as many on every rank, with the number of
 `Run.loss` divides the sum over trained positions by that number.
 """
 
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +16,8 @@ from torch.nn import functional as F
 from treering.attention import Documents
 from treering.core.errors import DataError, PlanError
 from treering.core.topology import axis_size
-from treering.objectives import IGNORED, INPUTS, CrossEntropy, Objective, objective_values, widened
+from treering.objectives import IGNORED, CrossEntropy, Objective
+from treering.objectives.plain_loss import plain_loss
 from treering.plan.sequence import agree_along_sequence
 from treering.technique import Applied
 
@@ -158,31 +158,6 @@ def choose_objective(given: Objective | None, applied: Sequence[Applied]) -> Obj
             "Distill has neither"
         )
     return given or (asked[0] if asked else CrossEntropy())
-
-
-def plain_loss(model: nn.Module, batch: dict[str, Any], objective: Objective) -> Tensor:
-    """Return the sum of `objective` over trained positions. The head is applied only at these positions.
-
-    B rows of S positions, K positions that are trained in any row, N trained positions, V vocabulary.
-    """
-    trained_BS = batch["targets"] != IGNORED
-    keep_K = trained_BS.any(0).nonzero().squeeze(1)
-    nothing = keep_K.numel() == 0
-    if nothing:  # the model still runs: other ranks wait for its gathers and reductions
-        keep_K = torch.zeros(1, dtype=torch.long, device=trained_BS.device)
-    values = None if nothing else objective_values(objective, batch)
-    inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits_BKV = model(**inputs, use_cache=False, logits_to_keep=keep_K).logits
-    else:
-        logits_BKV = model(**inputs, use_cache=False).logits[:, keep_K]
-    if values is None:
-        return widened(logits_BKV[:, :0]).sum()
-    rows, logits_NV = values.select(lambda x: x[:, keep_K].flatten(0, 1)), logits_BKV.flatten(0, 1)
-    if len(trained_BS) > 1:  # of several rows, one may train a position that another does not
-        index_N = trained_BS[:, keep_K].flatten().nonzero().squeeze(1)
-        rows, logits_NV = rows.select(lambda x: x[index_N]), logits_NV[index_N]
-    return rows.sum(widened(logits_NV))
 
 
 def cross_entropy(model: nn.Module, batch: dict[str, Any]) -> Tensor:

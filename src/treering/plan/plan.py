@@ -15,7 +15,7 @@ from treering.core.full_precision import full_precision
 from treering.core.sharded import settle
 from treering.objectives import Objective
 from treering.plan.conflicts import name_of
-from treering.technique import Applied, LazyTensor, Message, Part, Technique, Workload
+from treering.technique import Applied, LazyTensor, Maps, Message, Part, Technique, TrainedMatrix, Workload
 from treering.weights.plain_tensors import Source, plain_tensors
 
 if TYPE_CHECKING:
@@ -150,6 +150,14 @@ class Plan:
             if applied.messages is not None
             for message in applied.messages(work)
         ]
+
+    def maps(self) -> Maps | None:
+        """Return the tensors that train, by the plain weight that each changes; None where nothing trains."""
+        maps: dict[str, tuple[TrainedMatrix, ...]] = {}
+        for applied in self.applied:
+            for weight, matrices in applied.maps.items():
+                maps[weight] = (*maps.get(weight, ()), *matrices)
+        return maps if any(applied.trainable for applied in self.applied) else None
 
     def without(self) -> AbstractContextManager[None]:
         """Open a context in which the model computes as if nothing had been trained: see `Run.without`."""

@@ -1,8 +1,7 @@
 """A model with its techniques in place, ready to train: what `compose` returns."""
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,11 @@ from torch.optim import Optimizer
 from treering.core.errors import PlanError
 from treering.core.sharded import settle
 from treering.core.topology import axis_size
+from treering.curvature.batch_tokens import with_documents
 from treering.objectives import Objective, Scores, score_names
+from treering.objectives.plain_loss import plain_loss
 from treering.plan import batches, step
-from treering.plan.batches import Batch, plain_loss, with_targets
+from treering.plan.batches import Batch, with_targets
 from treering.plan.explain import explain
 from treering.plan.export import Experts, export
 from treering.plan.plan import Plan
@@ -57,6 +58,7 @@ class Run:
         self._copies = 0  # on how many ranks each trained token is; 0: not known yet
         self._attached = self._undone = False
         self._cuts = any(applied.tokens is not None for applied in plan.applied)
+        self._watching = [applied.watch for applied in plan.applied if applied.watch is not None]
         losses = [a.loss for a in plan.applied if a.loss is not None]
         self._loss = losses[0] if losses else plain_loss
         self._teacher = Teacher.of(plan)
@@ -85,21 +87,7 @@ class Run:
         Where parameters rest on the CPU, AdamW is the fused one, which is several times faster, unless `settings`
         choose otherwise.
         """
-        named = self.trainable()
-        if not named:
-            raise PlanError("the run is frozen, so there is nothing to optimize; compose it with full, lora or osft")
-        chosen = settings.keys() & {"fused", "foreach", "differentiable", "capturable"}
-        if kind is torch.optim.AdamW and not chosen and {p.device.type for _, p in named} == {"cpu"}:
-            settings["fused"] = True
-        if "weight_decay" in inspect.signature(kind).parameters:
-            settings.setdefault("weight_decay", 0.0)
-        if not settings.get("weight_decay"):
-            return kind([p for _, p in named], **settings)
-        groups: list[dict[str, Any]] = [
-            {"params": [p for _, p in named if p.ndim >= 2]},
-            {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        return kind([g for g in groups if g["params"]], **settings)
+        return step.make_optimizer(self.trainable(), kind, settings)
 
     def steps(self, loader: Iterable[Batch | list[Batch]], *, accumulate: int = 1) -> Iterator[list[Batch]]:
         """Yield the micro-batches of one optimizer step at a time: counted over ranks, transformed, on the device."""
@@ -131,6 +119,8 @@ class Run:
         if batch.get("documents") is not None and self.plan.unpackable:
             raise PlanError(f"a packed batch, but {self.plan.unpackable}; turn packing off (data.packing: off)")
         number = batch["input_ids"].numel()
+        if self._watching:
+            batch = with_documents(batch)
         if self._cuts:
             refuse_undone(self._undone)
         for applied in self.plan.applied:
@@ -147,7 +137,14 @@ class Run:
         Args:
             batch: From `steps` or `ready`. A loop that counts by itself may pass `labels` and `count`.
         """
-        return self._sum(batch, self.plan.objective)
+        if not (self._watching and torch.is_grad_enabled()):
+            return self._sum(batch, self.plan.objective)
+        with ExitStack() as stack:
+            ends = [stack.enter_context(watch(batch)) for watch in self._watching]
+            share = self._sum(batch, self.plan.objective)
+            for end in ends:
+                share = end(share)
+        return share
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> dict[str, Tensor]:
@@ -180,9 +177,17 @@ class Run:
                 "from run.steps(loader), or pass them through run.ready"
             )
         with nullcontext(batch) if self._teacher is None else self._teacher.teaching(batch) as taught:
-            sums = self._loss(self.model, taught, objective)
+            sums = self.objective_sum(taught, objective)
         count = batch["count"]
         return tuple(one / count for one in sums) if isinstance(sums, tuple) else sums / count
+
+    def objective_sum(self, batch: Batch, objective: Objective) -> Tensor:
+        """Return the sum of an objective over the trained positions of this rank's share of a micro-batch.
+
+        Args:
+            batch: From `steps` or `ready`, with what the objective needs.
+        """
+        return self._loss(self.model, batch, objective)
 
     def total(self, shares: Tensor) -> Tensor:
         """Return the loss of a step over all ranks: the sum of their `shares`. A collective if there are several.
@@ -225,7 +230,6 @@ class Run:
         step.check_optimizers(self.trainable(), [optimizer])
         self._refuse_attached()
         self._attached = True
-
         handles = step.hooks(self.model, self.plan.applied, optimizer)
 
         def detach() -> None:
@@ -247,6 +251,12 @@ class Run:
             if applied.metrics is not None:
                 metrics |= applied.metrics()
         return metrics
+
+    def finish(self) -> None:
+        """Let the techniques write what they have collected; after the last step. A collective."""
+        for applied in self.plan.applied:
+            if applied.finish is not None:
+                applied.finish()
 
     def undo(self) -> None:
         """Remove forward rewrites and observers: the model computes with its plain modules, as they are now.

@@ -3,6 +3,7 @@
 The norm that is clipped and reported is that of the projected gradient, over all parameters on all ranks.
 """
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,26 @@ def take(
             if one.after_step is not None:
                 one.after_step()
     return StepReport(norm=norm, skipped=not finite)
+
+
+def make_optimizer(
+    named: Sequence[tuple[str, nn.Parameter]], kind: type[Optimizer], settings: dict[str, Any]
+) -> Optimizer:
+    """Return `kind` over trained parameters; see `Run.optimizer`."""
+    if not named:
+        raise PlanError("the run is frozen, so there is nothing to optimize; compose it with full, lora or osft")
+    chosen = settings.keys() & {"fused", "foreach", "differentiable", "capturable"}
+    if kind is torch.optim.AdamW and not chosen and {p.device.type for _, p in named} == {"cpu"}:
+        settings["fused"] = True
+    if "weight_decay" in inspect.signature(kind).parameters:
+        settings.setdefault("weight_decay", 0.0)
+    if not settings.get("weight_decay"):
+        return kind([p for _, p in named], **settings)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for _, p in named if p.ndim >= 2]},
+        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return kind([g for g in groups if g["params"]], **settings)
 
 
 def check_optimizers(named: Sequence[tuple[str, Tensor]], optimizers: Sequence[Optimizer]) -> None:

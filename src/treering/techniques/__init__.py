@@ -16,6 +16,7 @@ from treering.techniques.recompute import Recompute as Recompute
 from treering.techniques.ulysses import Ulysses as Ulysses
 from treering.techniques.shard import Shard as Shard
 from treering.techniques.compile import Compile as Compile
+from treering.techniques.collect import Collect as Collect
 
 TECHNIQUES: dict[str, type] = {
     name.lower(): value for name, value in tuple(globals().items()) if hasattr(value, "stage")

@@ -75,6 +75,7 @@ def train(job: Job, callbacks: Sequence[Callback] = (), *, profile: bool = False
             watchdog.exempt = checkpoints.saver.group
             signals.at_once = False
             _take_steps(training, start)
+            run.finish()
             measurements.grow(training)
             phases = training.stopwatch.rows(reporter.steps) if profile else None
             return reporter.finished(checkpoints.progress, phases)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from treering.technique import recomputing
+from treering.technique import in_tile, recomputing
 from treering.techniques.tiling.tile_job import Gradient, TileJob
 
 
@@ -92,7 +92,8 @@ class _Tiles(torch.autograd.Function):
             for start, stop in job.bounds:
                 tile = job.tile(plain, start, stop)
                 _leaves(tile, sums)
-                outputs = as_tuple(job.body(*tile))
+                with in_tile(job.place(start, stop)):
+                    outputs = as_tuple(job.body(*tile))
                 incoming = [job.rows(g)[start:stop] if g is not None and job.out == "cat" else g for g in gradients]
                 pairs = [(y, g) for y, g in zip(outputs, incoming) if g is not None and y.requires_grad]
                 _take(sums, [y for y, _ in pairs], [g.to(y.dtype) for y, g in pairs], tile, start, stop)
@@ -114,7 +115,8 @@ class _Now(torch.autograd.Function):
             for start, stop in job.bounds:
                 tile = job.tile(plain, start, stop)
                 _leaves(tile, sums)
-                result = job.body(*tile)
+                with in_tile(job.place(start, stop)):
+                    result = job.body(*tile)
                 box.several = isinstance(result, tuple)
                 first, *more = as_tuple(result)
                 if first.requires_grad:

@@ -141,6 +141,8 @@ def install_loss(model: nn.Module, config: "TiledLossSettings", site: Site) -> A
 class _HeadForward(module_forward.ModuleForward):
     """Logits; or, given the rows of an objective, their sum, in tiles."""
 
+    returns_objective = True
+
     def __init__(self, module: nn.Module, config: "TiledLossSettings", anatomy_head: "Head", vocabulary: int):
         super().__init__(module)
         self.config, self.vocabulary = config, vocabulary

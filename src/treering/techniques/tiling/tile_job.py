@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from treering.technique import TileRows
+
 Out = Literal["cat", "sum"]
 
 
@@ -68,6 +70,10 @@ class TileJob:
         """Return what `body` gets for tokens `start` to `stop`."""
         single = len(self.bounds) == 1
         return [x[start:stop] if cut and not single else x for x, cut in zip(inputs, self.cut)]
+
+    def place(self, start: int, stop: int) -> TileRows:
+        """Return which rows, of all, a tile has."""
+        return TileRows(start=start, stop=stop, total=self.bounds[-1][1], of_tokens=self.cut[0])
 
     def rows(self, gradient: Tensor) -> Tensor:
         """Return the gradient of a result with one row for each token."""

@@ -1,0 +1,269 @@
+"""Inputs and output gradients of a model's matrices, seen together in the backward.
+
+The output y of a layer passes through an identity that saves the layer's inputs a with autograd and, in the backward,
+has the gradient g of y: all that the gradient of the layer's weight is made of, Σ_t g_t a_tᵀ. Because autograd keeps a,
+a block that is recomputed gets it from its second pass, an offloaded one from the host, and a tile from the tile: each
+row is seen once, and nothing is kept that the backward would not keep for a trained weight.
+
+R rows that reach a layer, M inputs, N outputs, T tokens of this rank's batch.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from treering.anatomy.matrices import Matrix, of_experts, of_linear
+from treering.core.errors import PlanError
+from treering.core.module_forward import ModuleForward, beneath, installed, undo_all
+from treering.curvature.batch_tokens import BatchTokens, LayerRows
+from treering.curvature.observe import run_eagerly
+from treering.experts.grouped_forward import GroupedForward, grouped_beneath, grouped_of, release, unsupported
+from treering.experts.routing import Routing
+from treering.technique import TileRows, recompute_state, tile_rows
+
+if TYPE_CHECKING:
+    from treering.anatomy import Anatomy, Experts
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pair:
+    """What the gradient of one weight is made of, for some rows: all of a batch, or those of a tile.
+
+    Attributes:
+        weight: the plain parameter.
+        a_RM, g_RN: inputs, and gradients of the outputs, of the rows.
+        rows: of which tokens they are.
+        experts: [R] the expert of each row, ascending, of a stack; None: the weight is one matrix.
+        batch: the tokens of the batch.
+    """
+
+    weight: str
+    a_RM: Tensor
+    g_RN: Tensor
+    rows: LayerRows
+    experts: Tensor | None
+    batch: BatchTokens
+
+
+class PairSink(Protocol):
+    """What is given the pairs, in the backward."""
+
+    def take(self, pair: Pair) -> None: ...
+
+
+class Capture:
+    """Yielded by `capture`. Before each forward, `batch` is set to the tokens that the forward computes."""
+
+    def __init__(self, sink: PairSink):
+        self.sink = sink
+        self.batch: BatchTokens | None = None
+
+    def __reduce__(self) -> Any:
+        """Refuse to be copied, as an observer does."""
+        raise PlanError("the gradients of the model are being observed; copy the model before or afterwards")
+
+    def see(self, weight: str, x: Tensor, y: Tensor, rows: Callable[[BatchTokens, TileRows | None], LayerRows],
+            experts: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Return y, through which the gradient of `weight` will be seen."""
+        if self.batch is None or not torch.is_grad_enabled() or not y.requires_grad or recompute_state() == "teacher":
+            return y
+        batch, tile = self.batch, tile_rows()
+
+        def take(a: Tensor, g: Tensor) -> None:
+            pair = Pair(
+                weight=weight,
+                a_RM=a.detach().reshape(-1, a.shape[-1]),
+                g_RN=g.detach().reshape(-1, g.shape[-1]),
+                rows=rows(batch, tile),
+                experts=experts,
+                batch=batch,
+            )
+            self.sink.take(pair)
+
+        return _See.apply(y, x, take)
+
+
+class _See(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.take = take
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        [x] = ctx.saved_tensors
+        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+            ctx.take(x, g)
+        return g, None, None
+
+
+@contextmanager
+def capture(model: nn.Module, anatomy: "Anatomy", weights: Iterable[str], sink: PairSink) -> Iterator[Capture]:
+    """Give `sink` the pairs of `weights` in every backward of the body; nothing stays on the model afterwards.
+
+    Args:
+        model: a live transformers model, with or without techniques.
+        anatomy: of the plain model.
+        weights: plain names of linear layers and stacks of experts; see `capturable`.
+        sink: is called in the backward, layer by layer.
+    """
+    seen = Capture(sink)
+    undo: list[Callable[[], None]] = []
+    try:
+        run_eagerly(model, undo)
+        undo.append(install_capture(model, anatomy, weights, seen))
+        yield seen
+    finally:
+        undo_all(undo)()
+
+
+def install_capture(
+    model: nn.Module, anatomy: "Anatomy", weights: Iterable[str], seen: Capture, *, rooted: bool = True
+) -> Callable[[], None]:
+    """Install the identities of `weights`. Returns a function that removes them.
+
+    Args:
+        rooted: let gradients begin at the embedding, also of weights that do not train.
+    """
+    chosen, undo = set(weights), []
+    try:
+        if rooted:
+            undo.append(_rooted(model))
+        for linear in anatomy.linears:
+            if linear.weight in chosen:
+                undo.append(_see_linear(model.get_submodule(linear.fqn), linear.weight, seen))
+        for experts in anatomy.experts:
+            if chosen & set(experts.stacked):
+                undo.append(_see_experts(model.get_submodule(experts.fqn), anatomy, experts, chosen, seen))
+    except BaseException:
+        undo_all(undo)()
+        raise
+    return undo_all(undo)
+
+
+def capturable(model: nn.Module, anatomy: "Anatomy") -> tuple[dict[str, Matrix], dict[str, str]]:
+    """Return the matrices whose gradients can be seen, by weight, and why each of the others cannot."""
+    tied = None if anatomy.head is None else anatomy.head.tied_to
+    possible: dict[str, Matrix] = {}
+    reasons: dict[str, str] = {}
+    for linear in anatomy.linears:
+        if linear.weight == tied:
+            reasons[linear.weight] = "it is both embedding and head"
+        elif linear.role == "mixer":
+            reasons[linear.weight] = "a mixer may read it without calling its module"
+        else:
+            possible[linear.weight] = of_linear(linear)
+    for experts in anatomy.experts:
+        module = model.get_submodule(experts.fqn)
+        reason = "" if isinstance(grouped_of(module), GroupedForward) else unsupported(module)
+        for stack in of_experts(anatomy, experts):
+            if reason:
+                reasons[stack.weight] = reason
+            else:
+                possible[stack.weight] = stack
+    return possible, reasons
+
+
+def _rooted(model: nn.Module) -> Callable[[], None]:
+    """Let gradients reach every layer where nothing trains: the graph begins at the token embedding."""
+
+    def hook(module: nn.Module, args: Any, y: Tensor) -> Tensor | None:
+        if torch.is_grad_enabled() and not y.requires_grad:
+            return y.detach().requires_grad_()
+        return None
+
+    return model.get_input_embeddings().register_forward_hook(hook).remove  # type: ignore[operator]
+
+
+class _SeenForward(ModuleForward):
+    """The output of a module, seen, beneath a forward that returns something else than the output."""
+
+    def __init__(self, module: nn.Module, above: ModuleForward, hook: "_LinearOutput"):
+        super().__init__(module)
+        self.replaced, self.above, self.hook = above.replaced, above, hook
+        above.replaced = self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.hook(self.module, (x,), {}, self.call_former(x))
+
+    def remove(self) -> None:
+        self.above.replaced = self.replaced
+
+
+@dataclass(frozen=True)
+class _LinearOutput:
+    """The hook of one linear layer; an object, so that a copy of the module fails at `Capture.__reduce__`."""
+
+    seen: Capture
+    weight: str
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
+        x = args[0] if args else next(iter(kwargs.values()))
+        if not isinstance(x, Tensor):  # a block in tiles: the layer is called again in each tile, with its rows
+            return y
+        count = y.numel() // y.shape[-1]
+        return self.seen.see(self.weight, x, y, partial(_rows_of_linear, self.weight, count))
+
+
+def _rows_of_linear(weight: str, count: int, batch: BatchTokens, tile: TileRows | None) -> LayerRows:
+    return batch.rows(weight, count, tile)
+
+
+def _see_linear(module: nn.Module, weight: str, seen: Capture) -> Callable[[], None]:
+    hook, top = _LinearOutput(seen, weight), installed(module)
+    lowest: ModuleForward | None = None
+    while isinstance(top, ModuleForward) and top.returns_objective:
+        lowest, top = top, beneath(top)
+    if lowest is not None:
+        return _SeenForward(module, lowest, hook).remove
+    return module.register_forward_hook(hook, with_kwargs=True).remove
+
+
+@dataclass(frozen=True, eq=False)
+class _GroupedOutputs:
+    """The observer of one grouped forward. `weights`: by stack."""
+
+    seen: Capture
+    weights: Mapping[str, str]
+
+    def see(self, stack: str, x_SM: Tensor, y_SN: Tensor, routing: Routing) -> Tensor:
+        weight = self.weights.get(stack)
+        if weight is None:
+            return y_SN
+        if routing.counted is not None or routing.first:
+            raise PlanError(
+                f"{weight} is assigned to ranks (mesh: expert), so rows of other ranks' documents reach it; gradients "
+                "of its experts cannot be seen there: leave expert out of the mesh",
+                settings=("mesh.expert",),
+            )
+        tokens, tile = routing.tokens, tile_rows()
+        if tile is not None and not tile.of_tokens:
+            raise PlanError(
+                f"{weight} is computed by groups of experts, so which expert a row is for is not known; set experts to "
+                "tokens",
+                settings=("tiledmlp.experts", "tiledblock.experts"),
+            )
+
+        def rows(batch: BatchTokens, tile: TileRows | None) -> LayerRows:
+            return batch.routed(weight, tokens, len(tokens) // routing.choices, tile)
+
+        return self.seen.see(weight, x_SM, y_SN, rows, routing.experts)
+
+    def counted(self, tokens: int) -> Tensor | None:
+        return None
+
+
+def _see_experts(
+    module: nn.Module, anatomy: "Anatomy", experts: "Experts", chosen: set[str], seen: Capture
+) -> Callable[[], None]:
+    forward = grouped_beneath(module, experts.fqn)
+    stacks = {stack.leaf: stack.weight for stack in of_experts(anatomy, experts) if stack.weight in chosen}
+    observer = _GroupedOutputs(seen, stacks)
+    forward.observers.append(observer)
+    return release(forward, observer=observer)

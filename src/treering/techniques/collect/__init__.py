@@ -1,0 +1,3 @@
+from treering.techniques.collect.config import Collect
+
+__all__ = ["Collect"]
