@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from treering.cli.config import ConfigFile, Settings, load
+from treering.cli import launch
+from treering.cli.config import load
+from treering.cli.train import job_of
 from treering.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -18,50 +20,104 @@ app = typer.Typer(help="Find the training data that decided an answer, and train
 Table = Annotated[
     Path, typer.Argument(metavar="SCORES", help="A table that `influence query` wrote.", show_default=False)
 ]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="The `output` folder of a run, or its configuration.", show_default=False)
+]
 Queries = Annotated[
     list[str] | None, typer.Option("--query", metavar="NAME", help="Of these queries; default: all. Repeatable.")
 ]
 Reduce = Annotated[Literal["mean", "sum", "max"], typer.Option(help="Makes one score of those for several queries.")]
 
 
+@app.command("build")
+def build(
+    run: RunFolder,
+    kind: Annotated[
+        Literal["eigen-topk", "psift", "exact"], typer.Option(help="What is kept of a gradient.")
+    ] = "eigen-topk",
+    curvature: Annotated[
+        Literal["ekfac", "kfac", "shampoo", "tkfac", "identity"] | None,
+        typer.Option(help="What whitens it; default: ekfac, of psift kfac.", show_default=False),
+    ] = None,
+    size: Annotated[int, typer.Option(min=1, help="Of psift: numbers of each side of a matrix.")] = 16,
+    entries: Annotated[int, typer.Option(min=1, help="Of eigen-topk: coordinates of a matrix.")] = 42,
+    block: Annotated[int | None, typer.Option(min=1, help="Of eigen-topk: of so many leading eigenvectors.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="On how many the curvature is measured.")] = 1 << 18,
+    step: Annotated[int | None, typer.Option(min=1, help="Of this checkpoint; default: the newest.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Start this many ranks on this machine.")] = None,
+) -> None:
+    """Measure the curvature of a trained run, and write a row for each of its training documents. The same
+    command resumes what was interrupted."""
+    from treering.sketches.settings import SketchSettings
+
+    chosen = curvature or ("kfac" if kind == "psift" else "ekfac")
+    sketch = SketchSettings(kind=kind, curvature=chosen, size=size, entries=entries, block=block)
+    if launch.started("influence", nproc):
+        return
+    from treering.cli.influence_run import build_index
+
+    build_index(job_of(_config(run)), sketch, tokens, step)
+
+
 @app.command("query")
 def query(
-    file: ConfigFile,
+    run: RunFolder,
     to: Annotated[
         Path, typer.Option("--to", metavar="SCORES", help="The .parquet or .arrow to write.", show_default=False)
     ],
-    settings: Settings = None,
     text: Annotated[list[str] | None, typer.Option("--text", help="A query. Repeatable.")] = None,
     data: Annotated[
-        list[str] | None, typer.Option("--data", metavar="FILE", help="Each record of it is a query. Repeatable.")
+        list[str] | None,
+        typer.Option("--data", metavar="FILE", help="Each record is a query, encoded as training data is. Repeatable."),
     ] = None,
-    bm25: Annotated[bool, typer.Option("--bm25", help="Score by words alone: the baseline.")] = False,
+    bm25: Annotated[bool, typer.Option("--bm25", help="Score by words alone: the baseline, without an index.")] = False,
+    cosine: Annotated[bool, typer.Option("--cosine", help="Without the lengths of gradients.")] = False,
+    step: Annotated[int | None, typer.Option(min=1, help="Of this checkpoint; default: the newest.")] = None,
+    n: Annotated[int, typer.Option("-n", min=0, help="How many records are printed.")] = 5,
 ) -> None:
-    """Score every training document of the run FILE for queries, and write the table of scores."""
-    if not bm25:
-        raise ConfigError("give a method to score by: --bm25")
+    """Score every training document of a run for queries, print the first ones, and write the table of scores."""
     if not text and not data:
         raise ConfigError("there is no query; give --text TEXT, or --data FILE with a query in each record")
-    config = load(file, settings)
+    config = _config(run)
     from treering.cli.console import say
-    from treering.cli.data import built
+    from treering.cli.influence_print import print_records
+    from treering.cli.influence_run import table_of
     from treering.cli.text import count
-    from treering.influence.bm25 import bm25_table
-    from treering.influence.records import indexed_sources
     from treering.influence.tables import refuse_taken_file, write_scores
 
     refuse_taken_file(to)
+    if bm25:
+        table = _by_words(config, tuple(text or ()), tuple(data or ()))
+    else:
+        table = table_of(job_of(config), tuple(text or ()), tuple(data or ()), cosine, step)
+    write_scores(table, to)
+    if n:
+        reduced = _one_query(table, None, "mean")
+        print_records(reduced.by_record(), "helpful", n, _sources(table))
+    say(f"wrote {to}: {count(len(table.documents), 'document')}, {count(len(table.queries), 'query', 'queries')}")
+
+
+def _config(run: Path) -> "RunConfig":
+    """Return the configuration of a run by its folder, which may have been moved, or by its file."""
+    from dataclasses import replace
+
+    return replace(load(run / "config.yaml", None), output=str(run)) if run.is_dir() else load(run, None)
+
+
+def _by_words(config: "RunConfig", texts: tuple[str, ...], files: tuple[str, ...]) -> "ScoreTable":
+    from treering.cli.data import built
+    from treering.influence.bm25 import bm25_table
+    from treering.influence.records import indexed_sources
+
     examples, tokenizer = built(config, "train")
     queries: dict[str, Any] = {}
-    for one in text or ():
+    for one in texts:
         _add(queries, one, tokenizer.encode(one, add_special_tokens=False))
-    if data:
-        rows, _ = built(_with_data(config, tuple(data)), "train")
+    if files:
+        rows, _ = built(_with_data(config, files), "train")
         for i in range(len(rows)):
             _add(queries, rows.sample_id(i), rows.document(i).ids)
-    table = bm25_table(examples, queries, indexed_sources(config.data))
-    write_scores(table, to)
-    say(f"wrote {to}: {count(len(table.documents), 'document')}, {count(len(queries), 'query', 'queries')}")
+    return bm25_table(examples, queries, indexed_sources(config.data))
 
 
 def _add(queries: dict[str, Any], name: str, ids: Any) -> None:

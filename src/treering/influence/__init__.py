@@ -1,4 +1,9 @@
-"""Which training examples moved an answer: an index of their gradients, queries, scores, and what to do with them."""
+"""Which training documents decided an answer: an index of their gradients, queries, scores, and what to do with them.
+
+index = build(run, documents, "index", statistics=known)
+rows = query_rows(Sketched.of(run, index.recipe.settings, known), queries)
+best = index.score(rows, top=10)
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,7 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Sketched", "build", "query_rows"]
 
-# Names are looked up when they are asked for: tables of scores and cleaning need neither torch nor a model.
+# Looked up when they are asked for: tables of scores need no torch. No name may be that of a file: importing the file
+# would put the module in the place of the function.
 _WHERE = {"Sketched": "sketched", "build": "building", "query_rows": "query"}
 
 

@@ -97,7 +97,7 @@ class Collector:
         self.count = torch.zeros((), dtype=torch.int64)  # of shards, as the last checkpoint knows it
         self.steps = torch.zeros((), dtype=torch.int64)  # taken so far
         self.documents = self.dropped = self.watched = 0
-        self._open: dict[BatchTokens, _Rows] = {}
+        self._open: dict[BatchTokens, _BatchRows] = {}
         self._groups = [site.mesh["sequence"].get_group()] if axis_size(site.mesh, "sequence") > 1 else []  # type: ignore[index]
 
     @contextmanager
@@ -110,7 +110,7 @@ class Collector:
         numbers = with_gradient(batch[NUMBERS].cpu(), batch["targets"].cpu())
         tokens = BatchTokens(numbers, batch["targets"], self._names(batch, numbers))
         ids = [f"{name}@{int(self.steps)}" for name in tokens.names]
-        rows = _Rows(shards, self.targets, ids, self._groups)
+        rows = _BatchRows(shards, self.targets, ids, self._groups)
         self._open[tokens] = rows
         self.watched += 1
         self.seen.batch = tokens
@@ -190,7 +190,7 @@ class Collector:
         return self.shards
 
 
-class _Rows(GradientRows):
+class _BatchRows(GradientRows):
     """The rows of one batch, encoded module by module. `finite`: of which documents all numbers are finite so far."""
 
     def __init__(self, shards: CollectedShards, targets: Mapping[str, Target], ids: list[str], groups: Any):

@@ -1,0 +1,216 @@
+"""The index of a training run: what it was trained to, its factors and rows, and scores of queries.
+
+    OUTPUT/influence/statistics     factors, measured on its training data
+    OUTPUT/influence/index          a row for each training document
+
+Model, step and data are those of the run's own configuration and checkpoints, so an index cannot be asked about another
+model without a message: its recipe has a digest of the weights.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treering.core.collectives import is_first, together
+from treering.core.errors import CheckpointError
+from treering.curvature import GradientSettings, Ring, Statistics, measure
+from treering.curvature import open as open_statistics
+from treering.data import examples as encoding
+from treering.data.examples import Document, Examples
+from treering.influence.bm25 import TokenLists, bm25
+from treering.influence.building import build
+from treering.influence.probe import ProbeResult, make_probe
+from treering.influence.query import query_rows
+from treering.influence.records import as_json, indexed_sources
+from treering.influence.scores import ScoreTable
+from treering.influence.sketched import Sketched, packing_of
+from treering.plan import Run
+from treering.sketches import Index, SketchSettings
+from treering.sketches import open as open_index
+from treering.technique import Technique
+from treering.train import calibration
+from treering.train.config import Job
+from treering.train.export import reopen
+from treering.train.prepare import open_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[str, int, int], None]  # (what, done, of)
+
+
+class TrainingDocuments(Sequence[Document]):
+    """The documents of a training set, read when they are asked for."""
+
+    def __init__(self, examples: Examples):
+        self.examples = examples
+        self.lengths = examples.lengths
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self.examples.document(n) for n in range(*i.indices(len(self)))]
+        return self.examples.document(i)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIndex:
+    """A run, as it was at a checkpoint, and the folder of its index.
+
+    Example:
+        of_run = RunIndex.open(job)
+        index = of_run.build(SketchSettings())
+        table = of_run.scores({"why": document})
+    """
+
+    job: Job
+    run: Run
+    examples: Examples
+    folder: Path
+
+    @classmethod
+    def open(cls, job: Job, *, step: int | None = None, helping: Sequence[Technique] = ()) -> "RunIndex":
+        """Return the run of `job` at its newest checkpoint, or that of `step`. Every rank calls it.
+
+        Args:
+            helping: techniques that train nothing: a tiled loss, recompute, and shard where there are several ranks.
+        """
+        run = reopen(job, step=step, helping=helping)
+        tokenizer = open_tokenizer(job)
+        if is_first():
+            encoding.build(job.data, tokenizer, "train")
+        together(lambda: None, "reading the training data")  # the other ranks read what the first has written
+        examples = encoding.build(job.data, tokenizer, "train")
+        return cls(job=job, run=run, examples=examples, folder=Path(job.output) / "influence")
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer of the run's model."""
+        return open_tokenizer(self.job)
+
+    @property
+    def capacity(self) -> int:
+        """The tokens of a batch."""
+        return self.job.data.max_length
+
+    def statistics(
+        self, settings: GradientSettings, tokens: int, progress: Progress = lambda what, done, of: None
+    ) -> Statistics:
+        """Return the factors of the run, measured on `tokens` tokens of its training data unless they are there.
+
+        A collective.
+        """
+        folder = self.folder / "statistics"
+        documents = calibration.sample(self.examples, tokens, settings.seed)
+        batches = calibration.batches(documents, self.run.plan, self.capacity, packing_of(self.run))
+        ring = Ring(name="the training data", tokens=0, data=calibration.digest(documents))
+        return measure(
+            self.run, batches, ring=ring, gradients=settings, to=folder,
+            progress=lambda done, of: progress("measuring", done, of),
+        )  # fmt: skip
+
+    def build(
+        self, settings: SketchSettings, *, tokens: int = 1 << 18, seed: int = 0,
+        progress: Progress = lambda what, done, of: None,
+    ) -> Index:  # fmt: skip
+        """Measure what the settings need, and write a row for each training document; or resume both. A collective.
+
+        Args:
+            tokens: on how many the factors are measured.
+            seed: of the drawn labels, and of which documents are measured.
+        """
+        known = None
+        if settings.curvature != "identity":
+            known = self.statistics(GradientSettings(kind=settings.curvature, seed=seed), tokens, progress)
+        return build(
+            self.run, TrainingDocuments(self.examples), self.folder / "index", settings=settings, statistics=known,
+            capacity=self.capacity, progress=lambda done, of: progress("indexing", done, of),
+        )  # fmt: skip
+
+    @cached_property
+    def index(self) -> Index:
+        """The index that `build` wrote."""
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} does not exist; build the index: treering influence build CONFIG")
+        return open_index(self.folder / "index")
+
+    @cached_property
+    def sketched(self) -> Sketched:
+        """How queries become rows of this index; refused where the run or its factors are others now. A collective."""
+        settings = self.index.recipe.settings
+        known = None if settings.curvature == "identity" else open_statistics(self.folder / "statistics")
+        sketched = Sketched.of(self.run, settings, known)
+        self.index.check(sketched.recipe)
+        return sketched
+
+    def scores(self, queries: Mapping[str, Document], *, cosine: bool = False, words: bool = True) -> ScoreTable:
+        """Return the scores of all training documents for `queries`.
+
+        Args:
+            queries: documents by name: the loss of each is what training moved.
+            cosine: of unit norm, so that long documents have no advantage.
+            words: add the scores of BM25 as a baseline.
+        """
+        rows = query_rows(self.sketched, list(queries.values()))
+        found = self.index.score(rows, unit=cosine).values.numpy()
+        place = {name: i for i, name in enumerate(self.index.all_ids())}
+        order = [place[self.examples.sample_id(i)] for i in range(len(self.examples))]
+        about = {
+            "method": f"{self.index.recipe.settings.kind} {self.index.recipe.settings.curvature}",
+            "documents": self.examples.digest,
+            "sources": as_json(indexed_sources(self.job.data)),
+            "index": self.index.recipe.digest,
+        }
+        baselines = {}
+        if words:
+            tokens = TokenLists.of([document.ids for document in queries.values()])
+            baselines["bm25"] = bm25(TokenLists.of_examples(self.examples), tokens)
+        return ScoreTable(
+            documents=tuple(self.examples.sample_id(i) for i in range(len(self.examples))),
+            queries=tuple(queries),
+            scores=np.ascontiguousarray(found[order], dtype=np.float32),
+            baselines=baselines,
+            about=about,
+        )
+
+    def probe(self, number: int = 16) -> ProbeResult:
+        """Return how well the index, and BM25, find documents by their second halves."""
+        documents = TokenLists.of_examples(self.examples)
+        probe = make_probe(documents, number=number)
+        halves = {f"half {i}": _trained(ids) for i, ids in enumerate(_lists(probe.queries))}
+        table = self.scores(halves)
+        return ProbeResult(
+            ranks=probe.ranks(table.scores), baseline=probe.ranks(table.baselines["bm25"]), documents=len(documents)
+        )
+
+    def text(self, text: str) -> Document:
+        """Return a text as a query: each of its tokens but the first is to be explained."""
+        return _trained(np.asarray(self.tokenizer.encode(text), dtype=np.uint32))
+
+    def records(self, files: Sequence[str]) -> dict[str, Document]:
+        """Return each record of files as a query, encoded as the training data is: what is trained of it is to be
+        explained."""
+        from dataclasses import replace
+
+        if not files:
+            return {}
+        config = replace(self.job.data, train=tuple(files), eval=None, eval_fraction=0.0)
+        rows = encoding.build(config, self.tokenizer, "train")
+        return {rows.sample_id(i): rows.document(i) for i in range(len(rows))}
+
+
+def _trained(ids: NDArray[Any]) -> Document:
+    mask = np.ones(len(ids), dtype=np.bool_)
+    mask[:1] = False
+    return Document(ids=np.asarray(ids, dtype=np.uint32), mask=mask, sample_id="query")
+
+
+def _lists(lists: TokenLists) -> list[NDArray[Any]]:
+    return [np.asarray(lists.ids[a:b]) for a, b in zip(lists.offsets, lists.offsets[1:])]
