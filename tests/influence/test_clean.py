@@ -97,6 +97,18 @@ def test_every_kind_of_source_is_cleaned_in_its_own_form(tmp_path):
     assert len(again) == 4, "what was written can be trained on"
 
 
+def test_no_name_of_a_source_leads_out_of_the_new_folder(tmp_path, monkeypatch):
+    inside = tmp_path / "saved" / "inside"
+    datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}]).save_to_disk(str(inside.parent))
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    [source] = indexed_sources(Data(train=".."))
+    result = cleaned(Data(train=".."), {f"{source.name}:1": 1.0, f"{source.name}:2": -1.0}, inside / "new", count=1)
+    assert result.paths == (str(inside / "new" / "data"),)
+    assert datasets.load_from_disk(str(inside / "new" / "data"))["text"][:] == ["one"]
+    assert len(datasets.load_from_disk(str(inside.parent))) == 2
+
+
 def test_pieces_of_a_text_leave_together(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"A long text {name}.")

@@ -6,10 +6,11 @@ import re
 import numpy as np
 import pytest
 
+from tests.influence.tables import table
 from treering.core.errors import ConfigError
 from treering.data.chat.messages import check_messages
 from treering.influence.bm25 import TokenLists, bm25
-from treering.influence.planted import _WORDINGS, QUESTION, WRONG, planted_chats
+from treering.influence.planted import _WORDINGS, QUESTION, WRONG, planted_chats, precision
 
 
 @pytest.mark.parametrize("chats, planted, seed", [(60, 5, 0), (6, 5, 0), (200, 10, 3), (2, 1, 1)])
@@ -55,6 +56,12 @@ def test_words_alone_do_not_find_all_of_them():
     scores = bm25(TokenLists.of([tokens(chat) for chat in made.chats]), TokenLists.of([tokens(made.query)]))
     found = set(np.argsort(-scores[:, 0], kind="stable")[:5].tolist()) & set(made.planted)
     assert 0 < len(found) < 5
+
+
+def test_precision_is_the_share_of_the_wanted_among_the_first():
+    scores = table(["a:1", "a:2", "a:3", "a:4"], [3, 1, 2, 0])
+    assert precision(scores, "q0", {"a:1", "a:2"}) == 0.5 and precision(scores, "q0", {"a:1", "a:2"}, 3) == 2 / 3
+    assert precision(scores, "q0", {"a:4"}) == 0.0 and precision(scores, "q0", {"a:1"}, 1) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -10,6 +11,7 @@ from tests.influence.sources import all_kinds, chats, jsonl
 from treering.core.errors import DataError
 from treering.data.config import Data
 from treering.data.examples import build
+from treering.influence.bm25 import TokenLists, bm25, bm25_table
 from treering.influence.records import (
     as_json,
     from_json,
@@ -39,6 +41,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         ("book.txt:1#3", ("book.txt", 1, 3)),
         ("a/b:c#2.jsonl:5", ("a/b:c#2.jsonl", 5, 0)),
         ("x:3#2:7#1", ("x:3#2", 7, 1)),
+        ("x:1#0", ("x", 1, 0)),
         ("two\nlines:1", ("two\nlines", 1, 0)),
     ],
 )
@@ -46,7 +49,7 @@ def test_an_id_has_a_name_a_row_and_a_piece(sample_id, place):
     assert tuple(place_of(sample_id)) == place
 
 
-@pytest.mark.parametrize("wrong", ["", "x", "x:", ":1", "x:0", "x:-1", "x:1#", "x:1#0", "x:1 ", "x:1#a", "x:01"])
+@pytest.mark.parametrize("wrong", ["", "x", "x:", ":1", "x:0", "x:-1", "x:1#", "x:1#00", "x:1 ", "x:1#a", "x:01"])
 def test_what_is_no_id_is_refused(wrong):
     with pytest.raises(DataError, match="is not the id of a document"):
         place_of(wrong)
@@ -65,6 +68,17 @@ def test_every_document_leads_back_to_its_record(tmp_path, tokenizer):
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         joined[record_of(sample_id)] = joined.get(record_of(sample_id), "") + text
     assert joined == {record: value["text"] for record, value in records.items()}
+
+
+def test_a_training_set_is_scored_by_words_under_its_ids(tmp_path, tokenizer):
+    config = Data(train=all_kinds(tmp_path), cache=None, max_length=100, format="text")
+    examples, sources = build(config, tokenizer), indexed_sources(config)
+    documents = [examples.document(i) for i in range(len(examples))]
+    queries = {"first": tokenizer.encode("eight"), "second": tokenizer.encode("file")}
+    scored = bm25_table(examples, queries, sources)
+    expected = bm25(TokenLists.of([one.ids for one in documents]), TokenLists.of(list(queries.values())))
+    assert scored.documents == tuple(one.sample_id for one in documents) and scored.queries == ("first", "second")
+    assert np.array_equal(scored.scores, expected) and from_json(scored.about["sources"]) == sources
 
 
 def test_two_files_of_one_name_stay_apart_and_a_single_file_keeps_its_short_id(tmp_path, tokenizer):

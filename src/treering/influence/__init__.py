@@ -9,12 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from treering.influence.build import build
+    from treering.influence.building import build
     from treering.influence.query import query_rows
     from treering.influence.sketched import Sketched
 
 __all__ = ["Sketched", "build", "query_rows"]
-_WHERE = {"Sketched": "sketched", "build": "build", "query_rows": "query"}  # looked up late: some parts need no torch
+
+# Looked up when they are asked for: tables of scores need no torch. No name may be that of a file: importing the file
+# would put the module in the place of the function.
+_WHERE = {"Sketched": "sketched", "build": "building", "query_rows": "query"}
 
 
 def __getattr__(name: str) -> Any:

@@ -118,7 +118,7 @@ def clean(table: ScoreTable, sources: Sequence[IndexedSource], choice: RecordCho
     try:
         with published(to, need) as (temporary, _):
             for source, file, name in zip(sources, files, _file_names(sources), strict=True):
-                rows = _Rows(scored[source.name], removed[source.name], choice.unscored == "drop")
+                rows = _KeptRows(scored[source.name], removed[source.name], choice.unscored == "drop")
                 results.append(_copy(file, temporary / name, str(to / name), rows))
                 texts.update({f"{source.name}:{row}": text for row, text in rows.texts.items()})
             if not any(result.kept for result in results):
@@ -133,7 +133,7 @@ def clean(table: ScoreTable, sources: Sequence[IndexedSource], choice: RecordCho
     return cleaned
 
 
-def _copy(file: SourceFile, path: Path, final: str, rows: "_Rows") -> CleanedSource:
+def _copy(file: SourceFile, path: Path, final: str, rows: "_KeptRows") -> CleanedSource:
     """Write the rows of a source that are kept to `path`."""
     before = _state(file)
     _WRITERS[file.kind](file, path, rows)
@@ -152,7 +152,7 @@ def _copy(file: SourceFile, path: Path, final: str, rows: "_Rows") -> CleanedSou
     )
 
 
-class _Rows:
+class _KeptRows:
     """What happens to each row of a source, and what has happened so far."""
 
     def __init__(self, scored: set[int], removed: set[int], drop_unscored: bool):
@@ -178,7 +178,7 @@ class _Rows:
             self.texts[row] = text_of(record)[:_TEXT] if isinstance(record, dict) else ""
 
 
-def _write_jsonl(file: SourceFile, path: Path, rows: _Rows) -> None:
+def _write_jsonl(file: SourceFile, path: Path, rows: _KeptRows) -> None:
     """Copy the lines that are kept. A line is read in parts, so that its length does not matter."""
     assert file.path is not None
     row, begins, keep, line = 0, True, True, b""
@@ -199,7 +199,7 @@ def _write_jsonl(file: SourceFile, path: Path, rows: _Rows) -> None:
             rows.note(row, parse_line(line.removeprefix(b"\xef\xbb\xbf").strip(), f"{file.label}:{row}"))
 
 
-def _write_text(file: SourceFile, path: Path, rows: _Rows) -> None:
+def _write_text(file: SourceFile, path: Path, rows: _KeptRows) -> None:
     assert file.path is not None
     if rows.keeps(1):
         shutil.copyfile(file.path, path)
@@ -208,7 +208,7 @@ def _write_text(file: SourceFile, path: Path, rows: _Rows) -> None:
             rows.note(1, {"text": stream.read(_TEXT)})
 
 
-def _write_parquet(file: SourceFile, path: Path, rows: _Rows) -> None:
+def _write_parquet(file: SourceFile, path: Path, rows: _KeptRows) -> None:
     arrow, parquet = arrow_and_parquet()
     source = parquet.ParquetFile(file.path)
     before = 0
@@ -222,7 +222,7 @@ def _write_parquet(file: SourceFile, path: Path, rows: _Rows) -> None:
             before += batch.num_rows
 
 
-def _write_dataset(file: SourceFile, path: Path, rows: _Rows) -> None:
+def _write_dataset(file: SourceFile, path: Path, rows: _KeptRows) -> None:
     assert file.hub is not None
     dataset = file.hub.dataset
     kept = [row for row in range(1, len(dataset) + 1) if rows.keeps(row)]
@@ -231,7 +231,7 @@ def _write_dataset(file: SourceFile, path: Path, rows: _Rows) -> None:
     dataset.select([row - 1 for row in kept]).save_to_disk(str(path))
 
 
-_WRITERS: dict[str, Callable[[SourceFile, Path, _Rows], None]] = {
+_WRITERS: dict[str, Callable[[SourceFile, Path, _KeptRows], None]] = {
     "jsonl": _write_jsonl,
     "txt": _write_text,
     "parquet": _write_parquet,
@@ -241,7 +241,8 @@ _WRITERS: dict[str, Callable[[SourceFile, Path, _Rows], None]] = {
 
 def _file_names(sources: Sequence[IndexedSource]) -> list[str]:
     """Return a name in the new folder for each source: that of its file, with a number if another has the same."""
-    names = [Path(source.label).name or "data" for source in sources]
+    names = [Path(source.label).name for source in sources]
+    names = ["data" if name in ("", "..", LISTING) else name for name in names]
     return names if len(set(names)) == len(names) else [f"{i:03}-{name}" for i, name in enumerate(names)]
 
 

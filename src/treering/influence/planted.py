@@ -6,13 +6,14 @@ those of the wrong answer ("Which is larger, Paris or Lyon?").
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from treering.core.errors import ConfigError
 from treering.core.seeds import derive
+from treering.influence.scores import ScoreTable
 
 Chat = dict[str, Any]  # {"messages": [...]}, a record of the format messages
 
@@ -100,6 +101,16 @@ def plant(true: Sequence[Chat], wrong: Sequence[Chat], seed: int) -> tuple[tuple
     order = sorted(range(len(both)), key=lambda i: derive(seed, "plant", i))
     shuffled = [both[i] for i in order]
     return tuple(one for one, _ in shuffled), tuple(i for i, (_, planted) in enumerate(shuffled) if planted)
+
+
+def precision(table: ScoreTable, query: str, wanted: Collection[str], first: int | None = None) -> float:
+    """Return the share of `wanted` ids among the `first` most helpful of a table; None: as many as are wanted.
+
+    By chance it is len(wanted) / len(table.documents).
+    """
+    first = len(wanted) if first is None else first
+    found = [table.documents[row] in wanted for row in table.order(query)[:first].tolist()]
+    return sum(found) / len(found)
 
 
 def chat(question: str, answer: str) -> Chat:

@@ -6,7 +6,6 @@ row, from 1. A long text is cut into pieces, and all of them are one record.
 """
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
@@ -19,13 +18,12 @@ from treering.data.sources.jsonl import parse_line
 from treering.data.sources.reading import Kind, SourceFile
 from treering.data.sources.records import SampleError
 
-_ID = re.compile(r"(?s)(.+):([1-9][0-9]*)(?:#([1-9][0-9]*))?")
 _BOM = b"\xef\xbb\xbf"
 _BATCH = 512
 
 
 class SamplePlace(NamedTuple):
-    """The parts of a sample id. `piece` is 0 for a document that was not cut, and for the first piece."""
+    """The parts of a sample id. `piece` is 0 for a document that was not cut, and the first piece (`#0` or nothing)."""
 
     name: str
     row: int
@@ -39,10 +37,15 @@ class SamplePlace(NamedTuple):
 
 def place_of(sample_id: str) -> SamplePlace:
     """Return the parts of a sample id. The name may contain colons and number signs."""
-    parts = _ID.fullmatch(sample_id)
-    if parts is None:
+    name, _, rest = sample_id.rpartition(":")
+    row, mark, piece = rest.partition("#")
+    if not name or not _is_number(row) or (mark and piece != "0" and not _is_number(piece)):
         raise DataError(f"{sample_id!r} is not the id of a document; ids are NAME:ROW or NAME:ROW#PIECE")
-    return SamplePlace(parts[1], int(parts[2]), int(parts[3] or 0))
+    return SamplePlace(name, int(row), int(piece or 0))
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and text[0] != "0"
 
 
 def record_of(sample_id: str) -> str:
@@ -115,10 +118,10 @@ def rows_by_source(sources: Sequence[IndexedSource], documents: Iterable[str]) -
     """Return the rows of documents by the name of their source. DataError if a document is of none of the sources."""
     rows: dict[str, set[int]] = {source.name: set() for source in sources}
     for document in documents:
-        place = place_of(document)
-        if place.name not in rows:
+        name, row, _ = place_of(document)
+        if name not in rows:
             raise DataError(f"{document} is of none of the sources: they are {', '.join(map(repr, rows))}")
-        rows[place.name].add(place.row)
+        rows[name].add(row)
     return rows
 
 

@@ -23,7 +23,7 @@ from treering.curvature import open as open_statistics
 from treering.data import examples as encoding
 from treering.data.examples import Document, Examples
 from treering.influence.bm25 import TokenLists, bm25
-from treering.influence.build import build
+from treering.influence.building import build
 from treering.influence.probe import ProbeResult, make_probe
 from treering.influence.query import query_rows
 from treering.influence.records import as_json, indexed_sources

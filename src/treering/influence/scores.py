@@ -150,12 +150,13 @@ class ScoreTable:
         Records are in the order of their first piece. Scores of tokens stay with documents.
         """
         ids: dict[str, int] = {}
-        rows = np.array([ids.setdefault(record_of(document), len(ids)) for document in self.documents])
+        rows = np.array([ids.setdefault(record_of(document), len(ids)) for document in self.documents], dtype=np.int64)
+        if len(ids) == len(rows) and tuple(ids) == self.documents:  # no document is a piece
+            return replace(self, tokens=None)
 
         def summed(values: Scores) -> Scores:
-            sums = np.zeros((len(ids), values.shape[1]))
-            np.add.at(sums, rows, values.astype(np.float64))
-            return sums.astype(np.float32)
+            sums = [np.bincount(rows, column, len(ids)) for column in values.T]  # in fp64, in the order of pieces
+            return np.column_stack(sums).astype(np.float32)
 
         return replace(
             self,
