@@ -76,11 +76,23 @@ def query(
     index: Annotated[
         str | None, typer.Option("--index", metavar="NAME", help="Where a run has several, e.g. psift-kfac-16.")
     ] = None,
+    shade: Annotated[
+        int, typer.Option("--shade", min=0, metavar="N", help="Show so many documents, tokens shaded by their share.")
+    ] = 0,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="PAGE", help="With --shade: write a fragment of HTML as well.")
+    ] = None,
     n: Annotated[int, typer.Option("-n", min=0, help="How many records are printed.")] = 5,
 ) -> None:
     """Score every training document of a run for queries, print the first ones, and write the table of scores."""
     if not text and not data:
         raise ConfigError("there is no query; give --text TEXT, or --data FILE with a query in each record")
+    if html is not None and (not shade or html.exists()):
+        raise ConfigError(
+            f"--html {html}: " + ("needs --shade N" if not shade else "exists already; give another name")
+        )
+    if bm25 and (shade or cosine or step or index):
+        raise ConfigError("--bm25 counts words, without an index; leave --shade, --cosine, --step and --index out")
     config = _config(run)
     from treering.cli.console import say
     from treering.cli.influence_print import print_records
@@ -92,7 +104,16 @@ def query(
     if bm25:
         table = _by_words(config, tuple(text or ()), tuple(data or ()))
     else:
-        table = table_of(job_of(config), tuple(text or ()), tuple(data or ()), cosine, step, index)
+        table = table_of(
+            job_of(config),
+            tuple(text or ()),
+            tuple(data or ()),
+            cosine=cosine,
+            step=step,
+            name=index,
+            shaded=shade,
+            page=html,
+        )
     write_scores(table, to)
     if n:
         reduced = _one_query(table, None, "mean")

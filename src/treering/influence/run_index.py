@@ -29,6 +29,7 @@ from treering.influence.query import query_rows
 from treering.influence.records import as_json, indexed_sources
 from treering.influence.scores import ScoreTable
 from treering.influence.sketched import Sketched, packing_of
+from treering.influence.tokens import token_scores
 from treering.plan import Run
 from treering.sketches import Index, SketchSettings
 from treering.sketches import open as open_index
@@ -226,6 +227,15 @@ class AskedIndex:
             baselines=baselines,
             about=about,
         )
+
+    def tokens(self, names: Sequence[str], query: Document) -> list[NDArray[np.float32]]:
+        """Return the score of each token of some training documents for one query. They add up to the exact score, of
+        which an index that keeps a part of the numbers has an estimate."""
+        examples = self.of_run.examples
+        places = {examples.sample_id(i): i for i in range(len(examples))}
+        documents = [examples.document(places[name]) for name in names]
+        rows = query_rows(self.sketched, [query])
+        return [scores[:, 0] for scores in token_scores(self.sketched, documents, rows)]
 
     def probe(self, number: int = 16) -> ProbeResult:
         """Return how well the index, and BM25, find documents by their second halves."""
