@@ -103,11 +103,20 @@ def curvature(
         kind: kfac, ekfac, shampoo or tkfac.
         again: labels of the second pass, that of Λ; None takes the same ones.
     """
+    given = labels if labels is not None else [None] * len(documents)
+    first = (pairs(model, ids, one) for ids, one in zip(documents, given))
+    second = rows(model, documents, labels if again is None else again) if kind == "ekfac" else None
+    return fitted(first, second, kind=kind)
+
+
+def fitted(documents: Iterable[Pairs], second: Rows | None, *, kind: str) -> dict[str, Curvature]:
+    """Return the curvature of every module from a and g of each document, and for ekfac the G of a second pass."""
     sums: dict[str, list[Tensor]] = {}
-    tokens = 0
-    for number, ids in enumerate(documents):
-        tokens += len(ids) - 1
-        for name, (a, g) in pairs(model, ids, None if labels is None else labels[number]).items():
+    tokens = number = 0
+    for document in documents:
+        number += 1
+        tokens += len(next(iter(document.values()))[0])
+        for name, (a, g) in document.items():
             G = g.T @ a
             if kind == "shampoo":
                 new = [G.T @ G, G @ G.T]
@@ -120,14 +129,13 @@ def curvature(
     found = {}
     for name, (A, S, squares) in sums.items():
         if kind in ("kfac", "ekfac"):
-            A, S, scale = A / tokens, S / tokens, tokens / len(documents)
+            A, S, scale = A / tokens, S / tokens, tokens / number
         else:
-            scale = float(squares / len(documents) / (A.trace() * S.trace()))
+            scale = float(squares / number / (A.trace() * S.trace()))
         (E_A, Q_A), (E_S, Q_S) = (torch.linalg.eigh(C.double()) for C in (A, S))
         found[name] = Curvature(*(x.to(A.dtype) for x in (Q_A, E_A.clamp_min(0), Q_S, E_S.clamp_min(0))), scale)
-    if kind == "ekfac":
-        for name, G in rows(model, documents, labels if again is None else again).items():
-            found[name].corrected = found[name].rotated(G).square().mean(0)
+    for name, G in (second or {}).items():
+        found[name].corrected = found[name].rotated(G).square().mean(0)
     return found
 
 

@@ -58,8 +58,17 @@ class Setting:
 STANDARD = Setting()
 # Wider and briefly trained, with longer documents: what sketches and speed are measured on. It has no ground truth.
 WIDE = Setting(
-    width=256, inner=512, layers=2, base_chunks=1600, runs=25, chunks=9, length=66, documents=200, queries=8
-)  # fmt: skip
+    width=256,
+    inner=512,
+    layers=2,
+    base_chunks=3200,
+    base_lr=3e-3,
+    runs=25,
+    chunks=9,
+    length=66,
+    documents=200,
+    queries=8,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,18 +171,22 @@ def half(setting: Setting, number: int) -> NDArray[np.bool_]:
 
 def finetune(model: Any, train: Tensor, kept: NDArray[np.bool_], setting: Setting, *, divisor: float) -> None:
     """Train on the kept documents, in the batches of the full run. The loss is Σ mean loss of a document / divisor."""
-    orders = [np.random.default_rng(seeds.derive(setting.seed, "epoch", e)) for e in range(setting.epochs)]
-    batches = [batch for o in orders for batch in np.split(o.permutation(len(train)), len(train) // setting.batch)]
     # A document that is missing moves no other one to another batch or learning rate.
-    steps = [torch.from_numpy(batch[kept[batch]]) for batch in batches]
+    steps = [torch.from_numpy(batch[kept[batch]]) for batch in batches(len(train), setting)]
     optimize(model, (train[step] for step in steps), len(steps), setting.lr, divisor)
 
 
-def optimize(model: Any, batches: Iterator[Tensor], steps: int, lr: float, divisor: float) -> None:
+def batches(documents: int, setting: Setting) -> list[NDArray[np.int64]]:
+    """Return the documents of each step of the full run."""
+    orders = [np.random.default_rng(seeds.derive(setting.seed, "epoch", e)) for e in range(setting.epochs)]
+    return [one for order in orders for one in np.split(order.permutation(documents), documents // setting.batch)]
+
+
+def optimize(model: Any, rows: Iterator[Tensor], steps: int, lr: float, divisor: float) -> None:
     """AdamW with a rate that falls linearly to 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     model.train()
-    for step, ids in enumerate(batches):
+    for step, ids in enumerate(rows):
         if not len(ids):
             continue
         for group in optimizer.param_groups:
@@ -243,8 +256,8 @@ def _make(root: Path, setting: Setting) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seeds.derive(setting.seed, "weights"))
         model: Any = LlamaForCausalLM(config)
-    batches = base.split(setting.base_batch)
-    optimize(model, iter(batches), len(batches), setting.base_lr, setting.base_batch)
+    steps = base.split(setting.base_batch)
+    optimize(model, iter(steps), len(steps), setting.base_lr, setting.base_batch)
     _save(model, tokenizer, root / "base")
 
 

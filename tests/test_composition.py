@@ -11,7 +11,6 @@ SGD by hand then gives the weights that the run must export.
 """
 
 import re
-import tempfile
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -36,7 +35,7 @@ LAYOUTS = ("rows", "packed")
 WEIGHTS = ("q_proj", "down_proj")  # the second is a stack of experts in qwen3_moe
 
 
-def techniques(model):
+def techniques(model, folder="unused"):
     return {
         "full": tr.Full(),
         "lora": tr.LoRA(targets=WEIGHTS, rank=4, alpha=8.0, dtype="float64"),
@@ -55,7 +54,7 @@ def techniques(model):
         "ulysses": tr.Ulysses(),
         "shard": tr.Shard(),
         "compile": tr.Compile(backend="aot_eager"),
-        "collect": tr.Collect(to=f"{tempfile.mkdtemp()}/rows", kind="exact", curvature="identity"),
+        "collect": tr.Collect(to=str(folder), kind="exact", curvature="identity"),
     }
 
 
@@ -74,6 +73,8 @@ VALUES = "to multiply with its own values"
 NO_COPY = "base, and {} trains weights"
 FEW_BITS = "base, and quantize keeps weights in few bits"
 FACTORS = "factors that are not assigned to ranks"
+UNSEEN = "trains in a way that its gradient can be seen"
+UNTOLD = "so that rows of other ranks' documents reach them"
 CODES = "cannot shard the codes of packed weights"  # by torch 2.11
 MEANING = {
     EQUAL: "equal",
@@ -87,15 +88,18 @@ MEANING = {
     VALUES: "refused: what it trains must be what multiplies",
     **{NO_COPY.format(name): "refused: the base is not kept; name its folder" for name in ("full", "lora", "osft")},
     FEW_BITS: "refused: the base is not kept; name its folder",
+    UNSEEN: "refused: its gradient is not seen; leave collect out",
+    UNTOLD: "refused: gradients of assigned experts are not told apart",
     FACTORS: "refused: experts from factors are not assigned to ranks",
 }
 
 # (on one rank, on two ranks); with and without packing alike
 TILED = ("tiledmlp", "tiledblock", "tiledloss")
 FAKE = "quantize (fake)"
-HELPING = ("quantize", FAKE, *TILED, "recompute", "ulysses", "shard", "compile")  # they train nothing
+HELPING = ("quantize", FAKE, *TILED, "recompute", "ulysses", "shard", "compile", "collect")  # they train nothing
 ADAPTING = [name for name in TECHNIQUES if name not in HELPING]
 FACTORED = ("osft (forward)", "osft (factors)")
+SEEN = ("full", "lora", "lora (pissa)", "osft (one_sided)")  # by `collect`
 TABLE: dict[tuple[str, ...], tuple[str, str]] = {
     **{(name,): (EQUAL, NO_SUM) for name in ADAPTING},
     **{names: (NOTHING, NOTHING) for n in (1, 2) for names in combinations(HELPING, n)},
@@ -135,6 +139,10 @@ TABLE: dict[tuple[str, ...], tuple[str, str]] = {
     ("lora (pissa)", "distill (base)"): (NO_COPY.format("lora"), NO_SUM),
     **{(name, "distill (base)"): (NO_COPY.format(name), NO_SUM) for name in ("full", "osft")},
     **{(name, "shard", "compile"): (EQUAL, EQUAL) for name in ADAPTING},
+    **{(name, "collect"): (UNSEEN if name in ("osft", *FACTORED) else EQUAL, NO_SUM) for name in ADAPTING},
+    **{(name, "shard", "collect"): (EQUAL, EQUAL) for name in SEEN},
+    **{(name, "tiledblock", "tiledloss", "recompute", "shard", "collect"): (EQUAL, EQUAL) for name in SEEN},
+    ("lora", "quantize", "shard", "collect"): (EQUAL, EQUAL),
 }
 # Where a model differs. Weights of experts are made of factors in the forward that tiles would replace.
 DIFFERENT: dict[str, dict[tuple[str, ...], tuple[str, str]]] = {
@@ -163,6 +171,8 @@ MODELS_OF = {ASSIGNED: ("qwen3_moe",), SHARED: ("llama",), BOTH: ("qwen3_moe",)}
 def written(names, model, ranks):
     if ranks in (ASSIGNED, BOTH) and {*FACTORED} & set(names):
         return FACTORS
+    if ranks in (ASSIGNED, BOTH) and "collect" in names and written(names, model, 2) == EQUAL:
+        return UNTOLD
     if ranks in MODELS_OF:
         return written(names, model, 2)
     return DIFFERENT[model].get(names, TABLE[names])[ranks - 1]
@@ -323,7 +333,7 @@ def objective(taught, folder):
 
 def result(names, model, layout, ranks, folder):
     """`equal`, or why the combination was refused; a difference raises."""
-    known = techniques(model)
+    known = techniques(model, Path(folder) / " ".join((*names, model, layout, str(ranks))))
     adds = ("ulysses",) if ranks in (SHARED, BOTH) and "ulysses" not in names else ()
     taught = next((TAUGHT[name] for name in names if name in TAUGHT), None)
     try:

@@ -26,7 +26,11 @@ SECTIONS = {
 }
 SECTIONS["objectives"] = (SOURCE / "objectives", SOURCE / "plan" / "teacher.py")
 SECTIONS["measure"] = (SOURCE / "curvature", SOURCE / "cli" / "measure.py")
-SECTIONS["influence"] = (SOURCE / "influence", SOURCE / "sketches")
+SECTIONS["influence"] = (
+    SOURCE / "influence",
+    SOURCE / "sketches",
+    *sorted((SOURCE / "cli").glob("influence*.py")),
+)
 TITLES = {"tiling": "tiledmlp, tiledblock, tiledloss"}
 
 Kind = tuple[str, frozenset[str]]  # error class, its settings

@@ -9,7 +9,8 @@ What they count, found by comparing them with `benchmarks.influence_oracle` (dat
 * kronfluence: an attention mask says what is in A, and its own language modelling example lets the last position in:
   A differs by one token in a document. Here the mask of the factors leaves it out. `damping_factor=None` is
   0.1 · mean of Λ. K-FAC's grid is λ_S ⊗ λ_A of two means over positions, so a constant T / N away from the others'.
-* dattri-llm: EK-FAC with labels of the dataset; `relative_damping` makes 0.1 the same factor of the mean.
+* dattri-llm: positions without a gradient are not in A either. Labels are the dataset's. `relative_damping` makes
+  0.1 a factor of the mean: of the grid for EK-FAC, of each side's eigenvalues for K-FAC, which is *factored* damping.
 * Scores are ⟨G_q, H⁻¹ G_n⟩ of both *losses* in all of them: positive where training on n lowers the loss of q.
 """
 
@@ -62,12 +63,12 @@ Result = dict[str, Any]  # "scores": [queries][documents]; "seconds": {step: CPU
 # --- bergson ---------------------------------------------------------------------------------------------------------
 
 
-def bergson_config(case: Case, work: Path, p: int, data: str, name: str) -> Any:
+def bergson_config(case: Case, work: Path, p: int, data: str, name: str, ranks: int = 1) -> Any:
     from bergson.config import DataConfig, DistributedConfig, IndexConfig
 
     return IndexConfig(
         run_path=str(work / name), overwrite=True, model=case.model, projection_dim=p, token_batch_size=TOKENS,
-        data=DataConfig(dataset=str(work / data)), distributed=DistributedConfig(nproc_per_node=1),
+        data=DataConfig(dataset=str(work / data)), distributed=DistributedConfig(nproc_per_node=ranks),
     )  # fmt: skip
 
 
@@ -79,20 +80,21 @@ def bergson_data(case: Case, work: Path) -> None:
             Dataset.from_dict({"input_ids": documents}).save_to_disk(str(work / name))
 
 
-def bergson_scores(case: Case, work: Path, *, method: str, p: int = 0, labels: str = "data") -> Result:
+def bergson_scores(case: Case, work: Path, *, method: str, p: int = 0, labels: str = "data", ranks: int = 1) -> Result:
     """Return scores of its pipeline: query gradients, factors, inverse applied to the queries, training scored.
 
     Args:
         method: kfac, ekfac, tkfac or shampoo.
         p: rows and columns of a projected gradient; 0 keeps them whole. It refuses ekfac with a projection.
-        labels: data or sampled.
+        labels: data or sampled; sampled ones are drawn anew by every run.
+        ranks: gloo processes; with more than one the seconds are those of this process alone, which waits.
     """
     from bergson.config import HessianConfig, HessianPipelineConfig, PreprocessConfig, QuerySetConfig, ScoreConfig
     from bergson.data import load_scores
     from bergson.hessians.pipeline import hessian_pipeline
 
     bergson_data(case, work)
-    index = bergson_config(case, work, p, "train", f"bergson-{method}-{p}-{labels}")
+    index = bergson_config(case, work, p, "train", f"bergson-{method}-{p}-{labels}-{ranks}", ranks)
     shutil.rmtree(index.run_path, ignore_errors=True)
     factors = HessianConfig(
         method="kfac" if method == "ekfac" else method, ev_correction=method == "ekfac",

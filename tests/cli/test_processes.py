@@ -50,6 +50,7 @@ def test_a_valid_one_is_checked_without_torch(tmp_path):
 
 def test_help_of_every_command_needs_no_torch():
     commands = ["", "train", "plan", "measure", "doctor", "demo", "env", "export", "inspect"]
+    commands += [f"influence {c}" for c in ("query", "scores", "clean")]
     commands += [f"data {c}" for c in ("show", "build", "check")]
     commands += [f"config {c}" for c in ("check", "show", "schema")]
     commands += [f"recipes {c}" for c in ("ls", "cp")]

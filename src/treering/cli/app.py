@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from treering.cli import config, data, doctor, env, inspect, measure, plan, quantize, train
+from treering.cli import config, data, doctor, env, influence, inspect, measure, plan, quantize, train
 
 app = typer.Typer(
     name="treering",
@@ -40,5 +40,6 @@ app.command("export")(train.export_command)
 app.command("inspect")(inspect.command)
 app.command("quantize")(quantize.command)
 app.add_typer(data.app, name="data")
+app.add_typer(influence.app, name="influence")
 app.add_typer(config.app, name="config")
 app.add_typer(config.recipes_app, name="recipes")

@@ -34,7 +34,7 @@ def show(
     config = load(file, settings)
     from treering.data.examine import show as look
 
-    examples, tokenizer = _built(config, which)
+    examples, tokenizer = built(config, which)
     until = min(start + count, len(examples))
     for document in look(examples, tokenizer, range(start, until)):
         _print_document(document)
@@ -47,7 +47,7 @@ def show(
 def build(file: ConfigFile, settings: Settings = None, which: Which = "train") -> None:
     """Tokenise into the cache, so that a run starts at once."""
     config = load(file, settings)
-    examples, _ = _built(config, which)
+    examples, _ = built(config, which)
     _summary(examples.report, f"{len(examples):,} documents, {int(examples.lengths.sum()):,} tokens")
 
 
@@ -58,7 +58,7 @@ def check(file: ConfigFile, settings: Settings = None, which: Which = "train") -
     from treering.cli.console import console, safe, say, table
     from treering.data.examine import check as examine
 
-    examples, _ = _built(config, which)
+    examples, _ = built(config, which)
     result = examine(examples)
     _summary(
         result.report, f"{result.documents:,} documents, {result.tokens:,} tokens, {result.trained_share:.1%} trained"
@@ -79,7 +79,8 @@ def check(file: ConfigFile, settings: Settings = None, which: Which = "train") -
             console().print(safe(f"    {again} repeats {first}"), soft_wrap=True)
 
 
-def _built(config: "RunConfig", which: Literal["train", "eval"]) -> "tuple[Examples, PreTrainedTokenizerBase]":
+def built(config: "RunConfig", which: Literal["train", "eval"]) -> "tuple[Examples, PreTrainedTokenizerBase]":
+    """Return the documents of a set, tokenised or from the cache, and their tokenizer."""
     from treering.core.errors import ConfigError
     from treering.data.examples import build
 

@@ -140,6 +140,23 @@ def saving_time() -> int:
     return SAVING if any(field.name == "shutdown_timeout" for field in fields(LaunchConfig)) else SAVING_2_11
 
 
+def started(command: str, nproc: int | None) -> bool:
+    """Join the ranks of a launcher or, with `nproc` above 1, start so many of this process's command.
+
+    Args:
+        command: the first word of the command, from which on its arguments are given to the ranks.
+
+    Returns:
+        Whether ranks were started and have ended, so that nothing is left to do here.
+    """
+    if (ranks := ranks_from(os.environ)) is not None:
+        set_environment(ranks, os.environ)
+    elif nproc is not None and nproc > 1:
+        start(nproc, sys.argv[sys.argv.index(command) :], Path(tempfile.gettempdir()) / "treering-logs")
+        return True
+    return False
+
+
 def start(nproc: int, arguments: list[str], logs: Path) -> None:
     """Run `treering ARGUMENTS` on `nproc` ranks of this machine and wait for all of them.
 

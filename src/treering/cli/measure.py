@@ -1,7 +1,6 @@
 """`treering measure`: the second moments of each layer's inputs, for text that represents what must be kept."""
 
 import os
-import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -62,11 +61,7 @@ def command(
     if gradients is not None and (add or trained):
         name = "--add" if add else "--trained"
         raise ConfigError(f"{name} is of inputs alone, and --gradients measures both; leave one of them out")
-    ranks = launch.ranks_from(os.environ)
-    if ranks is not None:
-        launch.set_environment(ranks, os.environ)
-    elif nproc is not None and nproc > 1:
-        _start_ranks(nproc)
+    if launch.started(NAME, nproc):
         return
     settings = gradient_settings(gradients, labels, experts, seed)
     _refuse_taken(to, add or [], settings)
@@ -82,13 +77,6 @@ def command(
     if gradients is None:  # with gradients, the last token of a document does not count
         _report_missing(statistics.rings[-1].tokens, tokens, trained)
     _warn(statistics)
-
-
-def _start_ranks(nproc: int) -> None:
-    import sys
-
-    arguments = sys.argv[sys.argv.index(NAME) :]
-    launch.start(nproc, arguments, Path(tempfile.gettempdir()) / "treering-logs")
 
 
 def _report_missing(counted: int, asked: int, trained: bool) -> None:

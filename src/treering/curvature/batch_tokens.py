@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from treering.core.errors import PlanError
 from treering.objectives import IGNORED
@@ -123,3 +125,16 @@ def numbers_of(batch: dict[str, Any], real_BS: Tensor | None) -> Tensor:
     else:
         numbers = torch.arange(ids.shape[0])[:, None].expand(ids.shape)
     return numbers.clone() if real_BS is None else numbers.masked_fill(real_BS.cpu() == 0, -1)
+
+
+def with_documents(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a complete batch with the document of each token, and `samples`: its own or, without, names that are made
+    of the documents' tokens."""
+    if isinstance(batch["input_ids"], FakeTensor) or batch["input_ids"].is_meta:  # memory is planned from shapes alone
+        return batch
+    numbers = numbers_of(batch, batch.get("attention_mask"))
+    if "samples" in batch:
+        return {**batch, NUMBERS: numbers}
+    ids, flat = batch["input_ids"].reshape(-1).cpu(), numbers.reshape(-1)
+    each = (ids[flat == number].numpy().astype("<i8").tobytes() for number in range(int(flat.max()) + 1))
+    return {**batch, NUMBERS: numbers, "samples": [f"tokens:{xxhash.xxh3_64_hexdigest(content)}" for content in each]}

@@ -94,6 +94,10 @@ class Examples:
         begin, end = self._offsets[i], self._offsets[i + 1]
         return Document(ids=self._ids[begin:end], mask=self._mask[begin:end], sample_id=self.sample_id(i))
 
+    def tokens(self) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Return the tokens of all documents, one behind the other, and the offsets [documents + 1] of each."""
+        return self._ids, self._offsets
+
     def sample_id(self, i: int) -> str:
         """Return the place of a document, such as `train.jsonl:17`; a piece of a cut text is `book.txt:1#3`."""
         piece = int(self._places["pieces"][i])
@@ -170,7 +174,7 @@ def _write(
         report = Report(
             **counts, format=job.format, template=job.plan.template_name, skipped=skipped, named=first_errors
         )
-        writer.publish({"key": key, "files": _short([file.label for file in files]), "report": asdict(report)})
+        writer.publish({"key": key, "files": short_names([file.label for file in files]), "report": asdict(report)})
     except BaseException:
         writer.discard()
         raise
@@ -187,8 +191,8 @@ def _skip(error: SampleError, config: Data, skipped: dict[str, int], named: dict
         named[error.kind].append(str(error))
 
 
-def _short(labels: list[str]) -> list[str]:
-    """Return the file names without folders if they are unique, otherwise the labels."""
+def short_names(labels: list[str]) -> list[str]:
+    """Return how sample ids name the files: without folders if that is unique, otherwise as they are labelled."""
     names = [Path(label).name or label for label in labels]
     return names if len(set(names)) == len(names) else labels
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from treering.core.errors import PlanError
 from treering.core.sharded import settle
 from treering.core.topology import axis_size
-from treering.curvature.batch_tokens import NUMBERS, numbers_of
+from treering.curvature.batch_tokens import with_documents
 from treering.objectives import Objective, Scores, score_names
 from treering.objectives.plain_loss import plain_loss
 from treering.plan import batches, step
@@ -120,7 +120,7 @@ class Run:
             raise PlanError(f"a packed batch, but {self.plan.unpackable}; turn packing off (data.packing: off)")
         number = batch["input_ids"].numel()
         if self._watching:
-            batch = {**batch, NUMBERS: numbers_of(batch, batch.get("attention_mask"))}
+            batch = with_documents(batch)
         if self._cuts:
             refuse_undone(self._undone)
         for applied in self.plan.applied:

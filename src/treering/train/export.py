@@ -1,7 +1,7 @@
 """Export a checkpoint of a run as a folder that transformers, or peft, loads."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from treering.plan.export import export as write
 from treering.plan.refill import completed
 from treering.plan.values import saved_values
 from treering.store.publish import on_first, refuse_taken
-from treering.technique import LazyTensor, Stage
+from treering.technique import LazyTensor, Stage, Technique
 from treering.train.checkpoints import files as checkpoint
 from treering.train.checkpoints.identity import changed_sources, check_same, identity_of
 from treering.train.config import Job
@@ -44,10 +44,16 @@ def export(
     )
 
 
-def reopen(job: Job, *, step: int | None = None) -> Run:
-    """Return the run as it was at its newest checkpoint, or that of `step`, live in this process."""
-    plan, saved = reread(job, step=step)
-    return load(plan, resume=_completed(job, plan, saved))
+def reopen(job: Job, *, step: int | None = None, helping: Sequence[Technique] = ()) -> Run:
+    """Return the run as it was at its newest checkpoint, or that of `step`, live in this process.
+
+    Args:
+        helping: techniques that train nothing and make a backward fit, or share it among ranks.
+    """
+    plan, saved = reread(job, step=step, helping=helping)
+    run = load(plan, resume=_completed(job, plan, saved))
+    run.number = saved.step
+    return run
 
 
 def _completed(
@@ -67,7 +73,9 @@ def _completed(
     )
 
 
-def reread(job: Job, *, step: int | None = None) -> tuple[Plan, checkpoint.SavedCheckpoint]:
+def reread(
+    job: Job, *, step: int | None = None, helping: Sequence[Technique] = ()
+) -> tuple[Plan, checkpoint.SavedCheckpoint]:
     """Return the job's model composed again, without values, and the verified checkpoint that has them."""
     from treering.train.run import draft_of
 
@@ -85,7 +93,7 @@ def reread(job: Job, *, step: int | None = None) -> tuple[Plan, checkpoint.Saved
     # Techniques that only make training faster or smaller do not change the weights, and may not run on this machine.
     lasting = tuple(t for t in job.techniques if t.stage in (Stage.QUANTIZE, Stage.ADAPT))
     # Nor is a teacher needed to read what was trained: its folder may be gone.
-    job = replace(job, techniques=lasting, mesh={}, objective=None)
+    job = replace(job, techniques=(*lasting, *helping), mesh={}, objective=None)
     plan = draft_of(job)
     identity = identity_of(job, plan, None, find(job))
     check_same(

@@ -9,9 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from treering.core.errors import DataError, PlanError
 from treering.core.topology import axis_size
@@ -99,21 +97,20 @@ class Collector:
         self.count = torch.zeros((), dtype=torch.int64)  # of shards, as the last checkpoint knows it
         self.steps = torch.zeros((), dtype=torch.int64)  # taken so far
         self.documents = self.dropped = self.watched = 0
-        self._open: dict[BatchTokens, _Rows] = {}
+        self._open: dict[BatchTokens, _BatchRows] = {}
         self._groups = [site.mesh["sequence"].get_group()] if axis_size(site.mesh, "sequence") > 1 else []  # type: ignore[index]
 
     @contextmanager
     def watch(self, batch: dict[str, Any]) -> Iterator[Any]:
         """See the backward of the loss that is computed inside. Gives what the loss passes through."""
-        ids = batch["input_ids"]
-        if isinstance(ids, FakeTensor) or ids.is_meta or NUMBERS not in batch:
+        if NUMBERS not in batch:  # memory is planned from shapes alone
             yield lambda share: share
             return
-        shards = self._shards(ids.device)
+        shards = self._shards(batch["input_ids"].device)
         numbers = with_gradient(batch[NUMBERS].cpu(), batch["targets"].cpu())
         tokens = BatchTokens(numbers, batch["targets"], self._names(batch, numbers))
         ids = [f"{name}@{int(self.steps)}" for name in tokens.names]
-        rows = _Rows(shards, self.targets, ids, self._groups)
+        rows = _BatchRows(shards, self.targets, ids, self._groups)
         self._open[tokens] = rows
         self.watched += 1
         self.seen.batch = tokens
@@ -176,18 +173,14 @@ class Collector:
         return {"collect/documents": float(self.documents), "collect/dropped": float(self.dropped)}
 
     def _names(self, batch: dict[str, Any], numbers: Tensor) -> tuple[str, ...]:
-        """Return the names of the documents: those of the batch or, without, digests of their tokens."""
-        names, count = tuple(batch.get("samples", ())), int(batch[NUMBERS].max()) + 1
-        if len(names) >= int(numbers.max()) + 1:
-            return names
-        if names or self._groups:
+        """Return the names of the documents."""
+        names, most = tuple(batch.get("samples", ())), int(numbers.max()) + 1
+        if len(names) < most:
             raise DataError(
-                f"a micro-batch has {count} documents and names {len(names)} of them, so their rows could not be found "
-                "again; give each micro-batch `samples`, a list with a name for each document"
+                f"a micro-batch has {most} documents and names {len(names)} of them, so their rows could not be found "
+                "again; give each micro-batch `samples`, a list with a name for each document, or none"
             )
-        ids, flat = batch["input_ids"].reshape(-1).cpu(), batch[NUMBERS].reshape(-1).cpu()
-        each = (ids[flat == number].numpy().astype("<i8").tobytes() for number in range(count))
-        return tuple(f"tokens:{xxhash.xxh3_64_hexdigest(content)}" for content in each)
+        return names
 
     def _shards(self, device: torch.device) -> CollectedShards:
         if self.shards is None:
@@ -197,7 +190,7 @@ class Collector:
         return self.shards
 
 
-class _Rows(GradientRows):
+class _BatchRows(GradientRows):
     """The rows of one batch, encoded module by module. `finite`: of which documents all numbers are finite so far."""
 
     def __init__(self, shards: CollectedShards, targets: Mapping[str, Target], ids: list[str], groups: Any):

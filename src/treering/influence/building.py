@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from treering.core.collectives import from_first, gather_objects
 from treering.core.errors import DataError, TreeringError
@@ -69,11 +70,17 @@ def build(
     return open_index(to)
 
 
+def lengths_of(documents: Sequence[Document]) -> NDArray[np.int32]:
+    """Return the number of tokens of each document."""
+    known = getattr(documents, "lengths", None)
+    return np.asarray([len(one.ids) for one in documents] if known is None else known, dtype=np.int32)
+
+
 def shards_of(
     documents: Sequence[Document], recipe: IndexRecipe, capacity: int, packing: Literal["on", "off"]
 ) -> list[list[list[int]]]:
     """Return the batches of each shard, as numbers of documents: a function of the documents and the recipe."""
-    lengths = np.asarray([len(document.ids) for document in documents], dtype=np.int32)
+    lengths = lengths_of(documents)
     if not len(lengths):
         raise DataError("there is no document to index")
     order = Order(lengths, seed=0, tokens_per_step=capacity, capacity=capacity, shuffle=False, packing=packing)
@@ -93,7 +100,7 @@ def _write(
 ) -> None:  # fmt: skip
     """Write this rank's share of the shards that are left. A collective: all ranks run equally many batches."""
     rank, ranks = data_rank(sketched.run.plan.mesh)
-    lengths = np.asarray([len(document.ids) for document in documents], dtype=np.int32)
+    lengths = lengths_of(documents)
     costs = {n: sum(cost(one, lengths) for one in shards[n]) for n in left}
     owners = assign(costs, ranks) if left else {}
     own = sorted(n for n, owner in owners.items() if owner == rank)
