@@ -1,4 +1,4 @@
-"""Scores of the rows of one shard against queries, block by block: Σ_modules ⟨document, query⟩.
+"""Scores of rows of an index against queries, block by block: Σ_modules ⟨document, query⟩.
 
 D numbers of a module, Q queries. Blocks of codes are converted to float64 in one buffer that stays in the cache of a
 core, and multiplied there by queries in fixed point: all products and sums are integers below 2^53, so that they are
