@@ -56,3 +56,15 @@ def test_a_training_document_explains_itself_best(trained):
     table = read_scores(trained / "s.parquet")
     assert table.documents == table.queries
     assert (table.scores.argmax(0) == np.arange(24)).all()
+
+
+def test_training_data_that_has_changed_since_the_build_is_refused(trained, capsys):
+    assert run("influence", "build", "first", "--entries", 4, "--tokens", 256) == 0
+    text = (trained / "chat.jsonl").read_text()
+    for changed in (text.replace("say 3", "say 4", 1), text + text.splitlines()[0] + "\n"):
+        (trained / "chat.jsonl").write_text(changed)
+        assert run("influence", "query", "first", "--text", "sap", "--to", "s.parquet") == 5
+        assert "index has training data" in capsys.readouterr().err
+    assert not (trained / "s.parquet").exists()
+    (trained / "chat.jsonl").write_text(text)
+    assert run("influence", "query", "first", "--text", "sap", "--to", "s.parquet") == 0

@@ -100,6 +100,11 @@ class RunIndex:
         """The tokens of a batch."""
         return self.job.data.max_length
 
+    @property
+    def about(self) -> dict[str, str]:
+        """What an index and its queries have to agree in: data that has changed has other rows."""
+        return {"training data": self.examples.digest}
+
     def statistics(
         self, settings: GradientSettings, tokens: int, progress: Progress = lambda what, done, of: None
     ) -> Statistics:
@@ -131,7 +136,7 @@ class RunIndex:
             known = self.statistics(GradientSettings(kind=settings.curvature, seed=seed), tokens, progress)
         return build(
             self.run, TrainingDocuments(self.examples), self.folder / "index", settings=settings, statistics=known,
-            capacity=self.capacity, progress=lambda done, of: progress("indexing", done, of),
+            capacity=self.capacity, about=self.about, progress=lambda done, of: progress("indexing", done, of),
         )  # fmt: skip
 
     @cached_property
@@ -146,7 +151,7 @@ class RunIndex:
         """How queries become rows of this index; refused where the run or its factors are others now. A collective."""
         settings = self.index.recipe.settings
         known = None if settings.curvature == "identity" else open_statistics(self.folder / "statistics")
-        sketched = Sketched.of(self.run, settings, known)
+        sketched = Sketched.of(self.run, settings, known, self.about)
         self.index.check(sketched.recipe)
         return sketched
 
