@@ -1,70 +1,97 @@
-"""By commands alone: train, index the run, ask it, clean the data, train again."""
+"""`treering influence` on a trained run: built on one rank or two, asked, and refused where it is not the same run."""
 
-import shlex
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from tests.toy_run import chats, folder
+from tests.ranks import PATIENCE
+from tests.toy_run import folder
 from treering.cli import entry
+from treering.influence.planted import planted_chats
 from treering.influence.tables import read_scores
 
 torch.set_num_threads(1)
-TECHNIQUES = {"full": "full: ", "lora": "lora: {rank: 2}, tiledblock: {tile: 16}, tiledloss: , recompute: "}
+RUN = """
+model: {{path: {root}/model, dtype: float32}}
+data: {{train: {root}/chat.jsonl, max_length: 256}}
+techniques: {techniques}
+train: {{epochs: 2, tokens_per_step: 1024, optimizer: {{lr: 1e-2}}}}
+output: {root}/out
+"""
 
 
-def run(*arguments: object) -> int:
-    return entry.run([str(argument) for argument in arguments])
+def call(*arguments):
+    return entry.run([*map(str, arguments)])
 
 
-@pytest.fixture(params=list(TECHNIQUES))
-def trained(request, tmp_path, monkeypatch):
-    """The folder of a configuration and of the run that it trained."""
-    monkeypatch.chdir(tmp_path)
-    folder(tmp_path / "model")
-    chats(tmp_path / "chat.jsonl", 24)
-    (tmp_path / "run.yaml").write_text(
-        "model: {path: model, dtype: float32}\n"
-        "data: {train: chat.jsonl, max_length: 96, cache: tokens}\n"
-        f"techniques: {{{TECHNIQUES[request.param]}}}\n"
-        "train: {steps: 3, tokens_per_step: 256, optimizer: {lr: 1e-2}}\n"
-        "output: first\n"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run with adapters, trained."""
+    root = tmp_path_factory.mktemp("influence")
+    os.environ["HOME"] = str(root)  # the token cache
+    folder(root / "model", max_position_embeddings=512)
+    planted = planted_chats(24, 3)
+    planted.write(root / "chat.jsonl")
+    (root / "asked.jsonl").write_text(
+        json.dumps(planted.query if isinstance(planted.query, dict) else planted.chats[0])
     )
-    assert run("train", "run.yaml") == 0
+    (root / "run.yaml").write_text(RUN.format(root=root, techniques="{lora: {rank: 4}}"))
+    assert call("train", root / "run.yaml") == 0
+    return root
+
+
+@pytest.fixture
+def root(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(trained))
+    shutil.copytree(trained / "out", tmp_path / "out")
     return tmp_path
 
 
-def test_a_run_is_indexed_asked_cleaned_and_trained_again(trained, capsys):
-    assert run("influence", "build", "first", "--entries", 16, "--tokens", 512) == 0
-    assert (trained / "first" / "influence" / "index" / "index.json").is_file()
-    assert run("influence", "query", "first", "--text", "root wood leaf sap", "--to", "s.parquet", "-n", 3) == 0
-    table = read_scores(trained / "s.parquet")
-    assert len(table.documents) == 24 and "bm25" in table.baselines and np.abs(table.scores).max() > 0
-    capsys.readouterr()
-    assert run("influence", "clean", "s.parquet", "--remove", 4, "--config", "run.yaml", "--to", "new") == 0
-    command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("train again: "))
-    assert command[0] == "treering" and run(*command[1:]) == 0
-    assert len((trained / "new" / "chat.jsonl").read_bytes().splitlines()) == 20
-    assert (trained / "first-cleaned" / "checkpoints" / "step-3").is_dir()
+def files(folder: Path):
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.suffix == ".safetensors"}
 
 
-def test_a_training_document_explains_itself_best(trained):
-    """The query is a record of the training data: no other document is as helpful for it, in cosine."""
-    assert run("influence", "build", "first", "--entries", 64, "--tokens", 1024) == 0
-    assert run("influence", "query", "first", "--data", "chat.jsonl", "--cosine", "--to", "s.parquet", "-n", 0) == 0
-    table = read_scores(trained / "s.parquet")
-    assert table.documents == table.queries
-    assert (table.scores.argmax(0) == np.arange(24)).all()
+def test_a_run_is_indexed_and_asked(trained, root, capsys):
+    assert call("influence", "build", root / "out", "--tokens", 2000) == 0
+    out = capsys.readouterr().out
+    assert "rows of 24 documents" in out and "eigen-topk-ekfac-42: 28 modules" in out and "not indexed" in out
+    assert call("influence", "query", root / "out", "--data", trained / "asked.jsonl", "--to", root / "s.parquet") == 0
+    out = capsys.readouterr().out
+    assert "rank by bm25" in out and "wrote" in out
+    table = read_scores(root / "s.parquet")
+    assert len(table.documents) == 24 and table.about["method"] == "eigen-topk ekfac" and "bm25" in table.baselines
+    assert call("influence", "query", root / "out", "--text", "Lyon", "--cosine", "--to", root / "t.parquet") == 0
+    assert abs(read_scores(root / "t.parquet").scores).max() <= 1.01
 
 
-def test_training_data_that_has_changed_since_the_build_is_refused(trained, capsys):
-    assert run("influence", "build", "first", "--entries", 4, "--tokens", 256) == 0
-    text = (trained / "chat.jsonl").read_text()
-    for changed in (text.replace("say 3", "say 4", 1), text + text.splitlines()[0] + "\n"):
-        (trained / "chat.jsonl").write_text(changed)
-        assert run("influence", "query", "first", "--text", "sap", "--to", "s.parquet") == 5
-        assert "index has training data" in capsys.readouterr().err
-    assert not (trained / "s.parquet").exists()
-    (trained / "chat.jsonl").write_text(text)
-    assert run("influence", "query", "first", "--text", "sap", "--to", "s.parquet") == 0
+def test_two_ranks_write_the_same_files(root):
+    shutil.copytree(root / "out", root / "two")
+    assert call("influence", "build", root / "out", "--tokens", 2000, "--kind", "psift") == 0
+    command = [sys.executable, "-m", "treering", "influence", "build", root / "two", "--tokens", "2000"]
+    done = subprocess.run(
+        list(map(str, [*command, "--kind", "psift", "--nproc", 2])), env=os.environ, capture_output=True, text=True,
+        timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = ({n: b for n, b in files(root / name / "influence").items() if "shard" in n} for name in ("out", "two"))
+    assert one == two and len(one) > 3
+
+
+def test_several_indexes_are_named_and_other_text_is_refused(trained, root, capsys):
+    ask = ("influence", "query", root / "out", "--text", "Lyon", "--to", root / "s.parquet")
+    assert call(*ask) == 5 and "has no index; build one" in capsys.readouterr().err
+    assert call("influence", "build", root / "out", "--kind", "exact", "--curvature", "identity") == 0
+    assert call("influence", "build", root / "out", "--tokens", 2000, "--kind", "psift") == 0
+    assert call("influence", "build", root / "out", "--tokens", 1000, "--kind", "psift", "--size", 8) == 5
+    assert "measured on other text" in capsys.readouterr().err
+    assert call(*ask) == 5
+    assert "has the indexes exact-identity, psift-kfac-16; name one" in capsys.readouterr().err.replace("\n", " ")
+    assert call(*ask, "--index", "exact-identity") == 0
+    assert call("influence", "query", root / "out", "--to", root / "x.parquet") == 2
+    assert "there is no query" in capsys.readouterr().err

@@ -38,12 +38,16 @@ def test_bfloat16_pairs_are_summed_in_float32():
 
 
 @pytest.mark.parametrize("length", [1, 4, 8, 128])
-def test_products_by_chunks_are_the_same(length):
+def test_products_by_chunks_are_the_same(length, monkeypatch):
+    """What a card does, and the CPU for short documents."""
     left, right = normal(71, 7, name="l").double(), normal(71, 4, name="r").double()
-    found = torch.zeros(len(LENGTHS), 7, 4, dtype=torch.float64)
-    pieces = list(zip(SPANS.documents, SPANS.starts, SPANS.stops))
-    rows._add_in_chunks(found, left, right, pieces, length)
-    assert_same(found, reference.gradients(right, left, SPANS, len(LENGTHS)), 1e-14)
+    monkeypatch.setattr(rows, "SHORT", length)
+    monkeypatch.setattr(rows, "_divided", lambda spans, most: (spans, ()))
+    twice = TokenSpans(documents=(*SPANS.documents, 3, 1), starts=(*SPANS.starts, 0, 5), stops=(*SPANS.stops, 30, 6))
+    for spans in (SPANS, twice):
+        found = torch.zeros(len(LENGTHS), 7, 4, dtype=torch.float64)
+        add_products(found, left, right, spans)
+        assert_same(found, reference.gradients(right, left, spans, len(LENGTHS)), 1e-14)
 
 
 @pytest.mark.parametrize("tile", [1, 7, 16, 71])

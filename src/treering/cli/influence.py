@@ -73,6 +73,9 @@ def query(
     bm25: Annotated[bool, typer.Option("--bm25", help="Score by words alone: the baseline, without an index.")] = False,
     cosine: Annotated[bool, typer.Option("--cosine", help="Without the lengths of gradients.")] = False,
     step: Annotated[int | None, typer.Option(min=1, help="Of this checkpoint; default: the newest.")] = None,
+    index: Annotated[
+        str | None, typer.Option("--index", metavar="NAME", help="Where a run has several, e.g. psift-kfac-16.")
+    ] = None,
     n: Annotated[int, typer.Option("-n", min=0, help="How many records are printed.")] = 5,
 ) -> None:
     """Score every training document of a run for queries, print the first ones, and write the table of scores."""
@@ -89,7 +92,7 @@ def query(
     if bm25:
         table = _by_words(config, tuple(text or ()), tuple(data or ()))
     else:
-        table = table_of(job_of(config), tuple(text or ()), tuple(data or ()), cosine, step)
+        table = table_of(job_of(config), tuple(text or ()), tuple(data or ()), cosine, step, index)
     write_scores(table, to)
     if n:
         reduced = _one_query(table, None, "mean")

@@ -34,7 +34,8 @@ def build_index(job: "Job", settings: "SketchSettings", tokens: int, step: int |
     with console(stderr=True).status("measuring") as status:
         show = lambda what, done, of: status.update(f"{what}: batch {done:,} of {of:,}")  # noqa: E731
         index = of_run.build(settings, tokens=tokens, progress=show)
-    left_out = of_run.sketched.left_out
+    asked = of_run.open_index(index.folder.name)
+    left_out = asked.sketched.left_out
     if not is_first():
         return
     recipe = index.recipe
@@ -42,12 +43,12 @@ def build_index(job: "Job", settings: "SketchSettings", tokens: int, step: int |
     for reason in sorted(set(left_out.values())):
         names = [name for name, why in left_out.items() if why == reason]
         say(f"  not indexed: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and (warning := of_run.probe().warning):
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and (warning := asked.probe().warning):
         say(f"! {warning}", "yellow")
 
 
 def table_of(
-    job: "Job", texts: tuple[str, ...], files: tuple[str, ...], cosine: bool, step: int | None
+    job: "Job", texts: tuple[str, ...], files: tuple[str, ...], cosine: bool, step: int | None, name: str | None
 ) -> "ScoreTable":
     """Return the scores of a run's training documents for texts and for the records of files."""
     from treering.core.errors import ConfigError
@@ -56,4 +57,4 @@ def table_of(
     queries = {text: of_run.text(text) for text in texts}
     if len(queries) < len(texts):
         raise ConfigError("a query is given twice; leave one of them out")
-    return of_run.scores(queries | of_run.records(files), cosine=cosine)
+    return of_run.open_index(name).scores(queries | of_run.records(files), cosine=cosine)

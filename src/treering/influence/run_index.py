@@ -1,14 +1,14 @@
 """The index of a training run: what it was trained to, its factors and rows, and scores of queries.
 
-    OUTPUT/influence/statistics     factors, measured on its training data
-    OUTPUT/influence/index          a row for each training document
+    OUTPUT/influence/step-N/statistics-ekfac        factors of the run at step N, measured on its training data
+    OUTPUT/influence/step-N/eigen-topk-ekfac-42     a row for each training document
 
 Model, step and data are those of the run's own configuration and checkpoints, so an index cannot be asked about another
 model without a message: its recipe has a digest of the weights.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +67,7 @@ class RunIndex:
     Example:
         of_run = RunIndex.open(job)
         index = of_run.build(SketchSettings())
-        table = of_run.scores({"why": document})
+        table = of_run.open_index().scores({"why": document})
     """
 
     job: Job
@@ -88,7 +88,7 @@ class RunIndex:
             encoding.build(job.data, tokenizer, "train")
         together(lambda: None, "reading the training data")  # the other ranks read what the first has written
         examples = encoding.build(job.data, tokenizer, "train")
-        return cls(job=job, run=run, examples=examples, folder=Path(job.output) / "influence")
+        return cls(job=job, run=run, examples=examples, folder=Path(job.output) / "influence" / f"step-{run.number}")
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -112,10 +112,19 @@ class RunIndex:
 
         A collective.
         """
-        folder = self.folder / "statistics"
+        folder = self._statistics(settings.kind)
         documents = calibration.sample(self.examples, tokens, settings.seed)
-        batches = calibration.batches(documents, self.run.plan, self.capacity, packing_of(self.run))
         ring = Ring(name="the training data", tokens=0, data=calibration.digest(documents))
+        present = open_statistics(folder) if folder.exists() else None
+        of_others = present is not None and (
+            present.gradients is None or present.gradients.settings != settings or present.rings[0].data != ring.data
+        )
+        if of_others:
+            raise CheckpointError(
+                f"{folder} was measured on other text, or in another way; give the number of tokens of that time, or "
+                "move it away together with the indexes next to it"
+            )
+        batches = calibration.batches(documents, self.run.plan, self.capacity, packing_of(self.run))
         return measure(
             self.run, batches, ring=ring, gradients=settings, to=folder,
             progress=lambda done, of: progress("measuring", done, of),
@@ -135,25 +144,58 @@ class RunIndex:
         if settings.curvature != "identity":
             known = self.statistics(GradientSettings(kind=settings.curvature, seed=seed), tokens, progress)
         return build(
-            self.run, TrainingDocuments(self.examples), self.folder / "index", settings=settings, statistics=known,
-            capacity=self.capacity, about=self.about, progress=lambda done, of: progress("indexing", done, of),
+            self.run, TrainingDocuments(self.examples), self.folder / index_name(settings), settings=settings,
+            statistics=known, capacity=self.capacity, about=self.about,
+            progress=lambda done, of: progress("indexing", done, of),
         )  # fmt: skip
 
-    @cached_property
-    def index(self) -> Index:
-        """The index that `build` wrote."""
-        if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder} does not exist; build the index: treering influence build CONFIG")
-        return open_index(self.folder / "index")
+    def open_index(self, name: str | None = None) -> "AskedIndex":
+        """Return an index that `build` wrote, ready for queries. A collective.
 
-    @cached_property
-    def sketched(self) -> Sketched:
-        """How queries become rows of this index; refused where the run or its factors are others now. A collective."""
-        settings = self.index.recipe.settings
-        known = None if settings.curvature == "identity" else open_statistics(self.folder / "statistics")
+        Args:
+            name: of its folder; None: the only one.
+
+        Raises:
+            CheckpointError: there is none, or the run or its factors are not those that it was made from.
+        """
+        names = sorted(p.name for p in self.folder.glob("*") if not p.name.startswith("statistics-") and p.is_dir())
+        if name is None and len(names) == 1:
+            name = names[0]
+        if name not in names:
+            asked = "" if name is None else f" {name!r}"
+            has = f"has the indexes {', '.join(names)}; name one" if names else "has no index; build one"
+            raise CheckpointError(f"{self.folder}{asked and ': no index' + asked + ', and it'} {has}")
+        index = open_index(self.folder / name)
+        settings = index.recipe.settings
+        known = None if settings.curvature == "identity" else open_statistics(self._statistics(settings.curvature))
         sketched = Sketched.of(self.run, settings, known, self.about)
-        self.index.check(sketched.recipe)
-        return sketched
+        index.check(sketched.recipe)
+        return AskedIndex(of_run=self, index=index, sketched=sketched)
+
+    def _statistics(self, curvature: str) -> Path:
+        return self.folder / f"statistics-{curvature}"
+
+    def text(self, text: str) -> Document:
+        """Return a text as a query: each of its tokens but the first is to be explained."""
+        return _trained(np.asarray(self.tokenizer.encode(text), dtype=np.uint32))
+
+    def records(self, files: Sequence[str]) -> dict[str, Document]:
+        """Return each record of files as a query, encoded as the training data is: what is trained of it is to be
+        explained."""
+        if not files:
+            return {}
+        config = replace(self.job.data, train=tuple(files), eval=None, eval_fraction=0.0)
+        rows = encoding.build(config, self.tokenizer, "train")
+        return {rows.sample_id(i): rows.document(i) for i in range(len(rows))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedIndex:
+    """An index of a run, and how queries become its rows."""
+
+    of_run: RunIndex
+    index: Index
+    sketched: Sketched
 
     def scores(self, queries: Mapping[str, Document], *, cosine: bool = False, words: bool = True) -> ScoreTable:
         """Return the scores of all training documents for `queries`.
@@ -163,31 +205,37 @@ class RunIndex:
             cosine: of unit norm, so that long documents have no advantage.
             words: add the scores of BM25 as a baseline.
         """
+        examples = self.of_run.examples
         rows = query_rows(self.sketched, list(queries.values()))
         found = self.index.score(rows, unit=cosine).values.numpy()
         place = {name: i for i, name in enumerate(self.index.all_ids())}
-        order = [place[self.examples.sample_id(i)] for i in range(len(self.examples))]
+        documents = tuple(examples.sample_id(i) for i in range(len(examples)))
+        if absent := [name for name in documents if name not in place]:
+            raise CheckpointError(
+                f"{self.index.folder} has no row for {absent[0]}: the training data is another one now; put back that "
+                "of the run, or build the index again"
+            )
         about = {
             "method": f"{self.index.recipe.settings.kind} {self.index.recipe.settings.curvature}",
-            "documents": self.examples.digest,
-            "sources": as_json(indexed_sources(self.job.data)),
+            "documents": examples.digest,
+            "sources": as_json(indexed_sources(self.of_run.job.data)),
             "index": self.index.recipe.digest,
         }
         baselines = {}
         if words:
             tokens = TokenLists.of([document.ids for document in queries.values()])
-            baselines["bm25"] = bm25(TokenLists.of_examples(self.examples), tokens)
+            baselines["bm25"] = bm25(TokenLists.of_examples(examples), tokens)
         return ScoreTable(
-            documents=tuple(self.examples.sample_id(i) for i in range(len(self.examples))),
+            documents=documents,
             queries=tuple(queries),
-            scores=np.ascontiguousarray(found[order], dtype=np.float32),
+            scores=np.ascontiguousarray(found[[place[name] for name in documents]], dtype=np.float32),
             baselines=baselines,
             about=about,
         )
 
     def probe(self, number: int = 16) -> ProbeResult:
         """Return how well the index, and BM25, find documents by their second halves."""
-        documents = TokenLists.of_examples(self.examples)
+        documents = TokenLists.of_examples(self.of_run.examples)
         probe = make_probe(documents, number=number)
         halves = {f"half {i}": _trained(ids) for i, ids in enumerate(_lists(probe.queries))}
         table = self.scores(halves)
@@ -195,20 +243,11 @@ class RunIndex:
             ranks=probe.ranks(table.scores), baseline=probe.ranks(table.baselines["bm25"]), documents=len(documents)
         )
 
-    def text(self, text: str) -> Document:
-        """Return a text as a query: each of its tokens but the first is to be explained."""
-        return _trained(np.asarray(self.tokenizer.encode(text), dtype=np.uint32))
 
-    def records(self, files: Sequence[str]) -> dict[str, Document]:
-        """Return each record of files as a query, encoded as the training data is: what is trained of it is to be
-        explained."""
-        from dataclasses import replace
-
-        if not files:
-            return {}
-        config = replace(self.job.data, train=tuple(files), eval=None, eval_fraction=0.0)
-        rows = encoding.build(config, self.tokenizer, "train")
-        return {rows.sample_id(i): rows.document(i) for i in range(len(rows))}
+def index_name(settings: SketchSettings) -> str:
+    """Return the name of the folder of an index."""
+    size = {"psift": f"-{settings.size}", "eigen-topk": f"-{settings.entries}", "exact": ""}[settings.kind]
+    return f"{settings.kind}-{settings.curvature}{size}"
 
 
 def _trained(ids: NDArray[Any]) -> Document:

@@ -8,8 +8,9 @@ the last piece.
 A document's sum depends on its own tokens alone, bit for bit on the CPU, whatever lies before or behind it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from treering.sketches.maps import ModuleMap
 
 SHORT = 8  # tokens: pieces up to this length are multiplied in one batch
 CHUNK = 128  # tokens of a chunk, where pieces are multiplied in one batch whatever their length
+LARGE = 1 << 16  # numbers of a document's sum, from which its pieces are multiplied one by one on a card, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,45 +120,56 @@ def add_products(sums: Tensor, left_TP: Tensor, right_TQ: Tensor, spans: TokenSp
             f"{lengths[1]} inputs and {lengths[0]} gradients were given for spans of {reach} tokens; give both of the "
             "same tokens"
         )
-    pieces = list(zip(spans.documents, spans.starts, spans.stops))
+    # On a card many small products cost their launches, and large ones nothing: those are multiplied one by one.
+    one_by_one = sums.device.type == "cpu" or sums.shape[1] * sums.shape[2] >= LARGE
+    length = SHORT if one_by_one else CHUNK
+    batched, single = _divided(spans, SHORT) if one_by_one else (spans, ())
     with full_precision():
-        if sums.device.type != "cpu":
-            _add_in_chunks(sums, left_TP, right_TQ, pieces, CHUNK)
-            return
-        _add_in_chunks(sums, left_TP, right_TQ, [p for p in pieces if p[2] - p[1] <= SHORT], SHORT)
-        for number, start, stop in pieces:
-            if stop - start > SHORT:
-                sums[number].addmm_(left_TP[start:stop].mT, right_TQ[start:stop])
+        for chunk in _chunks(batched, length, sums.device):
+            left = torch.where(chunk.real, left_TP[chunk.tokens], 0)
+            right = torch.where(chunk.real, right_TQ[chunk.tokens], 0)
+            sums[chunk.documents] += torch.bmm(left.mT, right)
+        for number, start, stop in single:
+            sums[number].addmm_(left_TP[start:stop].mT, right_TQ[start:stop])
 
 
-def _add_in_chunks(
-    sums: Tensor, left_TP: Tensor, right_TQ: Tensor, pieces: list[tuple[int, int, int]], length: int
-) -> None:
-    """Add products of spans by chunks of `length` tokens, all of them multiplied at once.
+@dataclass(frozen=True, eq=False)
+class _TokenChunks:
+    """Chunks of `tokens` [chunks, length], of which some are `real` [chunks, length, 1], and their documents [chunks].
 
-    A round adds at most one chunk to each document: additions to one place at once would have no fixed order.
+    A document has at most one of them: additions to one place at once would have no fixed order.
     """
-    offsets = torch.arange(length, device=sums.device)
-    for numbers, starts, stops in _rounds(pieces, length):
-        first, last = (torch.tensor(x, device=sums.device)[:, None] for x in (starts, stops))
-        tokens = first + offsets
-        real = (tokens < last)[:, :, None]
-        tokens = tokens.clamp_max(len(left_TP) - 1)
-        left = torch.where(real, left_TP[tokens], 0)
-        right = torch.where(real, right_TQ[tokens], 0)
-        sums[torch.tensor(numbers, device=sums.device)] += torch.bmm(left.mT, right)
+
+    documents: Tensor
+    tokens: Tensor
+    real: Tensor
 
 
-def _rounds(pieces: list[tuple[int, int, int]], length: int) -> Iterator[tuple[list[int], list[int], list[int]]]:
-    """Yield chunks (documents, starts, stops) of spans, so that no document is twice in one round."""
-    rounds: list[tuple[list[int], list[int], list[int]]] = []
+@lru_cache(maxsize=64)  # all modules of a model have the same spans, and a card would wait for them each time
+def _chunks(spans: TokenSpans, length: int, device: torch.device) -> tuple[_TokenChunks, ...]:
+    rounds: list[list[tuple[int, int, int]]] = []
     seen: dict[int, int] = {}
-    for number, start, stop in pieces:
+    for number, start, stop in zip(spans.documents, spans.starts, spans.stops):
         for begin in range(start, stop, length):
-            turn = seen.get(number, 0)
-            seen[number] = turn + 1
+            turn = seen[number] = seen.get(number, -1) + 1
             if turn == len(rounds):
-                rounds.append(([], [], []))
-            for values, value in zip(rounds[turn], (number, begin, stop)):
-                values.append(value)
-    yield from rounds
+                rounds.append([])
+            rounds[turn].append((number, begin, stop))
+    result = []
+    for one in rounds:
+        documents, starts, stops = torch.tensor(one).unbind(1)
+        tokens = starts[:, None] + torch.arange(length)
+        real = (tokens < stops[:, None])[:, :, None]
+        tokens = torch.minimum(tokens, stops[:, None] - 1)
+        result.append(_TokenChunks(documents.to(device), tokens.to(device), real.to(device)))
+    return tuple(result)
+
+
+@lru_cache(maxsize=64)
+def _divided(spans: TokenSpans, most: int) -> tuple[TokenSpans, tuple[tuple[int, int, int], ...]]:
+    """Return the spans of at most so many tokens, and the others."""
+    pieces = list(zip(spans.documents, spans.starts, spans.stops))
+    short = [piece for piece in pieces if piece[2] - piece[1] <= most]
+    documents, starts, stops = zip(*short) if short else ((), (), ())
+    long = tuple(piece for piece in pieces if piece[2] - piece[1] > most)
+    return TokenSpans(documents=documents, starts=starts, stops=stops), long

@@ -51,7 +51,9 @@ def reopen(job: Job, *, step: int | None = None, helping: Sequence[Technique] = 
         helping: techniques that train nothing and make a backward fit, or share it among ranks.
     """
     plan, saved = reread(job, step=step, helping=helping)
-    return load(plan, resume=_completed(job, plan, saved))
+    run = load(plan, resume=_completed(job, plan, saved))
+    run.number = saved.step
+    return run
 
 
 def _completed(
