@@ -121,14 +121,13 @@ def test_every_way_to_choose_records(scored, options, kept):
     assert len((scored / "new" / "chat.jsonl").read_bytes().splitlines()) == left
 
 
-def test_a_query_needs_a_text_and_a_run(place, capsys):
-    assert run("query", "run.yaml", "--text", "x", "--to", "s.parquet") == 5
-    assert "holds no complete checkpoint; train first" in capsys.readouterr().err.replace("\n", " ")
-    for options, words in (
-        (["--bm25"], "there is no query"),
-        (["--bm25", "--text", "x", "--text", "x"], "the query 'x' is given twice"),
+def test_a_query_needs_a_text_and_an_index_or_words(place, capsys):
+    for options, code, words in (
+        (["--bm25"], 2, "there is no query"),
+        (["--bm25", "--text", "x", "--text", "x"], 2, "the query 'x' is given twice"),
+        (["--text", "x"], 5, "no complete checkpoint; train first"),
     ):
-        assert run("query", "run.yaml", *options, "--to", "s.parquet") == 2
+        assert run("query", "run.yaml", *options, "--to", "s.parquet") == code
         assert words in capsys.readouterr().err
     assert run("query", "run.yaml", "--bm25", "--text", "x", "--to", "s.csv") == 4
     assert not list(place.glob("s.*"))

@@ -67,3 +67,22 @@ def test_training_data_that_has_changed_since_the_build_is_refused(trained, caps
     assert not (trained / "s.parquet").exists()
     (trained / "chat.jsonl").write_text(text)
     assert run("influence", "query", "first", "--text", "sap", "--to", "s.parquet") == 0
+
+
+def test_tokens_of_the_first_documents_are_scored_and_shaded(trained, capsys):
+    assert run("influence", "build", "first", "--kind", "exact", "--curvature", "identity") == 0
+    ask = ("influence", "query", "first", "--text", "root sap", "--text", "moss", "-n", 0)
+    assert run(*ask, "--to", "s.parquet", "--tokens", 3) == 0
+    table = read_scores(trained / "s.parquet")
+    lengths = np.diff(table.tokens.offsets)
+    assert 6 <= (lengths > 0).sum() <= 18
+    for query in table.queries:
+        for row in (*table.order(query)[:3], *table.order(query)[-3:]):
+            sums = table.tokens.of(row).sum(0)
+            np.testing.assert_allclose(sums, table.scores[row], atol=0.02 * np.abs(table.scores).max())
+    capsys.readouterr()
+    assert run("influence", "scores", "s.parquet", "--shade", "run.yaml", "-n", 3) == 0
+    assert capsys.readouterr().out.count("blue: helpful") == 3
+    assert run("influence", "scores", "s.parquet", "--shade", "run.yaml", "-n", 24) == 4
+    assert "has no scores of tokens; query with more --tokens" in capsys.readouterr().err
+    assert run(*ask, "--to", "t.parquet", "--tokens", 3, "--cosine") == 2

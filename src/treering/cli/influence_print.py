@@ -57,7 +57,7 @@ def print_shaded(
     from treering.influence.shade import html, shade, token_texts
 
     if table.tokens is None:
-        raise DataError("this table has no scores of tokens; query with scores of tokens, or leave --shade out")
+        raise DataError("this table has no scores of tokens; query with --tokens, or leave --shade out")
     examples, tokenizer = built(config, "train")
     if table.about.get("documents") not in (None, examples.digest):
         raise DataError(
@@ -68,6 +68,10 @@ def print_shaded(
     fragments = []
     for row in table.order(table.queries[0], first=first)[:top].tolist():
         name, values = table.documents[row], table.tokens.of(row)[:, 0]
+        if not len(values):
+            raise DataError(
+                f"{name} has no scores of tokens; query with more --tokens, or show fewer documents with -n"
+            )
         if name not in places or len(values) != examples.lengths[places[name]]:
             raise DataError(f"{name} has other tokens in {config.data.train}; give the configuration that was scored")
         shaded = shade(token_texts(tokenizer, examples.document(places[name]).ids.tolist()), values)

@@ -48,7 +48,13 @@ def build_index(job: "Job", settings: "SketchSettings", tokens: int, step: int |
 
 
 def table_of(
-    job: "Job", texts: tuple[str, ...], files: tuple[str, ...], cosine: bool, step: int | None, name: str | None
+    job: "Job",
+    texts: tuple[str, ...],
+    files: tuple[str, ...],
+    cosine: bool,
+    tokens: int,
+    step: int | None,
+    name: str | None,
 ) -> "ScoreTable":
     """Return the scores of a run's training documents for texts and for the records of files."""
     from treering.core.errors import ConfigError
@@ -57,4 +63,4 @@ def table_of(
     queries = {text: of_run.text(text) for text in texts}
     if len(queries) < len(texts):
         raise ConfigError("a query is given twice; leave one of them out")
-    return of_run.open_index(name).scores(queries | of_run.records(files), cosine=cosine)
+    return of_run.open_index(name).scores(queries | of_run.records(files), cosine=cosine, tokens=tokens)

@@ -11,6 +11,7 @@ R rows that reach a layer, T tokens of a document, Q queries.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ from treering.core.topology import axis_size
 from treering.curvature.capture import Pair, capture
 from treering.curvature.measured_model import MeasuredModel, evaluating
 from treering.curvature.targets import TargetPairs
-from treering.data.examples import Document
+from treering.data.examples import Document, Examples
+from treering.influence.scores import ScoreTable, TokenScores
 from treering.influence.sketched import Sketched, batch_of, packing_of
 from treering.sketches.gradient_rows import module_names
 from treering.sketches.maps import ModuleMap
@@ -94,3 +96,24 @@ def token_scores(
                 dist.all_reduce(products.scores, group=mesh["sequence"].get_group())
             found.append(products.scores[: len(document.ids)].float().cpu().numpy())
     return found
+
+
+def with_token_scores(
+    table: ScoreTable, sketched: Sketched, examples: Examples, queries: Mapping[str, Tensor], number: int
+) -> ScoreTable:
+    """Return the table with the scores of the tokens of some documents; the others have none.
+
+    Args:
+        table: of all documents of `examples`, in their order.
+        number: so many of the most helpful and so many of the most harmful ones, for each query and for their mean.
+    """
+    chosen: set[int] = set()
+    for one in (*(table.reduced("sum", [query]) for query in table.queries), table.reduced("mean")):
+        order = one.order(one.queries[0]).tolist()
+        chosen.update(order[:number], order[-number:])
+    rows = sorted(chosen)
+    scores = token_scores(sketched, [examples.document(row) for row in rows], queries)
+    lengths = np.zeros(len(table.documents), dtype=np.int64)
+    lengths[rows] = [len(one) for one in scores]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return replace(table, tokens=TokenScores(offsets=offsets, scores=np.concatenate(scores)))
