@@ -69,20 +69,19 @@ def test_training_data_that_has_changed_since_the_build_is_refused(trained, caps
     assert run("influence", "query", "first", "--text", "sap", "--to", "s.parquet") == 0
 
 
-def test_tokens_of_the_first_documents_are_scored_and_shaded(trained, capsys):
+def test_tokens_of_the_first_documents_are_shaded_and_kept_in_the_table(trained, capsys):
     assert run("influence", "build", "first", "--kind", "exact", "--curvature", "identity") == 0
-    ask = ("influence", "query", "first", "--text", "root sap", "--text", "moss", "-n", 0)
-    assert run(*ask, "--to", "s.parquet", "--tokens", 3) == 0
-    table = read_scores(trained / "s.parquet")
-    lengths = np.diff(table.tokens.offsets)
-    assert 6 <= (lengths > 0).sum() <= 18
-    for query in table.queries:
-        for row in (*table.order(query)[:3], *table.order(query)[-3:]):
-            sums = table.tokens.of(row).sum(0)
-            np.testing.assert_allclose(sums, table.scores[row], atol=0.02 * np.abs(table.scores).max())
     capsys.readouterr()
+    assert run("influence", "query", "first", "--text", "root sap", "--shade", 3, "--to", "s.parquet") == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("── ")]
+    table = read_scores(trained / "s.parquet")
+    first = table.order("root sap")[:3]
+    assert sorted(first.tolist()) == np.flatnonzero(np.diff(table.tokens.offsets)).tolist()
+    for row in first:
+        total = table.tokens.of(row).sum()
+        np.testing.assert_allclose(total, table.scores[row, 0], atol=0.02 * np.abs(table.scores).max())
     assert run("influence", "scores", "s.parquet", "--shade", "run.yaml", "-n", 3) == 0
-    assert capsys.readouterr().out.count("blue: helpful") == 3
-    assert run("influence", "scores", "s.parquet", "--shade", "run.yaml", "-n", 24) == 4
-    assert "has no scores of tokens; query with more --tokens" in capsys.readouterr().err
-    assert run(*ask, "--to", "t.parquet", "--tokens", 3, "--cosine") == 2
+    again = [line for line in capsys.readouterr().out.splitlines() if line.startswith("── ")]
+    assert [line.split(" · ")[0] for line in again] == [line.split(" · ")[0] for line in shown] and len(again) == 3
+    assert run("influence", "scores", "s.parquet", "--shade", "run.yaml", "-n", 4) == 4
+    assert "has no scores of tokens; query with a larger --shade" in capsys.readouterr().err

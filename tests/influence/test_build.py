@@ -18,6 +18,7 @@ from treering.curvature import open as open_statistics
 from treering.curvature.reference import document_gradients
 from treering.data.examples import Document
 from treering.influence import Sketched, build, query_rows
+from treering.influence.tokens import token_scores
 from treering.sketches import SketchSettings
 
 LENGTHS = (12, 7, 5, 9, 3, 14, 8, 8, 4, 11)
@@ -74,6 +75,27 @@ def test_scores_are_products_of_gradients_and_inverse(name, which, tmp_path):
                     _inverse(q[weight], weight, statistics, settings) * G[weight]
                 ).sum()
     assert_same(found if isinstance(found, torch.Tensor) else found.values, wanted, 0.02 if "all" in which else 2e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "more", [(), (tr.TiledBlock(tile=5), tr.TiledLoss(tile=4), tr.Recompute())], ids=["plain", "all"]
+)
+@pytest.mark.parametrize("which", ["exact", "all coordinates", "no projection"])
+def test_the_scores_of_tokens_add_up(name, more, which, tmp_path):
+    settings = SETTINGS[which]
+    run = tr.compose(model_of(name), [tr.Full(), *more])
+    statistics = None if settings.curvature == "identity" else known(run, settings.curvature)
+    index = build(run, texts(), tmp_path / "index", settings=settings, statistics=statistics, capacity=32)
+    sketched = Sketched.of(run, settings, statistics)
+    queries = query_rows(sketched, texts(QUERIES, "query", seed=5))
+    wanted = index.score(queries).values
+    place = {sample: i for i, sample in enumerate(index.all_ids())}
+    for document, found in zip(texts(), token_scores(sketched, texts(), queries)):
+        assert found.shape == (len(document.ids), len(QUERIES)) and not found[-1].any()  # it has no label
+        scale = wanted.abs().max(0).values
+        row = wanted[place[document.sample_id]]
+        assert_same(torch.tensor(found.sum(0)) / scale, row / scale, 0.05 if "all" in which else 1e-4)
 
 
 def _inverse(G, weight, statistics, settings):

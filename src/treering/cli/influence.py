@@ -72,22 +72,27 @@ def query(
     ] = None,
     bm25: Annotated[bool, typer.Option("--bm25", help="Score by words alone: the baseline, without an index.")] = False,
     cosine: Annotated[bool, typer.Option("--cosine", help="Without the lengths of gradients.")] = False,
-    tokens: Annotated[
-        int, typer.Option(min=0, help="Score the tokens, too, of so many most helpful and most harmful documents.")
-    ] = 0,
     step: Annotated[int | None, typer.Option(min=1, help="Of this checkpoint; default: the newest.")] = None,
     index: Annotated[
         str | None, typer.Option("--index", metavar="NAME", help="Where a run has several, e.g. psift-kfac-16.")
+    ] = None,
+    shade: Annotated[
+        int, typer.Option("--shade", min=0, metavar="N", help="Show so many documents, tokens shaded by their share.")
+    ] = 0,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="PAGE", help="With --shade: write a fragment of HTML as well.")
     ] = None,
     n: Annotated[int, typer.Option("-n", min=0, help="How many records are printed.")] = 5,
 ) -> None:
     """Score every training document of a run for queries, print the first ones, and write the table of scores."""
     if not text and not data:
         raise ConfigError("there is no query; give --text TEXT, or --data FILE with a query in each record")
-    if tokens and (bm25 or cosine):
+    if html is not None and (not shade or html.exists()):
         raise ConfigError(
-            "scores of tokens add up to a product of gradients; leave out --tokens, or --bm25 and --cosine"
+            f"--html {html}: " + ("needs --shade N" if not shade else "exists already; give another name")
         )
+    if bm25 and (shade or cosine or step or index):
+        raise ConfigError("--bm25 counts words, without an index; leave --shade, --cosine, --step and --index out")
     config = _config(run)
     from treering.cli.console import say
     from treering.cli.influence_print import print_records
@@ -99,7 +104,16 @@ def query(
     if bm25:
         table = _by_words(config, tuple(text or ()), tuple(data or ()))
     else:
-        table = table_of(job_of(config), tuple(text or ()), tuple(data or ()), cosine, tokens, step, index)
+        table = table_of(
+            job_of(config),
+            tuple(text or ()),
+            tuple(data or ()),
+            cosine=cosine,
+            step=step,
+            name=index,
+            shaded=shade,
+            page=html,
+        )
     write_scores(table, to)
     if n:
         reduced = _one_query(table, None, "mean")

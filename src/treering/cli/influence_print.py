@@ -52,37 +52,43 @@ def print_shaded(
     table: "ScoreTable", config: "RunConfig", first: Literal["helpful", "harmful"], top: int, page: Path | None
 ) -> None:
     """Print the documents with the first scores, each token shaded by its share; write them to `page` as HTML."""
-    from treering.cli.console import console, safe, say
     from treering.cli.data import built
-    from treering.influence.shade import html, shade, token_texts
+    from treering.influence.shade import shade, token_texts
 
     if table.tokens is None:
-        raise DataError("this table has no scores of tokens; query with --tokens, or leave --shade out")
+        raise DataError("this table has no scores of tokens; query with --shade, or leave it out here")
     examples, tokenizer = built(config, "train")
     if table.about.get("documents") not in (None, examples.digest):
         raise DataError(
             f"the scores are of other tokens than those of {config.data.train}; give the configuration that was scored"
         )
     places = {examples.sample_id(i): i for i in range(len(examples))}
-    out = console()
-    fragments = []
-    for row in table.order(table.queries[0], first=first)[:top].tolist():
+    rows = table.order(table.queries[0], first=first)[:top].tolist()
+    shaded = []
+    for row in rows:
         name, values = table.documents[row], table.tokens.of(row)[:, 0]
         if not len(values):
-            raise DataError(
-                f"{name} has no scores of tokens; query with more --tokens, or show fewer documents with -n"
-            )
+            raise DataError(f"{name} has no scores of tokens; query with a larger --shade, or show fewer with -n")
         if name not in places or len(values) != examples.lengths[places[name]]:
             raise DataError(f"{name} has other tokens in {config.data.train}; give the configuration that was scored")
-        shaded = shade(token_texts(tokenizer, examples.document(places[name]).ids.tolist()), values)
-        heading = f"{name} · score {table.scores[row, 0]:+.4g}"
+        texts = token_texts(tokenizer, examples.document(places[name]).ids.tolist())
+        shaded.append((f"{name} · score {table.scores[row, 0]:+.4g}", shade(texts, values)))
+    print_documents(shaded, page)
+
+
+def print_documents(shaded: "Sequence[tuple[str, ShadedText]]", page: Path | None) -> None:
+    """Print documents, each with its heading, and write them to `page` as HTML."""
+    from treering.cli.console import console, safe, say
+    from treering.influence.shade import html
+
+    out = console()
+    for heading, one in shaded:
         out.print(safe(f"── {heading} ──"), soft_wrap=True)
-        out.print(coloured(shaded, marks=out.color_system is None), soft_wrap=True)
-        out.print(safe(shaded.legend, "dim"), soft_wrap=True)
-        fragments.append(html(shaded, heading))
+        out.print(coloured(one, marks=out.color_system is None), soft_wrap=True)
+        out.print(safe(one.legend, "dim"), soft_wrap=True)
     if page is not None:
         try:
-            page.write_text("".join(fragments), encoding="utf-8")
+            page.write_text("".join(html(one, heading) for heading, one in shaded), encoding="utf-8")
         except OSError as error:
             raise DataError(f"{page} cannot be written: {error.strerror or error}; give another place") from error
         say(f"wrote {page}")

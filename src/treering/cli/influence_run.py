@@ -4,7 +4,10 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from treering.influence.run_index import RunIndex
+    from pathlib import Path
+
+    from treering.data.examples import Document
+    from treering.influence.run_index import AskedIndex, RunIndex
     from treering.influence.scores import ScoreTable
     from treering.sketches.settings import SketchSettings
     from treering.train.config import Job
@@ -48,19 +51,43 @@ def build_index(job: "Job", settings: "SketchSettings", tokens: int, step: int |
 
 
 def table_of(
-    job: "Job",
-    texts: tuple[str, ...],
-    files: tuple[str, ...],
-    cosine: bool,
-    tokens: int,
-    step: int | None,
-    name: str | None,
-) -> "ScoreTable":
-    """Return the scores of a run's training documents for texts and for the records of files."""
+    job: "Job", texts: tuple[str, ...], files: tuple[str, ...], *, cosine: bool, step: int | None, name: str | None,
+    shaded: int, page: "Path | None",
+) -> "ScoreTable":  # fmt: skip
+    """Return the scores of a run's training documents for texts and for the records of files.
+
+    Args:
+        shaded: print so many of the most helpful documents, their tokens shaded by their share of the score.
+        page: write these as HTML as well.
+    """
     from treering.core.errors import ConfigError
 
     of_run = opened(job, step)
     queries = {text: of_run.text(text) for text in texts}
     if len(queries) < len(texts):
         raise ConfigError("a query is given twice; leave one of them out")
-    return of_run.open_index(name).scores(queries | of_run.records(files), cosine=cosine, tokens=tokens)
+    queries |= of_run.records(files)
+    if shaded and len(queries) > 1:
+        raise ConfigError(f"--shade is for one query, and there are {len(queries)}; ask them one by one")
+    asked = of_run.open_index(name)
+    table = asked.scores(queries, cosine=cosine)
+    return _shaded(asked, table, next(iter(queries.values())), shaded, page) if shaded else table
+
+
+def _shaded(asked: "AskedIndex", table: "ScoreTable", query: "Document", top: int, page: "Path | None") -> "ScoreTable":
+    """Print the first documents, shaded, and return the table with the scores of their tokens."""
+    from treering.cli.influence_print import print_documents
+    from treering.influence.shade import shade, token_texts
+
+    rows = table.order(table.queries[0])[:top].tolist()
+    names = [table.documents[row] for row in rows]
+    examples, tokenizer = asked.of_run.examples, asked.of_run.tokenizer
+    places = {examples.sample_id(i): i for i in range(len(examples))}
+    shaded = []
+    scores = asked.tokens(names, query)
+    for name, row, values in zip(names, rows, scores):
+        texts = token_texts(tokenizer, examples.document(places[name]).ids.tolist())
+        heading = f"{name} · score {table.scores[row, 0]:+.4g}, its tokens {values.sum():+.4g}"
+        shaded.append((heading, shade(texts, values)))
+    print_documents(shaded, page)
+    return table.with_tokens({row: values[:, None] for row, values in zip(rows, scores)})

@@ -37,11 +37,13 @@ class LayerRows:
 
     Attributes:
         documents_R: which document each is of, on the host; -1: it counts for nothing.
+        places_R: which token of the batch each is, on the host.
         complete: no other call of this backward has rows for the layer: these were all, or the last tile.
         key: equal for equal rows of one batch, so that what is computed from them is computed once.
     """
 
     documents_R: Tensor
+    places_R: Tensor
     complete: bool
     key: Any
 
@@ -61,7 +63,7 @@ class BatchTokens:
         self.documents_T = numbers_BS.reshape(-1).cpu()
         trained = (targets_BS != IGNORED).cpu()
         kept = trained.any(0).nonzero().squeeze(1)
-        self.orders = {
+        self.orders: dict[int, Tensor | None] = {
             rows * length: None,
             rows * len(kept): (torch.arange(rows)[:, None] * length + kept).reshape(-1),
             int(trained.sum()): trained.reshape(-1).nonzero().squeeze(1),
@@ -83,11 +85,14 @@ class BatchTokens:
                 f"{name} is called with {total} rows for a batch of {len(self.documents_T)} tokens, so of which "
                 "documents they are is not known; leave this weight out"
             )
-        documents = self.documents_T if self.orders[total] is None else self.documents_T[self.orders[total]]
+        order = self.orders[total]
+        places = torch.arange(total) if order is None else order
         if tile is None:
-            return LayerRows(documents_R=documents, complete=True, key=(total, 0))
+            return LayerRows(documents_R=self.documents_T[places], places_R=places, complete=True, key=(total, 0))
+        places = places[tile.start : tile.stop]
         return LayerRows(
-            documents_R=documents[tile.start : tile.stop],
+            documents_R=self.documents_T[places],
+            places_R=places,
             complete=tile.stop == tile.total,
             key=(total, tile.start, tile.stop),
         )
@@ -95,7 +100,10 @@ class BatchTokens:
     def routed(self, name: str, tokens_R: Tensor, count: int, tile: TileRows | None) -> LayerRows:
         """Return the rows of experts that are called with `count` tokens, of which `tokens_R` are the rows' ones."""
         among = self.rows(name, count, tile)
-        return LayerRows(documents_R=among.documents_R[tokens_R.cpu()], complete=among.complete, key=None)
+        chosen = tokens_R.cpu()
+        return LayerRows(
+            documents_R=among.documents_R[chosen], places_R=among.places_R[chosen], complete=among.complete, key=None
+        )
 
     def segments(self, rows: LayerRows, experts_R: Tensor | None = None) -> list[Segment]:
         """Return the runs of rows of one document (and expert), without those that count for nothing."""

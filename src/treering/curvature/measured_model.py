@@ -100,13 +100,10 @@ class MeasuredModel:
         with seen.counting(real):
             self.model(**inputs, **self.short)
 
-    def backward(
-        self, seen: Capture, batch: Batch, real: Tensor | None, kind: Labels, seed: int, *, each_token: bool = False
-    ) -> tuple[Tensor, int]:
+    def backward(self, seen: Capture, batch: Batch, real: Tensor | None, kind: Labels, seed: int) -> tuple[Tensor, int]:
         """Run forward and backward over a batch, for the gradients that `seen` sees.
 
-        The loss is the sum over tokens, of labels of the data or drawn ones. Parameters get no gradient. With
-        `each_token`, `seen` sees every token of the batch as a document of its own, numbered by its place.
+        The loss is the sum over tokens, of labels of the data or drawn ones. Parameters get no gradient.
 
         Returns:
             The document of each token of the complete batch, [B, S], -1 for those that have no gradient: padding, and
@@ -119,8 +116,6 @@ class MeasuredModel:
         if kind == "sampled":
             objective = labels.SampledLabels()
             batch = {**batch, labels.DRAWS: labels.draws(batch, numbers, seed)}
-        if each_token:
-            numbers = torch.where(numbers >= 0, torch.arange(numbers.numel()).view_as(numbers), -1)
         batch = {**batch, NUMBERS: numbers}
         if self.run is not None:
             [batch] = self.run.ready([batch])

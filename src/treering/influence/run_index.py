@@ -29,7 +29,7 @@ from treering.influence.query import query_rows
 from treering.influence.records import as_json, indexed_sources
 from treering.influence.scores import ScoreTable
 from treering.influence.sketched import Sketched, packing_of
-from treering.influence.token_scores import with_token_scores
+from treering.influence.tokens import token_scores
 from treering.plan import Run
 from treering.sketches import Index, SketchSettings
 from treering.sketches import open as open_index
@@ -198,16 +198,13 @@ class AskedIndex:
     index: Index
     sketched: Sketched
 
-    def scores(
-        self, queries: Mapping[str, Document], *, cosine: bool = False, words: bool = True, tokens: int = 0
-    ) -> ScoreTable:
+    def scores(self, queries: Mapping[str, Document], *, cosine: bool = False, words: bool = True) -> ScoreTable:
         """Return the scores of all training documents for `queries`.
 
         Args:
             queries: documents by name: the loss of each is what training moved.
             cosine: of unit norm, so that long documents have no advantage.
             words: add the scores of BM25 as a baseline.
-            tokens: add the scores of the tokens of so many of the most helpful and most harmful documents.
         """
         examples = self.of_run.examples
         rows = query_rows(self.sketched, list(queries.values()))
@@ -227,16 +224,24 @@ class AskedIndex:
         }
         baselines = {}
         if words:
-            asked = TokenLists.of([document.ids for document in queries.values()])
-            baselines["bm25"] = bm25(TokenLists.of_examples(examples), asked)
-        table = ScoreTable(
+            tokens = TokenLists.of([document.ids for document in queries.values()])
+            baselines["bm25"] = bm25(TokenLists.of_examples(examples), tokens)
+        return ScoreTable(
             documents=documents,
             queries=tuple(queries),
             scores=np.ascontiguousarray(found[[place[name] for name in documents]], dtype=np.float32),
             baselines=baselines,
             about=about,
         )
-        return with_token_scores(table, self.sketched, examples, rows, tokens) if tokens else table
+
+    def tokens(self, names: Sequence[str], query: Document) -> list[NDArray[np.float32]]:
+        """Return the score of each token of some training documents for one query. They add up to the exact score, of
+        which an index that keeps a part of the numbers has an estimate."""
+        examples = self.of_run.examples
+        places = {examples.sample_id(i): i for i in range(len(examples))}
+        documents = [examples.document(places[name]) for name in names]
+        rows = query_rows(self.sketched, [query])
+        return [scores[:, 0] for scores in token_scores(self.sketched, documents, rows)]
 
     def probe(self, number: int = 16) -> ProbeResult:
         """Return how well the index, and BM25, find documents by their second halves."""

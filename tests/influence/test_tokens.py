@@ -12,7 +12,7 @@ from tests.zoo import build as model_of
 from treering.anatomy import examine
 from treering.curvature.reference import document_gradients
 from treering.influence import Sketched, build, query_rows
-from treering.influence.token_scores import token_scores
+from treering.influence.tokens import token_scores
 from treering.sketches import SketchSettings
 
 PLAIN = SketchSettings(kind="exact", curvature="identity", storage="float32")
