@@ -56,7 +56,7 @@ def print_shaded(
     from treering.influence.shade import shade, token_texts
 
     if table.tokens is None:
-        raise DataError("this table has no scores of tokens; query with scores of tokens, or leave --shade out")
+        raise DataError("this table has no scores of tokens; query with --shade, or leave it out here")
     examples, tokenizer = built(config, "train")
     if table.about.get("documents") not in (None, examples.digest):
         raise DataError(
@@ -67,6 +67,8 @@ def print_shaded(
     shaded = []
     for row in rows:
         name, values = table.documents[row], table.tokens.of(row)[:, 0]
+        if not len(values):
+            raise DataError(f"{name} has no scores of tokens; query with a larger --shade, or show fewer with -n")
         if name not in places or len(values) != examples.lengths[places[name]]:
             raise DataError(f"{name} has other tokens in {config.data.train}; give the configuration that was scored")
         texts = token_texts(tokenizer, examples.document(places[name]).ids.tolist())

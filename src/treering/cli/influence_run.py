@@ -71,12 +71,11 @@ def table_of(
         raise ConfigError(f"--shade is for one query, and there are {len(queries)}; ask them one by one")
     asked = of_run.open_index(name)
     table = asked.scores(queries, cosine=cosine)
-    if shaded:
-        _print_shaded(asked, table, next(iter(queries.values())), shaded, page)
-    return table
+    return _shaded(asked, table, next(iter(queries.values())), shaded, page) if shaded else table
 
 
-def _print_shaded(asked: "AskedIndex", table: "ScoreTable", query: "Document", top: int, page: "Path | None") -> None:
+def _shaded(asked: "AskedIndex", table: "ScoreTable", query: "Document", top: int, page: "Path | None") -> "ScoreTable":
+    """Print the first documents, shaded, and return the table with the scores of their tokens."""
     from treering.cli.influence_print import print_documents
     from treering.influence.shade import shade, token_texts
 
@@ -85,8 +84,10 @@ def _print_shaded(asked: "AskedIndex", table: "ScoreTable", query: "Document", t
     examples, tokenizer = asked.of_run.examples, asked.of_run.tokenizer
     places = {examples.sample_id(i): i for i in range(len(examples))}
     shaded = []
-    for name, row, values in zip(names, rows, asked.tokens(names, query)):
+    scores = asked.tokens(names, query)
+    for name, row, values in zip(names, rows, scores):
         texts = token_texts(tokenizer, examples.document(places[name]).ids.tolist())
         heading = f"{name} · score {table.scores[row, 0]:+.4g}, its tokens {values.sum():+.4g}"
         shaded.append((heading, shade(texts, values)))
     print_documents(shaded, page)
+    return table.with_tokens({row: values[:, None] for row, values in zip(rows, scores)})

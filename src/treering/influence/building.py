@@ -6,7 +6,7 @@ shards that are complete.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,7 @@ def build(
     settings: SketchSettings | None = None,
     statistics: Statistics | None = None,
     capacity: int = 2048,
+    about: Mapping[str, str] | None = None,
     progress: Progress = lambda done, of: None,
 ) -> Index:
     """Build an index of `documents`, or resume a build that was killed. Every rank calls it with the same documents.
@@ -53,13 +54,14 @@ def build(
         settings: of the rows; default: `eigen-topk` with corrected eigenvalues.
         statistics: from `measure(run, …, gradients=…)`.
         capacity: tokens of a batch, at least those of the longest document.
+        about: what else queries have to agree with the index in, as texts by name: a digest of the documents.
         progress: called with (batches done, batches of this rank).
 
     Example:
         known = tr.measure(run, batches, gradients=GradientSettings(kind="ekfac"), to="statistics")
         index = build(run, documents, "index", statistics=known)
     """
-    sketched = Sketched.of(run, settings or SketchSettings(), statistics)
+    sketched = Sketched.of(run, settings or SketchSettings(), statistics, about)
     shards = shards_of(documents, sketched.recipe, capacity, packing_of(run))
     with writing(to, sketched.recipe) as writer:
         ids = [[documents[i].sample_id for one in bins for i in one] for bins in shards]

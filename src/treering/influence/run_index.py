@@ -101,6 +101,11 @@ class RunIndex:
         """The tokens of a batch."""
         return self.job.data.max_length
 
+    @property
+    def about(self) -> dict[str, str]:
+        """What an index and its queries have to agree in: data that has changed has other rows."""
+        return {"training data": self.examples.digest}
+
     def statistics(
         self, settings: GradientSettings, tokens: int, progress: Progress = lambda what, done, of: None
     ) -> Statistics:
@@ -141,7 +146,8 @@ class RunIndex:
             known = self.statistics(GradientSettings(kind=settings.curvature, seed=seed), tokens, progress)
         return build(
             self.run, TrainingDocuments(self.examples), self.folder / index_name(settings), settings=settings,
-            statistics=known, capacity=self.capacity, progress=lambda done, of: progress("indexing", done, of),
+            statistics=known, capacity=self.capacity, about=self.about,
+            progress=lambda done, of: progress("indexing", done, of),
         )  # fmt: skip
 
     def open_index(self, name: str | None = None) -> "AskedIndex":
@@ -163,7 +169,7 @@ class RunIndex:
         index = open_index(self.folder / name)
         settings = index.recipe.settings
         known = None if settings.curvature == "identity" else open_statistics(self._statistics(settings.curvature))
-        sketched = Sketched.of(self.run, settings, known)
+        sketched = Sketched.of(self.run, settings, known, self.about)
         index.check(sketched.recipe)
         return AskedIndex(of_run=self, index=index, sketched=sketched)
 

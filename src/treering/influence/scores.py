@@ -25,7 +25,7 @@ _NAMED = 3  # entries that a refusal names
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScores:
-    """The score of each token of each document.
+    """The score of each token of each document. A document may have none.
 
     Attributes:
         offsets: [documents + 1]; the tokens of document n are rows offsets[n] to offsets[n + 1].
@@ -181,6 +181,15 @@ class ScoreTable:
         rows = [places[document] for document in self.documents]
         columns = [other.query(query) for query in self.queries]
         return replace(self, baselines={**self.baselines, name: other.scores[np.ix_(rows, columns)]})
+
+    def with_tokens(self, scores: Mapping[int, Scores]) -> "ScoreTable":
+        """Return this table with the scores [tokens, queries] of the tokens of some rows; other rows have none."""
+        lengths = np.zeros(len(self.documents), dtype=np.int64)
+        for row, values in scores.items():
+            lengths[row] = len(values)
+        none = np.zeros((0, len(self.queries)), dtype=np.float32)
+        flat = np.concatenate([none, *(scores[row] for row in sorted(scores))])
+        return replace(self, tokens=TokenScores(offsets=np.concatenate([[0], np.cumsum(lengths)]), scores=flat))
 
 
 _REMEDY = "index the documents again; if it stays, look at that one with `treering data show`"

@@ -1,6 +1,6 @@
 """From documents to rows of an index: what a build and a query share."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -42,11 +42,14 @@ class Sketched:
     left_out: dict[str, str]
 
     @classmethod
-    def of(cls, run: Run, settings: SketchSettings, statistics: Statistics | None) -> "Sketched":
+    def of(
+        cls, run: Run, settings: SketchSettings, statistics: Statistics | None, about: Mapping[str, str] | None = None
+    ) -> "Sketched":
         """Return the maps of a run. A collective where the run is sharded.
 
         Args:
             statistics: with gradients, of the run as it is now; None with curvature `identity`.
+            about: what else an index and its queries have to agree in, as texts by name.
         """
         factors = None if settings.curvature == "identity" else _factors(statistics, settings)
         targets, left_out = targets_of(run.model, run.plan.anatomy, run.plan.maps())
@@ -56,7 +59,7 @@ class Sketched:
         every, without = maps_of(settings, targets, factors)
         maps = {name: one.to(run.plan.device) for name, one in every.items()}
         digests = {} if factors is None else {"statistics": factors.digest, "basis": factors.digest}
-        recipe = recipe_of(maps.values(), settings, model=model, **digests)
+        recipe = recipe_of(maps.values(), settings, model=model, about=dict(about or {}), **digests)
         return cls(run=run, targets=targets, maps=maps, recipe=recipe, left_out=left_out | without)
 
     @contextmanager
