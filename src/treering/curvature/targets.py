@@ -96,7 +96,7 @@ def targets_of(
         elif maps is None:
             targets[weight] = plain_target(matrix)
         elif weight not in maps:
-            reasons[weight] = "it does not train"
+            reasons[weight] = "nothing that trains for it is seen"
         else:
             for target in _trained(model, matrix, maps[weight]):
                 targets[target.name] = target
