@@ -19,7 +19,7 @@ def test_protection_starts_and_influence_use_one_measurement(tmp_path):
     protected = tr.compose(model_of("llama"), [tr.OSFT(protect="inputs")], statistics=statistics)
     assert len(protected.trainable()) == 14
     adapted = tr.compose(
-        model_of("llama"), [tr.Quantize(format="int4"), tr.LoRA(rank=4, init="activation")], statistics=statistics
+        model_of("llama"), [tr.Quantize(format="int8"), tr.LoRA(rank=4, init="activation")], statistics=statistics
     )
     assert any(bool(p.any()) for name, p in adapted.trainable() if name.endswith(".B"))
     index = build(frozen, texts(), tmp_path / "index", statistics=statistics, capacity=64)
