@@ -99,7 +99,7 @@ FAKE = "quantize (fake)"
 HELPING = ("quantize", FAKE, *TILED, "recompute", "ulysses", "shard", "compile", "collect")  # they train nothing
 ADAPTING = [name for name in TECHNIQUES if name not in HELPING]
 FACTORED = ("osft (forward)", "osft (factors)")
-SEEN = ("full", "lora", "lora (pissa)", "osft (one_sided)")  # by `collect`
+SEEN = ("full", "lora", "lora (pissa)", "osft", "osft (one_sided)")  # by `collect`
 TABLE: dict[tuple[str, ...], tuple[str, str]] = {
     **{(name,): (EQUAL, NO_SUM) for name in ADAPTING},
     **{names: (NOTHING, NOTHING) for n in (1, 2) for names in combinations(HELPING, n)},
@@ -139,7 +139,7 @@ TABLE: dict[tuple[str, ...], tuple[str, str]] = {
     ("lora (pissa)", "distill (base)"): (NO_COPY.format("lora"), NO_SUM),
     **{(name, "distill (base)"): (NO_COPY.format(name), NO_SUM) for name in ("full", "osft")},
     **{(name, "shard", "compile"): (EQUAL, EQUAL) for name in ADAPTING},
-    **{(name, "collect"): (UNSEEN if name in ("osft", *FACTORED) else EQUAL, NO_SUM) for name in ADAPTING},
+    **{(name, "collect"): (UNSEEN if name in FACTORED else EQUAL, NO_SUM) for name in ADAPTING},
     **{(name, "shard", "collect"): (EQUAL, EQUAL) for name in SEEN},
     **{(name, "tiledblock", "tiledloss", "recompute", "shard", "collect"): (EQUAL, EQUAL) for name in SEEN},
     ("lora", "quantize", "shard", "collect"): (EQUAL, EQUAL),

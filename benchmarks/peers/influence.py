@@ -2,8 +2,8 @@
 
 python -m benchmarks.peers.influence [--case text | wide]     makes the environment, prints what was measured
 
-`scores`, `collection` and `fits` are what `benchmarks.influence` asks for. torchvision, torchaudio and bitsandbytes,
-which bergson declares, are not needed on a CPU.
+`scores`, `sketches`, `collection` and `fits` are what `benchmarks.influence` asks for. torchvision, torchaudio and
+bitsandbytes, which bergson declares, are not needed on a CPU.
 """
 
 import argparse
@@ -69,6 +69,12 @@ def scores(case: Case, package: str, **settings: Any) -> tuple[NDArray[np.float6
     return np.array(found["scores"]), found["seconds"]
 
 
+def sketches(case: Case, dimensions: Sequence[int], labels: str = "data") -> dict[int, NDArray[np.float64]]:
+    """Return bergson's K-FAC scores whole (0) and at each p, all from the same factors."""
+    found = _asked(case, "sketches", json.dumps({"dimensions": list(dimensions), "labels": labels}))
+    return {int(p): np.array(one) for p, one in found["scores"].items()}
+
+
 def collection(case: Case, dimensions: Sequence[int], rounds: int, ours: str = "") -> dict[str, list[float]]:
     """Return tokens/s of collecting an index: bergson's at each p, and of forward and backward alone, by round.
 
@@ -95,6 +101,8 @@ def inside(case: Case, work: Path, command: str, *arguments: str) -> Any:
     if command == "scores":
         package, settings = arguments
         return SCORES[package](case, work, **json.loads(settings))
+    if command == "sketches":
+        return sides.bergson_sketches(case, work, **json.loads(arguments[0]))
     which, rounds, ours = json.loads(arguments[0]), int(arguments[1]), arguments[2]
     made: dict[str, Callable[[], None]] = {}
     if command == "collection":
@@ -140,8 +148,6 @@ def report(name: str) -> None:
     factored = oracle.scores(Q, G, H["kfac"], factored=True).numpy()
     asked: list[tuple[str, dict[str, Any]]] = [("bergson", {"method": kind}) for kind in kinds]
     asked += [(package, {"method": kind}) for package in ("kronfluence", "dattri") for kind in ("kfac", "ekfac")]
-    asked += [("bergson", {"method": "kfac", "p": p}) for p in (16, 32, 64, 128)]
-    asked += [("bergson", {"method": "kfac", "p": p, "labels": "sampled", "ranks": n}) for p in (0, 16) for n in (1, 2)]
     for package, settings in asked:
         found, seconds = scores(case, package, **settings)
         own = factored if (package, settings["method"]) == ("dattri", "kfac") else exact[settings["method"]]
@@ -152,6 +158,12 @@ def report(name: str) -> None:
         if isinstance(truth, text.TextTruth):
             line += f"; LDS {lds(found, Retrained(truth.subsets, truth.losses), draws=200)}"
         print(f"{line}; {seconds}", flush=True)
+    compressed = sketches(case, (16, 32, 64, 128), "sampled")
+    for p, found in compressed.items():
+        line = f"bergson, sampled labels, p = {p}: ρ {spearman(found, compressed[0]).mean():.3f} to its own p = 0"
+        if isinstance(truth, text.TextTruth):
+            line += f"; LDS {lds(found, Retrained(truth.subsets, truth.losses), draws=200)}"
+        print(line, flush=True)
     for figure, values in (collection(case, (0, 16, 64), 3) | fits(case, ("kfac", "ekfac"), 3)).items():
         print(figure, [f"{value:.4g}" for value in values], flush=True)
 

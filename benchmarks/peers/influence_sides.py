@@ -17,7 +17,7 @@ What they count, found by comparing them with `benchmarks.influence_oracle` (dat
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 clock = time.process_time  # of one thread: its own seconds, whatever else the machine does
@@ -72,6 +71,10 @@ def bergson_config(case: Case, work: Path, p: int, data: str, name: str, ranks: 
     )  # fmt: skip
 
 
+def bergson_name(method: str, p: int, labels: str, ranks: int) -> str:
+    return f"bergson-{method}-{p}-{labels}-{ranks}"
+
+
 def bergson_data(case: Case, work: Path) -> None:
     from datasets import Dataset
 
@@ -80,7 +83,9 @@ def bergson_data(case: Case, work: Path) -> None:
             Dataset.from_dict({"input_ids": documents}).save_to_disk(str(work / name))
 
 
-def bergson_scores(case: Case, work: Path, *, method: str, p: int = 0, labels: str = "data", ranks: int = 1) -> Result:
+def bergson_scores(
+    case: Case, work: Path, *, method: str, p: int = 0, labels: str = "data", ranks: int = 1, resume: bool = False
+) -> Result:
     """Return scores of its pipeline: query gradients, factors, inverse applied to the queries, training scored.
 
     Args:
@@ -88,25 +93,45 @@ def bergson_scores(case: Case, work: Path, *, method: str, p: int = 0, labels: s
         p: rows and columns of a projected gradient; 0 keeps them whole. It refuses ekfac with a projection.
         labels: data or sampled; sampled ones are drawn anew by every run.
         ranks: gloo processes; with more than one the seconds are those of this process alone, which waits.
+        resume: use what is in the folder of that name.
     """
     from bergson.config import HessianConfig, HessianPipelineConfig, PreprocessConfig, QuerySetConfig, ScoreConfig
     from bergson.data import load_scores
     from bergson.hessians.pipeline import hessian_pipeline
 
     bergson_data(case, work)
-    index = bergson_config(case, work, p, "train", f"bergson-{method}-{p}-{labels}-{ranks}", ranks)
-    shutil.rmtree(index.run_path, ignore_errors=True)
+    index = bergson_config(case, work, p, "train", bergson_name(method, p, labels, ranks), ranks)
+    if not resume:
+        shutil.rmtree(index.run_path, ignore_errors=True)
     factors = HessianConfig(
         method="kfac" if method == "ekfac" else method, ev_correction=method == "ekfac",
         use_dataset_labels=labels == "data",
     )  # fmt: skip
-    pipeline = HessianPipelineConfig(query=QuerySetConfig(dataset=str(work / "queries"), aggregation="none"))
+    query = QuerySetConfig(dataset=str(work / "queries"), aggregation="none")
+    pipeline = HessianPipelineConfig(query=query, resume=resume)
     pipeline.inversion_cfg.damping_factor = DAMPING
     began = clock()
     hessian_pipeline(index, factors, ScoreConfig(), PreprocessConfig(), pipeline)
     seconds = {"pipeline": clock() - began}
     found = np.asarray(load_scores(Path(index.run_path) / "scores")[:]).astype(np.float64)
     return {"scores": found.reshape(len(case.train), -1).T.tolist(), "seconds": seconds}
+
+
+def bergson_sketches(case: Case, work: Path, *, dimensions: Sequence[int], labels: str = "data") -> Result:
+    """Return scores of K-FAC, whole and then at each p, from the same factors: with sampled labels, of the same draw.
+
+    Its pipeline fits them again for every p; a folder with factors and query gradients from before lets it go on.
+    """
+    found = bergson_scores(case, work, method="kfac", labels=labels)
+    scores, seconds = {"0": found["scores"]}, {"0": found["seconds"]["pipeline"]}
+    for p in dimensions:
+        folder = work / bergson_name("kfac", p, labels, 1)
+        folder.mkdir()
+        for made in ("query", "hessian"):
+            (folder / made).symlink_to(work / bergson_name("kfac", 0, labels, 1) / made)
+        found = bergson_scores(case, work, method="kfac", p=p, labels=labels, resume=True)
+        scores[str(p)], seconds[str(p)] = found["scores"], found["seconds"]["pipeline"]
+    return {"scores": scores, "seconds": seconds}
 
 
 def bergson_fit(case: Case, work: Path, *, method: str, labels: str = "data") -> Callable[[], None]:
@@ -150,14 +175,6 @@ def bergson_collection(case: Case, work: Path, *, p: int) -> Callable[[], None]:
         collect_gradients(model, dataset, processor, index, batches=batches, target_modules=targets)
 
     return run
-
-
-def bergson_gradients(case: Case, work: Path) -> NDArray[np.float32]:
-    """Return its training gradients without projection, [documents, numbers], modules in their order by name."""
-    from bergson.data import load_gradients
-
-    bergson_collection(case, work, p=0)()
-    return np.asarray(load_gradients(Path(str(work / "bergson-index-0") + ".part")))
 
 
 # --- kronfluence -----------------------------------------------------------------------------------------------------

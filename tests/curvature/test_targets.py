@@ -18,12 +18,19 @@ LENGTHS = (9, 6, 4)
 
 
 def alone(run, ids):
-    """Gradients of everything that trains, by autograd, of one document."""
+    """Gradients of everything that trains, by autograd, of one document, as the optimizer sees them."""
     run.model.eval()
     named = [(n, p) for n, p in run.model.named_parameters() if p.requires_grad]
     logits = run.model(input_ids=ids[None], use_cache=False).logits[0, :-1]
     loss = F.cross_entropy(logits.float(), ids[1:], reduction="sum")
-    return dict(zip([n for n, _ in named], torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)))
+    for (_, p), gradient in zip(named, torch.autograd.grad(loss, [p for _, p in named])):
+        p.grad = gradient
+    for applied in run.plan.applied:  # what the optimizer sees
+        if applied.gradients is not None:
+            applied.gradients()
+    gradients = {n: p.grad.clone() for n, p in named}
+    run.model.zero_grad(set_to_none=True)
+    return gradients
 
 
 def started(techniques, name):
@@ -49,7 +56,7 @@ def check(run, name):
         for target in targets.values():
             found = sink.found[target.name, number]
             gradient = wanted[target.name]
-            if found.shape != gradient.shape:
+            if target.matrices is not None and target.matrices[0].transposed:
                 found = found.mT
             assert_same(found, gradient, 2e-5, target.name)
     return targets
@@ -59,6 +66,8 @@ ADAPTERS = {
     "lora": (tr.LoRA(rank=4),),
     "lora in tiles": (tr.LoRA(rank=4), tr.TiledBlock(tile=5), tr.TiledLoss(tile=4), tr.Recompute()),
     "protected": (tr.OSFT(protect="inputs", form="one_sided"),),
+    "projected": (tr.OSFT(protect="inputs"),),
+    "projected on both sides": (tr.OSFT(protect="weights", ratio=0.4),),
 }
 
 

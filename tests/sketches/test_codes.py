@@ -12,16 +12,13 @@ from treering.sketches import codes, reference
 STORAGES = ("int8", "int4", "float16", "float32")
 
 
-@pytest.mark.parametrize("storage", ["int8", "int4"])
-def test_codes_are_those_of_the_reference(storage):
+def test_codes_are_those_of_the_reference():
     rows = normal(5, 33) * torch.logspace(-6, 3, 5)[:, None]
-    found = codes.decode(*codes.encode(rows, storage), 33, storage)
-    wanted = torch.stack([reference.coded(row, codes.MOST[storage]) for row in rows])
-    for one, other in zip(found, wanted):
-        assert_same(one, other, 1e-6)
+    for row, found in zip(rows, codes.decode(*codes.encode(rows, "int8"), 33, "int8")):
+        assert_same(found, reference.coded(row, 127), 1e-6)
 
 
-@pytest.mark.parametrize(("storage", "tolerance"), [("int8", 0.005), ("int4", 0.08), ("float16", 5e-4), ("float32", 0)])
+@pytest.mark.parametrize(("storage", "tolerance"), [("int8", 0.005), ("int4", 0.3), ("float16", 5e-4), ("float32", 0)])
 @pytest.mark.parametrize("size", [1e-30, 1e-9, 1.0, 1e9, 1e30])
 def test_every_number_is_close_whatever_its_size(storage, tolerance, size):
     rows = normal(7, 40) * size
@@ -29,6 +26,16 @@ def test_every_number_is_close_whatever_its_size(storage, tolerance, size):
     assert encoded.dtype == codes.DTYPES[storage] and encoded.shape == (7, codes.width(40, storage))
     for one, other in zip(codes.decode(encoded, scales, 40, storage), rows):
         assert_same(one, other, tolerance)
+
+
+def test_int4_clips_what_is_rare_for_the_sake_of_the_rest():
+    rows = normal(6, 3000) ** 3
+    wide = torch.stack([reference.coded(row, 7) for row in rows])
+    found = codes.decode(*codes.encode(rows, "int4"), 3000, "int4")
+    errors = [(x - rows).norm(dim=1) / rows.norm(dim=1) for x in (found, wide)]
+    assert (errors[0] < 0.85 * errors[1]).all(), errors
+    few = torch.tensor([[7.0, -3, 1, 0, 5, 2]])  # all of them are codes
+    assert_same(codes.decode(*codes.encode(few, "int4"), 6, "int4"), few, 0.005)
 
 
 @pytest.mark.parametrize("storage", STORAGES)

@@ -10,6 +10,7 @@ from tests.sketches.toy import SHAPES, basis, modules, normal, sums
 from treering import CheckpointError, ConfigError
 from treering.sketches import reference
 from treering.sketches.maps import SideBasis, inverse_root, module_map
+from treering.sketches.recipe import recipe_of
 from treering.sketches.rows import TokenSpans
 from treering.sketches.settings import SketchSettings
 
@@ -129,6 +130,15 @@ def test_a_side_that_is_small_is_not_projected():
     plain = module_map(SketchSettings(kind="psift", curvature="identity", size=5), "A", 3, 12)
     assert plain.left is None and plain.right.shape == (5, 12)
     assert plain.numbers == 15
+
+
+def test_the_size_of_a_row_follows_from_the_smaller_sides():
+    """Of LoRA's A [3, 12] and B [24, 3] the rank side is kept as it is."""
+    settings = SketchSettings(kind="psift", curvature="identity", size=5)
+    maps = [module_map(settings, name, N, M) for name, N, M in (("A", 3, 12), ("B", 24, 3), ("W", 24, 12))]
+    recipe = recipe_of(maps, settings, model="m")
+    assert [m.numbers for m in recipe.modules] == [15, 15, 25]
+    assert recipe.bytes_of_row == 15 + 15 + 25 + 3 * 2
 
 
 def test_a_block_keeps_the_leading_eigenvectors():

@@ -75,6 +75,19 @@ def test_neighbours_and_order_do_not_change_a_bit():
         assert torch.equal(alone[0], whole[number])
 
 
+@pytest.mark.parametrize("kind", ["psift", "eigen-topk", "exact"])
+def test_rows_of_documents_add_up_to_the_batch_and_rows_of_tokens_to_the_document(kind):
+    settings = SketchSettings(kind=kind, curvature="kfac", size=5)
+    made = modules(71)
+    whole = sums(made, settings, TokenSpans.of_lengths([71]), 1).documents_rows()
+    documents = sums(made, settings, SPANS, len(LENGTHS)).documents_rows()
+    tokens = sums(made, settings, TokenSpans.of_lengths([1] * 71), 71).documents_rows()
+    for name in made:
+        assert_same(documents[name].sum(0), whole[name][0], 2e-6, name)
+        each = torch.stack([piece.sum(0) for piece in tokens[name].split(LENGTHS)])
+        assert_same(each, documents[name], 2e-6, name)
+
+
 def test_padding_is_in_no_row():
     documents = torch.tensor([0] * 9 + [-1] * 3 + [2] * 4 + [1] * 12 + [-1])
     spans = TokenSpans.of_tokens(documents)

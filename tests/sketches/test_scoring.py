@@ -119,14 +119,15 @@ def test_equal_documents_have_equal_scores_wherever_they_are(kind, tmp_path):
 
 
 def test_sums_in_fixed_point_are_exact():
-    x = normal(300, 5).double() * torch.logspace(-30, 30, 5)
+    x = normal(5, 300).double() * torch.logspace(-30, 30, 5)[:, None]
     whole, steps = scoring.fixed_point(x)
-    assert_same((whole * steps / x.abs().amax(0)), x / x.abs().amax(0), 1e-11)
+    most = x.abs().amax(1, keepdim=True)
+    assert_same(whole * steps[:, None] / most, x / most, 1e-11)
     codes = torch.randint(-127, 128, (300, 300)).double()
     for order in (torch.arange(300), torch.arange(299, -1, -1), torch.randperm(300)):
-        assert torch.equal(codes[:, order] @ whole[order], codes @ whole)
-    assert float((127 * whole.abs()).sum(0).max()) < 2**53
-    assert not scoring.fixed_point(torch.zeros(4, 2))[0].any()
+        assert torch.equal(codes[:, order] @ whole[:, order].T, codes @ whole.T)
+    assert float((127 * whole.abs()).sum(1).max()) < 2**53
+    assert not scoring.fixed_point(torch.zeros(2, 4))[0].any()
 
 
 def test_of_equal_scores_the_earlier_document_is_better():
@@ -165,7 +166,7 @@ def test_scores_from_few_bits_are_those_of_the_numbers(storage, tmp_path):
     error = (found - wanted).norm(dim=0) / wanted.norm(dim=0)
     ranks = [x.argsort(0).argsort(0).double() for x in (found, wanted)]
     correlation = torch.stack([torch.corrcoef(torch.stack([a, b]))[0, 1] for a, b in zip(*(r.T for r in ranks))])
-    bounds = {"psift": (0.02, 0.999), "psift float16": (0.001, 0.9999), "exact int4": (0.12, 0.98)}[storage]
+    bounds = {"psift": (0.02, 0.999), "psift float16": (0.001, 0.9999), "exact int4": (0.1, 0.985)}[storage]
     assert error.max() <= bounds[0] and correlation.min() >= bounds[1], (error, correlation)
 
 
@@ -218,12 +219,22 @@ def test_cosines_of_what_only_the_query_is_whitened_for_are_refused(tmp_path):
 
 def test_entries_beyond_a_module_are_refused():
     gaps, values = torch.tensor([[5, 9]]).to(torch.uint16), torch.ones(1, 2, dtype=torch.int8)
-    assert scoring.entry_products(gaps, values, torch.eye(15), "shard").sum() == 2
-    with pytest.raises(CheckpointError, match="shard names coordinates that its modules do not have"):
-        scoring.entry_products(gaps, values, torch.eye(14), "shard")
+    assert scoring.entry_places(gaps, values, 15, "shard").tolist() == [[5, 14]]
     wide = torch.full((1, 4), 65_535).to(torch.uint16), torch.zeros(1, 4, dtype=torch.int8)
-    with pytest.raises(CheckpointError, match="that its modules do not have"):
-        scoring.entry_products(*wide, torch.zeros(100_000, 1), "shard")
+    for bad, numbers in (((gaps, values), 14), (wide, 100_000)):
+        with pytest.raises(CheckpointError, match="shard names coordinates that its modules do not have"):
+            scoring.entry_places(*bad, numbers, "shard")
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 17])
+def test_a_few_documents_have_the_scores_that_they_have_among_many(count, tmp_path, monkeypatch):
+    index = of_kind(tmp_path, "eigen-topk")
+    q = queries(index.recipe, count)
+    assert scoring.FEW * 12 * 15 > 63, "all numbers of a query are transposed"
+    whole, some = index.score(q).values, index.by_module(q, [3, 9])
+    monkeypatch.setattr(scoring, "FEW", 0)
+    assert torch.equal(index.score(q).values, whole)
+    assert all(torch.equal(x, some[name]) for name, x in index.by_module(q, [3, 9]).items())
 
 
 @pytest.mark.parametrize("settings", [{}, {"curvature": "kfac"}, {"curvature": "kfac", "kind": "psift"}])

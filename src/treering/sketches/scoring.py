@@ -1,4 +1,4 @@
-"""Scores of the rows of one shard against queries, block by block: Σ_modules ⟨document, query⟩.
+"""Scores of rows of an index against queries, block by block: Σ_modules ⟨document, query⟩.
 
 D numbers of a module, Q queries. Blocks of codes are converted to float64 in one buffer that stays in the cache of a
 core, and multiplied there by queries in fixed point: all products and sums are integers below 2^53, so that they are
@@ -10,7 +10,6 @@ added in float32, one document by itself.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,35 +22,19 @@ from treering.sketches.shards import REMEDY, ShardReader
 
 BLOCK = 1 << 17  # numbers of a block: 1 MiB of float64
 ROWS, ENTRIES = 1024, 1 << 16  # most rows of a block, and most entries of one
-
+FEW = 4  # how many numbers of a query there are for each entry, where only those that are needed are transposed
 
 Chosen = Sequence[tuple[ShardReader, slice | Tensor]]  # rows of shards
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoredModule:
-    """A module that is scored.
-
-    Attributes:
-        number: of the module in the index.
-        queries_DQ: transposed; of dense kinds in units of `steps`, float64; else float32.
-        steps: [Q], float64.
-    """
-
-    number: int
-    module: IndexModule
-    queries_DQ: Tensor
-    steps: Tensor
-
-
-def fixed_point(x_DQ: Tensor) -> tuple[Tensor, Tensor]:
-    """Return whole numbers [D, Q], float64, and steps [Q], powers of 2, whose product is x to 29 bits or more of the
+def fixed_point(x_QD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whole numbers [Q, D], float64, and steps [Q], powers of 2, whose product is x to 29 bits or more of the
     largest: so large that sums of `BLOCK` products with codes stay below 2^53."""
-    D = x_DQ.shape[0]
-    bits = 53 - 7 - (min(D, BLOCK) - 1).bit_length()
-    most = x_DQ.double().abs().amax(0) if D else x_DQ.new_zeros(x_DQ.shape[1], dtype=torch.float64)
+    bits = 53 - 7 - (min(x_QD.shape[1], BLOCK) - 1).bit_length()
+    low, high = x_QD.aminmax(dim=1)
+    most = torch.maximum(high, -low).double()
     steps = torch.ldexp(torch.ones_like(most), torch.frexp(most).exponent - bits)
-    return torch.round(x_DQ.double() / steps), steps
+    return (x_QD.double() / steps[:, None]).round_(), steps
 
 
 class Scorer:
@@ -65,6 +48,7 @@ class Scorer:
         self.queries = queries
         self.modules = [(i, m) for i, m in enumerate(recipe.modules) if m.name in queries]
         self.count = len(next(iter(queries.values())))
+        self.width = [recipe.stored(m).get("gaps", (0, 0))[0] for m in recipe.modules]
         self.sparse, self.storage = recipe.settings.kind == "eigen-topk", recipe.settings.storage
         self.buffer = torch.empty(0 if self.sparse else BLOCK, dtype=torch.float64)
 
@@ -72,7 +56,7 @@ class Scorer:
         """Return the scores [n, Q] of rows, float64."""
         total = torch.zeros(_count(chosen), self.count, dtype=torch.float64)
         for number, module in self.modules:
-            self._add_scores(total, self._prepared(number, module), chosen)
+            self._add_scores(total, number, module, chosen)
         return total
 
     def by_module(self, chosen: Chosen) -> dict[str, Tensor]:
@@ -80,7 +64,7 @@ class Scorer:
         result = {}
         for number, module in self.modules:
             total = torch.zeros(_count(chosen), self.count, dtype=torch.float64)
-            self._add_scores(total, self._prepared(number, module), chosen)
+            self._add_scores(total, number, module, chosen)
             result[module.name] = total.float()
         return result
 
@@ -98,43 +82,50 @@ class Scorer:
                 part.addcmul_(squares, _scales(shard, number, rows).square_())
         return total
 
-    def _prepared(self, number: int, module: IndexModule) -> ScoredModule:
-        x = self.queries[module.name].mT
-        steps = torch.ones(x.shape[1], dtype=torch.float64)
-        if self.sparse:
-            x = x.float()
-        elif self.storage in ("int8", "int4"):
-            x, steps = fixed_point(x)
-        else:
-            x = x.double()
-        return ScoredModule(number=number, module=module, queries_DQ=x.contiguous(), steps=steps)
+    def _add_scores(self, total: Tensor, number: int, module: IndexModule, chosen: Chosen) -> None:
+        """Add the scores [n, Q] of rows in one module to `total`, float64."""
+        x_QD = self.queries[module.name]
+        add = self._add_entries if self.sparse else self._add_codes
+        add(_split(total, chosen), number, x_QD, chosen)
 
-    def _add_scores(self, total: Tensor, one: ScoredModule, chosen: Chosen) -> None:
-        for part, (shard, rows) in zip(_split(total, chosen), chosen):
-            if self.sparse:
-                gaps, values = (shard.tensor(f"{kind}.{one.number}")[rows] for kind in ("gaps", "values"))
-                products = entry_products(gaps, values, one.queries_DQ, str(shard.path)).double()
-            else:
-                stored = shard.tensor(f"codes.{one.number}")[rows]
-                products = dense_products(stored, self.storage, one.queries_DQ, self.buffer)
-            part.addcmul_(products, _scales(shard, one.number, rows)[:, None] * one.steps)
+    def _add_codes(self, parts: Sequence[Tensor], number: int, x_QD: Tensor, chosen: Chosen) -> None:
+        whole, steps = x_QD, torch.ones(self.count, dtype=torch.float64)
+        if self.storage in ("int8", "int4") and self.count:
+            whole, steps = fixed_point(x_QD)
+        whole = whole.double()
+        for part, (shard, rows) in zip(parts, chosen):
+            products = dense_products(shard.tensor(f"codes.{number}")[rows], self.storage, whole, self.buffer)
+            part.addcmul_(products, _scales(shard, number, rows)[:, None] * steps)
+
+    def _add_entries(self, parts: Sequence[Tensor], number: int, x_QD: Tensor, chosen: Chosen) -> None:
+        width = self.width[number]
+        # Of a few documents few numbers of the queries are needed, and to transpose all would take most of the time.
+        few = FEW * width * sum(len(part) for part in parts) < x_QD.shape[1]
+        table = None if few else x_QD.float().mT.contiguous()
+        for part, (shard, rows) in zip(parts, chosen):
+            gaps, values = (shard.tensor(f"{kind}.{number}")[rows] for kind in ("gaps", "values"))
+            for start in range(0, len(gaps), max(1, ENTRIES // width)):
+                some = slice(start, start + max(1, ENTRIES // width))
+                places = entry_places(gaps[some], values[some], x_QD.shape[1], str(shard.path))
+                products = entry_products(places, values[some], x_QD, table)
+                part[some].addcmul_(products.double(), _scales(shard, number, rows)[some, None])
 
 
-def dense_products(stored: Tensor, storage: Storage, queries_DQ: Tensor, buffer: Tensor) -> Tensor:
+def dense_products(stored: Tensor, storage: Storage, queries_QD: Tensor, buffer: Tensor) -> Tensor:
     """Return the products [n, Q] of codes [n, width] with queries, float64, before scales.
 
     Args:
-        queries_DQ: float64.
+        queries_QD: float64.
         buffer: float64, which is overwritten.
     """
-    numbers, queries = queries_DQ.shape
-    products = queries_DQ.new_zeros(len(stored), queries)
+    queries, numbers = queries_QD.shape
+    products = queries_QD.new_zeros(len(stored), queries)
     for some, first, units in blocks(stored, numbers, storage, buffer):
         part = products[some]
         if units.shape[1] == numbers:
-            torch.mm(units, queries_DQ, out=part)
+            torch.mm(units, queries_QD.mT, out=part)
         else:
-            part.addmm_(units, queries_DQ[first : first + units.shape[1]])
+            part.addmm_(units, queries_QD[:, first : first + units.shape[1]].mT)
     return products
 
 
@@ -146,21 +137,26 @@ def dense_squares(stored: Tensor, numbers: int, storage: Storage, buffer: Tensor
     return squares
 
 
-def entry_products(gaps: Tensor, values: Tensor, queries_DQ: Tensor, where: str) -> Tensor:
-    """Return the products [n, Q] of entries [n, entries] with queries, float32, before scales."""
-    products = queries_DQ.new_empty(len(gaps), queries_DQ.shape[1])
-    rows = max(1, ENTRIES // max(1, gaps.shape[1]))
-    for start in range(0, len(gaps), rows):
-        some = slice(start, start + rows)
-        places = topk.positions(gaps[some], values[some], len(queries_DQ))
-        if places.numel():
-            low, high = (int(place) for place in places.aminmax())
-            if low < 0 or high >= len(queries_DQ):
-                raise CheckpointError(f"{where} names coordinates that its modules do not have; {REMEDY}")
-        products[some] = torch.nn.functional.embedding_bag(
-            places, queries_DQ, mode="sum", per_sample_weights=values[some].float()
-        )
-    return products
+def entry_places(gaps: Tensor, values: Tensor, numbers: int, where: str) -> Tensor:
+    """Return the coordinates [n, entries] of entries, all of them below `numbers`."""
+    places = topk.positions(gaps, values, numbers)
+    if places.numel():
+        low, high = (int(place) for place in places.aminmax())
+        if low < 0 or high >= numbers:
+            raise CheckpointError(f"{where} names coordinates that its modules do not have; {REMEDY}")
+    return places
+
+
+def entry_products(places: Tensor, values: Tensor, x_QD: Tensor, table_DQ: Tensor | None) -> Tensor:
+    """Return the products [n, Q] of entries [n, entries] with queries, float32, before scales.
+
+    Args:
+        table_DQ: the queries, transposed; None: of the coordinates that are used alone. Both give the same bits.
+    """
+    if table_DQ is None:
+        used, places = places.unique(return_inverse=True)
+        table_DQ = x_QD[:, used].float().mT.contiguous()
+    return torch.nn.functional.embedding_bag(places, table_DQ, mode="sum", per_sample_weights=values.float())
 
 
 def blocks(stored: Tensor, numbers: int, storage: Storage, buffer: Tensor) -> Iterator[tuple[slice, int, Tensor]]:

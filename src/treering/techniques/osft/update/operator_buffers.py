@@ -5,6 +5,7 @@ step. Their rows are on the ranks that hold the same rows of the weight, so that
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from treering.anatomy.matrices import Matrix
 from treering.core.full_precision import full_precision, product
-from treering.core.sharded import local, meta_rows, start_gather, sum_over_rows
+from treering.core.sharded import TensorCache, gather, local, meta_rows, start_gather, sum_over_rows
+from treering.technique import TrainedMatrix
 from treering.techniques.osft.protection.operators import Bases, End, Operator, OperatorShape
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class OperatorBuffers(nn.Module):
     ):
         super().__init__()
         self.matrix, self.freezes = matrix, freezes
+        self._complete: dict[End, TensorCache] = {}
         self.shapes = {shape.end: shape for shape in shapes}
         self.hard = not any(shape.soft for shape in shapes)
         # A soft operator lets more through than such a product rounds away; a hard one nothing.
@@ -109,6 +112,38 @@ class OperatorBuffers(nn.Module):
     def project_complete(self, X: Tensor, bases: Mapping[End, Tensor]) -> Tensor:
         """Return P_out X P_in where this rank has all rows of X and of both operators."""
         return self._multiply(X, bases, lambda c: c)
+
+    def seen(self, end: End, expert: int | None, rows: Tensor) -> Tensor:
+        """Return rows · P of inputs (`in`) or output gradients (`out`), one token a row: what the projected gradient is
+        made of. A collective the first time, where operators are sharded; they are kept complete from then on."""
+        buffers = [name for name in (self.basis(end), f"values_{end}", "scale") if name in self._buffers]
+        cache = self._complete.setdefault(end, TensorCache())
+        if not cache.valid(*map(self.buffer, buffers)):
+            cache.keep({name: gather(self.buffer(name)) for name in buffers}, *map(self.buffer, buffers))
+        tensors = {name: t if expert is None else t[expert] for name, t in cache.value.items()}
+        X = rows.to(tensors["scale"].dtype)
+        with full_precision():
+            if end in self.shapes and f"P_{end}" in tensors:
+                X = self.multiply(X, tensors[f"P_{end}"])
+            elif end in self.shapes:
+                X = Operator(tensors[f"Q_{end}"], tensors[f"values_{end}"], self.shapes[end].rest, self.multiply).right(
+                    X
+                )
+        return X * (tensors["scale"] != 0) if self.freezes else X
+
+    def trained(self) -> tuple[TrainedMatrix, ...]:
+        """Return where the inputs and output gradients of the projected gradient are seen."""
+        return tuple(
+            TrainedMatrix(
+                name=self.matrix.weight,
+                module=self.matrix.module,
+                expert=one.expert,
+                inputs=partial(self.seen, "in", one.expert) if "in" in self.shapes else None,
+                outputs=partial(self.seen, "out", one.expert) if "out" in self.shapes or self.freezes else None,
+                transposed=self.matrix.transposed,
+            )
+            for one in self.matrix.each()
+        )
 
     def stretch(self, X: Tensor) -> Tensor:
         """Multiply this rank's rows X by c in place."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from treering.anatomy.matrices import Matrix
 from treering.core.errors import PlanError
-from treering.technique import Applied, LazyTensor, Part, Site
+from treering.technique import Applied, LazyTensor, Part, Site, TrainedMatrix
 from treering.techniques.osft.protection import operators
 from treering.techniques.osft.protection.coverage import frozen
 from treering.techniques.osft.update.operator_buffers import OperatorBuffers
@@ -52,7 +52,18 @@ def install(model: nn.Module, config: "OSFTSettings", site: Site, chosen: Sequen
         after_step=steps.retract,
         metrics=steps.metrics,
         messages=steps.messages,
+        maps={m.weight: _trained(m, stored.get(m.weight)) for m in chosen},
         notes=(_note(len(dtypes), sum(bool(buffers.shapes) for buffers in stored.values())),),
+    )
+
+
+def _trained(matrix: Matrix, buffers: OperatorBuffers | None) -> tuple[TrainedMatrix, ...]:
+    """Return where the gradient that the optimizer sees is made of, of a weight with or without operators."""
+    if buffers is not None:
+        return buffers.trained()
+    return tuple(
+        TrainedMatrix(name=matrix.weight, module=matrix.module, expert=one.expert, transposed=matrix.transposed)
+        for one in matrix.each()
     )
 
 
