@@ -41,9 +41,9 @@ def test_a_run_is_indexed_asked_cleaned_and_trained_again(trained, capsys):
     table = read_scores(trained / "s.parquet")
     assert len(table.documents) == 24 and "bm25" in table.baselines and np.abs(table.scores).max() > 0
     capsys.readouterr()
-    assert run("influence", "clean", "s.parquet", "--remove", 4, "--config", "run.yaml", "--to", "new") == 0
+    assert run("influence", "clean", "s.parquet", "--remove", 4, "--to", "new") == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("train again: "))
-    assert command[0] == "treering" and run(*command[1:]) == 0
+    assert command[:3] == ["treering", "train", "first/config.yaml"] and run(*command[1:]) == 0
     assert len((trained / "new" / "chat.jsonl").read_bytes().splitlines()) == 20
     assert (trained / "first-cleaned" / "checkpoints" / "step-3").is_dir()
 

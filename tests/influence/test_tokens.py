@@ -7,6 +7,7 @@ import torch
 import treering as tr
 from tests.curvature.texts import documents
 from tests.influence.test_build import LENGTHS, QUERIES, known, texts
+from tests.ranks import on_ranks
 from tests.same import assert_same
 from tests.zoo import build as model_of
 from treering.anatomy import examine
@@ -84,3 +85,16 @@ def test_adapters_tiles_and_recompute_do_not_change_the_scores_of_tokens():
     for one, other in zip(found["plain"], found["tiles"]):
         assert np.abs(one).max() > 0
         assert_same(torch.from_numpy(other), torch.from_numpy(one), 1e-4)
+
+
+def refused(rank_settings):
+    run = tr.compose(model_of("llama"), [tr.Full(), tr.Ulysses(), tr.Shard()], mesh=tr.mesh(**rank_settings))
+    sketched = Sketched.of(run, PLAIN, None)
+    queries = query_rows(sketched, texts(QUERIES, "query", seed=5))
+    with pytest.raises(tr.PlanError, match="sequence axis of 2") as found:
+        token_scores(sketched, texts()[:1], queries)
+    return found.value.settings
+
+
+def test_ranks_that_share_a_sequence_do_not_have_the_tokens_of_a_document():
+    assert on_ranks(2, refused, {"shard": 1, "sequence": 2}) == [("mesh.sequence",)] * 2

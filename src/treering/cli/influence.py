@@ -1,5 +1,6 @@
 """`treering influence`: which training documents decided an answer, and a dataset without the harmful ones."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -114,6 +115,7 @@ def query(
             shaded=shade,
             page=html,
         )
+    table = replace(table, about={**table.about, "config": str(_file(run))})
     write_scores(table, to)
     if n:
         reduced = _one_query(table, None, "mean")
@@ -123,9 +125,12 @@ def query(
 
 def _config(run: Path) -> "RunConfig":
     """Return the configuration of a run by its folder, which may have been moved, or by its file."""
-    from dataclasses import replace
+    config = load(_file(run), None)
+    return replace(config, output=str(run)) if run.is_dir() else config
 
-    return replace(load(run / "config.yaml", None), output=str(run)) if run.is_dir() else load(run, None)
+
+def _file(run: Path) -> Path:
+    return run / "config.yaml" if run.is_dir() else run
 
 
 def _by_words(config: "RunConfig", texts: tuple[str, ...], files: tuple[str, ...]) -> "ScoreTable":
@@ -151,8 +156,6 @@ def _add(queries: dict[str, Any], name: str, ids: Any) -> None:
 
 
 def _with_data(config: "RunConfig", files: tuple[str, ...]) -> "RunConfig":
-    from dataclasses import replace
-
     return replace(config, data=replace(config.data, train=files, eval=None, eval_fraction=0.0))
 
 
@@ -208,15 +211,15 @@ def clean(
         Literal["keep", "drop"], typer.Option(help="Records without a score: held out, skipped or not indexed.")
     ] = "keep",
     config: Annotated[
-        Path, typer.Option("--config", metavar="FILE", help="The run's configuration, for the command at the end.")
-    ] = Path("run.yaml"),
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="To train again with; default: that of the query's run."),
+    ] = None,
     n: Annotated[int, typer.Option("-n", min=0, help="How many of the removed records are printed.")] = 10,
 ) -> None:
     """Write a copy of the training data without the most harmful records, or with only the most helpful ones."""
     given = {"remove": remove, "remove-share": remove_share, "remove-below": remove_below}
     given |= {"remove-above": remove_above, "keep": keep, "keep-share": keep_share, "keep-above": keep_above}
     choice = _choice(given, helpful, unscored)
-    output = f"{load(config, None).output}-cleaned" if config.exists() else "runs/cleaned"
     from treering.cli.console import say
     from treering.cli.text import count
     from treering.influence.clean import LISTING
@@ -224,6 +227,8 @@ def clean(
     from treering.influence.tables import read_scores
 
     table = _one_query(read_scores(file), queries, reduce)
+    trained = config or Path(str(table.about.get("config", "run.yaml")))
+    output = f"{load(trained, None).output}-cleaned" if trained.exists() else "runs/cleaned"
     cleaned = write(table, _sources(table), choice, to)
     for line in cleaned.listing()[:n]:
         say(line, "red")
@@ -236,7 +241,7 @@ def clean(
         say(f"! {count(missing, 'record')} without a score: {unscored}", "yellow")
     if cleaned.ties:
         say(f"! {count(cleaned.ties, 'record')} with exactly the score of a removed one: kept", "yellow")
-    say(f"train again: {cleaned.retrain(str(config), output)}")
+    say(f"train again: {cleaned.retrain(str(trained), output)}")
 
 
 def _choice(given: dict[str, Any], helpful: bool, unscored: Literal["keep", "drop"]) -> "RecordChoice":

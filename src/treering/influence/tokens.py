@@ -13,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from treering.core.errors import PlanError
 from treering.core.full_precision import full_precision
+from treering.core.topology import axis_size
 from treering.curvature.capture import Pair, capture
 from treering.curvature.measured_model import MeasuredModel, evaluating
 from treering.curvature.targets import TargetPairs
@@ -77,6 +79,12 @@ def token_scores(
         queries: from `query_rows`.
     """
     run, subject = sketched.run, MeasuredModel.of(sketched.run, None, None)
+    if (parts := axis_size(run.plan.mesh, "sequence")) > 1:
+        raise PlanError(
+            f"the mesh has a sequence axis of {parts}, and tokens are scored where documents are complete; use "
+            "sequence: 1 for this",
+            settings=("mesh.sequence",),
+        )
     sink = TokenSums(sketched, queries)
     weights = {target.weight for target in sketched.targets.values()}
     pairs = TargetPairs(sketched.targets.values(), sink)
