@@ -118,7 +118,7 @@ def _write(
                         chosen = [documents[i] for i in one]
                         ids = [document.sample_id for document in chosen]
                         done += 1
-                        found: EncodedRows = rows_of(chosen, _encoder(sketched.recipe, ids))
+                        found: EncodedRows = rows_of(chosen, encoder_of(sketched.recipe, ids))
                         if shard is not None:
                             shard.add_encoded(ids, [len(document.ids) for document in chosen], found)
                         progress(done, batches[rank])
@@ -130,7 +130,7 @@ def _write(
         raise problem or others[0]
 
 
-def _encoder(recipe: IndexRecipe, ids: Sequence[str]) -> Finish:
+def encoder_of(recipe: IndexRecipe, ids: Sequence[str]) -> Finish:
     """Return what stores the rows of the documents `ids` of a module."""
     modules = {module.name: module for module in recipe.modules}
     return lambda name, x: encode_rows(recipe, modules[name], x, ids)
