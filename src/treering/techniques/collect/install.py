@@ -155,6 +155,7 @@ class Collector:
                 settings=("collect",),
             )
         self.steps, self.watched = self.steps.add_(1), 0
+        self._open.clear()  # losses whose backward never came
 
     def state(self) -> dict[str, Tensor]:
         """Write what waits, and return how many shards and steps there are. A collective."""
