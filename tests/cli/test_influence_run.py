@@ -58,8 +58,9 @@ def files(folder: Path):
 
 
 def test_a_run_is_indexed_and_asked(trained, root, capsys):
-    assert call("influence", "build", root / "out", "--tokens", 2000) == 0
+    assert call("influence", "build", root / "out", "--tokens", 2000, "--profile") == 0
     out = capsys.readouterr().out
+    assert all(f" s  {step}" in out for step in ("measuring the curvature", "forward, backward and rows", "the probe"))
     assert "rows of 24 documents" in out and "eigen-topk-ekfac-42: 28 modules" in out and "not indexed" in out
     assert call("influence", "query", root / "out", "--data", trained / "asked.jsonl", "--to", root / "s.parquet") == 0
     out = capsys.readouterr().out

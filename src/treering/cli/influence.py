@@ -46,6 +46,7 @@ def build(
     tokens: Annotated[int, typer.Option(min=1, help="On how many the curvature is measured.")] = 1 << 18,
     step: Annotated[int | None, typer.Option(min=1, help="Of this checkpoint; default: the newest.")] = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Start this many ranks on this machine.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Print the time of each step.")] = False,
 ) -> None:
     """Measure the curvature of a trained run, and write a row for each of its training documents. The same
     command resumes what was interrupted."""
@@ -57,7 +58,7 @@ def build(
         return
     from treering.cli.influence_run import build_index
 
-    build_index(job_of(_config(run)), sketch, tokens, step)
+    build_index(job_of(_config(run)), sketch, tokens, step, profile)
 
 
 @app.command("query")

@@ -1,6 +1,9 @@
 """What `treering influence build` and `query` do with a run: open it, index its data, score it."""
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,18 +28,20 @@ def opened(job: "Job", step: int | None) -> "RunIndex":
     return RunIndex.open(job, step=step, helping=helping)
 
 
-def build_index(job: "Job", settings: "SketchSettings", tokens: int, step: int | None) -> None:
+def build_index(job: "Job", settings: "SketchSettings", tokens: int, step: int | None, profile: bool) -> None:
     """Build the index of a run, and print what is in it and how it does on a probe."""
     from treering.cli.console import console, say
     from treering.cli.text import count, size
     from treering.core.collectives import is_first
 
-    of_run = opened(job, step)
+    times = StepTimes()
+    with times("opening the run"):
+        of_run = opened(job, step)
     if is_first():
         say(f"rows of {count(len(of_run.examples), 'document')} into {of_run.folder}")
     with console(stderr=True).status("measuring") as status:
         show = lambda what, done, of: status.update(f"{what}: batch {done:,} of {of:,}")  # noqa: E731
-        index = of_run.build(settings, tokens=tokens, progress=show)
+        index = of_run.build(settings, tokens=tokens, progress=show, timed=times)
     asked = of_run.open_index(index.folder.name)
     left_out = asked.sketched.left_out
     if not is_first():
@@ -46,8 +51,27 @@ def build_index(job: "Job", settings: "SketchSettings", tokens: int, step: int |
     for reason in sorted(set(left_out.values())):
         names = [name for name, why in left_out.items() if why == reason]
         say(f"  not indexed: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and (warning := asked.probe().warning):
+    with times("the probe"):
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        warning = asked.probe().warning if alone else None
+    if warning:
         say(f"! {warning}", "yellow")
+    if profile:
+        for name, seconds in times.seconds.items():
+            say(f"{seconds:9.2f} s  {name}")
+
+
+class StepTimes:
+    """Wall-clock seconds by the name of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
 def table_of(

@@ -7,7 +7,7 @@ shards that are complete.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from treering.sketches.shards import EncodedRows
 # An index has about so many shards, or more: ranks share them out, and a killed build keeps the complete ones.
 SHARDS = 64
 Progress = Callable[[int, int], None]
+Timed = Callable[[str], AbstractContextManager[object]]
 
 
 def build(
@@ -44,6 +45,7 @@ def build(
     capacity: int = 2048,
     about: Mapping[str, str] | None = None,
     progress: Progress = lambda done, of: None,
+    timed: Timed = nullcontext,
 ) -> Index:
     """Build an index of `documents`, or resume a build that was killed. Every rank calls it with the same documents.
 
@@ -56,19 +58,22 @@ def build(
         capacity: tokens of a batch, at least those of the longest document.
         about: what else queries have to agree with the index in, as texts by name: a digest of the documents.
         progress: called with (batches done, batches of this rank).
+        timed: opened around each step, with its name.
 
     Example:
         known = tr.measure(run, batches, gradients=GradientSettings(kind="ekfac"), to="statistics")
         index = build(run, documents, "index", statistics=known)
     """
-    sketched = Sketched.of(run, settings or SketchSettings(), statistics, about)
+    with timed("maps of the modules"):
+        sketched = Sketched.of(run, settings or SketchSettings(), statistics, about)
     shards = shards_of(documents, sketched.recipe, capacity, packing_of(run))
     with writing(to, sketched.recipe) as writer:
         ids = [[documents[i].sample_id for one in bins for i in one] for bins in shards]
         left = [number for number in range(len(shards)) if not writer.is_complete(number, ids[number])]
         left = json.loads(from_first(json.dumps(left)))
-        _write(sketched, writer, documents, shards, left, progress)
-        writer.publish(len(shards))
+        _write(sketched, writer, documents, shards, left, progress, timed)
+        with timed("listing the shards"):
+            writer.publish(len(shards))
     return open_index(to)
 
 
@@ -98,7 +103,7 @@ def shards_of(
 
 def _write(
     sketched: Sketched, writer: Any, documents: Sequence[Document], shards: Sequence[list[list[int]]],
-    left: Sequence[int], progress: Progress,
+    left: Sequence[int], progress: Progress, timed: Timed,
 ) -> None:  # fmt: skip
     """Write this rank's share of the shards that are left. A collective: all ranks run equally many batches."""
     rank, ranks = data_rank(sketched.run.plan.mesh)
@@ -118,7 +123,8 @@ def _write(
                         chosen = [documents[i] for i in one]
                         ids = [document.sample_id for document in chosen]
                         done += 1
-                        found: EncodedRows = rows_of(chosen, encoder_of(sketched.recipe, ids))
+                        with timed("forward, backward and rows"):
+                            found: EncodedRows = rows_of(chosen, encoder_of(sketched.recipe, ids))
                         if shard is not None:
                             shard.add_encoded(ids, [len(document.ids) for document in chosen], found)
                         progress(done, batches[rank])

@@ -8,6 +8,7 @@ model without a message: its recipe has a digest of the weights.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from treering.curvature import open as open_statistics
 from treering.data import examples as encoding
 from treering.data.examples import Document, Examples
 from treering.influence.bm25 import TokenLists, bm25
-from treering.influence.building import build
+from treering.influence.building import Timed, build
 from treering.influence.probe import ProbeResult, make_probe
 from treering.influence.query import query_rows
 from treering.influence.records import as_json, indexed_sources
@@ -133,21 +134,23 @@ class RunIndex:
 
     def build(
         self, settings: SketchSettings, *, tokens: int = 1 << 18, seed: int = 0,
-        progress: Progress = lambda what, done, of: None,
+        progress: Progress = lambda what, done, of: None, timed: Timed = nullcontext,
     ) -> Index:  # fmt: skip
         """Measure what the settings need, and write a row for each training document; or resume both. A collective.
 
         Args:
             tokens: on how many the factors are measured.
             seed: of the drawn labels, and of which documents are measured.
+            timed: opened around each step, with its name.
         """
         known = None
         if settings.curvature != "identity":
-            known = self.statistics(GradientSettings(kind=settings.curvature, seed=seed), tokens, progress)
+            with timed("measuring the curvature"):
+                known = self.statistics(GradientSettings(kind=settings.curvature, seed=seed), tokens, progress)
         return build(
             self.run, TrainingDocuments(self.examples), self.folder / index_name(settings), settings=settings,
             statistics=known, capacity=self.capacity, about=self.about,
-            progress=lambda done, of: progress("indexing", done, of),
+            progress=lambda done, of: progress("indexing", done, of), timed=timed,
         )  # fmt: skip
 
     def open_index(self, name: str | None = None) -> "AskedIndex":
