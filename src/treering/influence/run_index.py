@@ -85,6 +85,10 @@ class RunIndex:
             helping: techniques that train nothing: a tiled loss, recompute, and shard where there are several ranks.
         """
         run = reopen(job, step=step, helping=helping)
+        for parameter in run.model.parameters():
+            parameter.requires_grad_(
+                False
+            )  # rows are made of activations' gradients; those of weights would cost a third
         tokenizer = open_tokenizer(job)
         if is_first():
             encoding.build(job.data, tokenizer, "train")
