@@ -77,6 +77,10 @@ class BatchTokens:
         """Return the tokens of a batch that a run has made ready, which has `targets` and `document_numbers`."""
         return cls(batch[NUMBERS], batch["targets"], batch.get("samples", ()))
 
+    def has_order(self, count: int) -> bool:
+        """Return whether a layer that is called with `count` rows may have one for each token."""
+        return count in self.orders
+
     def rows(self, name: str, count: int, tile: TileRows | None) -> LayerRows:
         """Return the rows of a layer that is called with `count` of them."""
         total = count if tile is None else tile.total

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from treering.core.errors import DataError, PlanError
 from treering.core.topology import axis_size
 from treering.curvature.batch_tokens import NUMBERS, BatchTokens
-from treering.curvature.capture import Capture, Pair, install_capture
+from treering.curvature.capture import install_capture
 from treering.curvature.factors import GradientFactors
 from treering.curvature.labels import with_gradient
+from treering.curvature.pairs import Capture, Pair
 from treering.curvature.targets import Target, TargetPairs, targets_of
 from treering.sketches import encode_rows
 from treering.sketches.gradient_rows import GradientRows
