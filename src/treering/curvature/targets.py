@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from treering.anatomy.matrices import Matrix
+from treering.anatomy.matrices import Matrix, of_experts, of_linear
 from treering.curvature.capture import capturable
 from treering.curvature.pairs import Pair, PairSink
 from treering.curvature.parts import SeenPart, parts_of
@@ -158,6 +158,13 @@ def biases_of(anatomy: "Anatomy") -> dict[str, str]:
     for experts in anatomy.experts:
         found |= {name: f"{name}_bias" for name in experts.stacked if f"{name}_bias" in experts.biases}
     return found
+
+
+def plain_sizes(anatomy: "Anatomy") -> dict[str, tuple[int, int]]:
+    """Return N and M of each linear layer and of each matrix of a stack, without a bias, by weight."""
+    each = [of_linear(linear) for linear in anatomy.linears]
+    each += [stack for experts in anatomy.experts for stack in of_experts(anatomy, experts)]
+    return {matrix.weight: (matrix.outputs, matrix.inputs) for matrix in each}
 
 
 def plain_target(matrix: Matrix) -> Target:

@@ -98,6 +98,24 @@ def test_training_is_the_same_bit_for_bit(name, base, tmp_path):
     assert sorted(index.all_ids()) == sorted(f"{d.sample_id}@{i // 4}" for i, d in enumerate(texts()))
 
 
+def test_rows_of_all_parameters_are_those_of_an_index_of_them(tmp_path):
+    collect = tr.Collect(to=str(tmp_path / "rows"), kind="exact", curvature="identity", cover="all")
+    trained([tr.Full(), *SURROUNDED, collect], lr=0.0, name="qwen2")
+    found = rows_by_id(tmp_path / "rows")
+    built = build(
+        tr.compose(model_of("qwen2"), [tr.Full()]), texts(), tmp_path / "built",
+        settings=SketchSettings(kind="exact", curvature="identity"), capacity=32, cover="all",
+    )  # fmt: skip
+    wanted = rows_by_id(built.folder)
+    assert len(built.recipe.modules) == 14 + 5 + 2
+    for sample in wanted:
+        assert_same(found[sample], wanted[sample], 0.012, sample)
+    with pytest.raises(tr.PlanError, match="cover is all, and the statistics"):
+        trained([tr.Full(), tr.Collect(to=str(tmp_path / "other"), cover="all")], factors([tr.Full()], name="qwen2"))
+    with pytest.raises(tr.ConfigError, match="blocks or all"):
+        tr.Collect(cover="some")
+
+
 def collected(folder, sizes, kind, curvature, statistics):
     mesh = tr.mesh(**sizes) if sizes else None
     collect = tr.Collect(to=str(folder), kind=kind, curvature=curvature)
