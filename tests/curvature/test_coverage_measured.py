@@ -108,3 +108,24 @@ def shared_out(sizes, name, kind, to):
 def test_every_bit_is_the_same_on_any_number_of_ranks(kind, name, tmp_path):
     wanted = shared_out({}, name, kind, None)
     assert set(on_ranks(2, shared_out, {"shard": 2}, name, kind, tmp_path / "two")) == {wanted}
+
+
+def on_a_sequence(sizes, name):
+    mesh, techniques = (tr.mesh(**sizes), [tr.Ulysses(), tr.Shard()]) if sizes else (None, [])
+    run = tr.compose(build(name, tied=False), [tr.Full(), *techniques], mesh=mesh)
+    found = measure(run, [packed(documents((12, 7, 5, 8)))], gradients=settings("kfac"))
+    pieces = {(w, side): one.read(one.keys[side]) for w, one in found.gradients.items() for side in SIDES}
+    return pieces, found.gradients.coverage.counts
+
+
+SIDES = ("inputs", "gradients")
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
+def test_ranks_that_share_a_sequence_measure_what_one_does(name):
+    wanted, counts = on_a_sequence({}, name)
+    for pieces, counted in on_ranks(2, on_a_sequence, {"sequence": 2}, name):
+        assert all(torch.equal(counted[name], counts[name]) for name in counts)
+        assert pieces.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert_same(pieces[key], value, 1e-5, str(key))

@@ -5,9 +5,11 @@ import pytest
 import treering as tr
 from tests.curvature.test_targets import alone
 from tests.curvature.texts import documents, packed
-from tests.influence.test_build import LENGTHS, QUERIES, texts
+from tests.influence.test_build import LENGTHS, QUERIES, digests, texts
+from tests.ranks import on_ranks
 from tests.same import assert_same
 from tests.zoo import build as model_of
+from treering.core.topology import data_rank
 from treering.curvature import GradientSettings, measure
 from treering.influence import Sketched, build, query_rows
 from treering.sketches import SketchSettings
@@ -52,3 +54,26 @@ def test_statistics_and_index_cover_the_same(tmp_path):
             assert shapes["model.layers.0.self_attn.q_proj.weight"] == (32, 33)
         else:
             assert "lm_head.weight" not in shapes and "covered" not in index.recipe.about
+
+
+def built(sizes, settings, root):
+    run = tr.compose(
+        model_of("qwen3_moe"), [tr.Full(), *([tr.Shard()] if sizes else [])], mesh=tr.mesh(**sizes) if sizes else None
+    )
+    given = documents(LENGTHS)
+    rank, ranks = data_rank(run.plan.mesh)
+    batches = [packed(given[:4]), packed(given[4:])][rank::ranks]
+    how = GradientSettings(kind=settings.curvature, cover="all", vocabulary=16)
+    known = measure(run, batches, gradients=how, to=root / "statistics")
+    build(run, texts(), root / "index", settings=settings, statistics=known, capacity=20, cover="all")
+    return known.gradients.digest
+
+
+SKETCHES = [SketchSettings(entries=20), SketchSettings(kind="psift", curvature="kfac", size=8)]
+
+
+@pytest.mark.parametrize("settings", SKETCHES, ids=lambda settings: settings.kind)
+def test_every_byte_is_the_same_on_two_ranks(settings, tmp_path):
+    wanted = built({}, settings, tmp_path / "one")
+    assert set(on_ranks(2, built, {"shard": 2}, settings, tmp_path / "two")) == {wanted}
+    assert digests(tmp_path / "two" / "index") == digests(tmp_path / "one" / "index")

@@ -63,6 +63,8 @@ class BatchTokens:
         self.documents_T = numbers_BS.reshape(-1).cpu()
         trained = (targets_BS != IGNORED).cpu()
         kept = trained.any(0).nonzero().squeeze(1)
+        if not len(kept):  # the head is called with one position, whose loss is 0
+            kept = torch.zeros(1, dtype=torch.long)
         self.orders: dict[int, Tensor | None] = {
             rows * length: None,
             rows * len(kept): (torch.arange(rows)[:, None] * length + kept).reshape(-1),
