@@ -146,3 +146,15 @@ def test_gathered_parameters_change_nothing(name):
         assert found.keys() == wanted.keys()
         for key in wanted:
             assert_same(found[key], wanted[key], 1e-6, str(key))
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gemma3"])
+def test_a_frozen_model_in_bfloat16_shows_what_one_that_trains_does(name):
+    helping = [tr.Recompute(), tr.TiledLoss(tile=4)]
+    batch = packed(documents(LENGTHS))
+    targets, _, wanted = gradients(tr.compose(build(name, tied=False, dtype=torch.bfloat16), [tr.Full()]), batch)
+    frozen = tr.compose(build(name, tied=False, dtype=torch.bfloat16), helping, frozen=True)
+    again, reasons, found = gradients(frozen, batch)
+    assert set(again) == set(targets) and not reasons and found.keys() == wanted.keys()
+    for key in wanted:
+        assert_same(found[key].float(), wanted[key].float(), 2e-2, str(key))

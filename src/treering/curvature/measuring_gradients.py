@@ -68,12 +68,13 @@ def measure_gradients(
 
 def bytes_on_disk(model: nn.Module, anatomy: "Anatomy", settings: GradientSettings, maps: Maps | None = None) -> int:
     """Return the bytes of factors, eigenvectors and Λ, if no two weights have the same inputs: an upper bound."""
-    total = 0
+    total = 4 * sum(_embeddings(model, anatomy).values()) if settings.cover == "all" else 0
     coverage = Coverage(of=settings.cover, vocabulary=settings.vocabulary)
     for matrix in _chosen(model, anatomy, maps, coverage)[0].values():
         count = (1 if settings.experts == "pooled" else matrix.experts) or 1
         sides = 2 * (matrix.inputs**2 + matrix.outputs**2) + matrix.inputs + matrix.outputs
-        moment = matrix.inputs**2 if settings.kind in ("shampoo", "tkfac") else 0
+        apart = settings.kind in ("shampoo", "tkfac") or matrix.bias is not None
+        moment = matrix.inputs**2 if apart else 0
         corrected = matrix.inputs * matrix.outputs if settings.kind == "ekfac" else 0
         total += 4 * count * (sides + moment + corrected)
     return total
@@ -92,12 +93,14 @@ class _Count:
 
 def _coverage(subject: MeasuredModel, batches: MaskedBatches, settings: GradientSettings) -> Coverage:
     """Return what is covered, with the counts of tokens. A collective."""
-    counts = {}
-    if settings.cover == "all":
-        for part in parts_of(subject.model, subject.anatomy)[0].values():
-            if part.kind == "embedding":
-                counts[part.name] = subject.token_counts(batches, part.inputs).float()
+    embeddings = _embeddings(subject.model, subject.anatomy) if settings.cover == "all" else {}
+    counts = {name: subject.token_counts(batches, tokens).float() for name, tokens in embeddings.items()}
     return Coverage(of=settings.cover, vocabulary=settings.vocabulary, counts=counts)
+
+
+def _embeddings(model: nn.Module, anatomy: "Anatomy") -> dict[str, int]:
+    """Return the embedding that can be covered, with its vocabulary."""
+    return {part.name: part.inputs for part in parts_of(model, anatomy)[0].values() if part.kind == "embedding"}
 
 
 def _chosen(

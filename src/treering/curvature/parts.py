@@ -165,7 +165,7 @@ class _NormOutput:
         ones = x.new_ones(count, 1, dtype=torch.promote_types(x.dtype, torch.float32))
         found = []
         for name in self.names:
-            one = g if name.endswith(".bias") else g * normed(module, x)
+            one = g.to(ones.dtype) if name.endswith(".bias") else g * normed(module, x)
             one = one.transpose(1, 2) if swapped else one
             found.append((name, ones, one.reshape(count, -1, one.shape[-1]).sum(1)))
         return found
