@@ -13,7 +13,7 @@ from tests.ranks import on_ranks
 from tests.same import assert_same
 from tests.zoo import build
 from treering.core.topology import data_rank
-from treering.curvature import GradientSettings, measure
+from treering.curvature import GradientSettings, Ring, measure
 from treering.curvature import open as open_statistics
 from treering.curvature.capture import capture
 from treering.curvature.measured_model import MeasuredModel, evaluating
@@ -129,3 +129,28 @@ def test_ranks_that_share_a_sequence_measure_what_one_does(name):
         assert pieces.keys() == wanted.keys()
         for key, value in wanted.items():
             assert_same(pieces[key], value, 1e-5, str(key))
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_measurement_resumes_and_the_folder_serves_osft(tmp_path):
+    run, ring = tr.compose(build("qwen2"), [tr.Full()]), Ring(name="old", tokens=0, data="abc")
+    complete = measure(run, each(), gradients=settings(), ring=ring, to=tmp_path / "complete")
+
+    def stop(done, of):
+        if done > len(LENGTHS) + 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        measure(run, each(), gradients=settings(), ring=ring, to=tmp_path / "killed", progress=stop)
+    assert not open_statistics(tmp_path / "killed").gradients.complete
+    resumed = measure(run, each(), gradients=settings(), ring=ring, to=tmp_path / "killed")
+    assert resumed.gradients.complete and resumed.gradients.digest == complete.gradients.digest
+    plain = measure(run, each(), gradients=settings(cover="blocks"), ring=ring)
+    counts = []
+    for statistics in (open_statistics(tmp_path / "killed"), plain):
+        protected = tr.compose(build("qwen2"), [tr.OSFT(protect="inputs")], statistics=statistics)
+        counts.append(sum(p.numel() for _, p in protected.trainable()))
+    assert counts[0] == counts[1]
