@@ -165,3 +165,11 @@ def test_gradients_are_measured_and_what_has_none_is_said(place, capsys):
     for wrong in (("--add", place / "one"), ("--trained",)):
         assert call(place, *data, *wrong, "--to", place / "three") == 2
         assert "--gradients measures both" in capsys.readouterr().err
+
+
+def test_the_report_says_what_is_exact_projected_or_left_out(place, capsys):
+    data = ("--data", place / "chat.jsonl", "--tokens", 200, "--gradients", "kfac", "--cover", "all")
+    assert call(place, *data, "--to", place / "one") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "% exact" in out and "% projected on the side of the vocabulary" in out and "without factors" not in out
+    assert open_statistics(place / "one").gradients.settings.cover == "all"

@@ -43,6 +43,10 @@ def build(
     size: Annotated[int, typer.Option(min=1, help="Of psift: numbers of each side of a matrix.")] = 16,
     entries: Annotated[int, typer.Option(min=1, help="Of eigen-topk: coordinates of a matrix.")] = 42,
     block: Annotated[int | None, typer.Option(min=1, help="Of eigen-topk: of so many leading eigenvectors.")] = None,
+    cover: Annotated[
+        Literal["blocks", "all"],
+        typer.Option(help="Matrices in blocks, or biases, norms, routers, embedding, head too."),
+    ] = "blocks",
     tokens: Annotated[int, typer.Option(min=1, help="On how many the curvature is measured.")] = 1 << 18,
     step: Annotated[int | None, typer.Option(min=1, help="Of this checkpoint; default: the newest.")] = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Start this many ranks on this machine.")] = None,
@@ -58,7 +62,7 @@ def build(
         return
     from treering.cli.influence_run import build_index
 
-    build_index(job_of(_config(run)), sketch, tokens, step, profile)
+    build_index(job_of(_config(run)), sketch, tokens=tokens, step=step, cover=cover, profile=profile)
 
 
 @app.command("query")

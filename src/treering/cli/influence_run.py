@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from treering.curvature.vocabulary import Cover
     from treering.data.examples import Document
     from treering.influence.run_index import AskedIndex, RunIndex
     from treering.influence.scores import ScoreTable
@@ -28,7 +29,9 @@ def opened(job: "Job", step: int | None) -> "RunIndex":
     return RunIndex.open(job, step=step, helping=helping)
 
 
-def build_index(job: "Job", settings: "SketchSettings", tokens: int, step: int | None, profile: bool) -> None:
+def build_index(
+    job: "Job", settings: "SketchSettings", *, tokens: int, step: int | None, cover: "Cover", profile: bool
+) -> None:
     """Build the index of a run, and print what is in it and how it does on a probe."""
     from treering.cli.console import console, say
     from treering.cli.text import count, size
@@ -41,7 +44,7 @@ def build_index(job: "Job", settings: "SketchSettings", tokens: int, step: int |
         say(f"rows of {count(len(of_run.examples), 'document')} into {of_run.folder}")
     with console(stderr=True).status("measuring") as status:
         show = lambda what, done, of: status.update(f"{what}: batch {done:,} of {of:,}")  # noqa: E731
-        index = of_run.build(settings, tokens=tokens, progress=show, timed=times)
+        index = of_run.build(settings, tokens=tokens, cover=cover, progress=show, timed=times)
     asked = of_run.open_index(index.folder.name)
     left_out = asked.sketched.left_out
     if not is_first():

@@ -42,6 +42,10 @@ def command(
     experts: Annotated[
         Literal["each", "pooled"], typer.Option(help="Of --gradients: experts of a stack apart, or together.")
     ] = "each",
+    cover: Annotated[
+        Literal["blocks", "all"],
+        typer.Option(help="Of --gradients: matrices in blocks, or biases, norms, routers, embedding, head too."),
+    ] = "blocks",
     add: Annotated[
         list[Path] | None, typer.Option("--add", metavar="DIR", help="Earlier statistics to add this to. Repeatable.")
     ] = None,
@@ -63,7 +67,7 @@ def command(
         raise ConfigError(f"{name} is of inputs alone, and --gradients measures both; leave one of them out")
     if launch.started(NAME, nproc):
         return
-    settings = gradient_settings(gradients, labels, experts, seed)
+    settings = gradient_settings(gradients, labels, experts, seed, cover)
     _refuse_taken(to, add or [], settings)
     from treering.cli.measure_report import announce, report_gradients, table_of
 
@@ -97,13 +101,15 @@ def _warn(statistics: "Statistics") -> None:
             say(f"! {text}", "yellow")
 
 
-def gradient_settings(kind: str | None, labels: str, experts: str, seed: int) -> "GradientSettings | None":
+def gradient_settings(
+    kind: str | None, labels: str, experts: str, seed: int, cover: str = "blocks"
+) -> "GradientSettings | None":
     """Return what is measured of gradients; None: nothing."""
     from treering.curvature import GradientSettings
 
     if kind is None:
         return None
-    return GradientSettings(kind=kind, labels=labels, experts=experts, seed=seed)  # type: ignore[arg-type]
+    return GradientSettings(kind=kind, labels=labels, experts=experts, seed=seed, cover=cover)  # type: ignore[arg-type]
 
 
 def composed(model: str, dtype: str, dequantize: bool, gradients: "GradientSettings | None" = None) -> "Run":

@@ -4,9 +4,11 @@ from collections import Counter
 from math import prod
 from typing import TYPE_CHECKING
 
+EXACT, PROJECTED = "exact", "projected on the side of the vocabulary"
+
 if TYPE_CHECKING:
     from treering.anatomy import Anatomy
-    from treering.curvature import GradientSettings, Statistics
+    from treering.curvature import GradientFactors, GradientSettings, Statistics
     from treering.plan import Run
 
 
@@ -33,14 +35,29 @@ def report_gradients(statistics: "Statistics", anatomy: "Anatomy") -> None:
     facts = factors.settings
     say(f"gradients: {facts.kind} of {factors.documents:,} documents, {factors.tokens:,} tokens, {facts.labels} labels")
     sizes = {name: prod(parameter.shape) for name, parameter in anatomy.parameters.items()}
-    covered, every = sum(sizes[weight] for weight in factors), sum(sizes.values())
-    say(f"they cover {len(factors)} matrices: {covered / every:.1%} of {every:,} parameters")
-    others = [name for name in sizes if name not in factors]
-    reasons: Counter[str] = Counter()
-    for name in others:
-        reasons[factors.left_out.get(name, "not a matrix of a layer")] += sizes[name]
-    for reason, number in reasons.most_common():
-        say(f"  without factors: {number / every:.1%}, {reason}")
+    shares: Counter[str] = Counter()
+    for name, how in coverage(factors, anatomy).items():
+        shares[how] += sizes[name]
+    every = sum(sizes.values())
+    say(f"they cover {len(factors)} matrices: of {every:,} parameters")
+    for how, number in sorted(shares.items(), key=lambda one: (one[0] not in (EXACT, PROJECTED), -one[1])):
+        say(f"  {number / every:.1%} {how if how in (EXACT, PROJECTED) else f'without factors: {how}'}")
+
+
+def coverage(factors: "GradientFactors", anatomy: "Anatomy") -> dict[str, str]:
+    """Return of each parameter whether its factors are `EXACT` or `PROJECTED`, or why it has none."""
+    from treering.curvature.targets import biases_of, plain_sizes
+
+    biases, plain = biases_of(anatomy), plain_sizes(anatomy)
+    found: dict[str, str] = {}
+    for name, one in factors.items():
+        outputs, inputs = (factors.entries[one.keys[side]].shape[-1] for side in ("gradients", "inputs"))
+        shape = plain.get(name, anatomy.parameters[name].shape)
+        projected = ("counts" in one.keys and inputs < shape[0]) or (name in plain and outputs < shape[0])
+        found[name] = PROJECTED if projected else EXACT
+        if name in biases and inputs == shape[1] + 1:
+            found[biases[name]] = found[name]
+    return {n: found.get(n, factors.left_out.get(n, "not a matrix of a layer")) for n in anatomy.parameters}
 
 
 def table_of(statistics: "Statistics") -> None:

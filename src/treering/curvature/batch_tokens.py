@@ -63,6 +63,8 @@ class BatchTokens:
         self.documents_T = numbers_BS.reshape(-1).cpu()
         trained = (targets_BS != IGNORED).cpu()
         kept = trained.any(0).nonzero().squeeze(1)
+        if not len(kept):  # the head is called with one position, whose loss is 0
+            kept = torch.zeros(1, dtype=torch.long)
         self.orders: dict[int, Tensor | None] = {
             rows * length: None,
             rows * len(kept): (torch.arange(rows)[:, None] * length + kept).reshape(-1),
@@ -76,6 +78,10 @@ class BatchTokens:
     def of(cls, batch: dict[str, Any]) -> "BatchTokens":
         """Return the tokens of a batch that a run has made ready, which has `targets` and `document_numbers`."""
         return cls(batch[NUMBERS], batch["targets"], batch.get("samples", ()))
+
+    def has_order(self, count: int) -> bool:
+        """Return whether a layer that is called with `count` rows may have one for each token."""
+        return count in self.orders
 
     def rows(self, name: str, count: int, tile: TileRows | None) -> LayerRows:
         """Return the rows of a layer that is called with `count` of them."""

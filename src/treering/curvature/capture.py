@@ -12,95 +12,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from treering.anatomy.matrices import Matrix, of_experts, of_linear
 from treering.core.errors import PlanError
-from treering.core.module_forward import ModuleForward, beneath, installed, undo_all
+from treering.core.module_forward import undo_all
 from treering.curvature.batch_tokens import BatchTokens, LayerRows
 from treering.curvature.observe import run_eagerly
+from treering.curvature.pairs import Capture, PairSink
+from treering.curvature.parts import first_input, parts_of, rows_of_call, see_output, see_parts
 from treering.experts.grouped_forward import GroupedForward, grouped_beneath, grouped_of, release, unsupported
 from treering.experts.routing import Routing
-from treering.technique import TileRows, recompute_state, tile_rows
+from treering.technique import TileRows, tile_rows
 
 if TYPE_CHECKING:
     from treering.anatomy import Anatomy, Experts
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Pair:
-    """What the gradient of one weight is made of, for some rows: all of a batch, or those of a tile.
-
-    Attributes:
-        weight: the plain parameter.
-        a_RM, g_RN: inputs, and gradients of the outputs, of the rows.
-        rows: of which tokens they are.
-        experts: [R] the expert of each row, ascending, of a stack; None: the weight is one matrix.
-        batch: the tokens of the batch.
-    """
-
-    weight: str
-    a_RM: Tensor
-    g_RN: Tensor
-    rows: LayerRows
-    experts: Tensor | None
-    batch: BatchTokens
-
-
-class PairSink(Protocol):
-    """What is given the pairs, in the backward."""
-
-    def take(self, pair: Pair) -> None: ...
-
-
-class Capture:
-    """Yielded by `capture`. Before each forward, `batch` is set to the tokens that the forward computes."""
-
-    def __init__(self, sink: PairSink):
-        self.sink = sink
-        self.batch: BatchTokens | None = None
-
-    def __reduce__(self) -> Any:
-        """Refuse to be copied, as an observer does."""
-        raise PlanError("the gradients of the model are being observed; copy the model before or afterwards")
-
-    def see(self, weight: str, x: Tensor, y: Tensor, rows: Callable[[BatchTokens, TileRows | None], LayerRows],
-            experts: Tensor | None = None) -> Tensor:  # fmt: skip
-        """Return y, through which the gradient of `weight` will be seen."""
-        if self.batch is None or not torch.is_grad_enabled() or not y.requires_grad or recompute_state() == "teacher":
-            return y
-        batch, tile = self.batch, tile_rows()
-
-        def take(a: Tensor, g: Tensor) -> None:
-            pair = Pair(
-                weight=weight,
-                a_RM=a.detach().reshape(-1, a.shape[-1]),
-                g_RN=g.detach().reshape(-1, g.shape[-1]),
-                rows=rows(batch, tile),
-                experts=experts,
-                batch=batch,
-            )
-            self.sink.take(pair)
-
-        return _See.apply(y, x, take)
-
-
-class _See(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.take = take
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        [x] = ctx.saved_tensors
-        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
-            ctx.take(x, g)
-        return g, None, None
 
 
 @contextmanager
@@ -110,7 +39,7 @@ def capture(model: nn.Module, anatomy: "Anatomy", weights: Iterable[str], sink: 
     Args:
         model: a live transformers model, with or without techniques.
         anatomy: of the plain model.
-        weights: plain names of linear layers and stacks of experts; see `capturable`.
+        weights: plain names of linear layers and stacks of experts, see `capturable`, and of `parts_of`.
         sink: is called in the backward, layer by layer.
     """
     seen = Capture(sink)
@@ -131,16 +60,20 @@ def install_capture(
     Args:
         rooted: let gradients begin at the embedding, also of weights that do not train.
     """
-    chosen, undo = set(weights), []
+    chosen, undo = set(weights), list[Callable[[], None]]()
+    known = {*(one.weight for one in anatomy.linears), *(name for one in anatomy.experts for name in one.stacked)}
     try:
         if rooted:
             undo.append(_rooted(model))
         for linear in anatomy.linears:
             if linear.weight in chosen:
-                undo.append(_see_linear(model.get_submodule(linear.fqn), linear.weight, seen))
+                hook = _LinearOutput(seen, linear.weight)
+                undo.append(see_output(model.get_submodule(linear.fqn), hook, lowest=False))
         for experts in anatomy.experts:
             if chosen & set(experts.stacked):
                 undo.append(_see_experts(model.get_submodule(experts.fqn), anatomy, experts, chosen, seen))
+        if chosen - known:
+            undo += see_parts(model, parts_of(model, anatomy)[0], chosen, seen)
     except BaseException:
         undo_all(undo)()
         raise
@@ -181,21 +114,6 @@ def _rooted(model: nn.Module) -> Callable[[], None]:
     return model.get_input_embeddings().register_forward_hook(hook).remove  # type: ignore[operator]
 
 
-class _SeenForward(ModuleForward):
-    """The output of a module, seen, beneath a forward that returns something else than the output."""
-
-    def __init__(self, module: nn.Module, above: ModuleForward, hook: "_LinearOutput"):
-        super().__init__(module)
-        self.replaced, self.above, self.hook = above.replaced, above, hook
-        above.replaced = self
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.hook(self.module, (x,), {}, self.call_former(x))
-
-    def remove(self) -> None:
-        self.above.replaced = self.replaced
-
-
 @dataclass(frozen=True)
 class _LinearOutput:
     """The hook of one linear layer; an object, so that a copy of the module fails at `Capture.__reduce__`."""
@@ -204,25 +122,11 @@ class _LinearOutput:
     weight: str
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_input(args, kwargs)
         if not isinstance(x, Tensor):  # a block in tiles: the layer is called again in each tile, with its rows
             return y
         count = y.numel() // y.shape[-1]
-        return self.seen.see(self.weight, x, y, partial(_rows_of_linear, self.weight, count))
-
-
-def _rows_of_linear(weight: str, count: int, batch: BatchTokens, tile: TileRows | None) -> LayerRows:
-    return batch.rows(weight, count, tile)
-
-
-def _see_linear(module: nn.Module, weight: str, seen: Capture) -> Callable[[], None]:
-    hook, top = _LinearOutput(seen, weight), installed(module)
-    lowest: ModuleForward | None = None
-    while isinstance(top, ModuleForward) and top.returns_objective:
-        lowest, top = top, beneath(top)
-    if lowest is not None:
-        return _SeenForward(module, lowest, hook).remove
-    return module.register_forward_hook(hook, with_kwargs=True).remove
+        return self.seen.see(self.weight, x, y, partial(rows_of_call, self.weight, count))
 
 
 @dataclass(frozen=True, eq=False)

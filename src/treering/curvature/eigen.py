@@ -43,7 +43,7 @@ def decompose_all(
         if ranks == 1:
             yield name, results.pop(str(name))
             continue
-        Q, values = results.pop(str(name), (matrix.float(), matrix.diagonal(dim1=-2, dim2=-1).float()))
+        Q, values = results.pop(str(name), (torch.empty(matrix.shape), torch.empty(matrix.shape[:-1])))
         Q, values = Q.to(device).contiguous(), values.to(device).contiguous()
         dist.broadcast(Q, src=owner)
         dist.broadcast(values, src=owner)

@@ -17,12 +17,15 @@ import torch
 import xxhash
 from torch import Tensor
 
+from treering.core.errors import ConfigError
 from treering.curvature.entry import Entry
+from treering.curvature.vocabulary import VOCABULARY, Cover, Coverage
 
 Kind = Literal["kfac", "ekfac", "shampoo", "tkfac"]
 Labels = Literal["sampled", "data"]
 Piece = Literal["inputs", "gradients", "inputs.vectors", "inputs.values", "gradients.vectors", "gradients.values"]
 CORRECTED = "corrected"
+COUNTS = "counts"  # of an embedding: how often each token was measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +37,27 @@ class GradientSettings:
         labels: `sampled` from the model's own prediction, which gives the Fisher information, or those of the `data`.
         experts: `each` expert of a stack has factors of its own, or they are `pooled`.
         seed: of the labels.
+        cover: matrices inside the `blocks`, or `all`: biases, norms, routers, embedding and head as well.
+        vocabulary: with `all`, numbers that are kept of a side as wide as the vocabulary.
     """
 
     kind: Kind = "ekfac"
     labels: Labels = "sampled"
     experts: Literal["each", "pooled"] = "each"
     seed: int = 0
+    cover: Cover = "blocks"
+    vocabulary: int = VOCABULARY
+
+    def __post_init__(self) -> None:
+        if self.cover not in ("blocks", "all"):
+            raise ConfigError(f"cover is {self.cover!r}; it is blocks or all", field="cover")
+        if type(self.vocabulary) is not int or self.vocabulary < 1:
+            raise ConfigError(f"vocabulary is {self.vocabulary!r}; it is a number from 1", field="vocabulary")
+
+    def described(self) -> dict[str, Any]:
+        """Return the settings as plain data; without what is of `all`, as files were written before there was it."""
+        fields = asdict(self)
+        return fields if self.cover == "all" else {n: fields[n] for n in ("kind", "labels", "experts", "seed")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +143,13 @@ class GradientFactors(Mapping[str, MatrixFactors]):
     def described(self) -> dict[str, Any]:
         """Return how they were measured as plain data."""
         facts = {"documents": self.documents, "tokens": self.tokens, "model": self.model}
-        return {**asdict(self.settings), **facts}
+        return {**self.settings.described(), **facts}
+
+    @property
+    def coverage(self) -> Coverage:
+        """What they cover, with the counts of tokens that an embedding was whitened with."""
+        counted = {w: one.read(one.keys[COUNTS]) for w, one in self._weights.items() if COUNTS in one.keys}
+        return Coverage(of=self.settings.cover, vocabulary=self.settings.vocabulary, counts=counted)
 
 
 def scale_of(kind: Kind, documents: int, tokens: Tensor, trace: Tensor, cross: Tensor) -> Tensor:

@@ -1,16 +1,16 @@
 """The gradient side of a measurement in its JSON: written, and read with every field checked."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from treering.curvature.entry import Entry
-from treering.curvature.factors import CORRECTED, GradientFactors, GradientSettings, MatrixFactors, Piece
+from treering.curvature.factors import CORRECTED, COUNTS, GradientFactors, GradientSettings, MatrixFactors, Piece
+from treering.curvature.vocabulary import VOCABULARY
 
-PIECES = (*get_args(Piece), CORRECTED)
+PIECES = (*get_args(Piece), CORRECTED, COUNTS)
 _CHOICES = {
     "kind": ("kfac", "ekfac", "shampoo", "tkfac"),
     "labels": ("sampled", "data"),
@@ -24,7 +24,7 @@ def described(
 ) -> dict[str, Any]:  # fmt: skip
     """Return what is written. `weights`: (c, keys of the pieces) of each."""
     return {
-        **asdict(settings),
+        **settings.described(),
         "documents": documents,
         "tokens": tokens,
         "model": model,
@@ -53,7 +53,16 @@ def factors(
     for name in ("documents", "tokens", "seed"):
         if type(gradients[name]) is not int:
             raise ValueError(f"gradients.{name} is {str(gradients[name])[:40]!r}")
-    settings = GradientSettings(**{n: gradients[n] for n in ("kind", "labels", "experts", "seed")})
+    if gradients.get("cover", "blocks") not in ("blocks", "all"):
+        raise ValueError(f"gradients.cover is {str(gradients['cover'])[:40]!r}")
+    vocabulary = gradients.get("vocabulary", VOCABULARY)
+    if type(vocabulary) is not int or vocabulary < 1:
+        raise ValueError(f"gradients.vocabulary is {str(vocabulary)[:40]!r}")
+    settings = GradientSettings(
+        **{n: gradients[n] for n in ("kind", "labels", "experts", "seed")},
+        cover=gradients.get("cover", "blocks"),
+        vocabulary=vocabulary,
+    )
     weights = {}
     for weight, one in gradients["weights"].items():
         keys = {str(piece): str(key) for piece, key in one["keys"].items()}
@@ -90,5 +99,7 @@ def _check_shapes(weight: str, keys: Mapping[str, str], pieces: Mapping[str, Ent
     )
     if CORRECTED in keys:
         good = good and shape[CORRECTED][-2:] == (shape["gradients"][-1], shape["inputs"][-1])
+    if COUNTS in keys:
+        good = good and len(shape[COUNTS]) == 1
     if not good:
         raise ValueError(f"the shapes of {weight[:80]!r}")

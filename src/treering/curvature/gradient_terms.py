@@ -13,17 +13,17 @@ plain `moment` Σ_t a_t a_tᵀ is summed as well, for whoever needs the inputs a
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from treering.core.errors import PlanError
 from treering.curvature.batch_tokens import Segment
-from treering.curvature.capture import Pair
 from treering.curvature.exact_sums import ExactSum
 from treering.curvature.factors import Kind
 from treering.curvature.observer import same_memory
+from treering.curvature.pairs import Pair
 
 Term = Literal["moment", "inputs", "gradients", "corrected", "cross", "trace"]
 Sums = Mapping[tuple[str, Term], ExactSum]
@@ -75,14 +75,15 @@ class FactorTerms:
     def take(self, pair: Pair) -> None:
         """Add what a pair gives."""
         if self.shared is not None:
-            self.shared.see(pair.weight, pair.a_RM)
+            self.shared.see(pair.weight, pair.a_RM if pair.source_RM is None else pair.source_RM)
         a, g = _wide(pair.a_RM), _wide(pair.g_RN)
         if self.kind == "shampoo":
             self._shampoo(pair, a, g)
         for expert, rows in self._counted(pair):
             a_e, g_e = a[rows], g[rows]
             if (pair.weight, "moment") in self.sums:
-                self._add(pair, "moment", expert, a_e.mT @ a_e, len(a_e))
+                plain = a_e[:, : self.sums[pair.weight, "moment"].total.shape[-1]]  # without the 1 of a bias
+                self._add(pair, "moment", expert, plain.mT @ plain, len(a_e))
             if self.kind == "shampoo":
                 continue
             if self.kind == "tkfac":
@@ -133,17 +134,23 @@ class FactorTerms:
 class SharedInputs:
     """Finds, in a backward, the weights that have the same inputs, such as q, k and v.
 
+    Args:
+        kinds: weight → with which it may share at all: those of an equal value.
+
     Attributes:
         owner: weight → the one of these that was seen first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: Mapping[str, Any] | None = None) -> None:
+        self.kinds = kinds or {}
         self.owner: dict[str, str] = {}
         self._recent: deque[tuple[Tensor, str]] = deque(maxlen=8)  # referenced, so that their memory is not reused
 
     def see(self, weight: str, a_RM: Tensor) -> None:
         """Compare the inputs of a weight with those that were seen last."""
-        now = next((owner for a, owner in self._recent if same_memory(a, a_RM)), weight)
+        kind = self.kinds.get(weight)
+        same = (o for a, o in self._recent if same_memory(a, a_RM) and self.kinds.get(o) == kind)
+        now = next(same, weight)
         known = self.owner.setdefault(weight, now)
         if known != now and now != weight:
             raise PlanError(f"{weight} and {now} had the same inputs in one part of a batch and others in another")

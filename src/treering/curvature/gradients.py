@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from treering.curvature.capture import PairSink, capture
+from treering.curvature.capture import capture
 from treering.curvature.eigen import decompose_all
 from treering.curvature.exact_sums import ExactSum, Steps, bits_for
 from treering.curvature.factors import GradientSettings, scale_of
 from treering.curvature.gradient_terms import CorrectedTerms, FactorTerms, SharedInputs, Term
 from treering.curvature.measured_model import MaskedBatches, MeasuredModel, agreed
+from treering.curvature.pairs import PairSink
 from treering.curvature.sums import reduced
 from treering.curvature.targets import Target, TargetPairs
 
@@ -50,6 +51,7 @@ class GradientPasses:
         targets: what is measured, by name.
         settings: how.
         progress: called after each batch of a pass.
+        counts: of an embedding, how often each token was measured; its inputs were whitened with them.
 
     Attributes:
         owners: weight → the one that has the same inputs.
@@ -63,9 +65,10 @@ class GradientPasses:
         targets: Mapping[str, Target],
         settings: GradientSettings,
         progress: Callable[[], None] = lambda: None,
+        counts: Mapping[str, Tensor] | None = None,
     ):
         self.subject, self.batches, self.targets = subject, batches, dict(targets)
-        self.settings, self.progress = settings, progress
+        self.settings, self.progress, self.counts = settings, progress, dict(counts or {})
         self.pooled = settings.experts == "pooled"
         self.owners: dict[str, str] = {}
         self.documents = self.tokens = 0
@@ -76,7 +79,8 @@ class GradientPasses:
     def prepare(self) -> None:
         """Run the first batch: which weights have the same inputs, and what the sums are rounded to."""
         shapes = {key: shape for weight in self.targets for key, shape in self.shapes(weight).items()}
-        sums, shared = self._empty(shapes, dict.fromkeys(shapes)), SharedInputs()
+        kinds = {name: (target.bias is None, target.in_blocks) for name, target in self.targets.items()}
+        sums, shared = self._empty(shapes, dict.fromkeys(shapes)), SharedInputs(kinds)
         given = self._run(FactorTerms(self.settings.kind, self.pooled, sums, shared), shapes, self.batches[:1])
         self.subject.agree(*given)
         self.owners = agreed({weight: shared.owner.get(weight, weight) for weight in self.targets})
@@ -93,11 +97,17 @@ class GradientPasses:
                 shapes[weight, "inputs"] = square
         else:
             shapes[weight, "inputs"], shapes[weight, "trace"] = square, (*lead, 1, 1)
-            if owner and target.matrices is None and not (self.pooled and target.lead):
-                shapes[weight, "moment"] = square
+            if owner and target.moment and not (self.pooled and target.lead):
+                shapes[weight, "moment"] = target.moment
         if kind == "tkfac":
             shapes[weight, "cross"] = (*lead, 1, 1)
         return shapes | {(weight, "gradients"): (*lead, target.outputs, target.outputs)}
+
+    def moment_within(self, weight: str) -> bool:
+        """Return whether the moment of the plain inputs is a corner of that of inputs with a 1, of a layer's bias."""
+        target = self.targets[weight]
+        apart = target.bias is not None and bool(target.moment) and not (self.pooled and target.lead)
+        return apart and self.settings.kind in ("kfac", "ekfac") and self.owners.get(weight, weight) == weight
 
     def factors(self, weights: Sequence[str]) -> Iterator[MeasuredFactors]:
         """Yield what is summed for each of `weights`, with eigenvectors and c."""
@@ -120,6 +130,9 @@ class GradientPasses:
             for term in ("moment", "inputs", "gradients"):
                 if (weight, term) in means:
                     pieces[term] = means[weight, term].float().contiguous()
+                elif term == "moment" and (weight, "inputs") in means and self.moment_within(weight):
+                    width = self.targets[weight].inputs - 1
+                    pieces[term] = means[weight, "inputs"][..., :width, :width].float().contiguous()
                 if (weight, term) in bases:
                     pieces[f"{term}.vectors"], pieces[f"{term}.values"] = bases[weight, term]
             yield MeasuredFactors(

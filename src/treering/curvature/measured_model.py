@@ -16,9 +16,9 @@ from treering.core.sharded import settle
 from treering.core.topology import AXES, axis_size
 from treering.curvature import labels
 from treering.curvature.batch_tokens import NUMBERS, BatchTokens, numbers_of
-from treering.curvature.capture import Capture
 from treering.curvature.factors import Labels
 from treering.curvature.observer import Observer
+from treering.curvature.pairs import Capture
 from treering.curvature.sums import reduced
 from treering.objectives import CrossEntropy, Objective
 from treering.objectives.plain_loss import plain_loss
@@ -109,9 +109,7 @@ class MeasuredModel:
             The document of each token of the complete batch, [B, S], -1 for those that have no gradient: padding, and
             what follows the last label of a document. And how many tokens with one this rank has computed.
         """
-        numbers = numbers_of(batch, real)
-        batch = labels.with_targets(batch, numbers)
-        numbers = labels.with_gradient(numbers, batch["targets"])
+        numbers, batch = _numbered(batch, real)
         objective: Objective = CrossEntropy()
         if kind == "sampled":
             objective = labels.SampledLabels()
@@ -131,6 +129,21 @@ class MeasuredModel:
         for parameter in self.model.parameters():
             parameter.grad = None
         return numbers, int((tokens.documents_T >= 0).sum())
+
+    def token_counts(self, batches: MaskedBatches, vocabulary: int) -> Tensor:
+        """Return how often each token has a gradient in the batches of all ranks, [vocabulary]. A collective."""
+        counts = torch.zeros(vocabulary, dtype=torch.int64)
+        for batch, real in batches:
+            numbers, _ = _numbered(batch, real)
+            counts += torch.bincount(batch["input_ids"].cpu()[numbers >= 0], minlength=vocabulary)
+        return reduced(counts.to(self.device), self.data_groups).cpu()
+
+
+def _numbered(batch: Batch, real: Tensor | None) -> tuple[Tensor, Batch]:
+    """Return the document of each token that has a gradient, [B, S], else -1, and the batch with its targets."""
+    numbers = numbers_of(batch, real)
+    batch = labels.with_targets(batch, numbers)
+    return labels.with_gradient(numbers, batch["targets"]), batch
 
 
 def agreed(owners: dict[str, str]) -> dict[str, str]:

@@ -18,11 +18,13 @@ from treering.curvature import factors_layout
 from treering.curvature.disk import NAME, open_folder, writing
 from treering.curvature.entry import Counts
 from treering.curvature.exact_sums import ExactSum
-from treering.curvature.factors import CORRECTED, GradientFactors, GradientSettings, MatrixFactors
+from treering.curvature.factors import CORRECTED, COUNTS, GradientFactors, GradientSettings, MatrixFactors
 from treering.curvature.gradients import GradientPasses, MeasuredFactors
 from treering.curvature.measured_model import MaskedBatches, MeasuredModel, evaluating
+from treering.curvature.parts import parts_of
 from treering.curvature.statistics import Ring, Statistics, in_memory
 from treering.curvature.targets import Target, targets_of
+from treering.curvature.vocabulary import Coverage
 from treering.store.untrusted import read_json
 from treering.technique import Maps
 
@@ -41,15 +43,16 @@ def measure_gradients(
     limit: int,
     progress: Callable[[int, int], None],
 ) -> Statistics:
-    """Return the statistics of the inputs and gradients of all matrices in blocks; see `measure`."""
-    targets, left_out = _chosen(subject.model, subject.anatomy, subject.maps)
+    """Return the statistics of the inputs and gradients of all that is covered; see `measure`."""
+    coverage = _coverage(subject, batches, settings)
+    targets, left_out = _chosen(subject.model, subject.anatomy, subject.maps, coverage)
     model = weights_digest(subject.model)
     done = None if to is None else _begun(to, settings, model, ring)
     if done is not None and done.gradients is not None and done.gradients.complete:
         return done
     count = _Count(len(batches), progress)
     with evaluating(subject.model):
-        passes = GradientPasses(subject, batches, targets, settings, count.one)
+        passes = GradientPasses(subject, batches, targets, settings, count.one, coverage.counts)
         passes.prepare()
         every = _split(targets, {w: passes.shapes(w) for w in targets}, limit)
         again = _split(targets, {w: {"": passes.corrected_shape(w)} for w in targets}, limit)
@@ -65,11 +68,13 @@ def measure_gradients(
 
 def bytes_on_disk(model: nn.Module, anatomy: "Anatomy", settings: GradientSettings, maps: Maps | None = None) -> int:
     """Return the bytes of factors, eigenvectors and Λ, if no two weights have the same inputs: an upper bound."""
-    total = 0
-    for matrix in _chosen(model, anatomy, maps)[0].values():
+    total = 4 * sum(_embeddings(model, anatomy).values()) if settings.cover == "all" else 0
+    coverage = Coverage(of=settings.cover, vocabulary=settings.vocabulary)
+    for matrix in _chosen(model, anatomy, maps, coverage)[0].values():
         count = (1 if settings.experts == "pooled" else matrix.experts) or 1
         sides = 2 * (matrix.inputs**2 + matrix.outputs**2) + matrix.inputs + matrix.outputs
-        moment = matrix.inputs**2 if settings.kind in ("shampoo", "tkfac") else 0
+        apart = settings.kind in ("shampoo", "tkfac") or matrix.bias is not None
+        moment = matrix.inputs**2 if apart else 0
         corrected = matrix.inputs * matrix.outputs if settings.kind == "ekfac" else 0
         total += 4 * count * (sides + moment + corrected)
     return total
@@ -86,9 +91,23 @@ class _Count:
         self.progress(min(self.done, self.batches * self.passes), self.batches * self.passes)
 
 
-def _chosen(model: nn.Module, anatomy: "Anatomy", maps: Maps | None) -> tuple[dict[str, Target], dict[str, str]]:
+def _coverage(subject: MeasuredModel, batches: MaskedBatches, settings: GradientSettings) -> Coverage:
+    """Return what is covered, with the counts of tokens. A collective."""
+    embeddings = _embeddings(subject.model, subject.anatomy) if settings.cover == "all" else {}
+    counts = {name: subject.token_counts(batches, tokens).float() for name, tokens in embeddings.items()}
+    return Coverage(of=settings.cover, vocabulary=settings.vocabulary, counts=counts)
+
+
+def _embeddings(model: nn.Module, anatomy: "Anatomy") -> dict[str, int]:
+    """Return the embedding that can be covered, with its vocabulary."""
+    return {part.name: part.inputs for part in parts_of(model, anatomy)[0].values() if part.kind == "embedding"}
+
+
+def _chosen(
+    model: nn.Module, anatomy: "Anatomy", maps: Maps | None, coverage: Coverage
+) -> tuple[dict[str, Target], dict[str, str]]:
     """Return what is measured, by name, and why each other matrix is not."""
-    targets, left_out = targets_of(model, anatomy, maps)
+    targets, left_out = targets_of(model, anatomy, maps, coverage)
     if not targets:
         raise PlanError("the model has no matrix in its blocks whose gradient can be measured")
     return targets, left_out
@@ -122,13 +141,17 @@ def _keys(passes: GradientPasses, weight: str) -> dict[str, str]:
     keys = {piece: _key(owner, piece) for piece in ("inputs", "inputs.vectors", "inputs.values")}
     if not shared:  # weighted inputs, next to the plain moment
         keys["inputs"] = f"{weight}|inputs"
+    elif passes.targets[weight].bias is not None:  # inputs with a 1, next to them
+        keys["inputs"] = f"{owner}|inputs"
+    if weight in passes.counts:
+        keys[COUNTS] = _key(weight, COUNTS)
     return keys | {piece: _key(weight, piece) for piece in ("gradients", "gradients.vectors", "gradients.values")}
 
 
 def _moments(passes: GradientPasses) -> dict[str, str]:
     """Return the owner of the inputs of each plain weight whose inputs alone are measured: no adapters, and no experts
     that are pooled."""
-    plain = {name for name, target in passes.targets.items() if target.matrices is None}
+    plain = {name for name, target in passes.targets.items() if target.moment}
     pooled = {name for name, target in passes.targets.items() if passes.pooled and target.lead}
     return {name: owner for name, owner in passes.owners.items() if name in plain - pooled}
 
@@ -140,6 +163,8 @@ def _stored(passes: GradientPasses, one: MeasuredFactors) -> Iterator[tuple[str,
     for piece, tensor in one.pieces.items():
         plain = piece == "moment" or keys.get(piece) == one.weight
         yield (one.weight if piece == "moment" else keys[piece]), tensor, counts if plain else 0
+    if COUNTS in keys:
+        yield keys[COUNTS], passes.counts[one.weight], 0
 
 
 def _shapes(passes: GradientPasses) -> dict[str, tuple[int, ...]]:
@@ -152,6 +177,10 @@ def _shapes(passes: GradientPasses) -> dict[str, tuple[int, ...]]:
                 shapes[weight] = shape
             elif term in ("inputs", "gradients"):
                 shapes |= {keys[term]: shape, keys[f"{term}.vectors"]: shape, keys[f"{term}.values"]: shape[:-1]}
+                if term == "inputs" and passes.moment_within(weight):
+                    shapes[weight] = passes.targets[weight].moment or ()
+        if COUNTS in keys:
+            shapes[keys[COUNTS]] = tuple(passes.counts[weight].shape)
     return shapes
 
 

@@ -19,6 +19,7 @@ from treering.core.errors import DataError, TreeringError
 from treering.core.owners import assign
 from treering.core.topology import data_rank, sequence_place
 from treering.curvature import Statistics
+from treering.curvature.vocabulary import Cover
 from treering.data.examples import Document
 from treering.data.loader import cost
 from treering.data.order import Order
@@ -43,6 +44,7 @@ def build(
     settings: SketchSettings | None = None,
     statistics: Statistics | None = None,
     capacity: int = 2048,
+    cover: Cover = "blocks",
     about: Mapping[str, str] | None = None,
     progress: Progress = lambda done, of: None,
     timed: Timed = nullcontext,
@@ -56,6 +58,8 @@ def build(
         settings: of the rows; default: `eigen-topk` with corrected eigenvalues.
         statistics: from `measure(run, …, gradients=…)`.
         capacity: tokens of a batch, at least those of the longest document.
+        cover: matrices inside the `blocks`, or `all`: biases, norms, routers, embedding and head as well. The
+            statistics are of the same.
         about: what else queries have to agree with the index in, as texts by name: a digest of the documents.
         progress: called with (batches done, batches of this rank).
         timed: opened around each step, with its name.
@@ -65,7 +69,7 @@ def build(
         index = build(run, documents, "index", statistics=known)
     """
     with timed("maps of the modules"):
-        sketched = Sketched.of(run, settings or SketchSettings(), statistics, about)
+        sketched = Sketched.of(run, settings or SketchSettings(), statistics, about, cover)
     shards = shards_of(documents, sketched.recipe, capacity, packing_of(run))
     with writing(to, sketched.recipe) as writer:
         ids = [[documents[i].sample_id for one in bins for i in one] for bins in shards]

@@ -21,6 +21,7 @@ from treering.core.collectives import is_first, together
 from treering.core.errors import CheckpointError
 from treering.curvature import GradientSettings, Ring, Statistics, measure
 from treering.curvature import open as open_statistics
+from treering.curvature.vocabulary import Cover
 from treering.data import examples as encoding
 from treering.data.examples import Document, Examples
 from treering.influence.bm25 import TokenLists, bm25
@@ -29,7 +30,7 @@ from treering.influence.probe import ProbeResult, make_probe
 from treering.influence.query import query_rows
 from treering.influence.records import as_json, indexed_sources
 from treering.influence.scores import ScoreTable
-from treering.influence.sketched import Sketched, packing_of
+from treering.influence.sketched import COVERED, Sketched, packing_of
 from treering.influence.tokens import token_scores
 from treering.plan import Run
 from treering.sketches import Index, SketchSettings
@@ -118,7 +119,7 @@ class RunIndex:
 
         A collective.
         """
-        folder = self._statistics(settings.kind)
+        folder = self._statistics(settings.kind, settings.cover)
         documents = calibration.sample(self.examples, tokens, settings.seed)
         ring = Ring(name="the training data", tokens=0, data=calibration.digest(documents))
         present = open_statistics(folder) if folder.exists() else None
@@ -137,7 +138,7 @@ class RunIndex:
         )  # fmt: skip
 
     def build(
-        self, settings: SketchSettings, *, tokens: int = 1 << 18, seed: int = 0,
+        self, settings: SketchSettings, *, tokens: int = 1 << 18, seed: int = 0, cover: Cover = "blocks",
         progress: Progress = lambda what, done, of: None, timed: Timed = nullcontext,
     ) -> Index:  # fmt: skip
         """Measure what the settings need, and write a row for each training document; or resume both. A collective.
@@ -145,15 +146,17 @@ class RunIndex:
         Args:
             tokens: on how many the factors are measured.
             seed: of the drawn labels, and of which documents are measured.
+            cover: matrices inside the `blocks`, or `all` parameters.
             timed: opened around each step, with its name.
         """
         known = None
         if settings.curvature != "identity":
+            measured = GradientSettings(kind=settings.curvature, seed=seed, cover=cover)
             with timed("measuring the curvature"):
-                known = self.statistics(GradientSettings(kind=settings.curvature, seed=seed), tokens, progress)
+                known = self.statistics(measured, tokens, progress)
         return build(
-            self.run, TrainingDocuments(self.examples), self.folder / index_name(settings), settings=settings,
-            statistics=known, capacity=self.capacity, about=self.about,
+            self.run, TrainingDocuments(self.examples), self.folder / index_name(settings, cover), settings=settings,
+            statistics=known, capacity=self.capacity, about=self.about, cover=cover,
             progress=lambda done, of: progress("indexing", done, of), timed=timed,
         )  # fmt: skip
 
@@ -175,13 +178,15 @@ class RunIndex:
             raise CheckpointError(f"{self.folder}{asked and ': no index' + asked + ', and it'} {has}")
         index = open_index(self.folder / name)
         settings = index.recipe.settings
-        known = None if settings.curvature == "identity" else open_statistics(self._statistics(settings.curvature))
-        sketched = Sketched.of(self.run, settings, known, self.about)
+        cover: Cover = "all" if index.recipe.about.get(COVERED) == "all" else "blocks"
+        whitened = settings.curvature != "identity"
+        known = open_statistics(self._statistics(settings.curvature, cover)) if whitened else None
+        sketched = Sketched.of(self.run, settings, known, self.about, cover)
         index.check(sketched.recipe)
         return AskedIndex(of_run=self, index=index, sketched=sketched)
 
-    def _statistics(self, curvature: str) -> Path:
-        return self.folder / f"statistics-{curvature}"
+    def _statistics(self, curvature: str, cover: Cover) -> Path:
+        return self.folder / f"statistics-{curvature}{'' if cover == 'blocks' else '-all'}"
 
     def text(self, text: str) -> Document:
         """Return a text as a query: each of its tokens but the first is to be explained."""
@@ -261,10 +266,10 @@ class AskedIndex:
         )
 
 
-def index_name(settings: SketchSettings) -> str:
+def index_name(settings: SketchSettings, cover: Cover) -> str:
     """Return the name of the folder of an index."""
     size = {"psift": f"-{settings.size}", "eigen-topk": f"-{settings.entries}", "exact": ""}[settings.kind]
-    return f"{settings.kind}-{settings.curvature}{size}"
+    return f"{settings.kind}-{settings.curvature}{size}{'' if cover == 'blocks' else '-all'}"
 
 
 def _trained(ids: NDArray[Any]) -> Document:

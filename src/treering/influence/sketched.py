@@ -14,12 +14,14 @@ from treering.curvature import GradientFactors, Statistics
 from treering.curvature.capture import capture
 from treering.curvature.measured_model import MeasuredModel, evaluating
 from treering.curvature.targets import Target, TargetPairs, targets_of
+from treering.curvature.vocabulary import Cover, Coverage
 from treering.data.examples import Document
 from treering.data.loader import collate
 from treering.plan import Run
 from treering.sketches import IndexRecipe, ModuleMap, SketchSettings, recipe_of
 from treering.sketches.gradient_rows import Finish, GradientRows, maps_of
 
+COVERED = "covered"  # of `about` in a recipe: what is covered besides the blocks
 RowsOf = Callable[[Sequence[Document], Finish], dict[str, Any]]
 
 
@@ -43,23 +45,27 @@ class Sketched:
 
     @classmethod
     def of(
-        cls, run: Run, settings: SketchSettings, statistics: Statistics | None, about: Mapping[str, str] | None = None
-    ) -> "Sketched":
+        cls, run: Run, settings: SketchSettings, statistics: Statistics | None, about: Mapping[str, str] | None = None,
+        cover: Cover = "blocks",
+    ) -> "Sketched":  # fmt: skip
         """Return the maps of a run. A collective where the run is sharded.
 
         Args:
             statistics: with gradients, of the run as it is now; None with curvature `identity`.
             about: what else an index and its queries have to agree in, as texts by name.
+            cover: matrices inside the `blocks`, or `all`; of which the statistics have to be.
         """
-        factors = None if settings.curvature == "identity" else _factors(statistics, settings)
-        targets, left_out = targets_of(run.model, run.plan.anatomy, run.plan.maps())
+        factors = None if settings.curvature == "identity" else _factors(statistics, settings, cover)
+        coverage = Coverage(of=cover) if factors is None else factors.coverage
+        targets, left_out = targets_of(run.model, run.plan.anatomy, run.plan.maps(), coverage)
         model = weights_digest(run.model)
         if factors is not None:
             _refuse_other_model(factors, model, str(statistics.where if statistics else ""))
         every, without = maps_of(settings, targets, factors)
         maps = {name: one.to(run.plan.device) for name, one in every.items()}
         digests = {} if factors is None else {"statistics": factors.digest, "basis": factors.digest}
-        recipe = recipe_of(maps.values(), settings, model=model, about=dict(about or {}), **digests)
+        about = {**(about or {}), **({} if cover == "blocks" else {COVERED: cover})}
+        recipe = recipe_of(maps.values(), settings, model=model, about=about, **digests)
         return cls(run=run, targets=targets, maps=maps, recipe=recipe, left_out=left_out | without)
 
     @contextmanager
@@ -103,7 +109,7 @@ def batch_of(documents: Sequence[Document], packing: Literal["on", "off"]) -> di
     return batch
 
 
-def _factors(statistics: Statistics | None, settings: SketchSettings) -> GradientFactors:
+def _factors(statistics: Statistics | None, settings: SketchSettings, cover: Cover) -> GradientFactors:
     where = "there are no statistics" if statistics is None else f"{statistics.where} has none of gradients"
     factors = None if statistics is None else statistics.gradients
     if factors is None:
@@ -118,6 +124,11 @@ def _factors(statistics: Statistics | None, settings: SketchSettings) -> Gradien
         raise CheckpointError(
             f"curvature is {settings.curvature}, and the gradients in {statistics.where if statistics else ''} are "
             f"{what}; measure with --gradients {settings.curvature}"
+        )
+    if factors.settings.cover != cover:
+        raise CheckpointError(
+            f"the index is of cover {cover}, and {statistics.where if statistics else ''} was measured with cover "
+            f"{factors.settings.cover}; measure with --cover {cover}, or index with --cover {factors.settings.cover}"
         )
     return factors
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from treering.core.errors import PlanError
 from treering.core.full_precision import full_precision
 from treering.core.topology import axis_size
-from treering.curvature.capture import Pair, capture
+from treering.curvature.capture import capture
 from treering.curvature.measured_model import MeasuredModel, evaluating
+from treering.curvature.pairs import Pair
 from treering.curvature.targets import TargetPairs
 from treering.data.examples import Document
 from treering.influence.sketched import Sketched, batch_of, packing_of

@@ -10,7 +10,7 @@ from torch import Tensor
 from treering.core.errors import CheckpointError, TreeringError
 from treering.curvature import GradientFactors
 from treering.curvature.batch_tokens import Segment
-from treering.curvature.capture import Pair
+from treering.curvature.pairs import Pair
 from treering.curvature.targets import Target
 from treering.sketches.maps import ModuleMap, SideBasis, module_map
 from treering.sketches.rows import RowSums, TokenSpans

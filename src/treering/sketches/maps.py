@@ -17,7 +17,7 @@ from torch import Tensor
 
 from treering.core.errors import CheckpointError
 from treering.core.full_precision import full_precision, product
-from treering.sketches.projection import Side, projection
+from treering.core.projection import Side, projection
 from treering.sketches.settings import SketchSettings
 
 

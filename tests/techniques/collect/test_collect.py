@@ -37,10 +37,10 @@ def bins(step, rank=0, ranks=1):
     return [collate(pair, count, "cpu") for pair in (given[:2], given[2:])][rank::ranks]
 
 
-def factors(techniques, name="llama", kind="kfac", to=None):
+def factors(techniques, name="llama", kind="kfac", to=None, cover="blocks"):
     run = tr.compose(model_of(name), techniques)
     batches = [collate(texts()[i : i + 4], 0, "cpu") for i in (0, 4)]
-    return measure(run, batches, gradients=GradientSettings(kind=kind, labels="data"), to=to)
+    return measure(run, batches, gradients=GradientSettings(kind=kind, labels="data", cover=cover), to=to)
 
 
 def trained(techniques, statistics=None, mesh=None, slope=1.0, lr=1e-3, name="llama", steps=2, finish=True):
@@ -86,10 +86,19 @@ def test_rows_are_those_of_an_index_of_the_same_weights(base, more, slope, tmp_p
     assert run.metrics()["collect/documents"] == len(texts())
 
 
-@pytest.mark.parametrize("name, base", [("llama", tr.Full()), ("qwen3_moe", tr.LoRA(rank=2))])
-def test_training_is_the_same_bit_for_bit(name, base, tmp_path):
-    statistics = factors([base], name)
-    collect = tr.Collect(to=str(tmp_path / "rows"))
+PARTS = tr.Full(train=("*norm*", "*gate.weight", "*embed*", "lm_head"))
+BASES = [
+    ("llama", tr.Full(), "blocks"),
+    ("qwen3_moe", tr.LoRA(rank=2), "blocks"),
+    ("qwen3", tr.Full(), "all"),
+    ("qwen3_moe", PARTS, "all"),
+]
+
+
+@pytest.mark.parametrize("name, base, cover", BASES)
+def test_training_is_the_same_bit_for_bit(name, base, cover, tmp_path):
+    statistics = factors([base], name, cover=cover)
+    collect = tr.Collect(to=str(tmp_path / "rows"), cover=cover)
     plain = trained([base], name=name)
     observed = trained([base, collect], statistics, name=name)
     for (one, p), (other, q) in zip(plain.trainable(), observed.trainable()):
@@ -98,17 +107,35 @@ def test_training_is_the_same_bit_for_bit(name, base, tmp_path):
     assert sorted(index.all_ids()) == sorted(f"{d.sample_id}@{i // 4}" for i, d in enumerate(texts()))
 
 
-def collected(folder, sizes, kind, curvature, statistics):
+def test_rows_of_all_parameters_are_those_of_an_index_of_them(tmp_path):
+    collect = tr.Collect(to=str(tmp_path / "rows"), kind="exact", curvature="identity", cover="all")
+    trained([tr.Full(), *SURROUNDED, collect], lr=0.0, name="qwen2")
+    found = rows_by_id(tmp_path / "rows")
+    built = build(
+        tr.compose(model_of("qwen2"), [tr.Full()]), texts(), tmp_path / "built",
+        settings=SketchSettings(kind="exact", curvature="identity"), capacity=32, cover="all",
+    )  # fmt: skip
+    wanted = rows_by_id(built.folder)
+    assert len(built.recipe.modules) == 14 + 5 + 2
+    for sample in wanted:
+        assert_same(found[sample], wanted[sample], 0.012, sample)
+    with pytest.raises(tr.PlanError, match="cover is all, and the statistics"):
+        trained([tr.Full(), tr.Collect(to=str(tmp_path / "other"), cover="all")], factors([tr.Full()], name="qwen2"))
+    with pytest.raises(tr.ConfigError, match="blocks or all"):
+        tr.Collect(cover="some")
+
+
+def collected(folder, sizes, kind, curvature, statistics, cover):
     mesh = tr.mesh(**sizes) if sizes else None
-    collect = tr.Collect(to=str(folder), kind=kind, curvature=curvature)
+    collect = tr.Collect(to=str(folder), kind=kind, curvature=curvature, cover=cover)
     trained([tr.Full(), collect, *([tr.Shard()] if sizes else [])], open_statistics(statistics), mesh)
 
 
-@pytest.mark.parametrize("kind, curvature", [("psift", "kfac"), ("eigen-topk", "ekfac")])
-def test_two_ranks_write_the_same_bytes(kind, curvature, tmp_path):
-    factors([tr.Full()], kind="ekfac", to=tmp_path / "statistics")
-    collected(tmp_path / "one", {}, kind, curvature, tmp_path / "statistics")
-    on_ranks(2, collected, tmp_path / "two", {"shard": 2}, kind, curvature, tmp_path / "statistics")
+@pytest.mark.parametrize("kind, curvature, cover", [("psift", "kfac", "all"), ("eigen-topk", "ekfac", "blocks")])
+def test_two_ranks_write_the_same_bytes(kind, curvature, cover, tmp_path):
+    factors([tr.Full()], kind="ekfac", to=tmp_path / "statistics", cover=cover)
+    collected(tmp_path / "one", {}, kind, curvature, tmp_path / "statistics", cover)
+    on_ranks(2, collected, tmp_path / "two", {"shard": 2}, kind, curvature, tmp_path / "statistics", cover)
     one, two = (
         {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((tmp_path / name).iterdir())}
         for name in ("one", "two")

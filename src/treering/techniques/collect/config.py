@@ -28,6 +28,7 @@ class Collect(CollectSettings):
     entries    coordinates of a matrix, of eigen-topk
     damping    added to eigenvalues, in units of their mean
     seed       of the projections
+    cover      matrices inside the blocks, or all: biases, norms, routers, embedding and head as well
 
     Example:
         run = tr.compose("MODEL", [tr.LoRA(rank=16), tr.Collect(curvature="identity")])

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from treering.core.errors import DataError, PlanError
 from treering.core.topology import axis_size
 from treering.curvature.batch_tokens import NUMBERS, BatchTokens
-from treering.curvature.capture import Capture, Pair, install_capture
+from treering.curvature.capture import install_capture
 from treering.curvature.factors import GradientFactors
 from treering.curvature.labels import with_gradient
+from treering.curvature.pairs import Capture, Pair
 from treering.curvature.targets import Target, TargetPairs, targets_of
+from treering.curvature.vocabulary import Coverage
 from treering.sketches import encode_rows
 from treering.sketches.gradient_rows import GradientRows
 from treering.technique import Applied, Site
@@ -34,7 +36,9 @@ def install(model: nn.Module, config: "CollectSettings", site: Site) -> Applied:
             "collect: compiled blocks do not show the gradients of their layers; leave compile out",
             settings=("collect", "compile"),
         )
-    targets, left_out = targets_of(model, site.anatomy, site.maps)
+    factors = _factors(config, site)
+    coverage = Coverage(of=config.cover) if factors is None else factors.coverage
+    targets, left_out = targets_of(model, site.anatomy, site.maps, coverage)
     if not targets:
         raise PlanError(
             "collect: no matrix of a layer inside the blocks trains in a way that its gradient can be seen; leave "
@@ -47,7 +51,7 @@ def install(model: nn.Module, config: "CollectSettings", site: Site) -> Applied:
             "gradients cannot be told apart there; leave expert out of the mesh, or collect out",
             settings=("mesh.expert", "collect"),
         )
-    factors = _factors(config, site, targets)
+    _refuse_unmeasured(factors, targets)
     collector = Collector(config, site, targets, factors)
     weights = {target.weight for target in targets.values()}
     undo = install_capture(model, site.anatomy, weights, collector.seen, rooted=False)
@@ -63,7 +67,7 @@ def install(model: nn.Module, config: "CollectSettings", site: Site) -> Applied:
     )
 
 
-def _factors(config: "CollectSettings", site: Site, targets: Mapping[str, Target]) -> GradientFactors | None:
+def _factors(config: "CollectSettings", site: Site) -> GradientFactors | None:
     if config.curvature == "identity":
         return None
     factors = getattr(site.statistics, "gradients", None)
@@ -76,13 +80,22 @@ def _factors(config: "CollectSettings", site: Site, targets: Mapping[str, Target
             "curvature: identity",
             settings=("collect.curvature", "statistics.path"),
         )
-    if missing := [name for name in targets if name not in factors]:
+    if factors.settings.cover != config.cover:
+        raise PlanError(
+            f"collect: cover is {config.cover}, and the statistics were measured with cover {factors.settings.cover}; "
+            "give both the same (treering measure --cover)",
+            settings=("collect.cover", "statistics.path"),
+        )
+    return factors
+
+
+def _refuse_unmeasured(factors: GradientFactors | None, targets: Mapping[str, Target]) -> None:
+    if factors is not None and (missing := [name for name in targets if name not in factors]):
         raise PlanError(
             f"collect: the statistics have no factors of {missing[0]}, which trains; measure the gradients of a run "
             "with the same techniques, or set curvature: identity",
             settings=("collect.curvature", "statistics.path"),
         )
-    return factors
 
 
 class Collector:

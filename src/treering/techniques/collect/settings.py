@@ -1,6 +1,7 @@
 """The settings of the technique `collect`, and their checks."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from treering.core.errors import ConfigError
 from treering.sketches.settings import Curvature, Kind, SketchSettings
@@ -17,10 +18,13 @@ class CollectSettings:
     entries: int = 42
     damping: float = 0.1
     seed: int = 0
+    cover: Literal["blocks", "all"] = "blocks"
 
     def __post_init__(self) -> None:
         if not self.to.strip():
             raise ConfigError("to is empty; name a folder for the index", field="to")
+        if self.cover not in ("blocks", "all"):
+            raise ConfigError(f"cover is {self.cover!r}; it is blocks or all", field="cover")
         self.sketch()  # its constructor checks the others
 
     def sketch(self) -> SketchSettings:

@@ -46,7 +46,7 @@ class CollectedShards:
         settings = config.sketch()
         maps = {name: one.to(device) for name, one in maps_of(settings, targets, factors)[0].items()}
         digests: dict[str, Any] = {} if factors is None else {"statistics": factors.digest, "basis": factors.digest}
-        about = {"collected": "in training"}
+        about = {"collected": "in training", **({} if config.cover == "blocks" else {"covered": config.cover})}
         recipe = recipe_of(
             maps.values(), settings, model="" if factors is None else factors.model, about=about, **digests
         )

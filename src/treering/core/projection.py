@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from treering.core.philox import key, words
-from treering.sketches.settings import Distribution
 
 Side = Literal["inputs", "gradients"]
+Distribution = Literal["rademacher", "normal"]
 
 
 def projection(

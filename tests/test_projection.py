@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ranks import on_ranks
-from treering.sketches.projection import projection
+from treering.core.projection import projection
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 DISTRIBUTIONS = ("rademacher", "normal")
