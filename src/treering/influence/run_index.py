@@ -26,7 +26,7 @@ from treering.influence.bm25 import TokenLists, bm25
 from treering.influence.building import build
 from treering.influence.probe import ProbeResult, make_probe
 from treering.influence.query import query_rows
-from treering.influence.records import as_json, indexed_sources
+from treering.influence.records import IndexedSource, as_json, indexed_sources
 from treering.influence.scores import ScoreTable
 from treering.influence.sketched import Sketched, packing_of
 from treering.influence.tokens import token_scores
@@ -95,6 +95,11 @@ class RunIndex:
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer of the run's model."""
         return open_tokenizer(self.job)
+
+    @cached_property
+    def sources(self) -> tuple[IndexedSource, ...]:
+        """The files of the training data, with digests of their content, which is read once."""
+        return indexed_sources(self.job.data)
 
     @property
     def capacity(self) -> int:
@@ -219,7 +224,7 @@ class AskedIndex:
         about = {
             "method": f"{self.index.recipe.settings.kind} {self.index.recipe.settings.curvature}",
             "documents": examples.digest,
-            "sources": as_json(indexed_sources(self.of_run.job.data)),
+            "sources": as_json(self.of_run.sources),
             "index": self.index.recipe.digest,
         }
         baselines = {}
