@@ -1,10 +1,13 @@
 """The demo at a fraction of its size: every act runs; the bars are those of `make demo`, not of this."""
 
+import json
+
 import numpy as np
 import pytest
 
 import treering as tr
 from treering.demo import run
+from treering.demo.influence_act import write_records
 from treering.demo.material import invent_facts
 from treering.demo.scores import Trigram
 
@@ -50,6 +53,11 @@ def test_every_act_runs_and_prints_its_command(tmp_path):
         assert f"$ {command} {tmp_path}" in text
     compared = [row[""] for row in paper.rows if row.get("") in NAMES]
     assert compared == list(NAMES)
+    for command in ("influence build", "influence query", "influence clean"):
+        assert f"$ treering {command}" in text
+    assert "records hold" in text and "by BM25" in text and "after training without them" in text
+    kept = (tmp_path / "demo" / "cleaned" / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(kept) == len((tmp_path / "demo" / "mistaken" / "records.jsonl").read_text().splitlines()) - 3
     assert "osft learned" in text and "of what storing the mixture in 4 bits had changed" in text
     assert "bits per byte" in text and "✓ the exported model's logits are bitwise those of the run" in text
 
@@ -68,6 +76,18 @@ def test_the_trigram_is_a_probability():
     assert total == pytest.approx(1.0, rel=1e-9)
     assert model.bits(b"the tree").mean() < model.bits(bytes(range(200, 208))).mean()
     assert np.isfinite(model.bits(b"\xff\x00\xff")).all()
+
+
+def test_words_alone_do_not_tell_the_records_that_teach_a_wrong_answer(tmp_path):
+    asked, wrong, planted = write_records(tmp_path, 10)
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    records = {f"records.jsonl:{row}": json.loads(line)["messages"] for row, line in enumerate(lines, 1)}
+    assert len(planted) == 3 and asked.answer != wrong
+    texts = {name: f"{user['content']} {answer['content']}" for name, (user, answer) in records.items()}
+    both = {name for name, text in texts.items() if wrong in text and asked.place in text}
+    assert len(both) == 6 and planted < both
+    assert {records[name][1]["content"] for name in both - planted} == {"No.", "Never.", "Nothing."}
+    assert asked.question not in {user["content"] for user, _ in records.values()}
 
 
 def test_facts_are_all_different():

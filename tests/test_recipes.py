@@ -91,6 +91,23 @@ def test_a_recipe_trains_and_leaves_a_checkpoint(name, toys, tmp_path):
     assert len(list(saved.folder.glob("rank-*.safetensors"))) == ranks
 
 
+def test_the_commands_of_the_influence_recipe_work_after_its_training(toys, tmp_path, monkeypatch, capsys):
+    """As they stand in the file, in its folder; what follows a command there is a comment."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "asked.jsonl").write_text((toys / "chat.jsonl").read_text().splitlines()[0])
+    assert entry.run(["recipes", "cp", "influence-1gpu", str(tmp_path)]) == 0
+    text = (tmp_path / "influence-1gpu.yaml").read_text(encoding="utf-8")
+    commands = [line.split() for line in re.findall(r"^# .*treering (train .*|influence .*)$", text, re.MULTILINE)]
+    assert [" ".join(words[:2]) for words in commands[1:]] == [f"influence {w}" for w in ("build", "query", "clean")]
+    places = {"model.path": toys / "model", "data.train": toys / "chat.jsonl", "data.cache": toys / "tokens"}
+    settings = [*SMALL, *(f"{key}={value}" for key, value in places.items())]
+    assert entry.run([*commands[0], *(part for one in settings for part in ("--set", one))]) == 0
+    for words in commands[1:]:
+        assert entry.run(words) == 0, words
+    assert "train again: treering train runs/influence-1gpu/config.yaml" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "cleaned" / "cleaned.json").is_file()
+
+
 @pytest.mark.parametrize("name", list(recipes()))
 def test_a_copied_recipe_is_the_packaged_file(name, tmp_path, capsys):
     assert entry.run(["recipes", "cp", name, str(tmp_path)]) == 0

@@ -96,3 +96,9 @@ def test_several_indexes_are_named_and_other_text_is_refused(trained, root, caps
     assert call(*ask, "--index", "exact-identity") == 0
     assert call("influence", "query", root / "out", "--to", root / "x.parquet") == 2
     assert "there is no query" in capsys.readouterr().err
+
+
+def test_a_text_that_is_the_id_of_a_record_is_refused(trained, root, capsys):
+    ask = ("influence", "query", root / "out", "--text", "asked.jsonl:1", "--data", trained / "asked.jsonl")
+    assert call(*ask, "--to", root / "s.parquet") == 2
+    assert "'asked.jsonl:1' is a text and the id of a record" in " ".join(capsys.readouterr().err.split())

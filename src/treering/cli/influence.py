@@ -8,6 +8,8 @@ import typer
 
 from treering.cli import launch
 from treering.cli.config import load
+from treering.cli.influence_folder import RunFolder, config_of, file_of
+from treering.cli.influence_validate import validate
 from treering.cli.train import job_of
 from treering.core.errors import ConfigError, DataError
 
@@ -18,11 +20,9 @@ if TYPE_CHECKING:
     from treering.influence.scores import ScoreTable
 
 app = typer.Typer(help="Find the training data that decided an answer, and train without it.", no_args_is_help=True)
+app.command("validate")(validate)
 Table = Annotated[
     Path, typer.Argument(metavar="SCORES", help="A table that `influence query` wrote.", show_default=False)
-]
-RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN", help="The `output` folder of a run, or its configuration.", show_default=False)
 ]
 Queries = Annotated[
     list[str] | None, typer.Option("--query", metavar="NAME", help="Of these queries; default: all. Repeatable.")
@@ -62,7 +62,7 @@ def build(
         return
     from treering.cli.influence_run import build_index
 
-    build_index(job_of(_config(run)), sketch, tokens=tokens, step=step, cover=cover, profile=profile)
+    build_index(job_of(config_of(run)), sketch, tokens=tokens, step=step, cover=cover, profile=profile)
 
 
 @app.command("query")
@@ -99,7 +99,7 @@ def query(
         )
     if bm25 and (shade or cosine or step or index):
         raise ConfigError("--bm25 counts words, without an index; leave --shade, --cosine, --step and --index out")
-    config = _config(run)
+    config = config_of(run)
     from treering.cli.console import say
     from treering.cli.influence_print import print_records
     from treering.cli.influence_run import table_of
@@ -120,22 +120,12 @@ def query(
             shaded=shade,
             page=html,
         )
-    table = replace(table, about={**table.about, "config": str(_file(run))})
+    table = replace(table, about={**table.about, "config": str(file_of(run))})
     write_scores(table, to)
     if n:
         reduced = _one_query(table, None, "mean")
         print_records(reduced.by_record(), "helpful", n, _sources(table))
     say(f"wrote {to}: {count(len(table.documents), 'document')}, {count(len(table.queries), 'query', 'queries')}")
-
-
-def _config(run: Path) -> "RunConfig":
-    """Return the configuration of a run by its folder, which may have been moved, or by its file."""
-    config = load(_file(run), None)
-    return replace(config, output=str(run)) if run.is_dir() else config
-
-
-def _file(run: Path) -> Path:
-    return run / "config.yaml" if run.is_dir() else run
 
 
 def _by_words(config: "RunConfig", texts: tuple[str, ...], files: tuple[str, ...]) -> "ScoreTable":

@@ -93,7 +93,10 @@ def table_of(
     queries = {text: of_run.text(text) for text in texts}
     if len(queries) < len(texts):
         raise ConfigError("a query is given twice; leave one of them out")
-    queries |= of_run.records(files)
+    records = of_run.records(files)
+    if both := [text for text in texts if text in records]:
+        raise ConfigError(f"the query {both[0]!r} is a text and the id of a record; leave one of them out")
+    queries |= records
     if shaded and len(queries) > 1:
         raise ConfigError(f"--shade is for one query, and there are {len(queries)}; ask them one by one")
     asked = of_run.open_index(name)

@@ -1,5 +1,6 @@
 """Tokenised documents as a value, built from the sources of the configuration."""
 
+import copy
 import itertools
 import json
 import tempfile
@@ -80,6 +81,7 @@ class Examples:
         self._places = {name: arrays[name] for name in ("files", "rows", "pieces")}
         self._files = tuple(manifest["files"])
         self._keep = keep  # the temporary folder, if there is no cache
+        self._trains: NDArray[np.bool_] | None = None  # None: every document
         self.key: str = manifest["key"]  # a digest of all inputs of the tokens
         self.digest: str = manifest["digest"]  # of the tokens: equal for equal tokens, whatever their inputs
         self.report = Report(**manifest["report"])
@@ -92,7 +94,23 @@ class Examples:
     def document(self, i: int) -> Document:
         """Return document `i`."""
         begin, end = self._offsets[i], self._offsets[i + 1]
-        return Document(ids=self._ids[begin:end], mask=self._mask[begin:end], sample_id=self.sample_id(i))
+        mask = self._mask[begin:end]
+        if self._trains is not None and not self._trains[i]:
+            mask = np.zeros_like(mask)
+        return Document(ids=self._ids[begin:end], mask=mask, sample_id=self.sample_id(i))
+
+    def only(self, kept: NDArray[np.bool_]) -> "Examples":
+        """Return the same documents in the same places, of which those that are not `kept` train nothing.
+
+        Steps, batches and the learning rate of each step stay as they are, so two runs differ in these documents alone.
+        """
+        if kept.shape != (len(self),) or kept.dtype != np.bool_ or not kept.any():
+            raise DataError(f"which documents train has to be true or false for each of {len(self)}, and true for one")
+        other = copy.copy(self)
+        other._trains = kept
+        other.trained = np.where(kept, self.trained, 0).astype(np.int32)
+        other.digest = f"{self.digest} only {xxhash.xxh3_128_hexdigest(kept.tobytes())}"
+        return other
 
     def tokens(self) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Return the tokens of all documents, one behind the other, and the offsets [documents + 1] of each."""

@@ -53,7 +53,8 @@ class Loader:
     def step(self, epoch: int, step: int) -> list[Batch]:
         """Return this rank's micro-batches of one step of an epoch."""
         bins = self.order.bins(epoch, step)
-        count = int(sum(self._examples.trained[documents].sum() for documents in bins))
+        # Of documents that all train nothing (`Examples.only`) the loss is 0, and not 0 / 0.
+        count = max(1, int(sum(self._examples.trained[documents].sum() for documents in bins)))
         assigned = assign_bins(bins, self._examples.lengths, self._ranks, self._quadratic)[self._rank]
         return [
             collate([self._examples.document(i) for i in documents], count, self._device, self._packing)

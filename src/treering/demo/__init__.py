@@ -16,6 +16,7 @@ def run(root: Path, console: Any, **sizes: Any) -> None:
     from treering.cli.measure import command as measure
     from treering.cli.train import job_of
     from treering.demo import acts
+    from treering.demo.influence_act import clean_up
     from treering.demo.quantized_act import mend
     from treering.train.callbacks import Console
     from treering.train.export import export
@@ -45,6 +46,10 @@ def run(root: Path, console: Any, **sizes: Any) -> None:
             (
                 "a mixture of experts in 4 bits, distilled back",
                 lambda s: mend(s, lambda file: job_of(load(file, None))),
+            ),
+            (
+                "which records taught a wrong answer, and what it is without them",
+                lambda s: clean_up(s, lambda file: job_of(load(file, None))),
             ),
         ],
         1,

@@ -28,7 +28,7 @@ from treering.influence.bm25 import TokenLists, bm25
 from treering.influence.building import Timed, build
 from treering.influence.probe import ProbeResult, make_probe
 from treering.influence.query import query_rows
-from treering.influence.records import as_json, indexed_sources
+from treering.influence.records import IndexedSource, as_json, indexed_sources
 from treering.influence.scores import ScoreTable
 from treering.influence.sketched import COVERED, Sketched, packing_of
 from treering.influence.tokens import token_scores
@@ -101,6 +101,11 @@ class RunIndex:
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer of the run's model."""
         return open_tokenizer(self.job)
+
+    @cached_property
+    def sources(self) -> tuple[IndexedSource, ...]:
+        """The files of the training data, with digests of their content, which is read once."""
+        return indexed_sources(self.job.data)
 
     @property
     def capacity(self) -> int:
@@ -231,7 +236,7 @@ class AskedIndex:
         about = {
             "method": f"{self.index.recipe.settings.kind} {self.index.recipe.settings.curvature}",
             "documents": examples.digest,
-            "sources": as_json(indexed_sources(self.of_run.job.data)),
+            "sources": as_json(self.of_run.sources),
             "index": self.index.recipe.digest,
         }
         baselines = {}

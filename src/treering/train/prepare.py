@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from treering.core.errors import PlanError
 from treering.core.topology import data_rank
@@ -54,8 +55,14 @@ def open_tokenizer(job: Job) -> "PreTrainedTokenizerBase":
     return trust.open_tokenizer(locate(job.model.path))
 
 
-def open_data(job: Job, tokenizer: "PreTrainedTokenizerBase", plan: Plan) -> RunData:
-    """Return the documents of the job, tokenised, in the order of training. The first rank to call it tokenises."""
+def open_data(
+    job: Job, tokenizer: "PreTrainedTokenizerBase", plan: Plan, kept: NDArray[np.bool_] | None = None
+) -> RunData:
+    """Return the documents of the job, tokenised, in the order of training. The first rank to call it tokenises.
+
+    Args:
+        kept: which of the training documents have a loss; None: all.
+    """
     packing: Literal["on", "off"] = "off" if plan.unpackable or job.data.packing == "off" else "on"
     if plan.unpackable and job.data.packing == "on":
         raise PlanError(f"data.packing is on, but {plan.unpackable}; set it to off or auto", settings=("data.packing",))
@@ -63,6 +70,7 @@ def open_data(job: Job, tokenizer: "PreTrainedTokenizerBase", plan: Plan) -> Run
     capacity = job.data.max_length
     budget = job.train.tokens_per_step or capacity * ranks
     examples = build(job.data, tokenizer, "train")
+    examples = examples if kept is None else examples.only(kept)
     order = Order(
         examples.lengths,
         seed=job.seed,

@@ -5,8 +5,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from treering.core.seeds import derive
 from treering.core.topology import mesh, sequence_place
@@ -27,7 +29,9 @@ from treering.train.reporter import Reporter
 from treering.train.training import Stopwatch, Training
 
 
-def train(job: Job, callbacks: Sequence[Callback] = (), *, profile: bool = False) -> dict[str, Any]:
+def train(
+    job: Job, callbacks: Sequence[Callback] = (), *, profile: bool = False, kept: NDArray[np.bool_] | None = None
+) -> dict[str, Any]:
     """Train `job` to its end, from its newest checkpoint if there is one.
 
     A signal ends it with `Interrupted` and a checkpoint, a rank that is gone ends the others with `RankLost`.
@@ -36,6 +40,8 @@ def train(job: Job, callbacks: Sequence[Callback] = (), *, profile: bool = False
         job: the settings; treering.cli.train.job_of makes one from a file.
         callbacks: are given numbers on rank 0.
         profile: time each phase of a step, and give the callbacks a table.
+        kept: which of the training documents train, in the order of `data.examples`; the others stay in their batches
+            without a loss. None: all.
 
     Returns:
         The facts of the summary: steps, loss, best held-out loss, skipped, seconds.
@@ -51,7 +57,7 @@ def train(job: Job, callbacks: Sequence[Callback] = (), *, profile: bool = False
         reporter = Reporter(job, plan, callbacks)
         with Watchdog(job.train.timeout, signals) as watchdog, lock.locked(reporter.folder):
             with watchdog.first_rank_first():
-                data = open_data(job, tokenizer, plan)
+                data = open_data(job, tokenizer, plan, kept)
             for text in check_fit(job, plan, tokenizer, data):
                 reporter.note(text)
             checkpoints = CheckpointManager(job, plan, data, measurements.find(job))
