@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from treering.anatomy.matrices import Matrix, of_experts, of_linear
 from treering.core.errors import PlanError
@@ -57,10 +58,15 @@ class PairSink(Protocol):
 
 
 class Capture:
-    """Yielded by `capture`. Before each forward, `batch` is set to the tokens that the forward computes."""
+    """Yielded by `capture`. Before each forward, `batch` is set to the tokens that the forward computes.
+
+    Attributes:
+        begins: an output that needs no gradient begins the graph. What lies before the first layers that are seen needs
+            no backward then.
+    """
 
     def __init__(self, sink: PairSink):
-        self.sink = sink
+        self.sink, self.begins = sink, False
         self.batch: BatchTokens | None = None
 
     def __reduce__(self) -> Any:
@@ -70,8 +76,12 @@ class Capture:
     def see(self, weight: str, x: Tensor, y: Tensor, rows: Callable[[BatchTokens, TileRows | None], LayerRows],
             experts: Tensor | None = None) -> Tensor:  # fmt: skip
         """Return y, through which the gradient of `weight` will be seen."""
-        if self.batch is None or not torch.is_grad_enabled() or not y.requires_grad or recompute_state() == "teacher":
+        if self.batch is None or not torch.is_grad_enabled() or recompute_state() == "teacher":
             return y
+        if not y.requires_grad:
+            if not self.begins:
+                return y
+            y = y.detach().requires_grad_()
         batch, tile = self.batch, tile_rows()
 
         def take(a: Tensor, g: Tensor) -> None:
@@ -117,7 +127,10 @@ def capture(model: nn.Module, anatomy: "Anatomy", weights: Iterable[str], sink: 
     undo: list[Callable[[], None]] = []
     try:
         run_eagerly(model, undo)
-        undo.append(install_capture(model, anatomy, weights, seen))
+        seen.begins = _is_plain(model)
+        if seen.begins:
+            undo.append(_frozen(model))
+        undo.append(install_capture(model, anatomy, weights, seen, rooted=not seen.begins))
         yield seen
     finally:
         undo_all(undo)()
@@ -168,6 +181,22 @@ def capturable(model: nn.Module, anatomy: "Anatomy") -> tuple[dict[str, Matrix],
             else:
                 possible[stack.weight] = stack
     return possible, reasons
+
+
+def _is_plain(model: nn.Module) -> bool:
+    """Return whether all forwards are those of the classes: no technique, and no sharding, that needs gradients of its
+    own."""
+    return not any(
+        isinstance(m, FSDPModule) or installed(m) is not None or getattr(m, "gradient_checkpointing", False)
+        for m in model.modules()
+    )
+
+
+def _frozen(model: nn.Module) -> Callable[[], Any]:
+    """Let the backward compute no gradients of parameters, which nobody looks at."""
+    trained = nn.ParameterList(parameter for parameter in model.parameters() if parameter.requires_grad)
+    trained.requires_grad_(False)
+    return partial(trained.requires_grad_, True)
 
 
 def _rooted(model: nn.Module) -> Callable[[], None]:
