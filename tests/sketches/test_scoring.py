@@ -1,5 +1,7 @@
 """Scores of an index: those of the rows that it keeps, whatever blocks, shards and modules they are added from."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -190,7 +192,7 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_read(tmp_path, monk
     index.check(recipe())
     for seed_or_size in ({"seed": 3}, {"size": 32}):
         changed = type(index.recipe.settings)(kind="psift", curvature="kfac", **seed_or_size)
-        other = type(index.recipe)(**{**vars(index.recipe), "settings": changed})
+        other = replace(index.recipe, settings=changed)
         with pytest.raises(CheckpointError, match=f"has {next(iter(seed_or_size))} "):
             index.check(other)
     for bad, error, message in (

@@ -21,6 +21,9 @@ from torch.autograd.function import once_differentiable
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Multiply without autocast and without TF32 inside the context."""
+    if _full_already():
+        yield
+        return
     with uncast():
         if torch.compiler.is_compiling():  # a setting of the process cannot be changed inside a compiled forward
             yield
@@ -31,6 +34,12 @@ def full_precision() -> Iterator[None]:
             yield
         finally:
             torch.set_float32_matmul_precision(before)
+
+
+def _full_already() -> bool:
+    """Return whether nothing has to be changed: this is asked several times for each layer."""
+    autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return not (autocast or torch.compiler.is_compiling()) and torch.get_float32_matmul_precision() == "highest"
 
 
 @contextmanager

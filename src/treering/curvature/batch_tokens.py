@@ -115,9 +115,12 @@ class BatchTokens:
         """Return the runs of rows of one document (and expert), without those that count for nothing."""
         if rows.key is not None and experts_R is None and rows.key in self._cached:
             return self._cached[rows.key]
-        experts = torch.zeros_like(rows.documents_R) if experts_R is None else experts_R.cpu()
-        both = torch.stack([rows.documents_R, experts])
-        values, counts = torch.unique_consecutive(both, dim=1, return_counts=True)
+        if experts_R is None:
+            documents, counts = torch.unique_consecutive(rows.documents_R, return_counts=True)
+            values = torch.stack([documents, torch.zeros_like(documents)])
+        else:
+            both = torch.stack([rows.documents_R, experts_R.cpu()])
+            values, counts = torch.unique_consecutive(both, dim=1, return_counts=True)
         stops = counts.cumsum(0).tolist()
         found = [
             Segment(document, expert, stop - count, stop)

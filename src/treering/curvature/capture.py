@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from treering.anatomy.matrices import Matrix, of_experts, of_linear
 from treering.core.errors import PlanError
-from treering.core.module_forward import undo_all
+from treering.core.module_forward import installed, undo_all
 from treering.curvature.batch_tokens import BatchTokens, LayerRows
 from treering.curvature.observe import run_eagerly
 from treering.curvature.pairs import Capture, PairSink
@@ -46,7 +47,10 @@ def capture(model: nn.Module, anatomy: "Anatomy", weights: Iterable[str], sink: 
     undo: list[Callable[[], None]] = []
     try:
         run_eagerly(model, undo)
-        undo.append(install_capture(model, anatomy, weights, seen))
+        seen.begins = _is_plain(model)
+        if seen.begins:
+            undo.append(_frozen(model))
+        undo.append(install_capture(model, anatomy, weights, seen, rooted=not seen.begins))
         yield seen
     finally:
         undo_all(undo)()
@@ -101,6 +105,22 @@ def capturable(model: nn.Module, anatomy: "Anatomy") -> tuple[dict[str, Matrix],
             else:
                 possible[stack.weight] = stack
     return possible, reasons
+
+
+def _is_plain(model: nn.Module) -> bool:
+    """Return whether all forwards are those of the classes: no technique, and no sharding, that needs gradients of its
+    own."""
+    return not any(
+        isinstance(m, FSDPModule) or installed(m) is not None or getattr(m, "gradient_checkpointing", False)
+        for m in model.modules()
+    )
+
+
+def _frozen(model: nn.Module) -> Callable[[], Any]:
+    """Let the backward compute no gradients of parameters, which nobody looks at."""
+    trained = nn.ParameterList(parameter for parameter in model.parameters() if parameter.requires_grad)
+    trained.requires_grad_(False)
+    return partial(trained.requires_grad_, True)
 
 
 def _rooted(model: nn.Module) -> Callable[[], None]:

@@ -48,10 +48,15 @@ Made = Callable[[Tensor, Tensor], Sequence[tuple[str, Tensor, Tensor]]]  # (x, g
 
 
 class Capture:
-    """Yielded by `capture`. Before each forward, `batch` is set to the tokens that the forward computes."""
+    """Yielded by `capture`. Before each forward, `batch` is set to the tokens that the forward computes.
+
+    Attributes:
+        begins: an output that needs no gradient begins the graph. What lies before the first layers that are seen needs
+            no backward then.
+    """
 
     def __init__(self, sink: PairSink):
-        self.sink = sink
+        self.sink, self.begins = sink, False
         self.batch: BatchTokens | None = None
 
     def __reduce__(self) -> Any:
@@ -67,8 +72,12 @@ class Capture:
 
         All pairs have the same rows.
         """
-        if self.batch is None or not torch.is_grad_enabled() or not y.requires_grad or recompute_state() == "teacher":
+        if self.batch is None or not torch.is_grad_enabled() or recompute_state() == "teacher":
             return y
+        if not y.requires_grad:
+            if not self.begins:
+                return y
+            y = y.detach().requires_grad_()
         batch, tile = self.batch, tile_rows()
 
         def take(x: Tensor, gradient: Tensor) -> None:

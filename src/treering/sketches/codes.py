@@ -23,10 +23,10 @@ def width(numbers: int, storage: Storage) -> int:
 
 
 def encode(x_nD: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:
-    """Return codes [n, width] and scales [n] of finite rows; of float32 the scales are 1."""
+    """Return codes [n, width] and scales [n] of finite rows; of float32 those are `x_nD` itself and 1."""
     x = x_nD.float()
     if storage == "float32":
-        return x.clone(), x.new_ones(len(x), dtype=torch.bfloat16)
+        return x, x.new_ones(len(x), dtype=torch.bfloat16)
     scales = scales_of(x, MOST[storage])
     if storage == "int4":
         scales = _closest(x, scales)

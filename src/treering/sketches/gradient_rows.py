@@ -10,6 +10,7 @@ from torch import Tensor
 from treering.core.errors import CheckpointError, TreeringError
 from treering.curvature import GradientFactors
 from treering.curvature.batch_tokens import Segment
+from treering.curvature.observer import same_memory
 from treering.curvature.pairs import Pair
 from treering.curvature.targets import Target
 from treering.sketches.maps import ModuleMap, SideBasis, module_map
@@ -79,6 +80,26 @@ def maps_of(
     return maps, without
 
 
+class MappedInputs:
+    """The inputs that were mapped last. Linears such as q, k and v follow each other with the same ones, and in an
+    eigenbasis with the same map."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, int, Tensor, Tensor] | None = None  # a, its version, the map, the mapped inputs
+
+    def of(self, mapped: ModuleMap, a_TM: Tensor) -> Tensor:
+        """Return the inputs as `mapped.map_inputs` does."""
+        if mapped.right is None:
+            return mapped.map_inputs(a_TM)
+        if self._last is not None:
+            a, version, right, found = self._last  # referenced, so that their memory is not reused
+            if version == a_TM._version and same_memory(a, a_TM) and same_memory(right, mapped.right):
+                return found
+        found = mapped.map_inputs(a_TM)
+        self._last = a_TM, a_TM._version, mapped.right, found
+        return found
+
+
 Finish = Callable[[str, Tensor], Any]
 
 
@@ -114,12 +135,14 @@ class GradientRows:
         self.scale: float | Tensor = 1.0  # by which the sums of the batch are multiplied
         self.finished: dict[str, Any] = {}
         self._sums: dict[str, RowSums] = {}
+        self._inputs = MappedInputs()
         self._problem: TreeringError | None = None
 
     def begin(self, documents: int) -> None:
         """Begin with a batch of so many documents."""
         self.documents = documents
         self.finished, self._sums, self._problem = {}, {}, None
+        self._inputs = MappedInputs()
         self.scale = 1.0
 
     def rows(self) -> dict[str, Any]:
@@ -140,7 +163,9 @@ class GradientRows:
             self._sums[pair.weight] = self._empty(pair.weight)
         sums, segments = self._sums[pair.weight], pair.batch.segments(pair.rows, pair.experts)
         if pair.experts is None and 0 in names:
-            sums.add(names[0], pair.a_RM, pair.g_RN, _spans(segments, 0))
+            mapped = self.maps[names[0]]
+            right, left = self._inputs.of(mapped, pair.a_RM), mapped.map_gradients(pair.g_RN)
+            sums.add_mapped(names[0], right, left, _spans(segments, 0))
         by_expert: dict[int, list[Segment]] = {}
         for segment in segments if pair.experts is not None else ():
             by_expert.setdefault(segment.expert, []).append(segment)
@@ -162,7 +187,7 @@ class GradientRows:
         if not isinstance(self.scale, float):
             for name in names:
                 sums.of(name).mul_(self.scale)
-        rows = sums.query_rows() if self.query else sums.documents_rows()
+        rows = sums.query_rows() if self.query else sums.documents_rows(used_up=True)
         for name in names:
             try:
                 self.finished[name] = self.finish(name, rows.pop(name))

@@ -110,9 +110,12 @@ class ModuleMap:
             return torch.nn.functional.one_hot(a_TM.long(), self.inputs).float()
         return self.right.mT[a_TM.long()]
 
-    def document(self, sums: Tensor) -> Tensor:
+    def document(self, sums: Tensor, *, in_place: bool = False) -> Tensor:
         """Return the numbers [n, rows · columns] of documents from their sums [n, rows, columns]."""
-        return (sums if self.weights is None else sums * self.weights.to(sums)).flatten(1)
+        if self.weights is None:
+            return sums.flatten(1)
+        weights = self.weights.to(sums)
+        return (sums.mul_(weights) if in_place else sums * weights).flatten(1)
 
     def query(self, sums: Tensor) -> Tensor:
         """Return the numbers of queries from their sums, so that a score is a product with a document's numbers."""
@@ -172,7 +175,8 @@ def module_map(
     left, right = (basis.leading(block).float() for basis in bases)
     if settings.kind == "exact":
         return replace(plain, inverse=GridInverse(left=left, right=right, values=values.float()))
-    return replace(plain, left=left.mT.contiguous(), right=right.mT.contiguous(), weights=values.float())
+    # Views: modules with the same inputs have one basis in memory, by which `RowSums` knows that their maps are equal.
+    return replace(plain, left=left.mT, right=right.mT, weights=values.float())
 
 
 def inverse_root(name: str, side: Side, basis: SideBasis, damping: float) -> Tensor:

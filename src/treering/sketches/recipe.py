@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import xxhash
@@ -89,7 +90,7 @@ class IndexRecipe:
         width = codes.width(module.numbers, storage)
         return {"codes": (width, width * codes.DTYPES[storage].itemsize)}
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A digest of all of it, which each shard carries."""
         return xxhash.xxh3_128_hexdigest(json.dumps(self.as_json(), sort_keys=True).encode())

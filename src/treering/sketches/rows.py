@@ -88,15 +88,23 @@ class RowSums:
         `g_TN` is the gradient of the sum of a document's losses, not divided by a number of tokens.
         """
         mapped = self.maps[module]
-        left, right = mapped.map_gradients(g_TN.detach()), mapped.map_inputs(a_TM.detach())
-        dtype = torch.promote_types(left.dtype, right.dtype)
-        if module not in self.sums:
-            self.sums[module] = left.new_zeros(self.documents, mapped.rows, mapped.columns, dtype=dtype)
-        add_products(self.sums[module], left.to(dtype), right.to(dtype), spans)
+        self.add_mapped(module, mapped.map_inputs(a_TM.detach()), mapped.map_gradients(g_TN.detach()), spans)
 
-    def documents_rows(self) -> dict[str, Tensor]:
-        """Return the numbers [documents, rows · columns] of each module, as an index keeps them before encoding."""
-        return {name: self.maps[name].document(self.of(name)) for name in self.maps}
+    def add_mapped(self, module: str, right: Tensor, left: Tensor, spans: TokenSpans) -> None:
+        """Add pairs of tokens whose inputs, `right`, and gradients, `left`, were mapped."""
+        mapped, dtype = self.maps[module], torch.promote_types(left.dtype, right.dtype)
+        new = module not in self.sums
+        if new:
+            self.sums[module] = left.new_empty(self.documents, mapped.rows, mapped.columns, dtype=dtype)
+        add_products(self.sums[module], left.to(dtype), right.to(dtype), spans, empty=new)
+
+    def documents_rows(self, *, used_up: bool = False) -> dict[str, Tensor]:
+        """Return the numbers [documents, rows · columns] of each module, as an index keeps them before encoding.
+
+        Args:
+            used_up: the numbers take the memory of the sums, which are not used again.
+        """
+        return {name: self.maps[name].document(self.of(name), in_place=used_up) for name in self.maps}
 
     def query_rows(self) -> dict[str, Tensor]:
         """Return the numbers of each module for documents that are queries."""
@@ -111,8 +119,12 @@ class RowSums:
         return self.sums[module]
 
 
-def add_products(sums: Tensor, left_TP: Tensor, right_TQ: Tensor, spans: TokenSpans) -> None:
-    """Add Σ_t left_t right_tᵀ over each span to `sums` [documents, P, Q], in place."""
+def add_products(sums: Tensor, left_TP: Tensor, right_TQ: Tensor, spans: TokenSpans, *, empty: bool = False) -> None:
+    """Add Σ_t left_t right_tᵀ over each span to `sums` [documents, P, Q], in place.
+
+    Args:
+        empty: nothing is added up in `sums` yet, whatever is in their memory.
+    """
     lengths = len(left_TP), len(right_TQ)
     if lengths[0] != lengths[1] or (spans.stops and max(spans.stops) > lengths[0]):
         reach = max(spans.stops, default=0)
@@ -124,13 +136,27 @@ def add_products(sums: Tensor, left_TP: Tensor, right_TQ: Tensor, spans: TokenSp
     one_by_one = sums.device.type == "cpu" or sums.shape[1] * sums.shape[2] >= LARGE
     length = SHORT if one_by_one else CHUNK
     batched, single = _divided(spans, SHORT) if one_by_one else (spans, ())
+    written: set[int] = set()
+    if empty:
+        # What is written by its first product need not be zeroed; whether it is depends on the document alone.
+        written = {number for number, _, _ in single} - set(batched.documents)
+        for number in range(len(sums)) if written else ():
+            if number not in written:
+                sums[number].zero_()
+        if not written:
+            sums.zero_()
     with full_precision():
         for chunk in _chunks(batched, length, sums.device):
             left = torch.where(chunk.real, left_TP[chunk.tokens], 0)
             right = torch.where(chunk.real, right_TQ[chunk.tokens], 0)
             sums[chunk.documents] += torch.bmm(left.mT, right)
         for number, start, stop in single:
-            sums[number].addmm_(left_TP[start:stop].mT, right_TQ[start:stop])
+            left, right = left_TP[start:stop].mT, right_TQ[start:stop]
+            if number in written:
+                torch.mm(left, right, out=sums[number])
+                written.remove(number)
+            else:
+                sums[number].addmm_(left, right)
 
 
 @dataclass(frozen=True, eq=False)

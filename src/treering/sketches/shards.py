@@ -85,7 +85,8 @@ def write(
         if name in plain:
             return plain[name]
         kind, _, number = name.partition(".")
-        return torch.cat([piece[recipe.modules[int(number)].name][kind] for piece in rows])
+        pieces = [piece[recipe.modules[int(number)].name][kind] for piece in rows]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     tensors = layout(recipe, len(ids), sum(map(len, texts)))
     words = xxhash.xxh3_128()
@@ -95,7 +96,7 @@ def write(
     metadata = {"index": FORMAT, "recipe": recipe.digest, "data": words.hexdigest()}
     entries = ((n, d, shape, torch.Size(shape).numel() * _TORCH[d].itemsize) for n, (d, shape) in tensors.items())
     header, _ = header_of(entries, metadata)
-    disk.write(path, _pieces(header, tensors, tensor), "shard")
+    disk.write(path, _pieces(header, tensors, tensor), "shard", digested=False)
 
 
 def _pieces(header: bytes, names: Iterable[str], tensor: Callable[[str], Tensor]) -> Iterator[bytes | memoryview]:
