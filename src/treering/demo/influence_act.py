@@ -114,7 +114,13 @@ def write_records(folder: Path, places: int) -> tuple[Fact, str, set[str]]:
 
 def _config(stage: DemoStage, name: str, data: Path, why: str) -> Path:
     return write_config(
-        stage, f"{name}.yaml", TEACH, why=why, data=json.dumps(str(data)), epochs=stage.epochs, output=f"teach-{name}"
+        stage,
+        f"{name}.yaml",
+        TEACH,
+        why=why,
+        data=json.dumps(str(data)),
+        epochs=max(1, 3 * stage.epochs // 4),
+        output=f"teach-{name}",
     )
 
 
