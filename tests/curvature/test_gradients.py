@@ -186,3 +186,14 @@ def test_gradients_are_not_added_to_earlier_measurements(tmp_path):
     model = build("llama")
     with pytest.raises(tr.PlanError, match="inputs only"):
         measure(model, each(), gradients=settings(), onto=[tr.measure(model, each())])
+
+
+def shared_rows(kind):
+    run = tr.compose(build("llama"), [tr.Full(), tr.Ulysses(), tr.Shard()], mesh=tr.mesh(shard=1, sequence=2))
+    with pytest.raises(tr.PlanError, match="complete gradient of each document"):
+        measure(run, [packed(documents(LENGTHS))], gradients=settings(kind))
+
+
+@pytest.mark.parametrize("kind", ["ekfac"])
+def test_squares_of_documents_that_ranks_share_are_refused(kind):
+    on_ranks(2, shared_rows, kind)

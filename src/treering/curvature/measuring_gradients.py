@@ -46,6 +46,12 @@ def measure_gradients(
     """Return the statistics of the inputs and gradients of all that is covered; see `measure`."""
     coverage = _coverage(subject, batches, settings)
     targets, left_out = _chosen(subject.model, subject.anatomy, subject.maps, coverage)
+    if subject.shared > 1 and settings.kind != "kfac":
+        raise PlanError(
+            f"{settings.kind} needs the complete gradient of each document, and ranks of the mesh's `sequence` axis have "
+            "a part of it each; measure kfac there, or without sequence in the mesh",
+            settings=("mesh.sequence",),
+        )
     model = weights_digest(subject.model)
     done = None if to is None else _begun(to, settings, model, ring)
     if done is not None and done.gradients is not None and done.gradients.complete:
