@@ -48,8 +48,8 @@ def measure_gradients(
     targets, left_out = _chosen(subject.model, subject.anatomy, subject.maps, coverage)
     if subject.shared > 1 and settings.kind != "kfac":
         raise PlanError(
-            f"{settings.kind} needs the complete gradient of each document, and ranks of the mesh's `sequence` axis have "
-            "a part of it each; measure kfac there, or without sequence in the mesh",
+            f"{settings.kind} needs the complete gradient of each document, and ranks of the mesh's `sequence` axis "
+            "have a part of it each; measure kfac there, or without sequence in the mesh",
             settings=("mesh.sequence",),
         )
     model = weights_digest(subject.model)
