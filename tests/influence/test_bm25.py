@@ -91,3 +91,9 @@ def test_offsets_that_do_not_fit_are_refused():
     for offsets in ([0, 2], [1, 3], [0, 3, 1, 3], []):
         with pytest.raises(ValueError, match="offsets"):
             TokenLists(ids=np.arange(3), offsets=np.array(offsets, dtype=np.int64))
+
+
+def test_documents_may_be_shorter_than_a_token_on_average():
+    documents, queries = [[], [1]], [[1]]
+    scores = bm25(TokenLists.of(documents), TokenLists.of(queries), k1=0.9, b=0.4)
+    np.testing.assert_allclose(scores, reference.bm25(documents, queries, 0.9, 0.4), rtol=2e-7)

@@ -88,7 +88,7 @@ def bm25(documents: TokenLists, queries: TokenLists, *, k1: float = 1.2, b: floa
 
     scores = np.zeros((len(documents), len(queries)), dtype=np.float32)
     lengths = np.diff(documents.offsets)
-    penalties = k1 * (1 - b + b * lengths / max(lengths.mean(), 1.0))
+    penalties = k1 * (1 - b + b * lengths / (lengths.mean() or 1.0))
     for first, rows, columns, occurrences in _occurrences(documents, slots, len(terms)):
         saturated = occurrences * (k1 + 1) / (occurrences + penalties[first + rows])
         last = first + int(rows[-1]) + 1 if len(rows) else first
