@@ -89,7 +89,7 @@ MEANING = {
     **{NO_COPY.format(name): "refused: the base is not kept; name its folder" for name in ("full", "lora", "osft")},
     FEW_BITS: "refused: the base is not kept; name its folder",
     UNSEEN: "refused: its gradient is not seen; leave collect out",
-    UNTOLD: "refused: gradients of assigned experts are not told apart",
+    UNTOLD: "refused: gradients of assigned experts cannot be separated",
     FACTORS: "refused: experts from factors are not assigned to ranks",
 }
 
