@@ -169,6 +169,21 @@ def test_a_document_whose_gradient_is_not_finite_has_no_row(tmp_path):
     assert metrics["collect/dropped"] >= 1 and metrics["collect/dropped"] + metrics["collect/documents"] == 4
 
 
+def test_documents_of_a_skipped_step_have_no_row(tmp_path):
+    run = tr.compose(model_of("llama"), [tr.Full(), tr.Collect(to=str(tmp_path / "i"), curvature="identity")])
+    optimizer = run.optimizer(torch.optim.SGD, lr=1e-3)
+    for step in range(2):
+        for number, batch in enumerate(run.ready(bins(step))):
+            (run.loss(batch) * (torch.inf if step == number == 0 else 1.0)).backward()
+        assert run.step(optimizer).skipped == (step == 0)
+        optimizer.zero_grad()
+    for batch in run.ready(bins(0)):  # no step follows
+        run.loss(batch).backward()
+    run.finish()
+    assert sorted(open_index(tmp_path / "i").all_ids()) == sorted(f"{d.sample_id}@0" for d in texts()[4:])
+    assert run.metrics() == {"collect/documents": 4.0, "collect/dropped": 8.0}
+
+
 def test_rows_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     techniques = [tr.Full(), tr.Collect(to=str(tmp_path / "rows"), curvature="identity")]
     run = tr.compose(model_of("llama"), techniques)

@@ -23,7 +23,7 @@ from treering.curvature.vocabulary import Coverage
 from treering.sketches import encode_rows
 from treering.sketches.gradient_rows import GradientRows
 from treering.technique import Applied, Site
-from treering.techniques.collect.shards import CollectedShards
+from treering.techniques.collect.shards import CollectedShards, Waiting
 
 if TYPE_CHECKING:
     from treering.techniques.collect.settings import CollectSettings
@@ -59,6 +59,7 @@ def install(model: nn.Module, config: "CollectSettings", site: Site) -> Applied:
     return Applied(
         undo=undo,
         watch=collector.watch,
+        gradients=collector.complete,
         after_step=collector.stepped,
         state=collector.state,
         finish=collector.finish,
@@ -111,6 +112,8 @@ class Collector:
         self.steps = torch.zeros((), dtype=torch.int64)  # taken so far
         self.documents = self.dropped = self.watched = 0
         self._open: dict[BatchTokens, _BatchRows] = {}
+        self._computed: list[Waiting] = []  # since the last step
+        self._stepping: list[Waiting] = []  # of a step that is being decided: one that is skipped trains on nothing
         self._groups = [site.mesh["sequence"].get_group()] if axis_size(site.mesh, "sequence") > 1 else []  # type: ignore[index]
 
     @contextmanager
@@ -149,15 +152,23 @@ class Collector:
     def _end(self, tokens: BatchTokens) -> None:
         """Called at the end of the backward."""
         self.seen.batch = None
-        rows, shards = self._open.pop(tokens), self.shards
-        assert shards is not None
+        rows = self._open.pop(tokens)
         found = rows.rows()
         lengths = torch.bincount(tokens.documents_T[tokens.documents_T >= 0], minlength=len(rows.ids)).tolist()
         good = rows.finite.nonzero().squeeze(1)
         self.dropped += len(rows.ids) - len(good)
         self.documents += len(good)
         kept = {module: {name: x[good] for name, x in tensors.items()} for module, tensors in found.items()}
-        shards.keep([rows.ids[i] for i in good.tolist()], [lengths[i] for i in good.tolist()], kept)
+        self._computed.append(([rows.ids[i] for i in good.tolist()], [lengths[i] for i in good.tolist()], kept))
+
+    def complete(self) -> None:
+        """Take what was computed as the rows of one step; drop those of the step before if it was skipped."""
+        self._drop_skipped()
+        self._stepping, self._computed = self._computed, []
+
+    def _drop_skipped(self) -> None:
+        documents = sum(len(ids) for ids, _, _ in self._stepping)
+        self.documents, self.dropped, self._stepping = self.documents - documents, self.dropped + documents, []
 
     def stepped(self) -> None:
         """Count a step that was taken; refuse one whose gradients were not seen."""
@@ -167,6 +178,10 @@ class Collector:
                 "documents has a row; compute the loss by run.loss(batch)",
                 settings=("collect",),
             )
+        for ids, tokens, rows in self._stepping:
+            assert self.shards is not None
+            self.shards.keep(ids, tokens, rows)
+        self._stepping = []
         self.steps, self.watched = self.steps.add_(1), 0
         self._open.clear()  # losses whose backward never came
 
@@ -178,12 +193,14 @@ class Collector:
 
     def finish(self) -> None:
         """Write what waits, and list all shards in the index. A collective."""
+        self.complete()
+        self._drop_skipped()  # and what no step followed
         if self.shards is not None:
             self.count.fill_(self.shards.flush())
             self.shards.publish()
 
     def metrics(self) -> dict[str, float]:
-        """Return how many documents have a row, and of how many the gradient was not finite, on this rank."""
+        """Return how many documents have a row, and how many have none: not finite, or no step taken."""
         return {"collect/documents": float(self.documents), "collect/dropped": float(self.dropped)}
 
     def _names(self, batch: dict[str, Any], numbers: Tensor) -> tuple[str, ...]:
