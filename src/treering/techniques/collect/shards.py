@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from treering.core.collectives import is_first
+from treering.core.collectives import is_first, together
 from treering.core.topology import sequence_place
 from treering.curvature.factors import GradientFactors
 from treering.curvature.targets import Target
@@ -67,13 +67,14 @@ class CollectedShards:
         """Write what waits on all ranks to one shard. Returns how many shards there are. A collective."""
         every = [_unpacked(part) for part in _gathered_on_first(_packed(self._waiting))]
         self._waiting = []
-        some = sum(len(part) for part in every)
-        if is_first() and some:
-            self._write([one for part in every for one in part])
-        box = [some > 0]
-        if dist.is_initialized():
-            dist.broadcast_object_list(box, src=0)
-        self.count += int(box[0])
+        pieces = [one for part in every for one in part]  # none on other ranks
+
+        def write() -> int:
+            if pieces:
+                self._write(pieces)
+            return int(bool(pieces))
+
+        self.count += together(write, "writing the collected rows")[0]
         return self.count
 
     def _write(self, pieces: list[Waiting]) -> None:
