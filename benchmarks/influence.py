@@ -28,7 +28,7 @@ from benchmarks.influence_memory import memory
 from benchmarks.influence_ours import Subject
 from benchmarks.peers import influence as peer
 from benchmarks.peers.influence_sides import Case
-from benchmarks.rows import RESULTS, Row, row, write
+from benchmarks.rows import Row, others, row, write
 from tests.ranks import on_ranks
 from treering.core import seeds
 from treering.influence.bm25 import TokenLists, bm25
@@ -269,15 +269,7 @@ def main() -> None:
     command = "python -m benchmarks.influence" + (" --quick" if options.quick else "")
     for name in options.only or PARTS:
         made = list(PARTS[name](options.quick, command))
-        write("influence", options.machine, [*others(options.machine, made), *made])
-
-
-def others(machine: str, made: Sequence[Row]) -> list[Row]:
-    """What an earlier run found of the parts that this one leaves out."""
-    path = RESULTS / f"influence.{machine}.json"
-    known = json.loads(path.read_text("utf-8")) if path.exists() else []
-    figures = {one.figure for one in made}
-    return [Row(**one) for one in known if one["figure"] not in figures]
+        write("influence", options.machine, [*others("influence", options.machine, made), *made])
 
 
 if __name__ == "__main__":

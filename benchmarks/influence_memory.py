@@ -54,8 +54,8 @@ def inside(side: str) -> dict[str, float]:
     import treering as tr
     from benchmarks.influence_ours import documents
     from treering.curvature import GradientSettings, measure
+    from treering.data.loader import collate_measured
     from treering.influence import build
-    from treering.influence.sketched import batch_of
     from treering.sketches import SketchSettings
 
     torch.set_num_threads(1)
@@ -68,13 +68,13 @@ def inside(side: str) -> dict[str, float]:
     settings, known = SketchSettings(kind="psift", curvature="identity", size=16), None
     if "eigen" in side:
         settings = SketchSettings(entries=42, block=64, curvature="kfac")
-        short = batch_of(documents([rows[0][:128]], "short"), "on")
+        short = collate_measured(documents([rows[0][:128]], "short"), "on")
         known = measure(run, [short], gradients=GradientSettings(kind="kfac", labels="data"))
     before, began = resident(), time.perf_counter()
     if side == SIDES[0]:
         run.model.get_input_embeddings().weight.requires_grad_(True)
         for text in texts:
-            [batch] = run.ready([batch_of([text], "on")])
+            [batch] = run.ready([collate_measured([text], "on")])
             run.objective_sum(batch, run.plan.objective).backward()
             run.model.zero_grad()
     else:

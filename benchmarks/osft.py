@@ -9,7 +9,6 @@ Time: a llama of 4 layers, 2,048 tokens, a single thread's own seconds; all form
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from typing import Any
 
 from benchmarks.peers import osft as peer
 from benchmarks.peers.osft_sides import RATIO, TOKENS, forms
-from benchmarks.rows import RESULTS, Row, row, write
+from benchmarks.rows import Row, others, row, write
 from benchmarks.traffic import eightb, of_a_step
 
 PACKAGES = ("treering", "torch", "transformers")
@@ -156,15 +155,7 @@ def main() -> None:
         "memory": lambda: memory(1 if quick else 5, command),
     }
     made = [one for name, part in parts.items() if options.only in (None, name) for one in part()]
-    write("osft", options.machine, [*others(options.machine, made), *made])
-
-
-def others(machine: str, made: Sequence[Row]) -> list[Row]:
-    """What an earlier run found of the parts that this one leaves out."""
-    path = RESULTS / f"osft.{machine}.json"
-    known = json.loads(path.read_text("utf-8")) if path.exists() else []
-    figures = {one.figure for one in made}
-    return [Row(**one) for one in known if one["figure"] not in figures]
+    write("osft", options.machine, [*others("osft", options.machine, made), *made])
 
 
 if __name__ == "__main__":

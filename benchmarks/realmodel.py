@@ -66,13 +66,13 @@ def convert(source: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
 
 
-def answer(made: Path) -> str:
-    """Return what the model in a folder answers to QUESTION, token by token the most probable one."""
+def answer(made: Path, question: str = QUESTION) -> str:
+    """Return what the model in a folder answers, token by token the most probable one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(made), AutoModelForCausalLM.from_pretrained(made)
     asked = tokenizer.apply_chat_template(
-        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     written = model.generate(**asked, max_new_tokens=24, do_sample=False)
     return tokenizer.decode(written[0, asked["input_ids"].shape[1] :], skip_special_tokens=True).strip()

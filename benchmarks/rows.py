@@ -80,6 +80,14 @@ def write(name: str, machine: str, rows: Sequence[Row]) -> Path:
     return path
 
 
+def others(name: str, machine: str, made: Sequence[Row]) -> list[Row]:
+    """Return what an earlier run found of the figures that `made` does not have."""
+    path = RESULTS / f"{name}.{machine}.json"
+    known = json.loads(path.read_text("utf-8")) if path.exists() else []
+    figures = {one.figure for one in made}
+    return [Row(**one) for one in known if one["figure"] not in figures]
+
+
 def _version(name: str) -> str:
     try:
         return version(name)

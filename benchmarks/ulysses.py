@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.peers import ulysses as peer
 from benchmarks.peers.ulysses_sides import MESSAGES, OURS, THEIRS, Case, named
-from benchmarks.rows import RESULTS, Row, row, write
+from benchmarks.rows import Row, others, row, write
 from treering.techniques.ulysses.shares import Grid
 from treering.techniques.ulysses.traffic import AttentionWidths, choose, grids, traffic
 
@@ -176,15 +176,7 @@ def main() -> None:
     command = "python -m benchmarks.ulysses" + (" --quick" if options.quick else "")
     chosen = [name for name in PARTS if options.only in (None, name) or name == "exact"]
     made = [one for name in chosen for one in PARTS[name](options.quick, command)]
-    write("ulysses", options.machine, [*others(options.machine, made), *made])
-
-
-def others(machine: str, made: Sequence[Row]) -> list[Row]:
-    """What an earlier run found of the parts that this one leaves out."""
-    path = RESULTS / f"ulysses.{machine}.json"
-    known = json.loads(path.read_text("utf-8")) if path.exists() else []
-    figures = {one.figure for one in made}
-    return [Row(**one) for one in known if one["figure"] not in figures]
+    write("ulysses", options.machine, [*others("ulysses", options.machine, made), *made])
 
 
 if __name__ == "__main__":

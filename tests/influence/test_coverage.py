@@ -42,7 +42,7 @@ def test_statistics_and_index_cover_the_same(tmp_path):
     settings = SketchSettings(kind="eigen-topk")
     for measured, asked in (("blocks", "all"), ("all", "blocks")):
         known = measure(run, batches, gradients=GradientSettings(labels="data", cover=measured, vocabulary=16))
-        with pytest.raises(tr.CheckpointError, match=f"index with --cover {measured}"):
+        with pytest.raises(tr.CheckpointError, match=f"with cover {measured}, not {asked}"):
             Sketched.of(run, settings, known, cover=asked)
         index = build(
             run, texts(), tmp_path / measured, settings=settings, statistics=known, capacity=32, cover=measured

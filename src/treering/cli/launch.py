@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -193,11 +194,39 @@ def start(nproc: int, arguments: list[str], logs: Path) -> None:
         _failed(error, logs)
     except SignalException as stopped:
         # The ranks got the signal too, and have ended by now: rank 0 has written how, unless the signal ended it.
+        # But not where the signal came while the agent was starting them: it had no list of them yet.
+        end_children(stopped.sigval, saving_time())
         if (code := read_outcome(logs)) is not None:
             raise RanksFailed(f"stopped by {stopped.sigval.name}; rank 0's message is above", code) from None
         if stopped.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
         raise RanksFailed(f"stopped by {stopped.sigval.name}", 128 + stopped.sigval) from None
+
+
+def end_children(signal_number: int, seconds: float) -> None:
+    """Send a signal to the processes that this one has started and that still run, and wait for their end; kill those
+    that run after so many seconds. Nothing, on a system without /proc."""
+    until = time.monotonic() + seconds
+    children = _running_children()
+    for child in children:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal_number)
+    while children and time.monotonic() < until:
+        time.sleep(0.05)
+        children = _running_children()
+    for child in children:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+def _running_children() -> list[int]:
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent = file.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:2]
+            if int(parent) == os.getpid() and state != "Z":
+                found.append(int(file.parent.name))
+    return found
 
 
 def write_outcome(message: str, code: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from treering.core.errors import CheckpointError
+from treering.core.errors import CheckpointError, TreeringError
 
 
 def is_first() -> bool:
@@ -33,14 +33,20 @@ def gather_objects(value: Any, group: Any = None) -> list[Any]:
 
 
 def together(work: Callable[[], Any], doing: str, otherwise: str = "", group: Any = None) -> list[Any]:
-    """Call `work` on every rank and return all results; a file system error of one rank is raised on all."""
+    """Call `work` on every rank and return all results; an error of one rank is raised on all: one of the file system,
+    or a user error, which that rank raises itself."""
+    own: TreeringError | None = None
     try:
         result, problem = work(), ""
     except OSError as error:
         result, problem = None, f"{error.strerror or error} ({error.filename or doing})"
     except SafetensorError as error:  # safetensors reports a full disk by this
         result, problem = None, str(error)
+    except TreeringError as error:
+        own, result, problem = error, None, str(error)
     outcomes = gather_objects((result, problem), group)
+    if own is not None:
+        raise own
     for rank, (_, text) in enumerate(outcomes):
         if text:
             raise CheckpointError(f"{doing} failed on rank {rank}: {text}{otherwise}")

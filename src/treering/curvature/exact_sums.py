@@ -7,9 +7,9 @@ each row and each column, because channels of a model differ by orders of magnit
 
     c_ij  ≈  n_ij · 2^(e_i + e_j − bits),   n_ij an integer
 
-The exponents e come from the first batch of rank 0 (`Peaks`), which is the same batch on any number of ranks. Where a
-later batch is so much larger that a sum could overflow, the measurement is repeated with exponents that fit all batches
-(`larger_steps`): they too depend on the data alone.
+The exponents e come from the first batch of rank 0 (`share_peaks`), which is the same batch on any number of ranks.
+Where a later batch is so much larger that a sum could overflow, the measurement is repeated with exponents that fit all
+batches (`larger_steps`): they too depend on the data alone.
 
 M width of the moment, E experts, T tokens.
 """
@@ -103,6 +103,9 @@ class ExactSum:
     @torch.no_grad()
     def add(self, rows: Tensor, expert: int | None = None) -> None:
         """Add rowsᵀ rows of inputs T × M; of a stack, to the sum of one expert."""
+        if self.steps is None:
+            self._see(rows.double().square().sum(0))
+            return
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
         with torch.autocast(rows.device.type, enabled=False):
             self.add_term(wide.mT @ wide, rows.shape[0], expert)
@@ -110,10 +113,7 @@ class ExactSum:
     @torch.no_grad()
     def add_term(self, term: Tensor, tokens: int, expert: int | None = None) -> None:
         """Add a matrix, of so many tokens."""
-        diagonal = term.diagonal().double() if self.symmetric else None
-        for dimension, peak in enumerate(self.peaks):
-            largest = term.amax(1 - dimension).double() if diagonal is None else diagonal
-            torch.maximum(peak, largest, out=peak)
+        self._see(*([term.diagonal()] if self.symmetric else [term.amax(1), term.amax(0)]))
         self.terms += 1
         if self.steps is None:
             return
@@ -125,6 +125,10 @@ class ExactSum:
             torch.maximum(self.largest, grid.abs().amax(), out=self.largest)
             total[part] += grid.long()
         (self.tokens if expert is None else self.tokens[expert]).add_(tokens)
+
+    def _see(self, rows: Tensor, columns: Tensor | None = None) -> None:
+        for peak, largest in zip(self.peaks, (rows, rows if columns is None else columns)):
+            torch.maximum(peak, largest.double(), out=peak)
 
     def chosen(self, bits: int, *, safe: bool = False) -> Steps:
         """Return steps for terms like those so far: `safe` ones, that certainly fit these, or finer ones."""
@@ -165,19 +169,3 @@ class ExactSum:
         total, tokens = self.sum(groups)
         mean = (total / tokens.clamp_min(1)[..., None, None]).float().contiguous()
         return mean, int(tokens) if tokens.ndim == 0 else tuple(int(n) for n in tokens)
-
-
-@dataclass(kw_only=True)
-class Peaks:
-    """The largest diagonal of Σ a aᵀ over the forwards so far: what the exponents of a sum are chosen from. Experts of
-    a stack share it."""
-
-    largest: Tensor  # [M]
-
-    @classmethod
-    def empty(cls, weight: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "Peaks":
-        return cls(largest=torch.zeros(shape[-1:], dtype=torch.float64, device=device))
-
-    @torch.no_grad()
-    def add(self, rows: Tensor, expert: int | None = None) -> None:
-        torch.maximum(self.largest, rows.double().square().sum(0), out=self.largest)

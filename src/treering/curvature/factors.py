@@ -131,6 +131,20 @@ class GradientFactors(Mapping[str, MatrixFactors]):
         """Whether everything is there that the settings ask for: a measurement may have ended before Λ."""
         return self.settings.kind != "ekfac" or all(one.corrected for one in self._weights.values())
 
+    def unfit(self, curvature: str, cover: Cover) -> str:
+        """Return why gradients cannot be whitened with these factors as asked, and how to measure; empty: they can.
+
+        The factors of ekfac are those of kfac, and Λ.
+        """
+        kind, covered = self.settings.kind, self.settings.cover
+        if curvature != kind and (curvature, kind) != ("kfac", "ekfac"):
+            return f"the gradients were measured for {kind}, not for {curvature}; measure with --gradients {curvature}"
+        if not self.complete:
+            return f"the measurement of {kind} ended before its correction; run treering measure again, to its end"
+        if covered != cover:
+            return f"they were measured with cover {covered}, not {cover}; measure with --cover {cover}"
+        return ""
+
     @property
     def digest(self) -> str:
         """A digest of all values, scales and settings: what an index is bound to."""

@@ -29,8 +29,13 @@ def described(
         "tokens": tokens,
         "model": model,
         "left_out": dict(left_out),
-        "weights": {name: {"scale": scale.tolist(), "keys": dict(keys)} for name, (scale, keys) in weights.items()},
+        "weights": described_weights(weights),
     }
+
+
+def described_weights(weights: Mapping[str, tuple[Tensor, Mapping[str, str]]]) -> dict[str, Any]:
+    """Return what is written of weights: (c, keys of the pieces) of each."""
+    return {name: {"scale": scale.tolist(), "keys": dict(keys)} for name, (scale, keys) in weights.items()}
 
 
 def entries(description: Mapping[str, Any]) -> dict[str, Entry]:

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from treering.curvature.capture import capture
 from treering.curvature.eigen import decompose_all
-from treering.curvature.exact_sums import ExactSum, Steps, bits_for
+from treering.curvature.exact_sums import ExactSum, Steps
 from treering.curvature.factors import GradientSettings, scale_of
 from treering.curvature.gradient_terms import CorrectedTerms, FactorTerms, SharedInputs, Term
 from treering.curvature.measured_model import MaskedBatches, MeasuredModel, agreed
 from treering.curvature.pairs import PairSink
+from treering.curvature.passes import bits_of_batches, share_peaks
 from treering.curvature.sums import reduced
 from treering.curvature.targets import Target, TargetPairs
 
@@ -73,8 +73,7 @@ class GradientPasses:
         self.owners: dict[str, str] = {}
         self.documents = self.tokens = 0
         self._steps: dict[Key, Steps] = {}
-        filled = torch.tensor(sum(real is None or bool(real.any()) for _, real in batches), device=subject.device)
-        self.bits = bits_for(int(reduced(filled, subject.groups)))
+        self.bits = bits_of_batches(subject, batches)
 
     def prepare(self) -> None:
         """Run the first batch: which weights have the same inputs, and what the sums are rounded to."""
@@ -191,12 +190,7 @@ class GradientPasses:
 
     def _chosen(self, sums: Mapping[Key, ExactSum]) -> dict[Key, Steps]:
         """Return the steps of all sums by what rank 0 has seen. A collective."""
-        every = [peak for one in sums.values() for peak in one.peaks]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            flat = torch.cat(every)
-            dist.broadcast(flat, src=0)
-            for peak, value in zip(every, flat.split([len(peak) for peak in every])):
-                peak.copy_(value)
+        share_peaks(sums.values())
         return {key: one.chosen(self.bits) for key, one in sums.items()}
 
     def _run(self, sink: PairSink, shapes: Shapes, batches: MaskedBatches) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +16,7 @@ from treering.core.errors import DataError, PlanError
 from treering.curvature.adding import added, joint, refuse_other
 from treering.curvature.disk import open_folder, writing
 from treering.curvature.entry import Counts, Entry
-from treering.curvature.exact_sums import ExactSum, Peaks, Steps, bits_for, exponents_of
+from treering.curvature.exact_sums import ExactSum, Steps
 from treering.curvature.factors import GradientSettings
 from treering.curvature.measured_model import (
     Batch,
@@ -28,6 +29,7 @@ from treering.curvature.measured_model import (
 )
 from treering.curvature.measuring_gradients import measure_gradients
 from treering.curvature.observe import Observer, observe
+from treering.curvature.passes import bits_of_batches, passes_within, share_peaks
 from treering.curvature.statistics import Ring, Statistics, in_memory, sizes
 from treering.curvature.sums import reduced
 
@@ -136,36 +138,28 @@ class IntegerGrid:
 
 def _grid(subject: MeasuredModel, masked_batches: MaskedBatches) -> IntegerGrid:
     """Return the grid, from one forward of the first batch of each rank, of which that of rank 0 counts."""
-    with observe(subject.model, subject.anatomy, new_sum=Peaks.empty) as seen:
+
+    def peaks(weight: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> ExactSum:
+        return ExactSum.empty(shape, device, None)
+
+    with observe(subject.model, subject.anatomy, new_sum=peaks) as seen:
         subject.forward(seen, *masked_batches[0])
     owners = seen.order()
     agreed(owners)
-    widths = {owner: sizes(subject.anatomy)[owner][-1] for owner in dict.fromkeys(owners.values())}
-    peaks = [seen.sums[o].largest if o in seen.sums else torch.zeros(m).double() for o, m in widths.items()]
-    flat = torch.cat([peak.to(subject.device) for peak in peaks]) if peaks else torch.zeros(0)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast(flat, src=0)
-    exponents = {o: exponents_of(peak) for o, peak in zip(widths, flat.cpu().split(list(widths.values())))}
-    terms = torch.tensor(sum(real is None or bool(real.any()) for _, real in masked_batches), device=subject.device)
-    bits = bits_for(int(reduced(terms, subject.groups)))
-    steps = {owner: Steps(rows=one, columns=one, bits=bits) for owner, one in exponents.items()}
-    return IntegerGrid(owners=owners, steps=steps, bits=bits)
+    shapes = {owner: sizes(subject.anatomy)[owner] for owner in dict.fromkeys(owners.values())}
+    sums = {o: seen.sums.get(o) or ExactSum.empty(shape, subject.device, None) for o, shape in shapes.items()}
+    share_peaks(sums.values())
+    bits = bits_of_batches(subject, masked_batches)
+    return IntegerGrid(owners=owners, steps={o: one.chosen(bits) for o, one in sums.items()}, bits=bits)
 
 
 def _passes(subject: MeasuredModel, owners: dict[str, str], limit: int) -> list[set[str]]:
     """Return the weights of each pass through the batches."""
-    shapes = sizes(subject.anatomy)
-    if sum(map(_bytes, shapes.values())) <= limit:
-        return [set(shapes)]
-    passes: list[set[str]] = []
-    used = limit
-    for owner in dict.fromkeys(owners.values()):
-        used += _bytes(shapes[owner])
-        if used > limit:
-            passes.append(set())
-            used = _bytes(shapes[owner])
-        passes[-1] |= {weight for weight, other in owners.items() if other == owner}
-    return passes
+    every = {weight: prod(shape) for weight, shape in sizes(subject.anatomy).items()}
+    if len(passes_within(limit, every)) <= 1:
+        return [set(every)]
+    chosen = passes_within(limit, {owner: every[owner] for owner in owners.values()})
+    return [{weight for weight, owner in owners.items() if owner in names} for names in chosen]
 
 
 def _memory_limit(device: torch.device) -> int:
@@ -179,10 +173,6 @@ def _memory_limit(device: torch.device) -> int:
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
         limit = int(least)
     return limit
-
-
-def _bytes(shape: tuple[int, ...]) -> int:
-    return ExactSum.BYTES * torch.Size(shape).numel()
 
 
 def _measured(

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -17,11 +17,11 @@ from treering.core.weights_digest import weights_digest
 from treering.curvature import factors_layout
 from treering.curvature.disk import NAME, open_folder, writing
 from treering.curvature.entry import Counts
-from treering.curvature.exact_sums import ExactSum
 from treering.curvature.factors import CORRECTED, COUNTS, GradientFactors, GradientSettings, MatrixFactors
 from treering.curvature.gradients import GradientPasses, MeasuredFactors
 from treering.curvature.measured_model import MaskedBatches, MeasuredModel, evaluating
 from treering.curvature.parts import parts_of
+from treering.curvature.passes import passes_within
 from treering.curvature.statistics import Ring, Statistics, in_memory
 from treering.curvature.targets import Target, targets_of
 from treering.curvature.vocabulary import Coverage
@@ -60,8 +60,8 @@ def measure_gradients(
     with evaluating(subject.model):
         passes = GradientPasses(subject, batches, targets, settings, count.one, coverage.counts)
         passes.prepare()
-        every = _split(targets, {w: passes.shapes(w) for w in targets}, limit)
-        again = _split(targets, {w: {"": passes.corrected_shape(w)} for w in targets}, limit)
+        every = passes_within(limit, {w: sum(map(prod, passes.shapes(w).values())) for w in targets})
+        again = passes_within(limit, {w: prod(passes.corrected_shape(w)) for w in targets})
         count.passes = (0 if done else len(every)) + (len(again) if settings.kind == "ekfac" else 0)
         if to is None:
             return _in_memory(passes, every, again, ring, left_out, model)
@@ -117,22 +117,6 @@ def _chosen(
     if not targets:
         raise PlanError("the model has no matrix in its blocks whose gradient can be measured")
     return targets, left_out
-
-
-def _split(
-    targets: Mapping[str, Target], shapes: Mapping[str, Mapping[Any, tuple[int, ...]]], limit: int
-) -> list[list[str]]:
-    """Return the weights of each pass, whose sums fit into `limit` bytes."""
-    passes: list[list[str]] = []
-    used = limit
-    for weight in targets:
-        need = ExactSum.BYTES * sum(prod(shape) for shape in shapes[weight].values())
-        used += need
-        if used > limit:
-            passes.append([])
-            used = need
-        passes[-1].append(weight)
-    return passes
 
 
 def _key(weight: str, piece: str) -> str:
@@ -221,11 +205,7 @@ def _write_corrected(passes: GradientPasses, again: list[list[str]], to: Path) -
             for weight, values in passes.corrected(chosen, lambda weight: _basis(present.gradients, weight)):
                 writer.add(_key(weight, CORRECTED), lambda values=values: (values, 0))  # type: ignore[misc]
                 weights[weight][1][CORRECTED] = _key(weight, CORRECTED)
-        writer.gradients = {**description["gradients"], **_described_weights(weights)}
-
-
-def _described_weights(weights: Weights) -> dict[str, Any]:
-    return {"weights": {name: {"scale": scale.tolist(), "keys": keys} for name, (scale, keys) in weights.items()}}
+        writer.gradients = {**description["gradients"], "weights": factors_layout.described_weights(weights)}
 
 
 def _basis(factors: GradientFactors | Mapping[str, MatrixFactors] | None, weight: str) -> tuple[Tensor, Tensor]:

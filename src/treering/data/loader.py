@@ -120,6 +120,16 @@ def collate(
     return batch
 
 
+def collate_measured(documents: Sequence[Document], packing: Literal["on", "off"]) -> Batch:
+    """Return documents as a batch that is measured and trains nothing, on the host; `real` is False for padding and,
+    without documents, for all there is."""
+    batch = collate(documents, 0, "cpu", packing)
+    if packing == "off" or not documents:
+        lengths = torch.tensor([len(document.ids) for document in documents] or [0])
+        batch["real"] = torch.arange(batch["input_ids"].shape[1])[None] < lengths[:, None]
+    return batch
+
+
 def _tensors(document: Document) -> tuple[Tensor, Tensor]:
     # astype copies: torch must not share the memory of a read-only memory map.
     ids = torch.from_numpy(document.ids.astype("int64"))

@@ -30,7 +30,7 @@ from treering.influence.probe import ProbeResult, make_probe
 from treering.influence.query import query_rows
 from treering.influence.records import IndexedSource, as_json, indexed_sources
 from treering.influence.scores import ScoreTable
-from treering.influence.sketched import COVERED, Sketched, packing_of
+from treering.influence.sketched import Sketched, packing_of
 from treering.influence.tokens import token_scores
 from treering.plan import Run
 from treering.sketches import Index, SketchSettings
@@ -182,8 +182,7 @@ class RunIndex:
             has = f"has the indexes {', '.join(names)}; name one" if names else "has no index; build one"
             raise CheckpointError(f"{self.folder}{asked and ': no index' + asked + ', and it'} {has}")
         index = open_index(self.folder / name)
-        settings = index.recipe.settings
-        cover: Cover = "all" if index.recipe.about.get(COVERED) == "all" else "blocks"
+        settings, cover = index.recipe.settings, index.recipe.cover
         whitened = settings.curvature != "identity"
         known = open_statistics(self._statistics(settings.curvature, cover)) if whitened else None
         sketched = Sketched.of(self.run, settings, known, self.about, cover)

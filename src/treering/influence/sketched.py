@@ -5,8 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from treering.core.errors import CheckpointError
 from treering.core.topology import axis_size
 from treering.core.weights_digest import weights_digest
@@ -16,12 +14,11 @@ from treering.curvature.measured_model import MeasuredModel, evaluating
 from treering.curvature.targets import Target, TargetPairs, targets_of
 from treering.curvature.vocabulary import Cover, Coverage
 from treering.data.examples import Document
-from treering.data.loader import collate
+from treering.data.loader import collate_measured
 from treering.plan import Run
 from treering.sketches import IndexRecipe, ModuleMap, SketchSettings, recipe_of
 from treering.sketches.gradient_rows import Finish, GradientRows, maps_of
 
-COVERED = "covered"  # of `about` in a recipe: what is covered besides the blocks
 RowsOf = Callable[[Sequence[Document], Finish], dict[str, Any]]
 
 
@@ -64,8 +61,7 @@ class Sketched:
         every, without = maps_of(settings, targets, factors)
         maps = {name: one.to(run.plan.device) for name, one in every.items()}
         digests = {} if factors is None else {"statistics": factors.digest, "basis": factors.digest}
-        about = {**(about or {}), **({} if cover == "blocks" else {COVERED: cover})}
-        recipe = recipe_of(maps.values(), settings, model=model, about=about, **digests)
+        recipe = recipe_of(maps.values(), settings, model=model, about=about, cover=cover, **digests)
         return cls(run=run, targets=targets, maps=maps, recipe=recipe, left_out=left_out | without)
 
     @contextmanager
@@ -86,7 +82,7 @@ class Sketched:
             def rows_of(documents: Sequence[Document], finish: Finish) -> dict[str, Any]:
                 sink.finish = finish
                 sink.begin(len(documents))
-                batch = batch_of(documents, packing_of(run))
+                batch = collate_measured(documents, packing_of(run))
                 subject.backward(seen, batch, batch.pop("real", None), "data", 0)
                 return sink.rows()
 
@@ -98,17 +94,6 @@ def packing_of(run: Run) -> Literal["on", "off"]:
     return "off" if run.plan.unpackable else "on"
 
 
-def batch_of(documents: Sequence[Document], packing: Literal["on", "off"]) -> dict[str, Any]:
-    """Return documents as one batch, with `real` where they are rows; without documents, one that trains nothing."""
-    batch = collate(documents, 0, "cpu", packing)
-    if packing == "off" and documents:
-        lengths = torch.tensor([len(document.ids) for document in documents])
-        batch["real"] = torch.arange(batch["input_ids"].shape[1])[None] < lengths[:, None]
-    if not documents:
-        batch["real"] = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)
-    return batch
-
-
 def _factors(statistics: Statistics | None, settings: SketchSettings, cover: Cover) -> GradientFactors:
     where = "there are no statistics" if statistics is None else f"{statistics.where} has none of gradients"
     factors = None if statistics is None else statistics.gradients
@@ -117,19 +102,8 @@ def _factors(statistics: Statistics | None, settings: SketchSettings, cover: Cov
             f"curvature {settings.curvature} needs the gradients of a measurement, and {where}: treering measure MODEL "
             f"--data FILE --gradients {settings.curvature} --to DIR"
         )
-    kind = factors.settings.kind
-    fits = settings.curvature == kind or (settings.curvature, kind) == ("kfac", "ekfac")
-    if not fits or not factors.complete:
-        what = f"of {kind}" if factors.complete else f"of {kind}, and ended before its correction"
-        raise CheckpointError(
-            f"curvature is {settings.curvature}, and the gradients in {statistics.where if statistics else ''} are "
-            f"{what}; measure with --gradients {settings.curvature}"
-        )
-    if factors.settings.cover != cover:
-        raise CheckpointError(
-            f"the index is of cover {cover}, and {statistics.where if statistics else ''} was measured with cover "
-            f"{factors.settings.cover}; measure with --cover {cover}, or index with --cover {factors.settings.cover}"
-        )
+    if unfit := factors.unfit(settings.curvature, cover):
+        raise CheckpointError(f"{statistics.where if statistics else ''} does not fit the index: {unfit}")
     return factors
 
 

@@ -21,7 +21,8 @@ from treering.curvature.measured_model import MeasuredModel, evaluating
 from treering.curvature.pairs import Pair
 from treering.curvature.targets import TargetPairs
 from treering.data.examples import Document
-from treering.influence.sketched import Sketched, batch_of, packing_of
+from treering.data.loader import collate_measured
+from treering.influence.sketched import Sketched, packing_of
 from treering.sketches.gradient_rows import module_names
 from treering.sketches.maps import ModuleMap
 
@@ -92,7 +93,7 @@ def token_scores(
     found = []
     with evaluating(run.model), capture(run.model, run.plan.anatomy, weights, pairs) as seen:
         for document in documents:
-            batch = batch_of([document], packing_of(run))
+            batch = collate_measured([document], packing_of(run))
             sink.begin(len(document.ids))
             subject.backward(seen, batch, batch.pop("real", None), "data", 0)
             found.append(sink.scores.float().numpy())

@@ -10,9 +10,12 @@ from typing import Any
 import xxhash
 
 from treering.core.errors import CheckpointError, ConfigError
+from treering.curvature.vocabulary import Cover
 from treering.sketches import codes, topk
 from treering.sketches.maps import ModuleMap
 from treering.sketches.settings import SketchSettings
+
+_COVER = "covered"  # of `about`; left out for the blocks alone, as in the first recipes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,11 @@ class IndexRecipe:
             )
 
     @property
+    def cover(self) -> Cover:
+        """Of which parameters it is."""
+        return "all" if self.about.get(_COVER) == "all" else "blocks"
+
+    @property
     def numbers(self) -> int:
         """The numbers of a dense row."""
         return sum(module.numbers for module in self.modules)
@@ -117,12 +125,20 @@ class IndexRecipe:
                 raise CheckpointError(f"{where} has {name} {_shown(mine)}, not {_shown(theirs)}; {_remedy(name)}")
 
 
-def recipe_of(maps: Iterable[ModuleMap], settings: SketchSettings, **digests: Any) -> IndexRecipe:
+def recipe_of(
+    maps: Iterable[ModuleMap],
+    settings: SketchSettings,
+    *,
+    about: Mapping[str, str] | None = None,
+    cover: Cover = "blocks",
+    **digests: str,
+) -> IndexRecipe:
     """Return the recipe of rows that `maps` make; `digests` are its other fields."""
+    about = {**(about or {}), **({} if cover == "blocks" else {_COVER: cover})}
     made = tuple(
         IndexModule(name=m.name, outputs=m.outputs, inputs=m.inputs, rows=m.rows, columns=m.columns) for m in maps
     )
-    return IndexRecipe(settings=settings, modules=made, **digests)
+    return IndexRecipe(settings=settings, modules=made, about=about, **digests)
 
 
 def from_json(value: Any) -> IndexRecipe:

@@ -13,7 +13,7 @@ from treering.core.errors import DataError
 from treering.core.seeds import derive, generator
 from treering.core.topology import data_rank
 from treering.data.examples import Document, Examples
-from treering.data.loader import assign_bins, collate
+from treering.data.loader import assign_bins, collate_measured
 from treering.data.order import Order, scrambled
 from treering.plan import Plan, Run
 
@@ -62,14 +62,8 @@ def batches(
     order = Order(lengths, seed=0, tokens_per_step=capacity, capacity=capacity, shuffle=False, packing=packing)
     bins = [one for step in range(order.steps_in_epoch(0)) for one in order.bins(0, step)]
     rank, ranks = data_rank(plan.mesh)
-    batches_of_rank = []
-    for chosen in assign_bins(bins, lengths, ranks)[rank]:
-        batch = collate([documents[i] for i in chosen], 0, "cpu", packing)
-        if packing == "off":
-            lengths_of_rows = torch.tensor([len(documents[i].ids) for i in chosen])
-            batch["real"] = torch.arange(batch["input_ids"].shape[1])[None] < lengths_of_rows[:, None]
-        batches_of_rank.append(batch)
-    return batches_of_rank
+    chosen = assign_bins(bins, lengths, ranks)[rank]
+    return [collate_measured([documents[i] for i in one], packing) for one in chosen]
 
 
 def refuse_unknown_tokens(documents: Sequence[Document], plan: Plan) -> None:

@@ -1,6 +1,7 @@
 """Rows that are collected in training are those of an index of the same weights, and training does not change."""
 
 import hashlib
+import shutil
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def test_rows_of_all_parameters_are_those_of_an_index_of_them(tmp_path):
     assert len(built.recipe.modules) == 14 + 5 + 2
     for sample in wanted:
         assert_same(found[sample], wanted[sample], 0.012, sample)
-    with pytest.raises(tr.PlanError, match="cover is all, and the statistics"):
+    with pytest.raises(tr.PlanError, match="measured with cover blocks, not all"):
         trained([tr.Full(), tr.Collect(to=str(tmp_path / "other"), cover="all")], factors([tr.Full()], name="qwen2"))
     with pytest.raises(tr.ConfigError, match="blocks or all"):
         tr.Collect(cover="some")
@@ -214,7 +215,7 @@ def test_rows_after_the_checkpoint_are_dropped_on_resume(tmp_path):
 
 def test_what_cannot_be_collected_is_refused(tmp_path):
     to = str(tmp_path / "i")
-    with pytest.raises(tr.PlanError, match=r"no statistics with such gradients"):
+    with pytest.raises(tr.PlanError, match=r"no statistics with gradients"):
         tr.compose(model_of("llama"), [tr.Full(), tr.Collect(to=to)])
     with pytest.raises(tr.PlanError, match=r"no factors of .*which trains"):
         tr.compose(model_of("llama"), [tr.LoRA(rank=2), tr.Collect(to=to)], statistics=factors([tr.Full()]))
@@ -239,3 +240,44 @@ def test_documents_without_names_are_named_by_their_tokens(tmp_path):
     run.finish()
     ids = list(open_index(tmp_path / "i").all_ids())
     assert len(set(ids)) == 8 and len({name.partition("@")[0] for name in ids}) == 4
+
+
+def test_a_gradient_scaler_that_skips_a_step_leaves_no_row(tmp_path):
+    run = tr.compose(model_of("llama"), [tr.Full(), tr.Collect(to=str(tmp_path / "i"), curvature="identity")])
+    optimizer = run.optimizer(torch.optim.SGD, lr=1e-3)
+    run.attach(optimizer)
+    for step in range(2):
+        for batch in run.ready(bins(step)):
+            run.loss(batch).backward()
+        if step:  # of the other one the scaler found that it had overflowed
+            optimizer.step()
+        optimizer.zero_grad()
+    run.finish()
+    assert sorted(open_index(tmp_path / "i").all_ids()) == sorted(f"{d.sample_id}@0" for d in texts()[4:])
+    assert run.metrics() == {"collect/documents": 4.0, "collect/dropped": 4.0}
+
+
+def test_a_loop_whose_steps_are_not_seen_is_refused(tmp_path):
+    run = tr.compose(model_of("llama"), [tr.Full(), tr.Collect(to=str(tmp_path / "i"), curvature="identity")])
+    optimizer = run.optimizer(torch.optim.SGD, lr=1e-3)
+    for batch in run.ready(bins(0)):
+        run.loss(batch).backward()
+    optimizer.step()
+    with pytest.raises(tr.PlanError, match=r"no step was seen .* run\.attach\(optimizer\)"):
+        run.finish()
+
+
+def cannot_write(folder):
+    mesh = tr.mesh(replicate=2)
+    techniques = [tr.Full(), tr.Collect(to=str(folder), curvature="identity"), tr.Shard()]
+    run = trained(techniques, mesh=mesh, finish=False)
+    if torch.distributed.get_rank() == 0:
+        shutil.rmtree(folder)
+        folder.write_text("in its place")
+    torch.distributed.barrier()
+    with pytest.raises(tr.CheckpointError, match="cannot be written"):
+        run.finish()
+
+
+def test_rows_that_cannot_be_written_are_an_error_on_every_rank(tmp_path):
+    on_ranks(2, cannot_write, tmp_path / "rows")

@@ -52,7 +52,7 @@ def install(model: nn.Module, config: "CollectSettings", site: Site) -> Applied:
             settings=("mesh.expert", "collect"),
         )
     _refuse_unmeasured(factors, targets)
-    collector = Collector(config, site, targets, factors)
+    collector = Collector(model, config, site, targets, factors)
     weights = {target.weight for target in targets.values()}
     undo = install_capture(model, site.anatomy, weights, collector.seen, rooted=False)
     note = f"rows of {len(targets)} tensors that train, into {config.to}"
@@ -71,21 +71,18 @@ def install(model: nn.Module, config: "CollectSettings", site: Site) -> Applied:
 def _factors(config: "CollectSettings", site: Site) -> GradientFactors | None:
     if config.curvature == "identity":
         return None
-    factors = getattr(site.statistics, "gradients", None)
-    kind = None if factors is None else factors.settings.kind
-    fits = kind == config.curvature or (config.curvature, kind) == ("kfac", "ekfac")
-    if factors is None or not fits or not factors.complete:
+    factors: GradientFactors | None = getattr(site.statistics, "gradients", None)
+    if factors is None:
         raise PlanError(
-            f"collect: curvature is {config.curvature}, and the run has no statistics with such gradients; measure "
-            f"them (treering measure --gradients {config.curvature}) and name the folder as statistics.path, or set "
+            f"collect: curvature is {config.curvature}, and the run has no statistics with gradients; measure them "
+            f"(treering measure --gradients {config.curvature}) and name the folder as statistics.path, or set "
             "curvature: identity",
             settings=("collect.curvature", "statistics.path"),
         )
-    if factors.settings.cover != config.cover:
+    if unfit := factors.unfit(config.curvature, config.cover):
         raise PlanError(
-            f"collect: cover is {config.cover}, and the statistics were measured with cover {factors.settings.cover}; "
-            "give both the same (treering measure --cover)",
-            settings=("collect.cover", "statistics.path"),
+            f"collect: the statistics do not fit: {unfit}, or set curvature: identity",
+            settings=("collect.curvature", "collect.cover", "statistics.path"),
         )
     return factors
 
@@ -103,9 +100,16 @@ class Collector:
     """Sees the pairs of each backward, and keeps the rows of its documents."""
 
     def __init__(
-        self, config: "CollectSettings", site: Site, targets: Mapping[str, Target], factors: GradientFactors | None
+        self,
+        model: nn.Module,
+        config: "CollectSettings",
+        site: Site,
+        targets: Mapping[str, Target],
+        factors: GradientFactors | None,
     ):
-        self.config, self.site, self.targets, self.factors = config, site, dict(targets), factors
+        self.model, self.config, self.site = model, config, site
+        self.targets, self.factors = dict(targets), factors
+        self.has_stepped = False
         self.shards: CollectedShards | None = None  # made with the first batch: planning a run writes nothing
         self.seen = Capture(TargetPairs(targets.values(), self))
         self.count = torch.zeros((), dtype=torch.int64)  # of shards, as the last checkpoint knows it
@@ -122,6 +126,9 @@ class Collector:
         if NUMBERS not in batch:  # memory is planned from shapes alone
             yield lambda share: share
             return
+        if self._computed and all(parameter.grad is None for parameter in self.model.parameters()):
+            # The loop discarded these gradients without a step: a gradient scaler skips one without calling any hook.
+            self.complete()
         shards = self._shards(batch["input_ids"].device)
         numbers = with_gradient(batch[NUMBERS].cpu(), batch["targets"].cpu())
         tokens = BatchTokens(numbers, batch["targets"], self._names(batch, numbers))
@@ -182,7 +189,7 @@ class Collector:
             assert self.shards is not None
             self.shards.keep(ids, tokens, rows)
         self._stepping = []
-        self.steps, self.watched = self.steps.add_(1), 0
+        self.steps, self.watched, self.has_stepped = self.steps.add_(1), 0, True
         self._open.clear()  # losses whose backward never came
 
     def state(self) -> dict[str, Tensor]:
@@ -193,6 +200,12 @@ class Collector:
 
     def finish(self) -> None:
         """Write what waits, and list all shards in the index. A collective."""
+        if self.watched and not self.has_stepped:
+            raise PlanError(
+                "collect: losses were computed, and no step was seen that trains on them, so no document has a row; "
+                "step with run.step(optimizer), or call run.attach(optimizer) before a loop of your own",
+                settings=("collect",),
+            )
         self.complete()
         self._drop_skipped()  # and what no step followed
         if self.shards is not None:

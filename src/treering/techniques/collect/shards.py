@@ -45,11 +45,9 @@ class CollectedShards:
         """Open the folder with its first `count` shards; later ones are of steps that are taken again. A collective."""
         settings = config.sketch()
         maps = {name: one.to(device) for name, one in maps_of(settings, targets, factors)[0].items()}
-        digests: dict[str, Any] = {} if factors is None else {"statistics": factors.digest, "basis": factors.digest}
-        about = {"collected": "in training", **({} if config.cover == "blocks" else {"covered": config.cover})}
-        recipe = recipe_of(
-            maps.values(), settings, model="" if factors is None else factors.model, about=about, **digests
-        )
+        digests = {} if factors is None else {"statistics": factors.digest, "basis": factors.digest}
+        about, model = {"collected": "in training"}, "" if factors is None else factors.model
+        recipe = recipe_of(maps.values(), settings, model=model, about=about, cover=config.cover, **digests)
         published = in_folder(Path(config.to), NAME) is not None if Path(config.to).is_dir() else False
         stack = ExitStack()
         writer = stack.enter_context(writing(config.to, recipe, append=published))
