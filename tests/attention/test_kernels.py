@@ -113,6 +113,25 @@ def test_several_rows_are_each_cut_into_the_same_documents():
         assert_same(found, wanted, 1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, length", [((4, 4), 40), ((6, 2), 17), ((4, 1), 1)])
+def test_documents_of_one_length_have_the_bits_that_each_has_alone(heads, length, dtype):
+    count, (H, K) = 5, heads
+    query, key, value, slope = (torch.randn(1, h, count * length, 16, dtype=dtype) for h in (H, K, K, H))
+    sides = [x.requires_grad_() for x in (query, key, value)]
+
+    def run(parts, lengths):
+        for x in sides:
+            x.grad = None
+        outputs = [attend(*(x[:, :, part] for x in sides), Documents.of(lengths)) for part in parts]
+        torch.cat(outputs, 2).backward(slope)
+        return [torch.cat(outputs, 2).detach(), *(x.grad for x in sides)]
+
+    every = run([slice(None)], [length] * count)
+    alone = run([slice(i * length, (i + 1) * length) for i in range(count)], [length])
+    assert all(torch.equal(a, b) for a, b in zip(every, alone))
+
+
 def test_a_window_that_no_document_outgrows_changes_nothing():
     query, key, value, _ = inputs((4, 2), 19, (8, 8), torch.float32)
     documents = Documents.of([5, 14])

@@ -128,7 +128,7 @@ PSIFT = SketchSettings(kind="psift", curvature="kfac", size=8)
 def test_every_byte_is_the_same_on_any_number_of_ranks(settings, name, tmp_path):
     wanted = built({}, name, settings, tmp_path / "one")
     files = digests(tmp_path / "one" / "index")
-    assert len(files) > 4  # several shards
+    assert len(files) > 3  # several shards
     for sizes in [{"shard": 2}] + [{"shard": 3}] * (name == "llama"):
         root = tmp_path / str(sizes)
         ranks = torch.Size(sizes.values()).numel()
@@ -151,7 +151,8 @@ class Killed(Exception):
 def test_a_build_that_was_killed_keeps_its_complete_shards(tmp_path):
     run = tr.compose(model_of("llama"), [tr.Full()])
     statistics = known(run)
-    build(run, texts(), tmp_path / "whole", statistics=statistics, capacity=20)
+    every: list[tuple[int, int]] = []
+    build(run, texts(), tmp_path / "whole", statistics=statistics, capacity=20, progress=lambda *at: every.append(at))
 
     def stop(done, of):
         if done == 3:
@@ -159,9 +160,9 @@ def test_a_build_that_was_killed_keeps_its_complete_shards(tmp_path):
 
     with pytest.raises(Killed):
         build(run, texts(), tmp_path / "killed", statistics=statistics, capacity=20, progress=stop)
-    steps = []
+    steps: list[tuple[int, int]] = []
     build(run, texts(), tmp_path / "killed", statistics=statistics, capacity=20, progress=lambda *at: steps.append(at))
-    assert 0 < len(steps) < len(digests(tmp_path / "whole")) - 1
+    assert 0 < len(steps) < len(every)
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
 
 

@@ -48,7 +48,7 @@ class Features:
 def choose(device: str, features: Features) -> Kernel:
     """Return the fastest kernel that is exact for `features` on a device of this type.
 
-    sdpa    one call of torch's scaled_dot_product_attention per document
+    sdpa    torch's scaled_dot_product_attention: one call per document, or one for documents of one length
     chunks  plain torch, in chunks of queries: every feature, on every device
     varlen  torch.nn.attention.varlen: FlashAttention over all documents at once, CUDA, half precision
     flex    torch.nn.attention.flex_attention, compiled: softcap on CUDA; it has no backward on the CPU
@@ -164,31 +164,35 @@ def _per_document(query: Tensor, key: Tensor, value: Tensor, documents: Document
     """Return heads × T × E. Split, not sliced: the gradient of many slices would each be a tensor of all tokens."""
     width = value.shape[-1]
     wide = _same_width(query, key, value, multiple=1)
+    count = len(documents.lengths)
+    if count > 1 and len(set(documents.lengths)) == 1 and not documents.keys_before:
+        # In one call, each with the same bits as alone.
+        q, k, v = (x.unflatten(1, (count, -1)).transpose(0, 1) for x in wide)
+        return _documents(q, k, v, scaling).transpose(0, 1).flatten(1, 2)[..., :width].contiguous()
     asked = [documents.lengths[0] - documents.keys_before, *documents.lengths[1:]]
     pieces = zip(wide[0].split(asked, dim=1), *(x.split(documents.lengths, dim=1) for x in wide[1:]))
-    outputs = [_document(q, k, v, scaling) for q, k, v in pieces]
+    outputs = [_documents(q[None], k[None], v[None], scaling)[0] for q, k, v in pieces]
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return out if out.shape[-1] == width else out[..., :width].contiguous()
 
 
-def _document(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-    """Return heads × T × E of the last T tokens of one document."""
-    gqa = len(q) != len(k)
+def _documents(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    """Return documents × heads × T × E of the last T tokens of documents of one length."""
+    gqa = q.shape[1] != k.shape[1]
     if gqa and q.is_cuda:
         # What FlashAttention does not take comes here on a card. The kernel that saves memory without it knows no
         # grouped heads, and with them torch would compute T × T scores.
-        k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         gqa = False
-    if q.shape[1] == k.shape[1]:
-        out = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scaling, enable_gqa=gqa)
-        return out[0]
+    if q.shape[2] == k.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
     if q.is_cuda:  # the last query and the last key meet; a kernel that saves memory knows this without a mask
-        bias = causal_lower_right(q.shape[1], k.shape[1])
-        return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias, scale=scaling)[0]
+        bias = causal_lower_right(q.shape[2], k.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling)
     # Other causal kernels begin both at the first token, and a mask would be T × T.
-    one = Documents.of([k.shape[1]]).with_queries([range(k.shape[1] - q.shape[1], k.shape[1])])
+    one = Documents.of([k.shape[2]]).with_queries([range(k.shape[2] - q.shape[2], k.shape[2])])
     assert one.queries is not None
-    return chunked(q, k, v, one.queries[0][1], scaling=scaling)
+    return chunked(q[0], k[0], v[0], one.queries[0][1], scaling=scaling)[None]
 
 
 def _varlen(

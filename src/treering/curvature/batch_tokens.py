@@ -72,6 +72,7 @@ class BatchTokens:
         }
         if rows * length in (rows * len(kept), int(trained.sum())):
             self.orders[rows * length] = None  # the same tokens in the same order
+        self._rows: dict[Any, LayerRows] = {}
         self._cached: dict[Any, Any] = {}
 
     @classmethod
@@ -91,17 +92,14 @@ class BatchTokens:
                 f"{name} is called with {total} rows for a batch of {len(self.documents_T)} tokens, so of which "
                 "documents they are is not known; leave this weight out"
             )
-        order = self.orders[total]
-        places = torch.arange(total) if order is None else order
-        if tile is None:
-            return LayerRows(documents_R=self.documents_T[places], places_R=places, complete=True, key=(total, 0))
-        places = places[tile.start : tile.stop]
-        return LayerRows(
-            documents_R=self.documents_T[places],
-            places_R=places,
-            complete=tile.stop == tile.total,
-            key=(total, tile.start, tile.stop),
-        )
+        start, stop = (0, total) if tile is None else (tile.start, tile.stop)
+        key = total, start, stop
+        if key not in self._rows:  # all layers have the same rows
+            order = self.orders[total]
+            places = torch.arange(start, stop) if order is None else order[start:stop]
+            documents = self.documents_T[places]
+            self._rows[key] = LayerRows(documents_R=documents, places_R=places, complete=stop == total, key=key)
+        return self._rows[key]
 
     def routed(self, name: str, tokens_R: Tensor, count: int, tile: TileRows | None) -> LayerRows:
         """Return the rows of experts that are called with `count` tokens, of which `tokens_R` are the rows' ones."""

@@ -30,8 +30,9 @@ from treering.sketches import open as open_index
 from treering.sketches.gradient_rows import Finish
 from treering.sketches.shards import EncodedRows
 
-# An index has about so many shards, or more: ranks share them out, and a killed build keeps the complete ones.
-SHARDS = 64
+# An index has about so many shards, or more: ranks share them out, and a killed build keeps the complete ones. Those of
+# a small one have at least so many batches: each shard is flushed to the disk.
+SHARDS, BATCHES = 64, 2
 Progress = Callable[[int, int], None]
 Timed = Callable[[str], AbstractContextManager[object]]
 
@@ -96,10 +97,11 @@ def shards_of(
         raise DataError("there is no document to index")
     order = Order(lengths, seed=0, tokens_per_step=capacity, capacity=capacity, shuffle=False, packing=packing)
     bins = [one for step in range(order.steps_in_epoch(0)) for one in order.bins(0, step)]
-    most = max(1, min(shard_documents(recipe), -(-len(documents) // SHARDS)))
+    most, share = shard_documents(recipe), -(-len(documents) // SHARDS)
     shards: list[list[list[int]]] = [[]]
     for one in bins:
-        if shards[-1] and sum(map(len, shards[-1])) + len(one) > most:
+        after = sum(map(len, shards[-1])) + len(one)
+        if shards[-1] and after > (share if len(shards[-1]) >= BATCHES and share < most else most):
             shards.append([])
         shards[-1].append(one)
     return shards

@@ -51,7 +51,10 @@ def decode_module(recipe: IndexRecipe, module: IndexModule, stored: Mapping[str,
 
 def _refuse_not_finite(x: Tensor, module: str, ids: Sequence[str]) -> None:
     # Not isfinite of every number: where one is not finite, a sum is not, and nearly always only there.
-    suspects = (~torch.isfinite(x.sum(1))).nonzero()[:, 0].tolist()
+    finite = torch.isfinite(x.sum(1))
+    if bool(finite.all()):
+        return
+    suspects = (~finite).nonzero()[:, 0].tolist()
     bad = [row for row in suspects if not bool(torch.isfinite(x[row]).all())]
     if bad:
         name = ids[bad[0]]
