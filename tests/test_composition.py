@@ -392,10 +392,11 @@ def cost(cell: Cell, ranks: Ranks) -> float:
 
 
 def is_long(cell: Cell, ranks: Ranks) -> bool:
-    """Compiling costs seconds a cell: the default suite does it for three techniques of a dense model."""
+    """Compiling costs seconds a cell: the default suite does it for three techniques of a dense model on one rank, and
+    for one on several."""
     names, model, _ = cell
     compiled = "compile" in names and outcome(names, model, ranks) == EQUAL
-    return compiled and (names[0] not in ("full", "lora", "osft") or model != "llama")
+    return compiled and (names[0] not in ("full", "lora", "osft")[: 3 if ranks == 1 else 1] or model != "llama")
 
 
 @cache
@@ -483,8 +484,8 @@ adapters on one weight that both start at zero).
 
 Made by `python -m tests.test_composition > docs/composition.md` from the table in that file. `make test` runs cells in
 which every two of its techniques, models and layouts meet, with every outcome that they have (`compile` only with
-`full`, `lora` and `osft` on llama); `make test-all` runs all of them. `compile` stands for the backend `aot_eager`;
-inductor's kernels may round differently.
+`full`, `lora` and `osft` on llama, with `full` on several ranks); `make test-all` runs all. `compile` stands for the
+backend `aot_eager`; inductor's kernels may round differently.
 """
 
 

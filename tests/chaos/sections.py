@@ -41,7 +41,7 @@ class Sizes:
         )
 
 
-QUICK = Sizes(kills=60, scenes=((1, True), (2, False)), flips=8, resumes=4, pairs=2, configurations=300, datasets=60)
+QUICK = Sizes(kills=24, scenes=((1, True), (2, False)), flips=8, resumes=4, pairs=2, configurations=300, datasets=60)
 
 
 @dataclass(kw_only=True)

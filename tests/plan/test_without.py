@@ -37,7 +37,9 @@ def trained(techniques, sharding=(), prepared=None):
     return run
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case == "compiled")) for case in CASES]
+)
 def test_without_its_adapters_a_model_is_the_base_model_bit_for_bit(case):
     wanted = base(CASES[case])
     run = trained(CASES[case])

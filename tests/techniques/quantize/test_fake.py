@@ -124,8 +124,14 @@ TOGETHER = {
 }
 
 
-@pytest.mark.parametrize("more", TOGETHER.values(), ids=TOGETHER.keys())
-@pytest.mark.parametrize("arch", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("arch", "more"),
+    [
+        pytest.param(arch, more, id=f"{arch}-{name}", marks=[pytest.mark.slow] * ((arch, name) == ("llama", "compile")))
+        for arch in ("llama", "qwen3_moe")
+        for name, more in TOGETHER.items()
+    ],
+)
 def test_tiles_recompute_and_compile_change_nothing(arch, more):
     techniques = [tr.Quantize(**INT4, storage="fake"), tr.Full(train=BLOCKS)]
     runs = [tr.compose(build(arch).double(), [*techniques, *others]) for others in ([], more)]
