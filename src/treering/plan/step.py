@@ -139,7 +139,10 @@ def too_many_skips(skips: int, step: int, samples: Sequence[str], names: Sequenc
 
 
 def hooks(model: nn.Module, applied: Sequence[Applied], optimizer: Optimizer) -> tuple[RemovableHandle, ...]:
-    """Project before and retract after each step of an optimizer that another loop calls."""
+    """Project before and retract after each step of an optimizer that another loop calls.
+
+    A step that a gradient scaler lets a fused optimizer skip calls the hooks as well, and changes nothing.
+    """
 
     def before(_: Optimizer, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if any(one is not None for one in (*args[1:], keywords.get("closure"))):  # the first is the optimizer
@@ -148,6 +151,8 @@ def hooks(model: nn.Module, applied: Sequence[Applied], optimizer: Optimizer) ->
                 "Call backward() yourself and step() without a closure"
             )
         settle(model)
+        if _skips(optimizer):
+            return
         for one in applied:
             if one.gradients is not None:
                 one.gradients()
@@ -155,8 +160,14 @@ def hooks(model: nn.Module, applied: Sequence[Applied], optimizer: Optimizer) ->
                 one.before_step([optimizer])
 
     def after(*_: Any) -> None:
-        for one in applied:
+        for one in applied if not _skips(optimizer) else ():
             if one.after_step is not None:
                 one.after_step()
 
     return optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
+
+
+def _skips(optimizer: Optimizer) -> bool:
+    """Return whether a gradient scaler has found gradients that are not finite; it sets this during a fused step."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)

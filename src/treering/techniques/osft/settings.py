@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 from treering.core.errors import ConfigError
@@ -41,8 +42,8 @@ class OSFTSettings:
         for name, value in {"ratio": self.ratio, **{f"ratios.{k}": v for k, v in self.ratios.items()}}.items():
             if value is not None and not 0 <= value <= 1:
                 raise ConfigError(f"{name} is {value}; it lies between 0 (frozen) and 1 (all trainable)", field=name)
-        if not self.damping > 0:
-            raise ConfigError(f"damping is {self.damping}; it must be greater than 0", field="damping")
+        if not 0 < self.damping < inf:
+            raise ConfigError(f"damping is {self.damping}; it must be a number greater than 0", field="damping")
         if not 0 < self.energy <= 1:
             raise ConfigError(f"energy is {self.energy}; it lies above 0 and at most at 1", field="energy")
         least, most = self.importance

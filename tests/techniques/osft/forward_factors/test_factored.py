@@ -1,5 +1,7 @@
 """The factored forms on one process: exact at load and at export, and held while they learn."""
 
+import copy
+
 import pytest
 import torch
 from torch.func import functional_call
@@ -351,6 +353,16 @@ def test_only_learning_factors_learn_and_only_declared_tensors_are_saved():
         names = {n.rpartition(".")[2] for n in run.model.state_dict() if ".osft." in n}
         factors = {f"{a}_{b}" for a in "USV" for b in ("high", "low")}
         assert names - {"U_free", "V_free"} == factors, "a kept basis is no state"
+
+
+@pytest.mark.parametrize("form", ["forward", "factors"])
+def test_weights_that_are_not_finite_are_refused_by_name(form):
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[2, 1] = torch.nan
+    for rank in ("ratio", "energy"):
+        with pytest.raises(tr.PlanError, match=r"layers\.1\.self_attn\.q_proj\.weight has values that are not finite"):
+            tr.compose(copy.deepcopy(model), [tr.OSFT(protect="weights", form=form, rank=rank)])
 
 
 def test_weight_decay_is_refused_where_it_would_erode_the_base_model():

@@ -240,6 +240,11 @@ def test_bad_input_is_told_what_to_write():
         tr.compose(build("llama"), [tr.OSFT(protect="weights"), tr.LoRA()])
     with pytest.raises(tr.ConfigError, match="form update or one_sided"):
         tr.OSFT(form="factors")
+    with pytest.raises(tr.ConfigError, match="greater than 0"):
+        tr.OSFT(damping=float("inf"))
+    with pytest.raises(tr.PlanError, match="outside the blocks, where no inputs are measured"):
+        untied = build("llama", tied=False)
+        tr.compose(untied, [tr.OSFT(targets=("lm_head",))], statistics=moments(untied, tr.OSFT()))
 
 
 def test_what_is_trained_besides_is_named(tmp_path):
@@ -278,8 +283,16 @@ def test_the_small_file_is_an_adapter_that_peft_loads(config, arch, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.Adam, {}), (torch.optim.AdamW, {}), (torch.optim.Muon, {})],
-    ids=lambda x: getattr(x, "__name__", ""),
+    [
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.Adam, {}),
+        (torch.optim.AdamW, {}),
+        (torch.optim.Muon, {}),
+        (torch.optim.SGD, {"maximize": True}),
+        (torch.optim.Adam, {"maximize": True}),
+        (torch.optim.AdamW, {"maximize": True}),
+    ],
+    ids=lambda x: getattr(x, "__name__", "-".join(x) if isinstance(x, dict) else ""),
 )
 def test_decay_is_that_of_the_change(kind, settings):
     """The same optimizer on the change itself, with the weight from before added in the forward."""

@@ -24,7 +24,7 @@ from treering.technique import Applied, LazyTensor, Part, Site
 from treering.techniques.osft.forward_factors import passes
 from treering.techniques.osft.forward_factors.communication import Projection
 from treering.techniques.osft.forward_factors.factor_steps import FactorSteps
-from treering.techniques.osft.protection.decompose import svd
+from treering.techniques.osft.protection.decompose import finite, svd
 from treering.techniques.osft.protection.targets import trainable
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def part(matrix: Matrix, factored: Factored, prefix: str, dtype: torch.dtype) ->
     def split(
         weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
-        U, S, V = svd(matrix.oriented(weight.read().to(dtype)))
+        U, S, V = svd(matrix.oriented(finite(weight.read(), matrix).to(dtype)))
         k = factored.protected
         tensors = {"U_high": U[..., :k], "S_high": S[..., :k], "V_high": V[..., :k]}
         tensors |= {"U_low": U[..., k:], "S_low": S[..., k:], "V_low": V[..., k:]}

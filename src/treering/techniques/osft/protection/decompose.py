@@ -60,12 +60,29 @@ def eigen(A: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(-1).clamp_min(0).to(A.device), Q.flip(-1).to(A.device)
 
 
+def finite(W: Tensor, matrix: Matrix) -> Tensor:
+    """Return W, or raise a PlanError where it has no singular vectors."""
+    if not bool(torch.isfinite(W).all()):
+        raise PlanError(
+            f"osft: {matrix.weight} has values that are not finite, so it has no singular vectors; look at the "
+            "checkpoint, or leave the weight out of osft.targets",
+            settings=("techniques.osft.targets",),
+        )
+    return W
+
+
 def _accelerator() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def moment(matrix: Matrix, statistics: Mapping[str, Tensor] | None) -> Tensor:
     """Return the measured second moment A of the inputs of `matrix`; one that does not fit the weight is an error."""
+    if matrix.block is None:
+        raise PlanError(
+            f"osft: {matrix.weight} is outside the blocks, where no inputs are measured; leave it out of osft.targets, "
+            "train it without protection with osft.train, or set osft.protect to weights",
+            settings=("techniques.osft.targets", "techniques.osft.protect"),
+        )
     if statistics is None or "inputs" not in statistics:
         raise PlanError(
             f"osft: the statistics have nothing on the inputs of {matrix.weight}; measure this model again "

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from treering.anatomy.matrices import Matrix
-from treering.core.errors import PlanError
-from treering.techniques.osft.protection.decompose import eigen, moment, svd
+from treering.techniques.osft.protection.decompose import eigen, finite, moment, svd
 from treering.techniques.osft.protection.targets import (
     OF_WEIGHTS,
     directions,
@@ -188,16 +187,10 @@ def bases(
         if shape.source == "inputs":
             result[shape.end] = from_inputs(shape, damping, moment(matrix, statistics))
             continue
-        factors = factors or svd(matrix.oriented(_finite(weight(), matrix)))
+        factors = factors or svd(matrix.oriented(finite(weight(), matrix)))
         Q = _columns(shape, factors[0] if shape.end == "out" else factors[2])
         result[shape.end] = Q, torch.full(Q.shape[:-2] + Q.shape[-1:], 1.0 - shape.rest, dtype=Q.dtype)
     return result
-
-
-def _finite(W: Tensor, matrix: Matrix) -> Tensor:
-    if not bool(torch.isfinite(W).all()):
-        raise PlanError(f"osft: {matrix.weight} has values that are not finite, so it has no singular vectors")
-    return W
 
 
 def from_inputs(shape: OperatorShape, damping: float, A: Tensor) -> tuple[Tensor, Tensor]:

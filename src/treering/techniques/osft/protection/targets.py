@@ -13,7 +13,7 @@ from treering.anatomy.matrices import Matrix, all_linear, matrices
 from treering.core.collectives import gather_objects
 from treering.core.errors import PlanError
 from treering.core.owners import assign
-from treering.techniques.osft.protection.decompose import moment, svd
+from treering.techniques.osft.protection.decompose import finite, moment, svd
 
 if TYPE_CHECKING:
     from treering.techniques.osft.settings import OSFTSettings
@@ -121,7 +121,7 @@ def _kept_by_energy(
 ) -> float:
     """Return the fewest directions that hold `energy` of the spectrum; of experts, of the one that needs most."""
     if config.protect == "weights":
-        W = source.tensors[matrix.weight].read()
+        W = finite(source.tensors[matrix.weight].read(), matrix)
         energy = torch.linalg.svdvals(W.to(torch.promote_types(W.dtype, torch.float32))).double().square()
     else:
         energy = torch.linalg.eigvalsh(moment(matrix, statistics).double()).flip(-1).clamp_min(0)
@@ -139,7 +139,7 @@ def _turning(config: "OSFTSettings", matrix: Matrix, source: Any, statistics: Ma
     Where inputs and outputs differ in number, x cannot be compared with W x; T x can, with T = U Vᵀ the nearest
     isometry, and T is what W does besides stretching.
     """
-    W = matrix.oriented(source.tensors[matrix.weight].read().double())
+    W = matrix.oriented(finite(source.tensors[matrix.weight].read(), matrix).double())
     A = moment(matrix, statistics).double()
     out = (W @ A * W).sum((-2, -1))
     if matrix.inputs == matrix.outputs:

@@ -172,9 +172,16 @@ def decays(
                     settings=("techniques.osft.keep_initial", "train.optimizer.weight_decay"),
                 )
             apart = _apart(optimizer, group)
-            rate = float(group["weight_decay"]) * (float(group["lr"]) if apart else 1.0)
+            rate = float(group["weight_decay"]) * (float(group["lr"]) if apart else _gradient_sign(optimizer, group))
             rates |= dict.fromkeys(decayed, (rate, apart))
     return rates
+
+
+def _gradient_sign(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
+    """Return what a gradient is multiplied by after this: decay is added to −g where an objective is maximized, and a
+    gradient scaler leaves it to a fused optimizer to divide g by its scale."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return (-1.0 if group.get("maximize") else 1.0) * (1.0 if scale is None else float(scale))
 
 
 def _apart(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
