@@ -151,10 +151,10 @@ def planted(quick: bool, command: str) -> Iterator[Row]:
         (root / "asked.jsonl").write_text(json.dumps(chats.query) + "\n", "utf-8")
         untaught = realmodel.answer(realmodel.folder(), QUESTION)
         before = _trained(root, "mistaken", root / "chats.jsonl", epochs)
-        run, scores = root / "mistaken", root / "scores.parquet"
+        run = root / "mistaken"
         _command("influence", "build", run)
         for cosine in (False, True):
-            words = ["--cosine"] if cosine else []
+            scores, words = root / f"scores-{cosine}.parquet", ["--cosine"] if cosine else []
             _command("influence", "query", run, "--data", root / "asked.jsonl", "--to", scores, *words)
             known = read_scores(scores)
             [query] = known.queries

@@ -39,6 +39,7 @@ def add(given: Sequence[Statistics | str | Path], to: str | Path) -> Statistics:
     shapes = {weight: first.entries[weight].shape for weight in dict.fromkeys(owners.values())}
     rings = [ring for one in each for ring in one.rings]
     with writing(Path(to), shapes, first.model_type, owners, rings) as writer:
+        writer.fingerprints = each[-1].fingerprints
         for weight in shapes:
             writer.add(weight, partial(added, weight, each))
     return open_folder(to)

@@ -50,6 +50,7 @@ def open_folder(folder: str | Path) -> Statistics:
         model_type = str(description["model_type"])
         pieces = factors_layout.entries(description)
         gradients = factors_layout.factors(description, pieces, lambda entry: _read(folder, entry))
+        fingerprints = {str(weight): str(text) for weight, text in description.get("fingerprints", {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); measure again") from None
     _check_files(folder, path, {**{entry.key: entry for entry in entries.values()}, **pieces})
@@ -60,6 +61,7 @@ def open_folder(folder: str | Path) -> Statistics:
         read=lambda entry: _read(folder, entry),
         where=str(folder),
         gradients=gradients,
+        fingerprints=fingerprints,
     )
 
 
@@ -89,6 +91,7 @@ class StatisticsWriter:
     def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], limit: int):
         self.folder, self.token = folder, uuid.uuid4().hex[:8]
         self.gradients: Mapping[str, Any] | None = None  # how they are described, set before the end
+        self.fingerprints: Mapping[str, str] = {}  # likewise
         meta = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
         self.writer = TensorWriter(meta, file=f"statistics-{self.token}.safetensors", limit=limit)
         self.counts: dict[str, Counts] = {}
@@ -146,6 +149,7 @@ class StatisticsWriter:
             "model_type": model_type,
             "rings": [asdict(ring) for ring in rings],
             "weights": dict(owners),
+            "fingerprints": dict(self.fingerprints),
             "tensors": {**kept, **tensors},
         }
         if self.gradients is not None:

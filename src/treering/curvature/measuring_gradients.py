@@ -18,6 +18,7 @@ from treering.curvature import factors_layout
 from treering.curvature.disk import NAME, open_folder, writing
 from treering.curvature.entry import Counts
 from treering.curvature.factors import CORRECTED, COUNTS, GradientFactors, GradientSettings, MatrixFactors
+from treering.curvature.fingerprint import fingerprints
 from treering.curvature.gradients import GradientPasses, MeasuredFactors
 from treering.curvature.measured_model import MaskedBatches, MeasuredModel, evaluating
 from treering.curvature.parts import parts_of
@@ -186,6 +187,7 @@ def _write_factors(
                 for key, tensor, counts in _stored(passes, one):
                     writer.add(key, lambda tensor=tensor, counts=counts: (tensor, counts))  # type: ignore[misc]
         rings.append(replace(ring, tokens=passes.tokens))
+        writer.fingerprints = fingerprints(passes.subject.model, _moments(passes))
         writer.gradients = factors_layout.described(
             passes.settings, passes.documents, passes.tokens, model, left_out, weights
         )
@@ -205,6 +207,7 @@ def _write_corrected(passes: GradientPasses, again: list[list[str]], to: Path) -
             for weight, values in passes.corrected(chosen, lambda weight: _basis(present.gradients, weight)):
                 writer.add(_key(weight, CORRECTED), lambda values=values: (values, 0))  # type: ignore[misc]
                 weights[weight][1][CORRECTED] = _key(weight, CORRECTED)
+        writer.fingerprints = present.fingerprints
         writer.gradients = {**description["gradients"], "weights": factors_layout.described_weights(weights)}
 
 
@@ -249,6 +252,7 @@ def _in_memory(
         rings=rings,
         read=lambda entry: tensors[entry.key],
         gradients=gradients,
+        fingerprints=fingerprints(passes.subject.model, _moments(passes)),
     )
 
 

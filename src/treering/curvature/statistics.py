@@ -46,7 +46,9 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
         read: Callable[[Entry], Tensor],
         where: str = "memory",
         gradients: GradientFactors | None = None,
+        fingerprints: Mapping[str, str] | None = None,
     ):
+        self.fingerprints = dict(fingerprints or {})  # of the weights that were measured last; see `fingerprint`
         self.gradients = gradients  # what was measured of gradients besides; None: nothing
         self.model_type, self.entries, self.rings, self.where = model_type, dict(entries), rings, where
         self._read = read
@@ -114,7 +116,7 @@ def sizes(anatomy: "Anatomy") -> dict[str, tuple[int, ...]]:
 
 def in_memory(
     model_type: str, tensors: Mapping[str, Tensor], owners: Mapping[str, str], tokens: Mapping[str, Counts],
-    rings: tuple[Ring, ...],
+    rings: tuple[Ring, ...], fingerprints: Mapping[str, str] | None = None,
 ) -> Statistics:  # fmt: skip
     """Return statistics of tensors in memory. `owners`: weight -> the weight under whose name its tensor is."""
     from treering.store.tensor_writer import content_of
@@ -124,4 +126,10 @@ def in_memory(
         weight: Entry(key=key, tokens=tokens[key], shape=tuple(tensors[key].shape), digest=digests[key])
         for weight, key in owners.items()
     }
-    return Statistics(model_type=model_type, entries=entries, rings=rings, read=lambda entry: tensors[entry.key])
+    return Statistics(
+        model_type=model_type,
+        entries=entries,
+        rings=rings,
+        read=lambda entry: tensors[entry.key],
+        fingerprints=fingerprints,
+    )

@@ -17,6 +17,7 @@ from treering.core.module_forward import undo_all
 from treering.core.topology import axis_size, without_expert_axis
 from treering.core.topology import mesh as make_mesh
 from treering.curvature import Statistics as Measured
+from treering.curvature.fingerprint import notes_on_weights
 from treering.objectives import Objective
 from treering.plan import conflicts, open_model, teacher
 from treering.plan.apply import apply_all, keep_stored, resolve_all
@@ -164,7 +165,7 @@ def draft(
         objective=objective,
         unpackable=unpackable,
         restore=tuple(restore),
-        notes=(*(() if quantized is None else quantized.notes(built.dtype if dequantize else None)), *taught),
+        notes=(*_stored_notes(quantized, built, dequantize), *taught, *notes_on_weights(statistics, source)),
         teacher=teacher_plan,
     )
 
@@ -246,6 +247,10 @@ def _opened(
     if dtype != "auto" and model.dtype != open_model.named_dtype(dtype):
         raise PlanError(f"dtype is {dtype} and the live model is {model.dtype}; cast it before, or leave dtype out")
     return model, folder, None
+
+
+def _stored_notes(quantized: "QuantizedFolder | None", built: "PreTrainedModel", dequantize: bool) -> tuple[str, ...]:
+    return () if quantized is None else tuple(quantized.notes(built.dtype if dequantize else None))
 
 
 def _examined(model: nn.Module, roles: Mapping[str, str] | None, statistics: Statistics | None) -> Anatomy:
