@@ -13,11 +13,14 @@ the model is trained again. About 25 minutes each on one core; `--quick` takes t
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,30 +144,31 @@ def _index(described: str, to: str) -> list[str]:
     return [known.gradients.digest, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)]
 
 
-def planted(quick: bool, command: str) -> Iterator[Row]:
+def planted(quick: bool, command: str, folder: Path | None = None) -> Iterator[Row]:
     """Which of 60 chats teach the wrong answer; and the answer after training without them."""
     common: dict[str, Any] = {"unit": "", "packages": PACKAGES, "command": command}
     chats, epochs = planted_chats(), 2 if quick else 4
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
+    with _root(folder) as root:
         ids = chats.write(root / "chats.jsonl")
         (root / "asked.jsonl").write_text(json.dumps(chats.query) + "\n", "utf-8")
         untaught = realmodel.answer(realmodel.folder(), QUESTION)
         before = _trained(root, "mistaken", root / "chats.jsonl", epochs)
         run = root / "mistaken"
         _command("influence", "build", run)
-        for cosine in (False, True):
-            scores, words = root / f"scores-{cosine}.parquet", ["--cosine"] if cosine else []
+        for how in ("cosine", "dot product"):
+            scores, words = root / f"{how.split()[0]}.parquet", ["--cosine"] if how == "cosine" else []
+            scores.unlink(missing_ok=True)
             _command("influence", "query", run, "--data", root / "asked.jsonl", "--to", scores, *words)
             known = read_scores(scores)
             [query] = known.queries
-            case_ = f"planted chats among the first {len(ids)}, {'cosine' if cosine else 'dot product'}"
+            case_ = f"planted chats among the first {len(ids)}, {how}"
             by_words = precision(replace(known, scores=known.baselines["bm25"]), query, ids)
             chance = len(ids) / len(known.documents)
             yield row(
                 "precision, SmolLM2-135M", f"{case_} (BM25 {by_words:.2f}, chance {chance:.2f})",
                 [precision(known, query, ids)], **common,
             )  # fmt: skip
+        shutil.rmtree(root / "cleaned", ignore_errors=True)
         _command("influence", "clean", scores, "--helpful", "--remove", len(ids), "--to", root / "cleaned")
         [cleaned] = (root / "cleaned").glob("*.jsonl")
         after = _trained(root, "cleaned-run", cleaned, epochs)
@@ -173,13 +177,25 @@ def planted(quick: bool, command: str) -> Iterator[Row]:
         yield row("a wrong fact learned, found and gone, SmolLM2-135M", case_, [right], at_least=1.0, **common)
 
 
+@contextmanager
+def _root(folder: Path | None) -> Iterator[Path]:
+    """Give the folder of the trainings: the given one, which stays, or one for the time of the benchmark."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
 def _trained(root: Path, name: str, data: Path, epochs: int) -> str:
-    """Train by command, export, and return what the model answers."""
+    """Train by command, export, and return what the model answers. What is there already is not done again."""
     file = root / f"{name}.yaml"
     text = CONFIG.format(model=realmodel.folder(), data=json.dumps(str(data)), root=root, epochs=epochs, name=name)
     file.write_text(text, "utf-8")
-    _command("train", file)
-    _command("export", root / name, "--to", root / f"{name}-model")
+    if not (root / f"{name}-model").is_dir():
+        _command("train", file)
+        _command("export", root / name, "--to", root / f"{name}-model")
     return realmodel.answer(root / f"{name}-model", QUESTION)
 
 
@@ -199,11 +215,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--machine", default="cpu2")
     parser.add_argument("--only", choices=tuple(PARTS), nargs="+", help="parts, next to what is known of the others")
+    parser.add_argument("--folder", type=Path, help="of `planted`: kept, and gone on with")
     options = parser.parse_args()
     torch.set_num_threads(1)
     command = "python -m benchmarks.influence_real" + (" --quick" if options.quick else "")
-    for name in options.only or PARTS:
-        made = list(PARTS[name](options.quick, command))
+    parts = {**PARTS, "planted": partial(planted, folder=options.folder)}
+    for name in options.only or parts:
+        made = list(parts[name](options.quick, command))
         write("influence_real", options.machine, [*others("influence_real", options.machine, made), *made])
 
 

@@ -1,11 +1,14 @@
 """What OSFT costs: bytes on the wire, time around and inside the step, starting, and memory; beside mini_trainer 0.9.0.
 
-    python -m benchmarks.osft [--quick] [--machine cpu2] [--only wire]
+    python -m benchmarks.osft [--quick] [--machine cpu2] [--only wire | times | starting | memory | lengths]
 
 Wire: one step of Llama-3.1-8B in float32, counted (see `traffic`), at 8, 64 and 1024 ranks. The quick version counts
 one and two layers and adds the difference 31 times. Peer: full fine-tuning for totals, mini_trainer for one pass.
 
 Time: a llama of 4 layers, 2,048 tokens, a single thread's own seconds; all forms and mini_trainer take turns.
+
+Lengths: ‖ΔW‖ of all linears after 20 steps at one learning rate, relative to full fine-tuning with the same optimizer:
+how far one rate carries over. A small model that learns 96 facts (`benchmarks.quality.symbols`).
 """
 
 import argparse
@@ -138,12 +141,57 @@ def memory(rounds: int, command: str) -> Iterator[Row]:
             )
 
 
+def lengths(steps: int, command: str) -> Iterator[Row]:
+    from functools import partial
+    from itertools import islice
+
+    import torch
+
+    from benchmarks.influence_text import cache, one_thread
+    from benchmarks.quality import learners, symbols
+    from benchmarks.quality.model import Small, drawn
+
+    optimizers: dict[str, Any] = {
+        "AdamW": (partial(torch.optim.AdamW, weight_decay=0.0), 3e-4),
+        "Muon": (partial(torch.optim.Muon, weight_decay=0.0), 3e-4),
+        "SGD": (torch.optim.SGD, 0.1),
+    }
+    cases = {
+        "the default": {},
+        "damping .001": {"damping": 0.001},
+        "damping .1": {"damping": 0.1},
+        "hard, half": {"strength": "hard", "ratio": 0.5},
+        "hard, a tenth": {"strength": "hard", "ratio": 0.1},
+        "both, half": {"protect": "both", "ratio": 0.5},
+        "weights, half": {"protect": "weights", "ratio": 0.5},
+        "weights, a tenth": {"protect": "weights", "ratio": 0.1},
+    }
+
+    def length(small: Small, method: Any, kind: Any, lr: float) -> float:
+        learner = method(small.fresh(), known, lr)
+        learner.optimizer = kind([p for _, p in learner.run.trainable()], lr=lr)
+        for one in islice(drawn(*symbols.facts(size.facts, 0, 1), size.rows, 1), steps):
+            learner.step(one)
+        return sum(float((new - small.state[name]).square().sum()) for name, new in learner.finished().items()) ** 0.5
+
+    size = symbols.Size()
+    with one_thread():
+        small = symbols.base(size, 0, cache())
+        known = symbols.measured(small, size, 0)
+        for name, (kind, lr) in optimizers.items():
+            full = length(small, learners.full, kind, lr)
+            for case, settings in cases.items():
+                found = length(small, learners.osft(**settings), kind, lr)
+                words = f"{case}, {name}; peer: full fine-tuning"
+                yield row("length of the change", words, [found], [full], unit="", packages=PACKAGES, command=command)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--machine", default="cpu2")
     parser.add_argument(
-        "--only", choices=("wire", "times", "starting", "memory"), help="one part, beside what is known of the others"
+        "--only", choices=("wire", "times", "starting", "memory", "lengths"), help="one part, next to what is known"
     )
     options = parser.parse_args()
     quick = options.quick
@@ -153,6 +201,7 @@ def main() -> None:
         "times": lambda: times(5 if quick else 20, command),
         "starting": lambda: starting(512 if quick else 1024, 5 if quick else 20, command),
         "memory": lambda: memory(1 if quick else 5, command),
+        "lengths": lambda: lengths(20, command),
     }
     made = [one for name, part in parts.items() if options.only in (None, name) for one in part()]
     write("osft", options.machine, [*others("osft", options.machine, made), *made])

@@ -21,9 +21,9 @@ class Small:
     state: dict[str, Tensor]
 
     def fresh(self) -> Any:
-        from transformers import LlamaForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        model = LlamaForCausalLM(self.config)
+        model = AutoModelForCausalLM.from_config(self.config)
         model.load_state_dict(self.state, strict=False)  # a tied head is not in it
         model.tie_weights()
         return model
@@ -61,10 +61,10 @@ def drawn(ids: Tensor, labels: Tensor | None, size: int, seed: int) -> Iterable[
 
 def pretrained(config: Any, batches: Iterable[Batch], steps: int, lr: float, seed: int, file: Path) -> Small:
     """Every parameter, from random ones; kept in `file`."""
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     if not file.exists():
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
         for number, one in zip(range(steps), batches):

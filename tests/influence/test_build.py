@@ -166,6 +166,20 @@ def test_a_build_that_was_killed_keeps_its_complete_shards(tmp_path):
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
 
 
+def test_a_complete_index_is_returned_and_another_is_not_written_over_it(tmp_path):
+    run = tr.compose(model_of("llama"), [tr.Full()])
+    statistics = known(run)
+    build(run, texts(), tmp_path / "i", statistics=statistics, capacity=20)
+    before, steps = digests(tmp_path / "i"), []
+    again = build(
+        run, texts(), tmp_path / "i", statistics=statistics, capacity=20, progress=lambda *at: steps.append(at)
+    )
+    assert digests(tmp_path / "i") == before and not steps
+    assert sorted(again.all_ids()) == sorted(document.sample_id for document in texts())
+    with pytest.raises(tr.CheckpointError, match="has a complete index"):
+        build(run, texts()[1:], tmp_path / "i", statistics=statistics, capacity=20)
+
+
 def test_the_same_documents_have_the_same_scores(tmp_path):
     run = tr.compose(model_of("llama"), [tr.Full()])
     twice = [*texts(), *texts(name="again")]

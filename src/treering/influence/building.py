@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from treering.core.collectives import from_first, gather_objects
+from treering.core.collectives import from_first, gather_objects, is_first, together
 from treering.core.errors import DataError, TreeringError
 from treering.core.owners import assign
 from treering.core.topology import data_rank, sequence_place
@@ -28,7 +28,9 @@ from treering.plan import Run
 from treering.sketches import Index, IndexRecipe, SketchSettings, encode_rows, shard_documents, writing
 from treering.sketches import open as open_index
 from treering.sketches.gradient_rows import Finish
+from treering.sketches.listing import NAME
 from treering.sketches.shards import EncodedRows
+from treering.store.untrusted import in_folder
 
 # An index has about so many shards, or more: ranks share them out, and a killed build keeps the complete ones. Those of
 # a small one have at least so many batches: each shard is flushed to the disk.
@@ -50,7 +52,9 @@ def build(
     progress: Progress = lambda done, of: None,
     timed: Timed = nullcontext,
 ) -> Index:
-    """Build an index of `documents`, or resume a build that was killed. Every rank calls it with the same documents.
+    """Build an index of `documents`, or resume a build that was killed; one that is complete is returned as it is.
+
+    Every rank calls it with the same documents.
 
     Args:
         run: the model, with what trains; `frozen=True` looks at all plain weights.
@@ -72,14 +76,28 @@ def build(
     with timed("maps of the modules"):
         sketched = Sketched.of(run, settings or SketchSettings(), statistics, about, cover)
     shards = shards_of(documents, sketched.recipe, capacity, packing_of(run))
+    ids = [[documents[i].sample_id for one in bins for i in one] for bins in shards]
+    if _is_complete(Path(to), sketched.recipe, ids):
+        return open_index(to)
     with writing(to, sketched.recipe) as writer:
-        ids = [[documents[i].sample_id for one in bins for i in one] for bins in shards]
         left = [number for number in range(len(shards)) if not writer.is_complete(number, ids[number])]
         left = json.loads(from_first(json.dumps(left)))
         _write(sketched, writer, documents, shards, left, progress, timed)
         with timed("listing the shards"):
             writer.publish(len(shards))
     return open_index(to)
+
+
+def _is_complete(folder: Path, recipe: IndexRecipe, ids: Sequence[Sequence[str]]) -> bool:
+    """Return whether the folder has the index of these documents already. A collective: rank 0 looks."""
+
+    def found() -> bool:
+        if not is_first() or not folder.is_dir() or in_folder(folder, NAME) is None:
+            return False
+        index = open_index(folder)
+        return index.recipe.digest == recipe.digest and list(index.all_ids()) == [name for one in ids for name in one]
+
+    return bool(together(found, f"opening {folder}")[0])
 
 
 def lengths_of(documents: Sequence[Document]) -> NDArray[np.int32]:

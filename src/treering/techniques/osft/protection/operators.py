@@ -219,7 +219,7 @@ def _columns(shape: OperatorShape, basis: Tensor) -> Tensor:
 def scale(shapes: Sequence[OperatorShape], values_of: Bases, matrix: Matrix, frozen: Tensor | None = None) -> Tensor:
     """Return c = 1 / root mean square eigenvalue, [1] or [E]; 0 for matrices that are `frozen`.
 
-    A step that points everywhere alike keeps its length, so that one learning rate fits every protection.
+    A step that points everywhere alike keeps its length.
     """
     result = torch.ones(matrix.experts or 1, dtype=torch.float64)
     for shape in shapes:
