@@ -29,7 +29,10 @@ def command(
     format: Annotated[
         Literal["auto", "messages", "prompt", "alpaca", "text"], typer.Option(help="Of the records in FILE.")
     ] = "auto",
-    tokens: Annotated[int, typer.Option(min=1, help="How many are measured.")] = 32768,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many are measured; default: 4 for each input of a weight, at least 32,768."),
+    ] = None,
     max_length: Annotated[int, typer.Option(min=2, help="The longest document, in tokens.")] = 2048,
     trained: Annotated[bool, typer.Option("--trained", help="Count only where an answer is predicted.")] = False,
     gradients: Annotated[
@@ -70,9 +73,11 @@ def command(
     settings = gradient_settings(gradients, labels, experts, seed, cover)
     _refuse_taken(to, add or [], settings)
     from treering.cli.measure_report import announce, report_gradients, table_of
+    from treering.curvature.counts import enough_tokens
 
     run = composed(model, dtype, dequantize, settings)
     refuse_longer(run, max_length)
+    tokens = tokens or enough_tokens(run.plan.anatomy, run.model.config)
     texts, packing = documents(run, data, format, generate, tokens, max_length, seed)
     announce(run, settings)
     statistics = measured(run, texts, packing, data, trained, add or [], max_length, to, settings)

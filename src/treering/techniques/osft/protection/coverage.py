@@ -14,12 +14,10 @@ from torch import Tensor
 from treering.anatomy.matrices import Matrix
 from treering.core.errors import PlanError
 from treering.curvature import Statistics
-from treering.curvature.counts import TokenCounts, counted, tokens_of
+from treering.curvature.counts import ENOUGH, TokenCounts, counted, tokens_of
 
 if TYPE_CHECKING:
     from treering.techniques.osft.settings import OSFTSettings
-
-ENOUGH = 4  # tokens for each input dimension; with fewer the small eigenvalues of A are mostly chance
 
 
 def refuse_unmeasured(config: "OSFTSettings", chosen: Sequence[Matrix], statistics: Any) -> None:
