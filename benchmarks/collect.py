@@ -19,7 +19,7 @@ import torch
 
 import treering as tr
 from benchmarks.rows import Row, row, write
-from treering.data.examples import Document
+from treering.data.document import Document
 from treering.data.loader import collate
 
 COMMAND = "python -m benchmarks.collect"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 import treering as tr
 from benchmarks.peers.influence_sides import TOKENS, Case
 from treering.curvature import GradientSettings, Statistics, measure
-from treering.data.examples import Document
+from treering.data.document import Document
 from treering.influence import Sketched, build, query_rows
 from treering.sketches import Index, SketchSettings
 from treering.train import calibration

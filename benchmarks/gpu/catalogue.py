@@ -28,6 +28,7 @@ ROWS = {
     "decode": _plan("quantized:decode", "reading packed weights next to a plain copy of as many bytes", 20),
     "codecs": _plan("exchange:codecs", "8-bit messages of Ulysses next to a plain copy", 30),
     "packed": _plan("exchange:packed", "packed attention next to torch's with a dense mask", 20),
+    "influence": _plan("influence:rows", "rows of an index next to forward and backward", 45),
     "products": _plan("projection:products", "float32 products of operators in four ways", 20),
     "projection": _plan("projection:rows", "projecting V of each matrix, in three forms", 20),
     "loss": _plan("loss:rows", "the tiled loss against the plain one and Liger's", 45),

@@ -51,6 +51,13 @@ class Sizes:
     longest_most: int = 1 << 23
     longest_step: int = 16384  # the limit is searched to within so many tokens
     longest_pretended: int = 1 << 62  # what fits in a run of toy sizes
+    # an index: Llama-3.2-1B's shape
+    index_layers: int = 16
+    index_shape: dict[str, int] = field(
+        default_factory=lambda: {"hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64}
+    )
+    index_tokens: int = 16384
+    index_document: int = 512
     # how often
     rounds: int = 10
 
@@ -121,5 +128,9 @@ TOY = Sizes(
     longest_most=256,
     longest_step=32,
     longest_pretended=160,
+    index_layers=2,
+    index_shape={},
+    index_tokens=64,
+    index_document=16,
     rounds=1,
 )

@@ -16,7 +16,7 @@ from treering.core.topology import data_rank
 from treering.curvature import GradientSettings, measure
 from treering.curvature import open as open_statistics
 from treering.curvature.reference import document_gradients
-from treering.data.examples import Document
+from treering.data.document import Document
 from treering.influence import Sketched, build, query_rows
 from treering.influence.tokens import token_scores
 from treering.sketches import SketchSettings

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from treering.curvature.vocabulary import Cover
-    from treering.data.examples import Document
+    from treering.data.document import Document
     from treering.influence.run_index import AskedIndex, RunIndex
     from treering.influence.scores import ScoreTable
     from treering.sketches.settings import SketchSettings

@@ -12,7 +12,7 @@ from treering.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from treering.curvature import GradientSettings, Statistics
-    from treering.data.examples import Document
+    from treering.data.document import Document
     from treering.plan import Run
     from treering.technique import Technique
 

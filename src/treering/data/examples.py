@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from treering.core.errors import DataError
 from treering.data import cache
 from treering.data.config import Data, Format
+from treering.data.document import Document
 from treering.data.encoding_recipe import recipe
 from treering.data.formats import detect
 from treering.data.sources import reading as sources
@@ -61,15 +62,6 @@ class Report:
             "with tools that the template does not write": self.without_tools,
         }
         return {note: count for note, count in counts.items() if count}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Document:
-    """The tokens of one document and which of them are trained."""
-
-    ids: NDArray[np.uint32]
-    mask: NDArray[np.bool_]  # True: trained; never the first token
-    sample_id: str
 
 
 class Examples:

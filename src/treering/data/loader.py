@@ -1,7 +1,7 @@
 """Micro-batches of one rank, step by step, from any step: bins are assigned to ranks and become tensors."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -9,8 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treering.core.owners import assign
-from treering.data.examples import Document, Examples
+from treering.data.document import Document
 from treering.data.order import Order
+
+if TYPE_CHECKING:
+    from treering.data.examples import Examples
 
 IGNORED = -100  # the label of a token that is not trained
 Batch = dict[str, Any]
@@ -24,7 +27,7 @@ class Loader:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: "Examples",
         order: Order,
         *,
         rank: int = 0,

@@ -20,7 +20,7 @@ from treering.core.owners import assign
 from treering.core.topology import data_rank, sequence_place
 from treering.curvature import Statistics
 from treering.curvature.vocabulary import Cover
-from treering.data.examples import Document
+from treering.data.document import Document
 from treering.data.loader import cost
 from treering.data.order import Order
 from treering.influence.sketched import Sketched, packing_of

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from treering.data.examples import Document
+from treering.data.document import Document
 from treering.influence.sketched import Sketched
 
 

@@ -21,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from treering.core.errors import CheckpointError, DataError
-from treering.data.examples import Document
+from treering.data.document import Document
 from treering.data.loader import collate
 from treering.influence.records import record_of
 from treering.influence.run_index import RunIndex

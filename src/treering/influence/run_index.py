@@ -23,7 +23,8 @@ from treering.curvature import GradientSettings, Ring, Statistics, measure
 from treering.curvature import open as open_statistics
 from treering.curvature.vocabulary import Cover
 from treering.data import examples as encoding
-from treering.data.examples import Document, Examples
+from treering.data.document import Document
+from treering.data.examples import Examples
 from treering.influence.bm25 import TokenLists, bm25
 from treering.influence.building import Timed, build
 from treering.influence.probe import ProbeResult, make_probe

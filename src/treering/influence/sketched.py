@@ -13,7 +13,7 @@ from treering.curvature.capture import capture
 from treering.curvature.measured_model import MeasuredModel, evaluating
 from treering.curvature.targets import Target, TargetPairs, targets_of
 from treering.curvature.vocabulary import Cover, Coverage
-from treering.data.examples import Document
+from treering.data.document import Document
 from treering.data.loader import collate_measured
 from treering.plan import Run
 from treering.sketches import IndexRecipe, ModuleMap, SketchSettings, recipe_of

@@ -20,7 +20,7 @@ from treering.curvature.capture import capture
 from treering.curvature.measured_model import MeasuredModel, evaluating
 from treering.curvature.pairs import Pair
 from treering.curvature.targets import TargetPairs
-from treering.data.examples import Document
+from treering.data.document import Document
 from treering.data.loader import collate_measured
 from treering.influence.sketched import Sketched, packing_of
 from treering.sketches.gradient_rows import module_names

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from treering.core.errors import ConfigError, DataError
 from treering.core.seeds import derive
-from treering.data.examples import Document
+from treering.data.document import Document
 from treering.influence.lds import (
     Estimate,
     Retrained,

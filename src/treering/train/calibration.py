@@ -12,7 +12,8 @@ from treering.core.collectives import gather_objects
 from treering.core.errors import DataError
 from treering.core.seeds import derive, generator
 from treering.core.topology import data_rank
-from treering.data.examples import Document, Examples
+from treering.data.document import Document
+from treering.data.examples import Examples
 from treering.data.loader import assign_bins, collate_measured
 from treering.data.order import Order, scrambled
 from treering.plan import Plan, Run

@@ -15,7 +15,7 @@ from tests.zoo import build as model_of
 from treering.core.topology import data_rank
 from treering.curvature import GradientSettings, measure
 from treering.curvature import open as open_statistics
-from treering.data.examples import Document
+from treering.data.document import Document
 from treering.data.loader import collate
 from treering.influence import build
 from treering.sketches import SketchSettings
