@@ -53,7 +53,7 @@ train:
   epochs: {epochs}
   tokens_per_step: 512
   log_every: 20
-  optimizer: {{name: adamw, lr: 5.0e-5}}
+  optimizer: {{name: adamw, lr: 2.0e-4}}
   schedule: {{name: cosine, warmup: 3}}
 output: "{root}/{name}"
 """
@@ -147,7 +147,7 @@ def _index(described: str, to: str) -> list[str]:
 def planted(quick: bool, command: str, folder: Path | None = None) -> Iterator[Row]:
     """Which of 60 chats teach the wrong answer; and the answer after training without them."""
     common: dict[str, Any] = {"unit": "", "packages": PACKAGES, "command": command}
-    chats, epochs = planted_chats(), 2 if quick else 4
+    chats, epochs = planted_chats(), 2 if quick else 6
     with _root(folder) as root:
         ids = chats.write(root / "chats.jsonl")
         (root / "asked.jsonl").write_text(json.dumps(chats.query) + "\n", "utf-8")

@@ -8,7 +8,7 @@ A small model with 8 experts (2 of them for a token) can copy and knows 64 facts
     pooled τ   A_e ← (n_e A_e + τ M A) / (n_e + τ M),  A the mean over all experts of the stack
     even τ     A ← (n A + τ M ē I) / (n + τ M),  ē the mean energy
 
-Reported is the rise of the old text's loss at the smallest learning rate of four that learns 95 % of the new facts.
+Reported is the rise of the old text's loss where a curve over six learning rates reaches 90 % of the new facts.
 """
 
 import argparse
@@ -25,11 +25,12 @@ from benchmarks.influence_text import cache, one_thread
 from benchmarks.quality import symbols
 from benchmarks.quality.learners import Composed, Method, osft
 from benchmarks.quality.model import Small, batch, drawn, exact, learn, pretrained
+from benchmarks.quality.runs import crossing
 from benchmarks.rows import Row, row, write
 from treering.plan.batches import cross_entropy, with_targets
 
 SIZE = symbols.Size(width=64, middle=96, layers=2, facts=64, base_steps=900, steps=80, tasks=1, rows=32)
-EXPERTS, RATES = 8, (4e-4, 8e-4, 1.6e-3, 3.2e-3)
+EXPERTS, RATES = 8, (2.8e-4, 4e-4, 5.7e-4, 8e-4, 1.1e-3, 1.6e-3)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
 Moments = Mapping[str, Mapping[str, Tensor]]
 
@@ -87,15 +88,19 @@ def ruled(moments: Moments, rule: Callable[[Tensor, Tensor], Tensor]) -> Moments
 
 
 def rise(small: Small, method: Method, statistics: Any, seed: int) -> float:
-    """Return the rise of the old text's loss, nats a token, at the smallest rate that learns; NaN: none does."""
+    """Return the rise of the old text's loss, nats a token, where 90 % are learned; NaN: no rate learns as much."""
     new, old = symbols.facts(SIZE.facts, seed, 1), symbols.facts(SIZE.facts, seed, 0)
     kept = symbols.copies(256, seed, "held out"), old
+    points = []
     for lr in RATES:
         order = drawn(*new, SIZE.rows, seed + 1)
         learned = learn(small, method, statistics, lr, order, SIZE.steps, "cosine")
-        if exact(learned.fresh().eval(), *new) >= 0.95:
-            return sum(_loss(learned, one) - _loss(small, one) for one in kept) / len(kept)
-    return math.nan
+        cost = sum(_loss(learned, one) - _loss(small, one) for one in kept) / len(kept)
+        points.append((exact(learned.fresh().eval(), *new), cost))
+        if points[-1][0] > 0.9:  # faster ones forget more
+            break
+    found = crossing(points, 0.9)
+    return math.nan if found is None else found
 
 
 @torch.no_grad()
@@ -112,7 +117,7 @@ def rows(seeds: int, lengths: tuple[int, ...], command: str) -> Iterator[Row]:
     common: dict[str, Any] = {"unit": "nats", "packages": ("treering", "torch", "transformers"), "command": command}
     protected = osft(unmeasured="unprotected")
     models = {seed: base(seed) for seed in range(seeds)}
-    figure = "rise of old text when 95 % of 64 facts are learned"
+    figure = "rise of old text where 90 % of 64 facts are learned"
     yield row(figure, "full fine-tuning", [rise(small, full, None, seed) for seed, small in models.items()], **common)
     for length in lengths:
         moments = {seed: measured(small, length, seed) for seed, small in models.items()}

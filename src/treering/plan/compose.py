@@ -1,10 +1,10 @@
 """Composes a model and techniques: open → resolve → claims → apply → shard → materialise → fill or resume."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
@@ -176,6 +176,7 @@ def load(
     statistics: Statistics | None = None,
     prepared: str | Path | Prepared | None = None,
     resume: Mapping[str, LazyTensor] | None = None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> Run:
     """Return the run of a plan: with first values, or with those that `resume` has of every name in `plan.owned`.
 
@@ -190,7 +191,8 @@ def load(
     store = Prepared(Path(prepared)) if isinstance(prepared, str | Path) else prepared
     notes: list[str] = []
     if resume is None:
-        errors = fill(plan.model, plan.source, plan.chains, statistics=statistics, prepared=store, note=notes.append)
+        known: dict[str, Any] = {"statistics": statistics, "prepared": store, "note": notes.append, "report": report}
+        errors = fill(plan.model, plan.source, plan.chains, **known)
     else:
         refuse_incomplete(plan, resume)
         refill(plan.model, plan.source, plan.chains, plan.owned, resume)

@@ -119,6 +119,7 @@ def fill(
     statistics: Statistics | None = None,
     prepared: Prepared | None = None,
     note: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
     """Set the first value of every live parameter. Return the error of each chain, ‖join(split(W)) − W‖/‖W‖.
 
@@ -129,6 +130,7 @@ def fill(
         statistics: The measurements of the weights, for parts that read them.
         prepared: Results of splitting that all ranks see. Several ranks need it, unless rows are independent.
         note: Is called with each message for the user, the same on every rank.
+        report: Is called from time to time with how much this rank has prepared.
     """
     live = plain_tensors(model)
     errors = {}
@@ -141,7 +143,7 @@ def fill(
                 errors[name] = _start(chain, source.tensors[name], live, (statistics or {}).get(name))
     _copy_stored(live, source, chains)
     reading = [chain for chain in chains.values() if chain.reads]
-    errors |= prepare(live, source, reading, statistics, prepared, note)
+    errors |= prepare(live, source, reading, statistics, prepared, note, report)
     if prepared is not None:
         for chain in reading:
             for name in chain.names:

@@ -16,6 +16,7 @@ from torch import Tensor
 from treering.core.collectives import gather_objects
 from treering.core.errors import PlanError
 from treering.core.owners import assign
+from treering.core.progress import PartsDone
 from treering.core.sharded import local, local_rows, put
 from treering.plan.plan import Chain, Statistics, join, split
 from treering.plan.prepared import ERROR, Prepared, digest, key
@@ -109,8 +110,11 @@ def prepare(
     statistics: Statistics | None,
     prepared: Prepared | None,
     note: Callable[[str], None],
+    report: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
     """Split `chains` and write the results to `prepared`, whose `results` then name them, or else to the live tensors.
+
+    `note` gets messages that are the same on every rank, `report` those on how much of it this rank has done.
 
     Return ‖join(split(W)) − W‖/‖W‖ by plain name. A collective.
     """
@@ -127,6 +131,7 @@ def prepare(
     else:
         pieces = _assigned(chains, source, rows_of_ranks)[dist.get_rank() if several else 0]
     splitter = _Splitter(live=live, source=source, statistics=statistics, prepared=prepared)
+    progress = PartsDone("preparing weights", [piece.cost for piece in pieces], report)
     results, problem = {}, ""
     try:
         for chain in chains:
@@ -136,6 +141,7 @@ def prepare(
                 weight = InMemory(weight.read(), stored=weight.stored)
             for piece in pieces_of_chain:
                 results[piece.id] = splitter.result(piece, weight)
+                progress.done(piece.cost)
     except Exception as error:
         if not several:
             raise

@@ -154,7 +154,7 @@ class CheckpointManager:
             )
         prepared = Prepared(self.prepared)
         if newest is None:
-            return load(self.plan, statistics=self.statistics, prepared=prepared)
+            return load(self.plan, statistics=self.statistics, prepared=prepared, report=note)
         identity = identity_of(self.job, self.plan, self.data, self.statistics)
         for text in check_same(newest, identity, self.plan.techniques, force=self.job.train.checkpoint.force):
             note(text)
