@@ -38,6 +38,9 @@ REFUSED = {
     "sort": ("{{ ('abcdef'*1000000)|sort|length }}", GROWTH),
     "list": ("{{ ('abcdef'*1000000)|list|length }}", GROWTH),
     "title": ("{{ ('ab '*1300000)|title|length }}", GROWTH),
+    "words": ("{{ ('ab '*2600000)|striptags|length }}", GROWTH),
+    "wrapped words": ("{{ ('ab '*2600000)|wordwrap|length }}", GROWTH),
+    "lines": ("{{ ('ab\n'*2600000)|indent|length }}", GROWTH),
     "count": ("{% set r = range(99999) %}" + LOOP + "{% set x = r.count('a') %}{% endfor %}", GROWTH),
     # Traced texts of many parts.
     "reversed": (MANY_PARTS + "{% set x = c[::-1] %}{% endfor %}", GROWTH),

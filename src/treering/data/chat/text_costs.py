@@ -12,6 +12,7 @@ ITERATING = frozenset({"batch", "groupby", "join", "list", "map", "max", "min", 
 ITERATING |= {"select", "selectattr", "slice", "sort", "sum", "unique"}  # filters that read a text by characters
 _SPLITTING = {"split", "rsplit", "splitlines"}
 _WORDS = {"title", "wordcount"}
+_PIECE = 16  # what is charged for a character that may become a text of its own, which has fifty bytes
 _WIDE = re.compile(r"[0-9]{5,}|:[^{}]*\{|%[^%a-zA-Z]*\*")  # a wide field, or one whose width is a value
 _DIGITS = re.compile(r"[0-9]+")
 _DASHES, _WORDS_OF_TEXT = re.compile(r"-{2,}"), re.compile(r"\S+")
@@ -55,12 +56,12 @@ def wrapping(text: str, arguments: list[Any]) -> int:
     width = next((value for value in arguments if type(value) is int and value > 0), 79)
     between = max([len(value) for value in arguments if isinstance(value, str)], default=1)
     words, dashes = (sum(len(run[0]) ** 2 for run in runs.finditer(text)) for runs in (_WORDS_OF_TEXT, _DASHES))
-    return (len(text) + 1) * (between + 8) + words // width + 8 * dashes
+    return (len(text) + 1) * (between + _PIECE) + words // width + 8 * dashes
 
 
 def indenting(text: str, arguments: list[Any]) -> int:
     """Return the most characters that `indent` adds."""
-    return (len(text) + 1) * max([len(value) for value in arguments if isinstance(value, str)], default=4)
+    return (len(text) + 1) * (max([len(value) for value in arguments if isinstance(value, str)], default=4) + _PIECE)
 
 
 def json_layout(value: Any, arguments: list[Any]) -> int:
@@ -71,8 +72,8 @@ def json_layout(value: Any, arguments: list[Any]) -> int:
 
 
 def tags(text: str) -> int:
-    """Return the most characters that `striptags` copies: the rest of the text for each tag."""
-    return min(text.count("<"), text.count(">")) * len(text)
+    """Return the most characters that `striptags` copies: the rest of the text for each tag, and the words."""
+    return (min(text.count("<"), text.count(">")) + _PIECE) * len(text)
 
 
 def summing(values: Any) -> int:
