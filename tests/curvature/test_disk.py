@@ -184,6 +184,11 @@ DAMAGE = {
     "a moment that is not square": (lambda told: told["tensors"][Q].update(shape=[32, 31]), "damaged"),
     "a moment of another size": (lambda told: told["tensors"][Q].update(shape=[31, 31]), "does not hold"),
     "counts of experts for a matrix": (lambda told: told["tensors"][Q].update(tokens=[1, 2]), "damaged"),
+    "more tokens than are counted": (lambda told: told["tensors"][Q].update(tokens=10**40), "damaged"),
+    "a ring of more tokens": (lambda told: told["rings"][0].update(tokens=10**40), "damaged"),
+    "a file as a list": (lambda told: told["tensors"][Q].update(file=[1]), "damaged"),
+    "a file as a number": (lambda told: told["tensors"][Q].update(file=1), "damaged"),
+    "a key of controls": (lambda told: told["weights"].update({Q: "\x1b[2J"}), r"KeyError: '\\x1b\[2J'"),
     "a file elsewhere": (lambda told: told["tensors"][Q].update(file="../x.safetensors"), "plain names"),
     "a file that is not there": (lambda told: told["tensors"][Q].update(file="x.safetensors"), "lacks"),
 }

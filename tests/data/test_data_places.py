@@ -13,7 +13,7 @@ from treering.data.config import Data
 from treering.data.encode import Encoder
 from treering.data.encoding_recipe import recipe
 from treering.data.formats import Sample
-from treering.data.token_places import Offsets, Placer, Spelled, Tokens
+from treering.data.token_places import _MANY, Offsets, Placer, Spelled, Tokens
 
 TEXT = st.text(st.sampled_from("ab Z9\n\té😀ñ語\u0301\u200b'<|"), max_size=30)
 PIECES = st.lists(
@@ -53,6 +53,29 @@ def test_spelling_and_offsets_give_the_same_tokens(byte_level, pieces, data):
     for bounds in (limits, spans):
         expected = [(a, b) for a, b in offsets.ranges(spans, bounds) if a < b]
         assert [(a, b) for a, b in spelled.ranges(spans, bounds) if a < b] == expected
+
+
+@settings(max_examples=300, deadline=None)
+@given(pieces=PIECES, borders=st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), min_size=1, max_size=8))
+@pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}, {"type": "Strip", "strip_left": True}], ids=str)
+def test_many_spans_are_found_in_a_table_as_few_are_by_asking(backend, normalizer, pieces, borders):
+    text = "".join(pieces)
+    tokenizer = Tokenizer.from_str(bare(backend, normalizer=normalizer and {"strip_right": True, **normalizer}))
+    offsets = Offsets(tokenizer.encode(text, add_special_tokens=False))
+    spans = [(min(a, len(text)), min(b, len(text))) for a, b in borders]
+    limits = [(0, len(text))] * len(spans)
+    asked = offsets.ranges(spans, limits)
+    assert offsets._in_order
+    assert offsets.ranges(spans * _MANY, limits * _MANY) == asked * _MANY
+
+
+def test_a_text_of_many_turns_asks_for_no_token_by_reading_all(backend, monkeypatch):
+    tokenizer = Tokenizer.from_str(bare(backend, normalizer={"type": "NFC"}))
+    text = "cafe\u0301 " * 5_000
+    spans = [(i, i + 5) for i in range(0, len(text), 6)]
+    offsets = Offsets(tokenizer.encode(text, add_special_tokens=False))
+    monkeypatch.setattr(Offsets, "_overlapping", None)
+    assert len(offsets.ranges(spans, spans)) == 5_000
 
 
 def test_nothing_overlaps_an_empty_span_inside_a_token(byte_level):

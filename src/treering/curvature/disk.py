@@ -25,7 +25,7 @@ from treering.curvature.entry import Counts, Entry
 from treering.curvature.statistics import Ring, Statistics
 from treering.store import disk
 from treering.store.tensor_writer import LIMIT, TensorWriter, content_digest
-from treering.store.untrusted import basename, in_folder, read_header, read_json
+from treering.store.untrusted import basename, in_folder, read_header, read_json, visible
 
 FORMATS = (1, 2)  # 2: with gradients
 NAME = "statistics.json"
@@ -52,7 +52,8 @@ def open_folder(folder: str | Path) -> Statistics:
         gradients = factors_layout.factors(description, pieces, lambda entry: _read(folder, entry))
         fingerprints = {str(weight): str(text) for weight, text in description.get("fingerprints", {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); measure again") from None
+        reason = visible(str(error))[:300]
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {reason}); measure again") from None
     _check_files(folder, path, {**{entry.key: entry for entry in entries.values()}, **pieces})
     return Statistics(
         model_type=model_type,
@@ -207,14 +208,15 @@ def _entry(description: Mapping[str, Any], key: Any) -> dict[str, Any]:
     counts = tokens if isinstance(tokens, list) else [tokens]
     square = len(shape) in (2, 3) and all(_is_count(n) for n in shape) and shape[-1] == shape[-2]
     fits = len(counts) == shape[0] if isinstance(tokens, list) else len(shape) == 2
-    if not (square and fits and all(map(_is_count, counts)) and isinstance(tensor["digest"], str)):
+    texts = all(isinstance(tensor[name], str) for name in ("digest", "file"))
+    if not (square and fits and all(map(_is_count, counts)) and texts):
         raise ValueError(f"the entry of {str(key)[:80]!r}")
     checked: Counts = tuple(tokens) if isinstance(tokens, list) else tokens
     return {"key": str(key), "tokens": checked, "shape": shape, "digest": tensor["digest"], "file": tensor["file"]}
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 1 << 62
 
 
 def _check_files(folder: Path, path: Path, entries: Mapping[str, Entry]) -> None:
@@ -228,7 +230,7 @@ def _check_files(folder: Path, path: Path, entries: Mapping[str, Entry]) -> None
             headers[entry.file] = {t.name: (t.dtype, t.shape) for t in read_header(file)}
         if headers[entry.file].get(entry.key) != ("F32", entry.shape):
             raise CheckpointError(
-                f"{folder / entry.file} does not hold what {NAME} lists for {entry.key}; measure again"
+                f"{folder / entry.file} does not hold what {NAME} lists for {visible(entry.key)}; measure again"
             )
 
 

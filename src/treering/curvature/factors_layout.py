@@ -56,12 +56,12 @@ def factors(
         if gradients[name] not in choices:
             raise ValueError(f"gradients.{name} is {str(gradients[name])[:40]!r}")
     for name in ("documents", "tokens", "seed"):
-        if type(gradients[name]) is not int:
+        if type(gradients[name]) is not int or abs(gradients[name]) >= 1 << 64:
             raise ValueError(f"gradients.{name} is {str(gradients[name])[:40]!r}")
     if gradients.get("cover", "blocks") not in ("blocks", "all"):
         raise ValueError(f"gradients.cover is {str(gradients['cover'])[:40]!r}")
     vocabulary = gradients.get("vocabulary", VOCABULARY)
-    if type(vocabulary) is not int or vocabulary < 1:
+    if type(vocabulary) is not int or not 1 <= vocabulary < 1 << 31:
         raise ValueError(f"gradients.vocabulary is {str(vocabulary)[:40]!r}")
     settings = GradientSettings(
         **{n: gradients[n] for n in ("kind", "labels", "experts", "seed")},
@@ -74,6 +74,9 @@ def factors(
         if set(keys) - set(PIECES) or set(get_args(Piece)) - set(keys):
             raise ValueError(f"the pieces of {str(weight)[:80]!r}")
         _check_shapes(str(weight), keys, pieces)
+        numbers = one["scale"] if isinstance(one["scale"], list) else [one["scale"]]
+        if not all(type(number) in (int, float) and abs(number) < 1e300 for number in numbers):
+            raise ValueError(f"the scale of {str(weight)[:80]!r}")
         scale = torch.tensor(one["scale"], dtype=torch.float64)
         weights[str(weight)] = MatrixFactors(
             weight=str(weight), scale=scale, keys=keys, read=lambda key: read(pieces[key])
@@ -91,7 +94,8 @@ def factors(
 
 def _entry(key: str, tensor: Mapping[str, Any]) -> Entry:
     shape = tuple(tensor["shape"])
-    if not (all(type(n) is int and n > 0 for n in shape) and isinstance(tensor["digest"], str)):
+    texts = all(isinstance(tensor[name], str) for name in ("digest", "file"))
+    if not (all(type(n) is int and 0 < n < 1 << 62 for n in shape) and texts):
         raise ValueError(f"the entry of {key[:80]!r}")
     return Entry(key=key, tokens=0, shape=shape, digest=tensor["digest"], file=tensor["file"])
 

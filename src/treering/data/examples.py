@@ -23,7 +23,7 @@ from treering.data.encoding_recipe import recipe
 from treering.data.formats import detect
 from treering.data.sources import reading as sources
 from treering.data.sources.records import SampleError
-from treering.data.work import EncodingJob, encoded
+from treering.data.work import EncodingJob, batches, encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,7 +128,8 @@ def build(
     """
     split = config.eval_split if which == "eval" and config.eval is not None else config.split
     files = sources.open_sources(config.sources(which), split)
-    format = detect(list(itertools.islice(sources.read(files, config, which), _DETECT)), config)
+    first = next(batches(itertools.islice(sources.read(files, config, which), _DETECT), _DETECT), [])
+    format = detect(first, config)
     job = EncodingJob(plan=recipe(tokenizer, config, format), format=format, config=config)
     key = _key(files, job, which)
     if config.cache is None:

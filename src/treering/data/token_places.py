@@ -13,6 +13,7 @@ that of prompt and completion tokenised as one text.
 
 from array import array
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from treering.data.sources.records import bad
 
 Span = tuple[int, int]
 _NO_TEXT = b"\xff"  # not in any UTF-8 text: a token without a spelling never equals text
+_MANY = 32  # spans, from which on a table of the tokens' places is worth its cost
 _SEPARATORS = ("\n", "\t", ".", "字")
 
 
@@ -93,8 +95,9 @@ class Offsets:
 
     def ranges(self, spans: Sequence[Span], limits: Sequence[Span]) -> list[Span]:
         ranges = []
+        overlapping = self._overlapping if len(spans) < _MANY or not self._in_order else self._searched
         for (start, end), (low, high) in zip(spans, limits, strict=True):
-            first, stop = self._overlapping(start, end)
+            first, stop = overlapping(start, end)
             while first < stop and self._chars(first)[0] < low:
                 first += 1
             while first < stop and self._chars(stop - 1)[1] > high:
@@ -120,6 +123,25 @@ class Offsets:
         while last + 1 < len(encoding) and self._chars(last + 1)[0] < end:
             last += 1
         return first, last + 1
+
+    @cached_property
+    def _borders(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        offsets = np.array(self._encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return np.ascontiguousarray(offsets[:, 0]), np.ascontiguousarray(offsets[:, 1])
+
+    @cached_property
+    def _in_order(self) -> bool:
+        return all(bool((np.diff(borders) >= 0).all()) for borders in self._borders)
+
+    def _searched(self, start: int, end: int) -> Span:
+        """Return what `_overlapping` returns. Each of its look-ups reads the tokens from the first one."""
+        starts, ends = self._borders
+        first = int(ends.searchsorted(start, "right"))
+        while first < len(starts) and starts[first] == ends[first]:
+            first += 1
+        if start >= end or first == len(starts) or starts[first] >= end:
+            return 0, 0
+        return first, int(starts.searchsorted(end, "left"))
 
     def _chars(self, token: int) -> Span:
         chars = self._encoding.token_to_chars(token)

@@ -44,7 +44,7 @@ def encoded(records: Iterator[Record], job: EncodingJob, workers: int) -> Iterat
     with ProcessPoolExecutor(workers, get_context("spawn"), _start, (job,)) as pool:
         waiting: deque[Future[list[Result]]] = deque()
         try:
-            for batch in _batches(records, _WORKER_RECORDS):
+            for batch in batches(records, _WORKER_RECORDS):
                 with _signals_blocked():  # workers are started in here, and inherit the mask
                     waiting.append(pool.submit(_run, batch))
                 if len(waiting) > 2 * workers:  # bounds memory: reading is faster than encoding
@@ -58,7 +58,8 @@ def encoded(records: Iterator[Record], job: EncodingJob, workers: int) -> Iterat
                 future.cancel()
 
 
-def _batches(records: Iterator[Record], most: int) -> Iterator[list[Record]]:
+def batches(records: Iterator[Record], most: int) -> Iterator[list[Record]]:
+    """Yield the records in lists of `most`, or fewer where they are long."""
     batch: list[Record] = []
     size = 0
     for record in records:
@@ -85,7 +86,7 @@ def _in_process(records: Iterator[Record], job: EncodingJob) -> Iterator[Result]
     encoder = Encoder(job.plan)
     before: tuple[list[Result], PreparedTexts, Future[list[Encoding]]] | None = None
     with ThreadPoolExecutor(1, "treering-tokenise") as pool:
-        for batch in _batches(records, _RECORDS):
+        for batch in batches(records, _RECORDS):
             results, samples = _parse(batch, job)
             prepared = encoder.prepare(samples)
             encodings = pool.submit(encoder.tokenise, prepared)

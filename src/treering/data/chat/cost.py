@@ -1,18 +1,29 @@
 """The allowance of a rendering, and the cost of its operations, which is charged before an operation runs."""
 
-import re
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from typing import Any
 
 from jinja2.utils import Namespace
 
+from treering.data.chat import text_costs
 from treering.data.chat.traced import Traced
 
 _BASE, _EACH = 1_000_000, 2_000  # units for any rendering, and for each value of the conversation
 _UNIT = 64  # characters that cost one unit: about as long as a step of the interpreter
 _NUMBER = 1 << 64
 _LINEAR = {"trim", "strip", "lstrip", "rstrip", "startswith", "endswith", "split", "lower", "upper", "length"}
-_WIDE = re.compile(r"[0-9]{5,}|:[^{}]*\{|%[^%a-zA-Z]*\*")  # a wide field, or one whose width is a value
+_LONGEST_DATE = 1_000  # characters of a date's format; C writes up to 256 times as many
+
+
+# Filters and methods whose cost is more than their lengths, in characters.
+_GROWING: dict[str, Callable[[Any, list[Any]], int]] = {
+    "indent": lambda subject, arguments: text_costs.indenting(str(subject), arguments),
+    "wordwrap": lambda subject, arguments: text_costs.wrapping(str(subject), arguments),
+    "tojson": text_costs.json_layout,
+    "striptags": lambda subject, arguments: text_costs.tags(str(subject)),
+    "sum": lambda subject, arguments: text_costs.summing(subject),
+    **dict.fromkeys(text_costs.REVERSE, lambda subject, arguments: text_costs.reverse_search(str(subject), arguments)),
+}
 
 
 class TooExpensiveError(Exception):
@@ -41,7 +52,7 @@ class Meter:
         if kind is str:
             return len(value)
         if isinstance(value, Traced):
-            self.pay(len(value._parts) >> 3)
+            self.pay(len(value._parts) >> 2)
             return len(value)
         if kind is dict:
             self.pay(len(value) + 1)
@@ -55,6 +66,11 @@ class Meter:
             return self.weigh(dict(value))
         if isinstance(value, set | frozenset | KeysView | ValuesView | ItemsView | list | tuple):
             return self.weigh([*value])
+        if isinstance(value, range):
+            self.pay(len(value))
+            return 8 * len(value)
+        if isinstance(value, bytes | bytearray | memoryview):
+            raise TooExpensiveError("it computes with bytes")
         if isinstance(value, Namespace):
             return self.weigh(object.__getattribute__(value, "_Namespace__attrs"))
         if isinstance(value, int):
@@ -67,7 +83,7 @@ class Meter:
         if kind is str:
             self.left -= 1 + (len(value) >> 6)
         elif kind is Traced:
-            self.left -= 1 + (len(value) >> 6) + (len(value._parts) >> 3)
+            self.left -= 1 + (len(value) >> 6) + (len(value._parts) >> 2)
         else:
             self.left -= 1 if kind is bool else 1 + (self.weigh(value) >> 6)
         if self.left < 0:
@@ -76,15 +92,27 @@ class Meter:
 
     def copied(self, value: Any) -> Any:
         """Charge for a copy of `value` that shares its items, and return it."""
-        if isinstance(value, str | list | tuple):
+        if isinstance(value, Traced):
+            self.pay(1 + len(value) // _UNIT + 4 * len(value._parts))
+        elif isinstance(value, str | list | tuple):
             self.pay(1 + len(value) // _UNIT)
+        return value
+
+    def returned(self, value: Any) -> Any:
+        """Charge for the parts of a method's result, and return it."""
+        if type(value) is list:
+            self.pay(2 * len(value))
+        elif type(value) is Traced:
+            self.pay(4 * len(value._parts))
         return value
 
     def call(self, name: str, subject: Any, arguments: list[Any]) -> None:
         """Charge for a method or filter called `name`, of `subject`."""
-        if name in ("length", "count", "first", "last") and not (isinstance(subject, str) and arguments):
+        if name in ("length", "count", "first", "last") and not arguments:
             self.pay()  # for any length
             return
+        if isinstance(subject, str) and (len(subject) >= text_costs.LARGE or name in text_costs.ITERATING):
+            self.pay(text_costs.parts_of(name, subject, arguments))
         if name in _LINEAR and isinstance(subject, str):
             self.pay(
                 2 + (len(subject) + sum([len(value) if isinstance(value, str) else 64 for value in arguments]) >> 6)
@@ -111,13 +139,19 @@ class Meter:
             units += self.fields(str(subject), sum(weights))
         elif name in ("translate", "expandtabs"):
             units += weight * (8 + sum(weights)) // _UNIT
+        elif name == "now":
+            units += 4 * sum(weights)
+            if sum(weights) > _LONGEST_DATE:
+                raise TooExpensiveError(f"it writes a date with a format of more than {_LONGEST_DATE:,} characters")
+        elif name in _GROWING:
+            units += _GROWING[name](subject, arguments) // _UNIT
         self.pay(units)
 
     def fields(self, text: str, weight: int) -> int:
         """Return the cost of formatting `text` if each field took all arguments, which have `weight` characters."""
-        if _WIDE.search(text):
+        if text_costs.is_wide(text):
             raise TooExpensiveError("it formats with a width that is large or taken from a value")
-        return (text.count("{") + text.count("%") + 1) * weight // _UNIT
+        return ((text.count("{") + text.count("%") + 1) * weight + text_costs.widths(text)) // _UNIT
 
     def operate(self, operator: str, left: Any, right: Any) -> None:
         """Charge for a binary operator."""
@@ -140,7 +174,10 @@ class Meter:
             self.pay(1 + self.fields(left, self.weigh(right)))
         elif operator == "*":
             times = right if isinstance(right, int) else left if isinstance(left, int) else 1
-            self.pay(1 + self.weigh(left if times is right else right) * max(times, 1) // 8)
+            repeated = left if times is right else right
+            self.pay(1 + self.weigh(repeated) * max(times, 1) // 8)
+            if isinstance(repeated, Traced):  # each copy is a part
+                self.pay(max(times, 0) * len(repeated._parts))
         else:
             self.pay(1 + (self.weigh(left) + self.weigh(right)) // _UNIT)
 

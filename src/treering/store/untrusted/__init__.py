@@ -1,10 +1,22 @@
 """Checks of files from others, before anything reads them: files of a model folder, JSON, headers of tensors."""
 
-from treering.store.untrusted.files import MAX_JSON, Header, basename, in_folder, read_header, read_json
+from treering.store.untrusted.files import (
+    MAX_JSON,
+    MOST_VALUES,
+    Header,
+    basename,
+    in_folder,
+    parse_json,
+    read_bytes,
+    read_header,
+    read_json,
+    visible,
+)
 from treering.store.untrusted.models import check_folder, first_line, notes_on, open_tokenizer
 
 __all__ = [
     "MAX_JSON",
+    "MOST_VALUES",
     "Header",
     "basename",
     "check_folder",
@@ -12,6 +24,9 @@ __all__ = [
     "in_folder",
     "notes_on",
     "open_tokenizer",
+    "parse_json",
+    "read_bytes",
     "read_header",
     "read_json",
+    "visible",
 ]

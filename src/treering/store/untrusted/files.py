@@ -18,16 +18,20 @@ from treering.store.layout import BITS
 
 MAX_JSON = 64 << 20
 _DEEP = 64
-_MANY = 8 << 20  # values of one file: a value costs Python up to a hundred bytes, however short it is written
+MOST_VALUES = 8 << 20  # values of one file: a value costs Python up to a hundred bytes, however short it is written
 MAX_HEADER = 100_000_000  # the limit of the format's own reader
+
+
+def visible(text: str) -> str:
+    """Return `text` with each character escaped that a terminal obeys or does not show."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def basename(name: Any, file: Path) -> str:
     """Return `name` if it is the plain name of a file in the same folder; else raise CheckpointError."""
     safe = isinstance(name, str) and 0 < len(name) < 256 and name not in (".", "..")
     if not safe or any(c in name for c in "/\\\0:"):
-        shown = str(name)[:80]
-        raise CheckpointError(f"{file} names the file {shown!r}; only plain names in the same folder are read")
+        raise CheckpointError(f"{file} names the file {str(name)[:80]!r}; only plain names in the same folder are read")
     return name
 
 
@@ -82,10 +86,10 @@ def read_bytes(path: Path, most: int) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def parse_json(data: bytes, path: Path, hook: Any = None) -> Any:
+def parse_json(data: bytes, path: Path, hook: Any = None, most: int = MOST_VALUES) -> Any:
     """Return parsed JSON of bounded size and depth. `hook` is given the pairs of each mapping and returns it."""
-    if sum(data.count(mark) for mark in b",{[") > _MANY:
-        raise CheckpointError(f"{path} holds more than {_MANY:,} values; refused")
+    if sum(data.count(mark) for mark in b",{[") > most:
+        raise CheckpointError(f"{path} holds more than {most:,} values; refused")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=hook)
     except (ValueError, RecursionError) as error:

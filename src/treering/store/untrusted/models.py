@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from treering.core.errors import CheckpointError
 from treering.store.untrusted.files import MAX_JSON, in_folder, read_json
+from treering.store.untrusted.vocabulary import check_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,6 +68,8 @@ def open_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     check_folder(folder)
+    if (path := in_folder(folder, "tokenizer.json")) is not None:
+        check_tokenizer(read_json(path, _VOCABULARY), path)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # parsers of several libraries, each with bare exceptions of its own

@@ -28,6 +28,7 @@ from treering.core.sharded import local, local_rows
 from treering.store import disk
 from treering.store.layout import DTYPES
 from treering.store.tensor_writer import pieces, size
+from treering.store.untrusted import read_header, visible
 from treering.train.checkpoints import manifest
 from treering.train.checkpoints.manifest import Chunk, FileEntry, Manifest, TensorEntry
 
@@ -90,9 +91,13 @@ class CheckpointTensor:
             with safe_open(self.folder / chunk.file, "pt") as file:
                 rows = file.get_slice(self.name)[start:stop] if self.shape else file.get_tensor(self.name)
         except (OSError, SafetensorError) as error:  # a run that continues removes its old checkpoints
-            raise CheckpointError(f"{self.folder / chunk.file} was complete and cannot be read now: {error}") from None
+            raise CheckpointError(
+                f"{self.folder / chunk.file} was complete and cannot be read now: {visible(str(error))}"
+            ) from None
         if rows.dtype != self.dtype or (self.shape and rows.shape != (stop - start, *self.shape[1:])):
-            raise CheckpointError(f"{self.folder / chunk.file}: {self.name} is not what the manifest describes")
+            raise CheckpointError(
+                f"{self.folder / chunk.file}: {visible(self.name)} is not what the manifest describes"
+            )
         return rows
 
 
@@ -204,7 +209,7 @@ def newest(root: Path, warn: Callable[[str], None]) -> SavedCheckpoint | None:
         try:
             return read(root / f"step-{step}")
         except CheckpointError as error:
-            warn(f"passed over a checkpoint: {error}")
+            warn(f"passed over a checkpoint: {visible(str(error))}")
     return None
 
 
@@ -232,7 +237,7 @@ def read(folder: Path) -> SavedCheckpoint:
         problem = str(error)
     problems = [text for text in together(lambda: problem, f"reading {folder}") if text]
     if problems:
-        raise CheckpointError(problems[0])
+        raise CheckpointError(visible(problems[0]))  # headers and manifests name tensors as they like
     tensors = {n: CheckpointTensor(name=n, entry=entry, folder=folder) for n, entry in described.tensors.items()}
     return SavedCheckpoint(
         folder=folder, step=described.step, tensors=tensors, facts=described.facts, prepared=described.prepared
@@ -253,11 +258,9 @@ def _verify(path: Path, about: FileEntry, tensors: Mapping[str, TensorEntry]) ->
         first = next((i for i in range(0, len(blocks), 16) if blocks[i : i + 16] != about.blocks[i : i + 16]), 0) // 16
         return f"{path} is damaged: its block {first} (1 MiB each) is not what was written"
     try:
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 — no mapping
-    except SafetensorError as error:
+        present = {(tensor.name, tensor.dtype, tensor.shape) for tensor in read_header(path)}
+    except CheckpointError as error:
         return f"{path} is damaged: {error}"
-    present = {(name, rows.get_dtype(), tuple(rows.get_shape())) for name, rows in slices.items()}
     wanted = {
         (name, DTYPES[entry.dtype], (chunk.stop - chunk.start, *entry.shape[1:]) if entry.shape else ())
         for name, entry in tensors.items()

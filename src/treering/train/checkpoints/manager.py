@@ -46,6 +46,7 @@ class Progress:
         for name in known:
             value = counts[name]
             number = type(value) in (int, float) if name == "best" else type(value) is int
+            number = number and abs(value) < 1 << 63
             if not number and not (value is None and getattr(cls, name) is None):
                 raise CheckpointError(f"{saved.folder} has the count {name} = {value!r}, which is not a number")
         return cls(**{name: counts[name] for name in known})

@@ -12,6 +12,7 @@ from treering.core.sharded import local_rows, put_rows
 from treering.plan import Run
 from treering.plan.prepared import weight_of
 from treering.plan.refill import unsaved
+from treering.store.untrusted import visible
 from treering.train.checkpoints.files import CheckpointTensor
 
 
@@ -41,12 +42,18 @@ def restore_optimizers(run: Run, optimizers: Sequence[Optimizer], saved: Mapping
     by_parameter: dict[str, dict[str, CheckpointTensor]] = {}
     for name, tensor in saved.items():
         if name.startswith("optimizer/"):
+            if name.count("/") != 2:
+                raise CheckpointError(
+                    f"the checkpoint has optimizer state called {visible(name)}, which names no parameter"
+                )
             _, parameter, key = name.split("/")
             by_parameter.setdefault(parameter, {})[key] = tensor
     names = {p: name for name, p in run.trainable()}
     unknown = sorted(set(by_parameter) - set(names.values()))
     if unknown:
-        raise CheckpointError(f"the checkpoint has optimizer state for {unknown[0]}, which is not trained here")
+        raise CheckpointError(
+            f"the checkpoint has optimizer state for {visible(unknown[0])}, which is not trained here"
+        )
     for optimizer in optimizers:
         state: dict[int, dict[str, Any]] = {}
         index = 0
