@@ -14,12 +14,12 @@ from treering.core.errors import DataError
 from treering.data.config import Data
 from treering.data.examples import short_names
 from treering.data.sources import reading
+from treering.data.sources.columnar import rows_at_once
 from treering.data.sources.jsonl import parse_line
 from treering.data.sources.reading import Kind, SourceFile
 from treering.data.sources.records import SampleError
 
 _BOM = b"\xef\xbb\xbf"
-_BATCH = 512
 
 
 class SamplePlace(NamedTuple):
@@ -160,7 +160,8 @@ def _values(file: SourceFile, rows: set[int]) -> Iterator[tuple[int, dict[str, A
                     return
     elif file.kind == "parquet":
         before = 0
-        for batch in arrow_and_parquet()[1].ParquetFile(file.path).iter_batches(_BATCH):
+        table = arrow_and_parquet()[1].ParquetFile(file.path)
+        for batch in table.iter_batches(rows_at_once(table.metadata)):
             inside = [row for row in sorted(rows) if before < row <= before + batch.num_rows]
             for row in inside:
                 yield row, batch.slice(row - before - 1, 1).to_pylist()[0]

@@ -24,7 +24,7 @@ def read_parquet(path: Path, label: str) -> Iterator[tuple[int, dict[str, Any] |
     try:
         # Without pre_buffer, which reads a damaged file completely before the first error.
         file = parquet.ParquetFile(path, pre_buffer=False)
-        for batch in file.iter_batches(_rows_at_once(file.metadata)):
+        for batch in file.iter_batches(rows_at_once(file.metadata)):
             for value in _rows(batch, label, row):
                 row += 1
                 yield row, value
@@ -35,7 +35,8 @@ def read_parquet(path: Path, label: str) -> Iterator[tuple[int, dict[str, Any] |
         yield 1, bad(f"{label}:1", "empty file", "the file has no row")
 
 
-def _rows_at_once(metadata: Any) -> int:
+def rows_at_once(metadata: Any) -> int:
+    """Return how many rows of a parquet file are read at a time: one, where a few bytes may stand for many."""
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     columns = [group.column(i) for group in groups for i in range(group.num_columns)]
     squeezed = any(c.total_uncompressed_size > _SQUEEZED * max(1, c.total_compressed_size) for c in columns)
