@@ -104,7 +104,8 @@ class TiledLoss(TiledLossSettings):
     tile             tokens in a tile at most; `budget`: what a tile's logits need fits into `budget`
     budget           GiB for one tile
     label_smoothing  that much of the target is spread evenly over the vocabulary
-    z_loss           adds z_loss · (log Σ exp logits)² for each trained token, which keeps logits small
+    z_loss           adds z_loss · (log Σ exp logits)² for each trained token, which keeps logits small. Held-out
+                     documents are evaluated without both; the complete objective is reported as `objective`
     accumulate       as in `tiledmlp`, for the gradient of the head
 
     Example:
