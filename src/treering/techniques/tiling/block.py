@@ -104,6 +104,8 @@ class _Block:
 class _PartForward(ModuleForward):
     """The forward of a module of a block."""
 
+    uncompiled = True
+
     def __init__(self, module: nn.Module, shared: _Block):
         super().__init__(module)
         self.shared = shared

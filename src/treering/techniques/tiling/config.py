@@ -23,7 +23,8 @@ class TiledMLP(TiledMLPSettings):
                 the model is wide (what DeepSpeed, Liger and axolotl's first version do)
     budget      GiB for one tile
     experts     `tokens`: stacked experts see a tile of tokens at a time; `groups`: all tokens, but a group of experts
-                at a time, so that no gradient is a sum of several and none needs a float32 buffer
+                at a time, so that no gradient is a sum of several. A group has the rows of all experts, so that it
+                needs more memory: for weight gradients that are seen once, not for longer rows
     accumulate  in what the gradient of a weight is summed over tiles: float32 (or wider); the dtype of the parameter,
                 whose rounding grows with the number of tiles; `budget`: float32 where such sums fit into `budget`
 

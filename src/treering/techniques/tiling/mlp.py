@@ -43,7 +43,11 @@ def notes(config: "TiledMLPSettings | TiledBlockSettings", dense: int, experts: 
     long = "of as many tokens as the model is wide" if config.tile == "hidden" else long
     lines = [f"{dense} MLPs in tiles {long}"] if dense else []
     if experts:
-        by = f"in tiles {long}" if config.experts == "tokens" else "by groups of experts"
+        by = (
+            f"in tiles {long}"
+            if config.experts == "tokens"
+            else "by groups of experts (each has the rows of all: tokens needs less)"
+        )
         lines.append(f"the experts of {experts} blocks {by}, routers outside")
     if whole:
         lines.append(f"the experts of {whole} blocks in tiles {long}, routers inside")
@@ -124,6 +128,7 @@ def sums_wide(region: TiledRegion, accumulate: "Accumulate", budget: float) -> b
 class _TiledMLP(module_forward.ModuleForward):
     """The forward of an MLP, in tiles. `width`: elements that a token needs."""
 
+    uncompiled = True
     setting = "tiledmlp"
 
     def __init__(self, module: nn.Module, config: "TiledMLPSettings", fqn: str, width: int):
@@ -166,6 +171,8 @@ def tile_experts(
 
 class _TiledExperts(module_forward.ModuleForward):
     """The forward of stacked experts, in tiles. `rows`: elements that one expert computes for a token."""
+
+    uncompiled = True
 
     def __init__(
         self,
