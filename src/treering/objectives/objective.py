@@ -92,7 +92,7 @@ class CrossEntropy:
 
     @property
     def held_out(self) -> str:
-        """Held-out documents are compared by cross-entropy alone: what is added to it changes how a model is trained."""
+        """Held-out documents are compared by cross-entropy alone: what is added to it changes how a model trains."""
         return next(iter(self.scores), "loss")
 
     def score(self, logits_NV: "Tensor", rows: "Mapping[str, Tensor]") -> "tuple[Tensor, ...]":
