@@ -39,6 +39,12 @@ data: {{train: none.jsonl, max_length: 32768}}
 techniques: {{full: , recompute: , tiledloss: , shard: {{compute: bfloat16}}}}
 output: {folder}/run
 """
+TOO_LARGE = """\
+model: {{path: {folder}, dtype: bfloat16}}
+data: {{train: none.jsonl, max_length: 131072}}
+techniques: {{full: , shard: {{compute: bfloat16}}}}
+output: {folder}/run
+"""
 
 
 def predicted() -> Iterator[Row]:
@@ -70,6 +76,28 @@ def speed(runs: int) -> Iterator[Row]:
             )  # fmt: skip
 
 
+def speed_of_proposals(runs: int) -> Iterator[Row]:
+    """Of a run that does not fit: each proposal is traced, with and without each of its parts."""
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+        config = llama_8b(architectures=["LlamaForCausalLM"])
+        config.update({**sizes, "head_dim": 128})
+        config.save_pretrained(folder)
+        file = Path(folder) / "run.yaml"
+        file.write_text(TOO_LARGE.format(folder=folder))
+        taken = []
+        for _ in range(runs):
+            before = _children()
+            done = [sys.executable, "-m", "treering", "plan", str(file), "--ranks", "8", "--gpu", "80GiB"]
+            output = subprocess.run(done, check=True, capture_output=True, text=True).stdout
+            assert "would fit with a tiled loss, recompute, tiled blocks" in output
+            taken.append(_children() - before)
+        yield row(
+            "treering plan, Llama-70B, 128k tokens, what would fit", "8 ranks", taken,
+            unit="s", at_most=20.0, packages=PACKAGES, command=COMMAND,
+        )  # fmt: skip
+
+
 def _children() -> float:
     import resource
 
@@ -95,7 +123,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--machine", default="cpu2")
     options = parser.parse_args()
-    write("memory", options.machine, [*predicted(), *speed(1 if options.quick else 3), *ladder()])
+    runs = 1 if options.quick else 3
+    write("memory", options.machine, [*predicted(), *speed(runs), *speed_of_proposals(runs), *ladder()])
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ def against_real_ranks() -> Iterator[Row]:
 def speed(runs: int) -> Iterator[Row]:
     """CPU seconds of messages, times, meshes and the schedule, without the traces of memory."""
     from treering.cli.config import load
-    from treering.cli.plan import _meshes, _State, explanation
+    from treering.cli.plan import _meshes, explanation
+    from treering.cli.plan_proposals import PlannedRun
     from treering.core.links import Links
     from treering.memory.traffic import schedule_lines
 
@@ -121,7 +122,7 @@ def speed(runs: int) -> Iterator[Row]:
 
         def everything(ranks: int) -> None:
             explanation(config, ranks, config.data.max_length, Links())
-            _meshes(_State(config=config, ranks=ranks), config.data.max_length, Links(), None, None)
+            _meshes(PlannedRun(config=config, ranks=ranks), config.data.max_length, Links(), None, None)
             schedule_lines(ranks)
 
         everything(8)  # imports

@@ -46,11 +46,13 @@ def test_what_fits_is_said_to_fit_and_how_long_it_could_be(file, capsys):
 
 
 def test_what_does_not_fit_is_told_what_to_write(file, capsys, monkeypatch):
-    def forecast(state: command._State, length: int) -> SimpleNamespace:
+    def refuse(state: SimpleNamespace, length: int, like: SimpleNamespace) -> None:
+        if state.config.techniques.tiledblock:
+            raise PlanError("tiledblock: the block is not laid out in a known way")
+
+    def forecast(state: SimpleNamespace, length: int, like: SimpleNamespace | None = None) -> SimpleNamespace:
         """Each switch halves what is needed, and tiled blocks do not go with this model."""
         t = state.config.techniques
-        if t.tiledblock:
-            raise PlanError("tiledblock: the block is not laid out in a known way")
         on = [
             t.tiledloss is not None,
             t.recompute is not None,
@@ -61,10 +63,38 @@ def test_what_does_not_fit_is_told_what_to_write(file, capsys, monkeypatch):
         return SimpleNamespace(at=lambda length: peak, longest=lambda room: 0)
 
     monkeypatch.setattr(command, "_forecast", forecast)
+    monkeypatch.setattr(command, "_refuse_unusable", refuse)
     output = plan(capsys, file, "--gpu", "17GiB", "--length", 16000)
     assert "need 64.0 GiB on each rank of 17.0: does NOT fit" in output
     assert "would fit with a tiled loss, recompute:\n      tiledloss:\n      recompute:" in output
     assert "would fit with 2 ranks, a tiled loss, recompute, activations" in plan(capsys, file, "--gpu", "4GiB")
+
+
+def test_a_proposal_needs_host_memory_that_there_is(file, capsys, monkeypatch):
+    """Each switch halves what a device needs; what is offloaded needs 32 GiB of the host, for all ranks together."""
+
+    def forecast(state: SimpleNamespace, length: int, like: SimpleNamespace | None = None) -> SimpleNamespace:
+        again = state.config.techniques.recompute
+        away = again is not None and again.offload == "cpu"
+        on = [state.config.techniques.tiledloss is not None, again is not None, away]
+        categories = dict.fromkeys(CATEGORIES, 2**33 / 2 ** sum(on) / state.ranks)
+        host = 2**35 / state.ranks if away else 0.0
+        peak = Peak(phases=dict.fromkeys(PHASES, categories), host=host, reserved=0.0)
+        return SimpleNamespace(at=lambda length: peak, longest=lambda room: 0)
+
+    monkeypatch.setattr(command, "_forecast", forecast)
+    monkeypatch.setattr(command, "_refuse_unusable", lambda state, length, like: None)
+    output = plan(capsys, file, "--gpu", "9GiB", "--length", 16000)
+    assert "recompute: {offload: cpu}\n    with 8.0 GiB on each rank, 32.0 GiB of host memory on a node" in output
+    output = plan(capsys, file, "--gpu", "9GiB", "--length", 16000, "--host", "20GiB")
+    assert "would fit with 2 ranks, a tiled loss, recompute:" in output and "    with 8.0 GiB on each rank\n" in output
+    output = plan(capsys, file, "--length", 16000, "--set", "techniques.recompute.offload=cpu", "--host", "20GiB")
+    assert "needs 16.0 GiB on each rank, 32.0 GiB of 20.0 GiB of host memory on a node" in output
+
+
+def test_the_host_memory_is_a_size(file, capsys):
+    assert entry.run(["plan", str(file), "--host", "much"]) != 0
+    assert "--host is 'much'; write the memory of one node's host" in capsys.readouterr().err
 
 
 SHARED = ("--set", "techniques.ulysses={}", "--set", "mesh.sequence=4", "--set", "data.max_length=40000")

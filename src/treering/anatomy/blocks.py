@@ -36,6 +36,16 @@ def lay_out(model: nn.Module, forced: Mapping[str, Role]) -> tuple[Layout, ...]:
     return tuple(_layout(model, f"{fqn}.{i}", i, forced) for i in range(len(layers)))
 
 
+def body(model: Any) -> nn.Module:
+    """Return the module that gives the head's input: the base model. Where transformers has none (its prefix names a
+    module that a text-only class does not have), the child that holds the blocks."""
+    base: nn.Module = model.base_model
+    if base is not model:
+        return base
+    fqn, _ = _stack(model)
+    return model.get_submodule(fqn.partition(".")[0])
+
+
 def is_norm(fqn: str, module: nn.Module) -> bool:
     """Return whether a module is called a norm, by its class or its name, and has at most small parameters."""
     if isinstance(module, nn.Linear | nn.Embedding | nn.ModuleList) or next(module.children(), None) is not None:

@@ -3,13 +3,14 @@
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from dataclasses import asdict
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from treering.cli.config import ConfigFile, Settings, load
+from treering.cli.plan_proposals import Capacity, PlannedRun, proposed
 from treering.core.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
@@ -18,14 +19,10 @@ if TYPE_CHECKING:
     from treering.cli.schema import RunConfig
     from treering.core.links import Links
     from treering.memory import Forecast, Peak, Subject
-    from treering.memory.meshes import MeshShape
-    from treering.memory.search import Switch
     from treering.plan import Plan, Run
-    from treering.technique import Variant
     from treering.weights.plain_tensors import Source
 
-UNITS = {"GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6}
-MOST_RANKS = 1024  # that are proposed
+UNITS = {"TIB": 2**40, "TB": 10**12, "GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6}
 
 
 def command(
@@ -37,6 +34,9 @@ def command(
     gpu: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory of one device, such as 80GiB: does it fit, what would?")
     ] = None,
+    host: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Host memory of one node, such as 1TiB, for what is offloaded.")
+    ] = None,
     length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of one micro-batch; default: data.max_length.", show_default=False)
     ] = None,
@@ -47,7 +47,8 @@ def command(
     schedule: Annotated[bool, typer.Option("--schedule", help="Also the rounds of pairs along sequence.")] = False,
 ) -> None:
     """Show what would happen: order, memory, messages, time. Reads no weights, trains nothing."""
-    limit = None if gpu is None else _bytes(gpu)
+    limit = None if gpu is None else _bytes(gpu, "--gpu")
+    limits = Capacity(device=limit, host=None if host is None else _bytes(host, "--host"), node=node)
     config = load(file, settings)
     from treering.cli.console import say
     from treering.core.links import Links
@@ -56,13 +57,13 @@ def command(
 
     tokens = length or config.data.max_length
     links = Links(node=node, inside=1e9 * inside, between=1e9 * between, arithmetic=1e12 * arithmetic)
-    state = _State(config=config, ranks=ranks)
+    state = PlannedRun(config=config, ranks=ranks)
     say(explanation(config, ranks, tokens, links))
     if schedule:
         say("\n" + "\n".join(schedule_lines(sizes(ranks, **asdict(config.mesh))[2])))
     peak = None
     try:
-        text, peak = _memory(state, tokens, limit)
+        text, peak = _memory(state, tokens, limits)
         say("\n" + text)
     except PlanError as error:
         if error.settings:
@@ -70,24 +71,6 @@ def command(
         say(f"\nmemory: {error}")
     if ranks > 1:
         say("\n" + _meshes(state, tokens, links, limit, peak))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _State:
-    """The configuration and the number of ranks, which the search for a run that fits changes."""
-
-    config: "RunConfig"
-    ranks: int
-
-    def but(self, **techniques: Any) -> "_State":
-        """Return the run with other settings of techniques."""
-        changed = replace(self.config.techniques, **techniques)
-        return replace(self, config=replace(self.config, techniques=changed))
-
-    def on(self, shape: "MeshShape") -> "_State":
-        """Return the run on another mesh of as many ranks."""
-        sizes = {axis: shape.sizes[axis] for axis in asdict(self.config.mesh)}
-        return replace(self, config=replace(self.config, mesh=replace(self.config.mesh, **sizes)))
 
 
 def explanation(config: "RunConfig", ranks: int, tokens: int, links: "Links | None" = None) -> str:
@@ -134,7 +117,7 @@ def _plan(config: "RunConfig", sizes: dict[str, int]) -> "Plan":
     )
 
 
-def _meshes(state: _State, length: int, links: "Links", limit: int | None, peak: "Peak | None") -> str:
+def _meshes(state: PlannedRun, length: int, links: "Links", limit: int | None, peak: "Peak | None") -> str:
     """Return the lines that compare meshes of as many ranks. `peak`: of the configuration's mesh."""
     from treering.core.topology import sizes
     from treering.memory import pretend
@@ -162,7 +145,7 @@ def _meshes(state: _State, length: int, links: "Links", limit: int | None, peak:
     return "\n".join([f"meshes of {state.ranks} ranks, by the time of a token", *(f"  {line}" for line in lines)])
 
 
-def _memory(state: _State, length: int, limit: int | None) -> "tuple[str, Peak]":
+def _memory(state: PlannedRun, length: int, limits: Capacity) -> "tuple[str, Peak]":
     from treering.core.topology import sizes
     from treering.memory.picture import render
     from treering.memory.timeline import LONG
@@ -171,20 +154,33 @@ def _memory(state: _State, length: int, limit: int | None) -> "tuple[str, Peak]"
     row = LONG * sharing
     predicted = _forecast(state, length)
     peak = predicted.at(length)
-    more = []
+    more, limit = [], limits.device
+    if peak.host >= 2**30 / 100:
+        more.append(f"needs {limits.line(peak, state.ranks)}")
     if limit is not None:
         long = predicted if length >= row // 2 else _forecast(state, row)
         longest = long.longest(limit)
         more.append(f"longest that fits: {longest:,} tokens" if longest else "no length fits")
-        if peak.device > limit:
-            more += _proposed(state, length, limit)
+    if not limits.allow(peak, state.ranks):
+        more += proposed(
+            state,
+            limits,
+            lambda tried: _forecast(tried, length, predicted).at(length),
+            lambda tried: _refuse_unusable(tried, length, predicted),
+        )
     return render(peak, limit, length, more), peak
 
 
-def _forecast(state: _State, length: int) -> "Forecast":
+def _forecast(state: PlannedRun, length: int, like: "Forecast | None" = None) -> "Forecast":
     from treering.memory import forecast
 
-    return forecast(_subject(state.config, state.ranks, length), length)
+    return forecast(_subject(state.config, state.ranks, length), length, like=like)
+
+
+def _refuse_unusable(state: PlannedRun, length: int, like: "Forecast") -> None:
+    from treering.memory.forecast import refuse_unusable
+
+    refuse_unusable(_subject(state.config, state.ranks, length), like)
 
 
 def _subject(config: "RunConfig", ranks: int, length: int) -> "Subject":
@@ -235,63 +231,9 @@ def _source(path: str, dtype: str, dequantize: bool) -> "Source | None":
     return None if quantized is None else open_model.source_of(model, folder, quantized, keep=not dequantize)
 
 
-def _proposed(state: _State, length: int, limit: int) -> list[str]:
-    """Return the lines of the smallest change with which the run fits."""
-    from treering.memory.search import smallest
-
-    def fits(tried: _State) -> bool:
-        return _forecast(tried, length).at(length).device <= limit
-
-    switches = _usable(state, length)
-    ranks = state.ranks
-    while ranks <= MOST_RANKS:
-        tried = replace(state, ranks=ranks)
-        if ranks > state.ranks and fits(tried):
-            return [f"would fit: {ranks} ranks"]
-        chosen = smallest(tried, switches, fits)
-        if chosen is not None:
-            more = [f"{ranks} ranks"] if ranks > state.ranks else []
-            names = ", ".join([*more, *(switch.name for switch in chosen)])
-            return [f"would fit with {names}:", *(f"    {switch.config}" for switch in chosen)]
-        if state.config.techniques.shard is None:
-            break
-        ranks *= 2
-    return ["no proposal of a technique makes it fit; shorten the sequence, or shard over more ranks"]
-
-
-def _usable(state: _State, length: int) -> "list[Switch[_State]]":
-    """Return the switches that this model and the rest of the configuration accept."""
-    usable: list[Switch[_State]] = []
-    for switch in _switches():
-        changed = switch.on(state)
-        if changed is None:
-            continue
-        try:
-            _forecast(changed, min(length, 256))
-        except PlanError:
-            continue
-        state, usable = changed, [*usable, switch]
-    return usable
-
-
-def _switches() -> "list[Switch[_State]]":
-    """Return what the techniques propose, ordered by what it costs, least first."""
-    from treering.memory.search import Switch
-    from treering.techniques import TECHNIQUES
-
-    proposed = [(key, one) for key, cls in TECHNIQUES.items() if hasattr(cls, "lighter") for one in cls.lighter()]
-    proposed.sort(key=lambda pair: pair[1].order)
-    return [Switch(name=one.name, config=one.config, on=partial(_with, key, one)) for key, one in proposed]
-
-
-def _with(key: str, variant: "Variant", state: _State) -> _State | None:
-    """Return the run with `variant` of the technique `key`, or None where it is on already or needs another one."""
-    technique = variant.of(getattr(state.config.techniques, key))
-    return None if technique is None else state.but(**{key: technique, **dict.fromkeys(variant.replaces)})
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)\s*", text, re.IGNORECASE)
+def _bytes(text: str, option: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(TiB|TB|GiB|GB|MiB|MB)\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
-        raise ConfigError(f"--gpu is {text!r}; write the memory of one device, such as 80GiB", field="--gpu")
+        what = "one device, such as 80GiB" if option == "--gpu" else "one node's host, such as 1TiB"
+        raise ConfigError(f"{option} is {text!r}; write the memory of {what}", field=option)
     return int(float(match[1]) * UNITS[match[2].upper()])

@@ -22,10 +22,13 @@ class ModuleForward:
             methods of equal layers for one function, and compiles them once; objects, for each layer again. For
             layers that take one tensor: `inspect.signature` does not see the signature of what was replaced.
         again: whether the backward calls what was replaced again, with all messages that this sends.
+        uncompiled: whether what was replaced is called from code that torch.compile leaves alone, and stays uncompiled
+            with it.
         returns_objective: whether the call may return the value of an objective, in place of the module's output.
     """
 
     as_method: ClassVar[bool] = False
+    uncompiled: ClassVar[bool] = False
     returns_objective: ClassVar[bool] = False
     again: bool = False
 

@@ -9,7 +9,7 @@ three and five blocks of an even model. A model that is no deeper than that is t
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,6 +102,7 @@ class Forecast:
     traces: tuple[Timeline, ...]
     reserved: float
     parameters: int  # how many the complete model has
+    kinds: Sequence[Any] = ()  # of every block, to recognise the model again
 
     def at(self, length: int) -> Peak:
         """Return the peak of micro-batches of `length` tokens, which ranks of the axis `sequence` share."""
@@ -132,8 +133,23 @@ class Forecast:
         return low * step
 
 
-def forecast(subject: Subject, length: int, *, device: torch.device | None = None) -> Forecast:
-    """Return the forecast of `subject`, for any length. The step is traced at about `length` tokens, up to a limit."""
+def forecast(
+    subject: Subject, length: int, *, device: torch.device | None = None, like: Forecast | None = None
+) -> Forecast:
+    """Return the forecast of `subject`, for any length. The step is traced at about `length` tokens, up to a limit.
+
+    Args:
+        like: Of the same model with other techniques. If the blocks that are traced are those that it has, the complete
+            model is not drafted again.
+    """
+    if like is not None and len(like.traces) == 2:
+        with pretend.ranks(subject.world):
+            try:
+                depths = like.layout.depths()
+                traces = tuple(_trace(subject, depth, list(like.kinds), length, device) for depth in depths)
+                return replace(like, traces=traces, reserved=_reserved(subject, device))
+            except _BlocksDiffer:
+                pass
     with pretend.ranks(subject.world):
         plan = _draft(subject, None, FakeTensorMode(allow_non_fake_inputs=True), device)
         layout = RepeatedBlocks(depth=len(plan.anatomy.blocks), prefix=0, period=1)
@@ -145,8 +161,30 @@ def forecast(subject: Subject, length: int, *, device: torch.device | None = Non
         except _BlocksDiffer:
             traces = (_trace(subject, layout.depth, kinds, length, device),)
     count = sum(p.numel() for p in plan.model.parameters())
-    reserved = 0 if device is not None else RESERVED + (MESSAGES if subject.world > 1 else 0)
-    return Forecast(layout=layout, traces=traces, reserved=reserved, parameters=count)
+    reserved = _reserved(subject, device)
+    return Forecast(layout=layout, traces=traces, reserved=reserved, parameters=count, kinds=kinds)
+
+
+def refuse_unusable(subject: Subject, like: Forecast) -> None:
+    """Raise PlanError where the techniques of `subject` refuse the model or each other. Nothing is traced: a shallow
+    model is drafted, and the complete one where that is refused.
+
+    Args:
+        like: Of the same model with other techniques.
+    """
+    depth = like.layout.depths()[0]
+    with pretend.ranks(subject.world):
+        if depth < like.layout.depth:
+            try:
+                _draft(subject, depth, FakeTensorMode(allow_non_fake_inputs=True), None)
+                return
+            except PlanError:  # a setting may name a block that the shallow model does not have
+                pass
+        _draft(subject, None, FakeTensorMode(allow_non_fake_inputs=True), None)
+
+
+def _reserved(subject: Subject, device: torch.device | None) -> float:
+    return 0 if device is not None else RESERVED + (MESSAGES if subject.world > 1 else 0)
 
 
 class _BlocksDiffer(Exception):

@@ -29,8 +29,9 @@ class Objective(Protocol):
         copies: How many float32 tensors [rows, V] exist at once when the gradient of some rows is computed, the logits
             included. `TiledLoss` computes the length of a tile from it.
 
-    Optional are two more: `teacher`, a folder, a hub name or "base" (see `Distill`); and `scores`, names of what an
-    evaluation reports besides the loss, with a method `score(logits_NV, rows)` that returns a tuple of sums over rows.
+    Optional are three more: `teacher`, a folder, a hub name or "base" (see `Distill`); `scores`, names of what an
+    evaluation reports besides the loss, with a method `score(logits_NV, rows)` that returns a tuple of sums over rows;
+    and `held_out`, the one of `scores` by which held-out documents are compared, where it is not the objective itself.
 
     Example:
         @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,20 @@ class CrossEntropy:
             )
         if not self.z_loss >= 0:
             raise ConfigError(f"z_loss is {self.z_loss}; it is at least 0", field="z_loss")
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Cross-entropy alone, where the objective adds to it."""
+        return ("cross_entropy",) if self.label_smoothing or self.z_loss else ()
+
+    @property
+    def held_out(self) -> str:
+        """Held-out documents are compared by cross-entropy alone: what is added to it changes how a model trains."""
+        return next(iter(self.scores), "loss")
+
+    def score(self, logits_NV: "Tensor", rows: "Mapping[str, Tensor]") -> "tuple[Tensor, ...]":
+        """Return cross-entropy summed over rows, if it is among `scores`."""
+        return (CrossEntropy()(logits_NV, rows),) if self.scores else ()
 
     def __call__(self, logits_NV: "Tensor", rows: "Mapping[str, Tensor]") -> "Tensor":
         """Return the sum over rows. A row whose target is -100 adds 0 and has no gradient."""

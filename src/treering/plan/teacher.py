@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from treering.anatomy import Anatomy
+from treering.anatomy.blocks import body
 from treering.core.errors import PlanError
 from treering.core.module_forward import ModuleForward, install
 from treering.core.sharded import end_forward, keep_gathered
@@ -64,7 +65,7 @@ def install_hidden(model: Any, anatomy: Anatomy) -> "Callable[[], None]":
             "cannot be a teacher; name another one",
             settings=(SETTING,),
         )
-    return install(HiddenForward(model, model.base_model, model.get_submodule(head.fqn)))
+    return install(HiddenForward(model, body(model), model.get_submodule(head.fqn)))
 
 
 def install_base(objective: Objective | None, model: Any, anatomy: Anatomy) -> "list[Callable[[], None]]":

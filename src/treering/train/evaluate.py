@@ -62,6 +62,7 @@ def held_out_scores(
     """Return means over all trained tokens of the evaluation data, on every mesh and for every size of step.
 
     They are `loss` and what the objective reports besides (`Run.scores`), with a perplexity if that has cross-entropy.
+    Where the objective has a score for this (`held_out`), this is `loss`, and its own value is `objective`.
     Returns None if the run was asked to stop before the end.
     """
     run.model.eval()
@@ -81,6 +82,9 @@ def held_out_scores(
     means = dict(zip(names, (run.total(summed) / tokens).tolist(), strict=True))
     if "cross_entropy" in means:
         means["perplexity"] = float(torch.tensor(means["cross_entropy"], dtype=torch.float64).exp())
+    compared = getattr(run.plan.objective, "held_out", "loss")
+    if compared != "loss":
+        means = {"loss": means.pop(compared), "objective": means.pop("loss"), **means}
     return means
 
 

@@ -63,3 +63,27 @@ def test_names_stay_as_they_are(tmp_path):
     assert set(dict(run.model.named_parameters())) == set(dict(build("llama").named_parameters()))
     run.export(tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_what_runs_in_tiles_and_is_not_compiled_is_listed():
+    for tiles, names in ((tr.TiledMLP(tile=4), "mlp"), (tr.TiledBlock(tile=4), "input_layernorm, mlp")):
+        text = tr.compose(build("llama"), [tr.Full(), tiles, OURS, tr.Recompute()]).explain()
+        assert f"not compiled, because they run in tiles: {names}" in text
+    assert "not compiled" not in tr.compose(build("llama"), [tr.Full(), tr.TiledLoss(), OURS]).explain()
+
+
+def test_in_tiles_nothing_is_compiled_indeed():
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if "silu" in str(node.target))
+        return graph
+
+    for techniques, compiled in (([], True), ([tr.TiledMLP(tile=4)], False)):
+        torch._dynamo.reset()
+        seen.clear()
+        run = tr.compose(build("llama"), [tr.Full(), *techniques, tr.Compile(backend="eager")])
+        for block in run.model.model.layers:
+            block._compiled_call_impl = torch.compile(block._call_impl, backend=backend)
+        gradients(run, rows(1))
+        assert bool(seen) == compiled

@@ -87,6 +87,18 @@ def test_a_budget_takes_the_first_blocks_and_counts_what_waits_from_earlier_forw
     assert torch.equal(found, x.grad)
 
 
+def test_a_budget_bounds_what_is_allocated_whatever_the_lengths():
+    budget = 60 * 4096
+    engine = Watched(names(6), budget=budget)
+    engine.pool.slab = 1 << 15  # so that ends are pieces of several sizes
+    blocks = stack(6, engine)
+    for tokens in (700, 20, 300, 11, 650, 128, 40, 700):
+        found = gradients(blocks, example(shape=(1, tokens, WIDTH)))
+        assert engine.pool.allocated <= budget and engine.sent
+        same(found, gradients(stack(6, plain=True), example(shape=(1, tokens, WIDTH))))
+        blocks.zero_grad(set_to_none=True)
+
+
 def test_host_memory_is_used_again_whatever_the_lengths():
     engine = Watched(names(6))
     blocks = stack(6, engine)

@@ -1,5 +1,7 @@
 """Stacked experts in tiles of tokens and in groups of experts; the router is outside of both."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from tests.same import assert_all_same, assert_same
 from tests.techniques.tiling.test_tile import random
 from tests.zoo import build
 from treering.anatomy import examine
+from treering.memory.tracker import Tracker
 from treering.technique import Site, recompute_state
 from treering.techniques.tiling import TiledMLP
 from treering.techniques.tiling.groups import KNOWS_ELSEWHERE
@@ -91,6 +94,23 @@ def test_frozen_experts_in_groups_still_pass_the_gradient_on():
     tiled(model, WAYS["groups"])
     for a, b in zip(torch.autograd.grad(loss(), named), wanted):
         assert_same(a, b, 1e-12)
+
+
+@GROUPS
+def test_groups_need_more_memory_than_tiles_of_tokens_and_explain_says_so():
+    peaks = {}
+    for how in ("tokens", "groups"):
+        model = build("qwen3_moe", experts="grouped_mm")
+        notes = tiled(model, TiledMLP(tile=64, experts=how)).notes
+        experts = model.model.layers[0].mlp.experts
+        x, index, weights = random(512, 32), torch.arange(1024).view(512, 2) % 4, random(512, 2, key="w")
+        experts(x[:4], index[:4], weights[:4])  # what is checked at the first call is no part of the peak
+        tracker = Tracker(torch.device("cpu"))
+        with tracker:
+            experts(x, index, weights).sum().backward()
+        peaks[how] = max(accumulate(by for by, _, _ in list(tracker.events)))
+        assert ("tokens needs less" in notes[0]) == (how == "groups")
+    assert peaks["groups"] > 1.5 * peaks["tokens"]
 
 
 def test_shared_experts_are_tiled_like_any_mlp():

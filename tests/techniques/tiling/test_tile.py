@@ -122,6 +122,14 @@ def test_a_graph_that_is_kept_can_be_used_twice():
             assert_same(b, 3 * a, 1e-6)
 
 
+def test_what_comes_in_is_not_rounded_to_the_dtype_of_the_gradients():
+    x, w = random(64, 32, dtype=torch.bfloat16), random(32, 16, dtype=torch.bfloat16, key="w")
+    y = tile(lambda a, b: (a @ b).float().square().sum(), x, params=[w], size=16, out="sum")
+    unscaled = torch.autograd.grad(y, [x, w], retain_graph=True)
+    for found, gradient in zip(torch.autograd.grad(y / 901, [x, w]), unscaled):
+        assert torch.equal(found, (gradient.float() / 901).bfloat16())
+
+
 def test_a_sum_is_scaled_by_what_comes_in_for_tokens_and_weights_alike():
     x, params = random(20, 16), weights()
     y = tile(lambda x, *w: swiglu(x, *w).square().sum(), x, params=params, size=6, out="sum")

@@ -111,7 +111,8 @@ class _SimulatedTicket:
 
 
 class HostPool:
-    """Host memory that is reused, in pieces; only `clear` gives memory back to the system.
+    """Host memory that is reused, in pieces. It is given back to the system by `clear`, and where `limit` bytes are
+    allocated and a piece of another size is needed.
 
     Pinning memory costs milliseconds, so nothing is pinned per block or per step. Lengths change from batch to batch,
     so buffers of a block's size would rarely fit the next batch: an input of any size is spread over slabs of one size,
@@ -121,6 +122,7 @@ class HostPool:
 
     def __init__(self, pinned: bool, slab: int = SLAB):
         self.pinned, self.slab = pinned, slab
+        self.limit: int | None = None
         self.allocated = 0  # bytes, used or waiting
         self.used = 0
         self._free: dict[int, list[Tensor]] = defaultdict(list)
@@ -147,7 +149,19 @@ class HostPool:
         self.allocated -= sum(piece.numel() for pieces in self._free.values() for piece in pieces)
         self._free.clear()
 
+    def _free_for(self, size: int) -> None:
+        """Give pieces that wait back to the system, the largest first, until `size` more bytes are within the limit."""
+        if self.limit is None or self.allocated + size <= self.limit:
+            return
+        for other in sorted(self._free, reverse=True):
+            while self._free[other] and self.allocated + size > self.limit:
+                self._free[other].pop()
+                self.allocated -= other
+        if self.pinned and hasattr(torch.accelerator, "empty_host_cache"):
+            torch.accelerator.empty_host_cache()  # torch would keep them, for the same size only
+
     def _new(self, size: int) -> Tensor:
+        self._free_for(size)
         try:
             piece = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self.pinned)
         except (RuntimeError, MemoryError) as error:

@@ -128,6 +128,7 @@ class Offload:
             self._copies[device] = self._copies_for(device)
         if self._pool is None:
             self._pool = HostPool(self._copies[device].pinned)
+        self._pool.limit = self.budget
         return self._copies[device]
 
     def around(self, index: int) -> saved_tensors_hooks:

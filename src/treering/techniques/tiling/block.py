@@ -5,18 +5,30 @@ and v are computed together, norm included, when the first of them is asked for.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from treering.core.errors import PlanError
 from treering.core.module_forward import ModuleForward, install, undo_all
 from treering.technique import Applied, Site
-from treering.techniques.tiling.mlp import dense, notes, sums_wide, tile_experts, token_width
+from treering.techniques.tiling.deferred import Deferred
+from treering.techniques.tiling.mlp import (
+    dense,
+    expert_rows,
+    feed_forward,
+    flat_rows,
+    notes,
+    outputs_of,
+    sums_wide,
+    tile_experts,
+    token_width,
+    with_router,
+)
 from treering.techniques.tiling.tile import TiledRegion, tile_length
+from treering.techniques.tiling.trial import try_blocks
 
 if TYPE_CHECKING:
     from treering.anatomy import Anatomy, Block
@@ -24,104 +36,33 @@ if TYPE_CHECKING:
 
 # Children of an attention that read the block's normed input, where no other of its code does.
 READERS = (
+    ("q_proj", "k_proj", "v_proj", "gate_proj"),
     ("q_proj", "k_proj", "v_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
     ("q_proj", "kv_a_proj_with_mqa"),
     ("qkv_proj",),
     ("query_key_value",),
     ("c_attn",),
+    ("Wqkv",),
 )
 NORM = 8  # elements a token needs in a norm, as multiples of its width: float32 copies and their gradients
-
-Step = Callable[[Tensor, Sequence[Tensor]], Tensor]
-
-_ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Deferred:
-    """A value that is not computed yet: `steps`, applied in turn, beginning with a tile of the first of `tokens`.
-
-    Each step is a function of the value so far and of a tile of all tokens.
-    """
-
-    tokens: tuple[Tensor, ...]
-    steps: tuple[Step, ...] = ()
-    through: tuple[nn.Module, ...] = ()  # the modules that the steps call
-    compute: "Callable[[Deferred], Tensor]"
-    error: Callable[[str], PlanError]
-    fetched: dict[str, Tensor] = field(default_factory=dict)  # of q, k and v: those that were not read yet
-
-    def then(self, step: Step, *modules: nn.Module) -> "Deferred":
-        return replace(self, steps=(*self.steps, step), through=(*self.through, *modules), fetched={})
-
-    def call(self, module: nn.Module, plain: Callable[[Tensor], Tensor]) -> "Deferred":
-        return self.then(lambda value, tiles: plain(value), module)
-
-    def on(self, tiles: Sequence[Tensor]) -> Tensor:
-        value = tiles[0]
-        for step in self.steps:
-            value = step(value, tiles)
-        return value
-
-    def plus(self, other: Any, *, first: bool) -> Tensor:
-        if not isinstance(other, Tensor) or other.shape != self.shape:
-            raise self.error(f"a {type(other).__name__} is added")
-        old = other is self.tokens[0]  # the residual, most of the time
-        tokens = self.tokens if old else (*self.tokens, other)
-        place = 0 if old else len(self.tokens)
-
-        def add(value: Tensor, tiles: Sequence[Tensor]) -> Tensor:
-            return tiles[place] + value if first else value + tiles[place]
-
-        return self.compute(replace(self.then(add), tokens=tokens))
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.tokens[0].shape
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def __add__(self, other: Any) -> Tensor:
-        return self.plus(other, first=False)
-
-    def __radd__(self, other: Any) -> Tensor:
-        return self.plus(other, first=True)
-
-    def __mul__(self, other: Any) -> "Deferred":
-        if not isinstance(other, int | float):
-            raise self.error(f"it is multiplied by a {type(other).__name__}")
-        return self.then(lambda value, tiles: value * other)
-
-    __rmul__ = __mul__
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # looked up by Python itself, when it copies
-            raise AttributeError(name)
-        raise self.error(f"its {name} is asked for")
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _ADDS and len(args) == 2 and not kwargs:
-            left, right = args
-            return right.plus(left, first=True) if isinstance(right, Deferred) else left.plus(right, first=False)
-        if func is F.dropout and isinstance(args[0], Deferred):
-            rest = args[1:]
-            return args[0].then(lambda value, tiles: F.dropout(value, *rest, **kwargs))
-        deferred = next(x for x in (*args, *kwargs.values()) if isinstance(x, Deferred))
-        raise deferred.error(f"{getattr(func, '__name__', func)} is applied")
 
 
 def install_blocks(model: nn.Module, config: "TiledBlockSettings", site: Site) -> Applied:
     """Install tiles in every block, as `TiledBlock` describes them."""
     anatomy = site.anatomy
-    tiled_mlps = dense(model, anatomy)
+    tiled_mlps, whole = dense(model, anatomy), with_router(model, anatomy)
     undone = [install(one) for b in anatomy.blocks for one in _forwards(model, config, anatomy, b, tiled_mlps)]
-    undone += [tile_experts(model, config, anatomy, experts, "tiledblock") for experts in anatomy.experts]
+    inside = [experts for experts in anatomy.experts if experts.fqn not in whole]
+    undone += [tile_experts(model, config, anatomy, experts, "tiledblock") for experts in inside]
+    undo = undo_all(undone)
+    try:
+        try_blocks(model, anatomy)
+    except PlanError:
+        undo()
+        raise
     lines = (f"norms, q, k and v of {len(anatomy.blocks)} blocks in tiles as well",)
-    return Applied(undo=undo_all(undone), notes=(*notes(config, len(tiled_mlps), len(anatomy.experts)), *lines))
+    return Applied(undo=undo, notes=(*notes(config, len(tiled_mlps), len(inside), len(whole)), *lines))
 
 
 class _Block:
@@ -129,9 +70,9 @@ class _Block:
     modules of the block alone, because a copy of one block takes it along."""
 
     def __init__(self, model: nn.Module, config: "TiledBlockSettings", anatomy: "Anatomy", block: "Block"):
-        assert block.mlp is not None
         self.config, self.fqn, self.kind = config, block.fqn, type(model.get_submodule(block.fqn)).__name__
-        self.mlp, self.mlp_width = model.get_submodule(block.mlp), token_width(anatomy, block.mlp)
+        self.with_mlp = any(b.mlp is not None for b in anatomy.blocks)
+        self.widths: dict[nn.Module, int] = {}  # elements that a token needs, of feed-forward modules
         self.regions: dict[tuple[nn.Module, ...], TiledRegion] = {}
 
     @torch.compiler.disable
@@ -140,7 +81,7 @@ class _Block:
         if modules not in self.regions:
             self.regions[modules] = TiledRegion(f"{self.fqn} ({_names(modules)})", modules, "tiledblock")
         region, x = self.regions[modules], deferred.tokens[0]
-        width += NORM * x.shape[-1] + (self.mlp_width if self.mlp in modules else 0)
+        width += NORM * x.shape[-1] + sum(self.widths.get(module, 0) for module in modules)
         size = tile_length(self.config.tile, self.config.budget, width * x.element_size(), x.shape[-1])
         wide = sums_wide(region, self.config.accumulate, self.config.budget)
         return region(fn, *deferred.tokens, size=size, dims=x.ndim - 1, wide=wide)
@@ -155,7 +96,7 @@ class _Block:
     def error(self, why: str) -> PlanError:
         return PlanError(
             f"tiledblock: the block {self.fqn} ({self.kind}) is not laid out in a known way: where its norms or MLP "
-            f"are used, {why}. Use tiledmlp instead",
+            f"are used, {why}. {'Use tiledmlp instead' if self.with_mlp else 'Leave tiledblock out'}",
             settings=("tiledblock",),
         )
 
@@ -163,16 +104,40 @@ class _Block:
 class _PartForward(ModuleForward):
     """The forward of a module of a block."""
 
+    uncompiled = True
+
     def __init__(self, module: nn.Module, shared: _Block):
         super().__init__(module)
         self.shared = shared
 
+    def others(self, more: Sequence[Any], named: dict[str, Any]) -> list[Tensor]:
+        """Return what the module is called with besides its input: rows of the same tokens."""
+        if named or not all(isinstance(one, Tensor | Deferred) for one in more):
+            raise self.shared.error(f"{type(self.module).__name__} is called with something besides rows of tokens")
+        return [self.shared.compute(one) if isinstance(one, Deferred) else one for one in more]
+
 
 class _DeferredForward(_PartForward):
-    """The forward of a norm, or an MLP: only recorded, to be computed with what follows."""
+    """The forward of a norm, or an MLP: only recorded, to be computed with what follows. One that is given the residual
+    as well adds it, and is computed at once."""
 
-    def __call__(self, x: Tensor | Deferred) -> Deferred:
-        return self.shared.begin(x).call(self.module, self.call_former)
+    def __call__(self, x: Tensor | Deferred, *more: Any, **named: Any) -> Deferred | Tensor:
+        others = self.others(more, named)
+        called = self.shared.begin(x).call(self.module, self.call_former, others)
+        return self.shared.compute(called) if others else called
+
+
+class _PieceForward(_PartForward):
+    """The forward of a linear of a feed-forward part that is not one module, or of the function between two."""
+
+    def __init__(self, module: nn.Module, shared: _Block, width: int | None):
+        super().__init__(module, shared)
+        self.width = width
+
+    def __call__(self, x: Tensor | Deferred) -> Deferred | Tensor:
+        if not isinstance(x, Deferred) and self.width is None:  # a dropout of what attention gives, for one
+            return self.call_former(x)
+        return self.shared.begin(x).call(self.module, self.call_former, width=self.width)
 
 
 class _TiledForward(_PartForward):
@@ -187,6 +152,16 @@ class _RouterForward(_PartForward):
 
     def __call__(self, x: Tensor | Deferred) -> Any:
         return self.call_former(self.shared.compute(x) if isinstance(x, Deferred) else x)
+
+
+class _WholeForward(_PartForward):
+    """The forward of an MLP whose router and experts are computed in tiles together, norm included."""
+
+    def __call__(self, x: Tensor | Deferred) -> Any:
+        deferred = self.shared.begin(x)
+        rows = replace(deferred, tokens=flat_rows(deferred.tokens), fetched={})
+        bare = replace(rows, tokens=())
+        return self.shared.run(lambda *tiles: self.call_former(bare.on(tiles)), rows, (self.module,), 0)
 
 
 class _ReaderForward(_PartForward):
@@ -223,21 +198,43 @@ def _forwards(
     forwards: list[ModuleForward] = [
         _DeferredForward(get(name), shared) for name in anatomy.norms if name.rpartition(".")[0] == block.fqn
     ]
-    if block.mlp in tiled_mlps:
-        forwards.append(_DeferredForward(shared.mlp, shared))
-    else:
-        forwards.append(_RouterForward(shared.mlp, shared))
-        forwards += [_TiledForward(get(name), shared) for name in tiled_mlps if name.startswith(f"{block.mlp}.")]
+    forwards += _feed_forward(model, shared, anatomy, block, tiled_mlps)
     return [*forwards, *_readers(get(block.attention or ""), shared, anatomy, block)]
 
 
+def _feed_forward(
+    model: nn.Module, shared: _Block, anatomy: "Anatomy", block: "Block", tiled_mlps: Sequence[str]
+) -> list[ModuleForward]:
+    get, whole = model.get_submodule, with_router(model, anatomy).values()
+    forwards: list[ModuleForward] = []
+    parts = feed_forward(anatomy, block)
+    for name in parts:
+        module = get(name)
+        shared.widths[module] = token_width(anatomy, name)
+        if name in whole:
+            experts = next(e for e in anatomy.experts if e.fqn.startswith(f"{name}."))
+            shared.widths[module] += 3 * experts.number * expert_rows(model, anatomy, experts)
+            forwards.append(_WholeForward(module, shared))
+        elif isinstance(module, nn.Linear):
+            forwards.append(_PieceForward(module, shared, module.out_features))
+        elif name in tiled_mlps:
+            forwards.append(_DeferredForward(module, shared))
+        else:
+            forwards.append(_RouterForward(module, shared))
+            forwards += [_TiledForward(get(one), shared) for one in tiled_mlps if one.startswith(f"{name}.")]
+    if any(isinstance(get(name), nn.Linear) for name in parts):
+        between = [m for m in get(block.fqn).children() if next(m.parameters(), None) is None]
+        forwards += [_PieceForward(module, shared, None) for module in between]
+    return forwards
+
+
 def _readers(attention: Any, shared: _Block, anatomy: "Anatomy", block: "Block") -> list[ModuleForward]:
-    names = next((n for n in READERS if all(hasattr(attention, one) for one in n)), None)
+    """Return the forwards of what reads an attention's input. A layout may name a projection and have none (None)."""
+    children = dict(attention.named_children())
+    names = next((n for n in READERS if all(one in children for one in n)), None)
     if names is None:
-        children = ", ".join(name for name, _ in attention.named_children())
-        raise shared.error(f"its attention has none of the known projections, but {children}")
-    full = {f"{block.attention}.{name}" for name in names}
-    outputs = sum(linear.outputs for linear in anatomy.linears if linear.fqn in full)
+        raise shared.error(f"its attention has none of the known projections, but {', '.join(children)}")
+    outputs = sum(width for name in names for width in outputs_of(anatomy, f"{block.attention}.{name}"))
     readers = {name: getattr(attention, name) for name in names}
     return [_ReaderForward(shared, name, readers, outputs) for name in names]
 

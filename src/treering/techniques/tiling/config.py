@@ -23,7 +23,8 @@ class TiledMLP(TiledMLPSettings):
                 the model is wide (what DeepSpeed, Liger and axolotl's first version do)
     budget      GiB for one tile
     experts     `tokens`: stacked experts see a tile of tokens at a time; `groups`: all tokens, but a group of experts
-                at a time, so that no gradient is a sum of several and none needs a float32 buffer
+                at a time, so that no gradient is a sum of several. A group has the rows of all experts, so that it
+                needs more memory: for weight gradients that are seen once, not for longer rows
     accumulate  in what the gradient of a weight is summed over tiles: float32 (or wider); the dtype of the parameter,
                 whose rounding grows with the number of tiles; `budget`: float32 where such sums fit into `budget`
 
@@ -68,7 +69,7 @@ class TiledBlock(TiledBlockSettings):
             if block.attention is None or block.mixer != "attention":
                 raise PlanError(
                     f"tiledblock: tokens of {block.fqn} meet in {block.mixer_class}, and only blocks of attention and "
-                    "a feed-forward part are known; use tiledmlp instead",
+                    f"a feed-forward part are known; {_other_tiles(anatomy)}",
                     settings=("tiledblock",),
                 )
         inner = [
@@ -104,7 +105,8 @@ class TiledLoss(TiledLossSettings):
     tile             tokens in a tile at most; `budget`: what a tile's logits need fits into `budget`
     budget           GiB for one tile
     label_smoothing  that much of the target is spread evenly over the vocabulary
-    z_loss           adds z_loss · (log Σ exp logits)² for each trained token, which keeps logits small
+    z_loss           adds z_loss · (log Σ exp logits)² for each trained token, which keeps logits small. Held-out
+                     documents are evaluated without both; the complete objective is reported as `objective`
     accumulate       as in `tiledmlp`, for the gradient of the head
 
     Example:
@@ -150,16 +152,44 @@ def _check_assigned(config: TiledMLPSettings | TiledBlockSettings, mesh: "Device
 
 def _mlps(anatomy: "Anatomy", setting: str) -> list[str]:
     """Return the modules whose forward is replaced, as far as the anatomy distinguishes them."""
+    from treering.techniques.tiling.mlp import feed_forward
+
     stacked = [experts.fqn for experts in anatomy.experts]
-    dense = [b.mlp for b in anatomy.blocks if b.mlp is not None and not any(e.startswith(b.mlp) for e in stacked)]
-    unknown = [b.fqn for b in anatomy.blocks if b.mlp is None and b.mixer == "attention"]
+    linears = {linear.fqn for linear in anatomy.linears}
+    parts = {block.fqn: feed_forward(anatomy, block) for block in anatomy.blocks}
+    pieces = [fqn for fqn, names in parts.items() if linears.intersection(names)]
+    dense = [one for names in parts.values() for one in names if not any(e.startswith(one) for e in stacked)]
+    unknown = [block.fqn for block in anatomy.blocks if block.mixer == "attention" and not parts[block.fqn]]
+    if setting == "tiledmlp" and pieces:
+        raise PlanError(
+            f"tiledmlp: the feed-forward part of {pieces[0]} of this {anatomy.model_type} model is not one module, but "
+            f"{', '.join(name.rpartition('.')[2] for name in parts[pieces[0]])}, which only all of a block in tiles "
+            "has in one tile; use tiledblock instead",
+            settings=("tiledmlp",),
+        )
     if unknown or not (stacked or dense):
         raise PlanError(
             f"{setting}: the feed-forward part of {unknown[0] if unknown else 'the blocks'} of this "
-            f"{anatomy.model_type} model is not one module, and cannot be tiled; leave {setting} out",
+            f"{anatomy.model_type} model was not found, and cannot be tiled; leave {setting} out "
+            f"({_instead(anatomy)})",
             settings=(setting,),
         )
     return [*dense, *stacked]
+
+
+def _other_tiles(anatomy: "Anatomy") -> str:
+    """Return what to write in the place of tiledblock."""
+    try:
+        _mlps(anatomy, "tiledmlp")
+    except PlanError:
+        return f"leave tiledblock out ({_instead(anatomy)})"
+    return "use tiledmlp instead"
+
+
+def _instead(anatomy: "Anatomy") -> str:
+    """Return which techniques make this model need less memory, where its blocks cannot be tiled."""
+    tiled_loss = anatomy.head is not None and not anatomy.head.unknown
+    return f"recompute{' and tiledloss' if tiled_loss else ''} can be used with it"
 
 
 def _forwards(names: list[str], setting: str) -> list[Claim]:

@@ -134,8 +134,15 @@ class _Now(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         scale = gradients[0]
-        scaled = {} if scale is None else {i: g * scale.to(g.dtype) for i, g in zip(ctx.indices, ctx.saved_tensors)}
+        scaled = {} if scale is None else {i: _times(g, scale) for i, g in zip(ctx.indices, ctx.saved_tensors)}
         return (None, None, None, *(scaled.get(i) for i in range(ctx.inputs)))
+
+
+def _times(gradient: Tensor, scale: Tensor) -> Tensor:
+    """Return gradient × scale, multiplied in float32 or wider: a scale such as 1/901, rounded to bfloat16, would be
+    wrong by the same factor for all elements. One row of one element, because a scalar would be rounded first."""
+    wide = scale.to(torch.promote_types(gradient.dtype, torch.float32)).reshape(1)
+    return torch.mul(gradient, wide, out=torch.empty_like(gradient))
 
 
 def _forward(job: TileJob, box: _Box, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

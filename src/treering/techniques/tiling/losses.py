@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from treering.anatomy.blocks import body
 from treering.core import module_forward
 from treering.objectives import (
     IGNORED,
@@ -126,10 +127,9 @@ def install_loss(model: nn.Module, config: "TiledLossSettings", site: Site) -> A
     anatomy_head = site.anatomy.head
     assert anatomy_head is not None, "claims refuse a model without a head"
     head: Any = model.get_submodule(anatomy_head.fqn)
-    body: Any = model.base_model  # type: ignore[union-attr]
     vocabulary = model.get_parameter(anatomy_head.weight).shape[0]
     head_forward = _HeadForward(head, config, anatomy_head, vocabulary)
-    undone = [module_forward.install(head_forward), module_forward.install(_ModelForward(model, body, head))]
+    undone = [module_forward.install(head_forward), module_forward.install(_ModelForward(model, body(model), head))]
     long = f"{config.budget:g} GiB of logits" if config.tile == "budget" else f"{config.tile} tokens"
     objective = None
     if config.label_smoothing or config.z_loss:
