@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from treering.train.ranks.lock import whoami
+from treering.train.ranks.lock import comparable, whoami
 
 BEAT = 0.5  # seconds between two entries of a rank
 IDLE = 0.2  # of a processor; a rank that uses more is at work
@@ -169,8 +169,8 @@ def phase_of(entry: Mapping[str, Any]) -> str:
 
 
 def dead(entry: Mapping[str, Any]) -> bool:
-    """Return whether the process is known to be dead; only a rank on its host can know."""
-    if entry["host"] != socket.gethostname() or entry["started"] is None:
+    """Return whether the process is known to be dead; only a rank in its PID namespace can know."""
+    if not comparable(entry) or entry["started"] is None:
         return False
     return whoami(entry["pid"])["started"] != entry["started"]
 
