@@ -2,17 +2,19 @@
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
-from treering.train.ranks.lock import comparable, whoami
+from treering.train.ranks.lock import comparable, stopped, whoami
 
 BEAT = 0.5  # seconds between two entries of a rank
 IDLE = 0.2  # of a processor; a rank that uses more is at work
@@ -156,6 +158,16 @@ class Board:
         if silent > timeout:
             return f"rank {other} has not answered for {silent:.0f} s; it was in {phase_of(entry)}"
         return None
+
+    def wake_stopped(self) -> None:
+        """Let ranks of this machine that are stopped go on: they then see that the run has ended, and end as well.
+
+        Launchers send them SIGTERM, which reaches no process that is stopped, and wait half a minute before they kill.
+        """
+        for entry in self.all():
+            if entry is not None and comparable(entry) and not dead(entry) and stopped(entry["pid"]):
+                with suppress(OSError):
+                    os.kill(entry["pid"], signal.SIGCONT)
 
     def table(self) -> str:
         return ", ".join(f"rank {r} {phase_of(e) if e else 'nothing yet'}" for r, e in enumerate(self.all()))

@@ -132,9 +132,20 @@ def whoami(pid: int) -> dict[str, Any]:
     boot = started = None
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = _stat(pid)
         started = None if fields[0] in "ZX" else int(fields[19])
     return {"pid": pid, "boot": boot, "started": started, "namespace": _namespace()}
+
+
+def stopped(pid: int) -> bool:
+    """Return whether the process is known to be stopped, by SIGSTOP or a debugger."""
+    with suppress(OSError):
+        return _stat(pid)[0] in "Tt"
+    return False
+
+
+def _stat(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def comparable(entry: Mapping[str, Any]) -> bool:
