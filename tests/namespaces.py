@@ -27,3 +27,10 @@ def started(*words: Any, **options: Any) -> subprocess.Popen[str]:
         pytest.skip("unshare cannot make a PID namespace here")
     words = tuple(str(word) for word in (*_prefix(), *words))
     return subprocess.Popen(words, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill a command that was started here, by SIGKILL, and wait until it has closed its output."""
+    process.kill()  # of `unshare`, which kills the command as it ends
+    assert process.stdout is not None
+    process.stdout.read()

@@ -14,7 +14,7 @@ import pytest
 
 import treering as tr
 from tests import namespaces
-from tests.ranks import _context
+from tests.ranks import _context, on_ranks
 from tests.toy_run import job
 from tests.train.test_faults import at, saved
 from treering.train import train
@@ -105,7 +105,7 @@ def test_a_run_in_another_pid_namespace_keeps_its_lock_until_nobody_touches_it(t
         assert holder["host"] == socket.gethostname() and holder["boot"] == MINE["boot"]
         with pytest.raises(tr.CheckpointError, match="in use by another run"), lock.locked(tmp_path):
             pass
-        other.kill()
+        namespaces.kill(other)
     with lock.locked(tmp_path, Elsewhere(tmp_path / lock.NAME)):
         assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
 
@@ -196,6 +196,31 @@ def test_a_save_that_does_not_fit_leaves_the_one_before_and_says_where_and_how_m
     assert notes.count("training continues without it") == (2 if on_error == "warn" else 0)
     train(job(tmp_path))
     assert "step-12" in saved(tmp_path)
+
+
+def prepared_with_files_of_at_most(folder, size):
+    import torch
+
+    from treering.plan.prepared import Prepared
+
+    store = Prepared(folder)
+    store.bytes = 3 << 20
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    store.write("0" * 32, {"a": torch.ones(size // 8)})
+    try:
+        store.write("1" * 32, {"a": torch.ones(1 << 18)})
+    except tr.CheckpointError as error:
+        return str(error)
+
+
+def test_a_disk_that_fills_with_prepared_results_is_an_error_with_path_and_need(tmp_path):
+    (message,) = on_ranks(1, prepared_with_files_of_at_most, tmp_path, 500_000)
+    assert f"{tmp_path}/{'1' * 32}.safetensors cannot be written: File too large" in message
+    assert (
+        "it needs 1.0 MiB, all results of the run together 3.0 MiB, and" in message and "MiB are free there" in message
+    )
+    assert os.listdir(tmp_path) == [f"{'0' * 32}.safetensors"]
 
 
 def test_an_output_that_cannot_be_a_folder_is_refused_by_name(tmp_path):
