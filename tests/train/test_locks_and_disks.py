@@ -18,7 +18,7 @@ from tests.ranks import _context, on_ranks
 from tests.toy_run import job
 from tests.train.test_faults import at, saved
 from treering.train import train
-from treering.train.callbacks import Callback
+from treering.train.callbacks import Callback, JsonLines
 from treering.train.config import Checkpoint
 from treering.train.ranks import heartbeat, lock
 
@@ -221,6 +221,25 @@ def test_a_disk_that_fills_with_prepared_results_is_an_error_with_path_and_need(
         "it needs 1.0 MiB, all results of the run together 3.0 MiB, and" in message and "MiB are free there" in message
     )
     assert os.listdir(tmp_path) == [f"{'0' * 32}.safetensors"]
+
+
+def metrics_in_files_of_at_most(path, size):
+    lines = JsonLines(path)
+    lines.started(3, {})
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        lines.stepped({"step": 1, "loss": 2.0})
+    except tr.CheckpointError as error:
+        return str(error)
+
+
+def test_a_line_of_metrics_that_does_not_fit_is_not_left_by_half(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    (message,) = on_ranks(1, metrics_in_files_of_at_most, path, 60)
+    assert message == f"{path} cannot be written: File too large"
+    JsonLines(path).stepped({"step": 1, "loss": 2.0})
+    assert [json.loads(line)["kind"] for line in path.read_text().splitlines()] == ["start", "step"]
 
 
 def test_an_output_that_cannot_be_a_folder_is_refused_by_name(tmp_path):
