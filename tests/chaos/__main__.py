@@ -31,6 +31,10 @@ def prove(root: Path, seed: int, sizes: Sizes) -> list[Row]:
         sections.other_ranks(root, seed, sizes),
         sections.strange_configurations(root, seed, sizes),
         sections.strange_data(root, seed, sizes),
+        sections.containers(proving),
+        sections.full_disks(proving, seed, sizes),
+        sections.killed_tokenisers(root, seed, sizes),
+        sections.killed_launchers(root, seed, sizes),
     ]
 
 

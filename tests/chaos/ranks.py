@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from tests import namespaces
 from tests.ranks import PRELOAD
 
 _context = multiprocessing.get_context("forkserver")
@@ -35,14 +36,14 @@ class Ended(AssertionError):
 class Ranks:
     """The processes of one start."""
 
-    def __init__(self, world: int, function: Callable[..., Any], arguments: tuple[Any, ...]):
+    def __init__(self, world: int, function: Callable[..., Any], arguments: tuple[Any, ...], *, apart: bool = False):
         self.folder = tempfile.TemporaryDirectory(prefix="chaos-ranks-")
         self.processes, self.pipes = [], []
         for rank in range(world):
             here, there = _context.Pipe(duplex=False)
             store = Path(self.folder.name) / "store"
             process = _context.Process(
-                target=_rank, args=(there, rank, world, str(store), function, arguments), daemon=True
+                target=_rank, args=(there, rank, world, str(store), function, arguments, apart), daemon=True
             )
             process.start()
             there.close()
@@ -64,8 +65,7 @@ class Ranks:
     def kill(self, rank: int) -> None:
         """At once, as the kernel does when memory runs out. One that is gone already stays gone."""
         if self.processes[rank].exitcode is None:
-            with suppress(ProcessLookupError):
-                os.kill(self.pids[rank], signal.SIGKILL)
+            send(self.pids[rank], signal.SIGKILL)
 
     def gone(self, seconds: float) -> bool:
         """Wait at most so long; whether any rank has ended by then."""
@@ -88,6 +88,12 @@ class Ranks:
             raise Ended(self._said())
         return not any(codes)
 
+    def finished(self) -> None:
+        """Wait until all have met and done their work; anything else is an error."""
+        self.met()
+        if not self.join():
+            raise Ended("a rank was killed by somebody else")
+
     def _said(self) -> str:
         texts = []
         for pipe in self.pipes:
@@ -103,25 +109,36 @@ class Ranks:
         self.folder.cleanup()
 
 
-def start(world: int, function: Callable[..., Any], *arguments: Any) -> Ranks:
-    """Start `function(*arguments)` on so many ranks; it must be importable."""
-    return Ranks(world, function, arguments)
+def start(world: int, function: Callable[..., Any], *arguments: Any, apart: bool = False) -> Ranks:
+    """Start `function(*arguments)` on so many ranks, each in a PID namespace if `apart`; it must be importable."""
+    return Ranks(world, function, arguments, apart=apart)
 
 
 def run(world: int, function: Callable[..., Any], *arguments: Any) -> None:
     """Start it, and wait until it is done; anything else is an error."""
-    ranks = start(world, function, *arguments)
-    ranks.met()
-    if not ranks.join():
-        raise Ended("a rank was killed by somebody else")
+    start(world, function, *arguments).finished()
+
+
+def send(pid: int, number: int) -> None:
+    """Send a signal to a process that may be gone."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _rank(
-    pipe: Connection, rank: int, world: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+    pipe: Connection,
+    rank: int,
+    world: int,
+    store: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    apart: bool,
 ) -> None:
     import torch
     import torch.distributed as dist
 
+    if apart and not namespaces.enter():
+        os._exit(1)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     code = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.chaos import configurations, corruption, datasets, kills, points, resharding
+from tests.chaos import configurations, corruption, datasets, kills, points, resharding, surroundings
 
 OPTIMIZERS = ("adamw", "sgd")
 
@@ -24,6 +24,9 @@ class Sizes:
     pairs: int
     configurations: int
     datasets: int
+    disks: int  # that are full
+    tokenisers: int  # that are killed
+    launchers: int  # that are killed
 
     @classmethod
     def of(cls, trials: int) -> "Sizes":
@@ -38,10 +41,24 @@ class Sizes:
             pairs=few,
             configurations=34 * trials,
             datasets=4 * trials,
+            disks=max(6, trials // 5),
+            tokenisers=max(6, trials // 5),
+            launchers=max(2, trials // 30),
         )
 
 
-QUICK = Sizes(kills=24, scenes=((1, True), (2, False)), flips=8, resumes=4, pairs=2, configurations=300, datasets=60)
+QUICK = Sizes(
+    kills=10,
+    scenes=((1, True), (2, False)),
+    flips=6,
+    resumes=2,
+    pairs=2,
+    configurations=200,
+    datasets=60,
+    disks=6,
+    tokenisers=6,
+    launchers=1,
+)
 
 
 @dataclass(kw_only=True)
@@ -152,4 +169,40 @@ def strange_data(root: Path, seed: int, sizes: Sizes) -> Row:
         )
     )
     row.note = ", ".join(f"{number} {end}" for end, number in sorted(ends.items()))
+    return row
+
+
+def containers(proving: kills.Proving) -> Row:
+    row = Row(what="PID namespaces: locks and ranks of other containers on one machine")
+    row.run(surroundings.Containers(proving).cases())
+    row.note = "" if row.cases else "not allowed on this machine"
+    return row
+
+
+def full_disks(proving: kills.Proving, seed: int, sizes: Sizes) -> Row:
+    row = Row(what="a disk that fills at each phase: an error with the path, and after it the same end bitwise")
+    ends = Counter(
+        row.run(
+            (f"{i}", lambda i=i: surroundings.fill(proving, Random(f"{seed} disk {i}"), i)) for i in range(sizes.disks)
+        )
+    )
+    row.note = f"{len(surroundings.PHASES)} phases; " + ", ".join(f"{number} {end}" for end, number in ends.items())
+    return row
+
+
+def killed_tokenisers(root: Path, seed: int, sizes: Sizes) -> Row:
+    row = Row(what="killed while tokenising: the next run has the tokens, and nothing else is left")
+    row.run(
+        (f"{i}", lambda i=i: surroundings.kill_tokeniser(root, Random(f"{seed} tokeniser {i}"), i))
+        for i in range(sizes.tokenisers)
+    )
+    return row
+
+
+def killed_launchers(root: Path, seed: int, sizes: Sizes) -> Row:
+    row = Row(what="killed launcher of 2 ranks: they end, with a whole checkpoint of every step that was taken")
+    row.run(
+        (f"{i}", lambda i=i: surroundings.kill_launcher(root, Random(f"{seed} launcher {i}"), i))
+        for i in range(sizes.launchers)
+    )
     return row

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos import kills, ranks, sections, toy
+from tests.chaos import kills, ranks, sections, surroundings, toy
 from tests.chaos.__main__ import HEAD, put
 from tests.chaos.sections import QUICK
 from treering.core.errors import CheckpointError
@@ -42,7 +42,7 @@ def test_every_fault_point_of_a_save_leaves_a_whole_checkpoint(root):
 
 
 def test_every_damage_is_refused_by_name(root):
-    holds(sections.damaged_files(root, SEED, QUICK), 200)
+    holds(sections.damaged_files(root, SEED, QUICK), 150)
 
 
 def test_a_file_that_no_manifest_names_is_ignored(root):
@@ -63,6 +63,25 @@ def test_a_strange_configuration_is_refused_or_valid(root):
 
 def test_strange_data_is_refused_or_counted(root):
     holds(sections.strange_data(root, SEED, QUICK), QUICK.datasets)
+
+
+def test_a_run_in_another_container_keeps_its_folder_and_a_paused_rank_its_run(proving):
+    row = sections.containers(proving)
+    if not row.cases:
+        pytest.skip(f"PID namespaces: {row.note}")
+    holds(row, 3)
+
+
+def test_a_full_disk_is_an_error_with_its_path_at_every_phase(proving):
+    holds(sections.full_disks(proving, SEED, QUICK), len(surroundings.PHASES))
+
+
+def test_a_killed_tokeniser_leaves_nothing_for_ever(root):
+    holds(sections.killed_tokenisers(root, SEED, QUICK), QUICK.tokenisers)
+
+
+def test_the_ranks_of_a_killed_launcher_save_and_stop(root):
+    holds(sections.killed_launchers(root, SEED, QUICK), QUICK.launchers)
 
 
 def test_the_page_has_a_whole_row_of_every_part(tmp_path):

@@ -94,6 +94,17 @@ def test_an_unexpected_error_leaves_its_traceback_in_a_file(small, capsys, monke
     assert "in fall" in file.read_text()
 
 
+def test_an_unexpected_error_shows_its_traceback_where_no_file_can_be_written(small, capsys, monkeypatch, tmp_path):
+    def fall(*_):
+        raise ZeroDivisionError("oh no")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+    monkeypatch.setattr("treering.cli.config.load", fall)
+    assert run("config", "check", small) == entry.CRASHED
+    output = capsys.readouterr().err
+    assert "in fall" in output and "could not be written to a file" in output
+
+
 def test_an_interrupt_is_130(small, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt

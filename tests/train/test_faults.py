@@ -201,6 +201,8 @@ def test_a_stopped_rank_is_waited_for_so_long_and_no_longer(tmp_path):
     with Ranks(tmp_path, stops_at_5, timeout=15.0) as ranks:  # more than any step takes on a busy machine
         code, message, _ = ranks.ends(0)
         assert code == 8 and "rank 1" in message.split(";")[0]
+        code, message, _ = ranks.ends(1)  # it is woken to see that the run has ended; SIGTERM would not reach it
+        assert code == 8 and "rank 1 has not answered" in message + (tmp_path / "rank-1.err").read_text()
 
 
 def skips_at_5(rank):

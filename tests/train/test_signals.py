@@ -22,6 +22,7 @@ from treering.train import train
 from treering.train.callbacks import Callback
 from treering.train.config import Evaluate
 from treering.train.ranks import lock
+from treering.train.ranks import signals as of_ranks
 from treering.train.ranks.signals import Signals
 
 
@@ -88,6 +89,61 @@ def test_a_second_signal_ends_a_process_that_does_not_come_back_to_python():
     process.start()
     process.join(PATIENCE)
     assert process.exitcode == 128 + signal.SIGTERM
+
+
+def test_a_rank_whose_launcher_is_gone_before_it_begins_ends_without_a_step(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv(of_ranks.LAUNCHER, "1")  # so it was another process, and is not the parent any more
+    with pytest.raises(tr.Interrupted, match="its launcher is gone: there was nothing to save yet"), Signals():
+        time.sleep(PATIENCE)
+
+
+class Orphaned(Callback):
+    """From the end of step 3 on the process has another parent."""
+
+    def stepped(self, metrics):
+        if metrics["step"] == 3:
+            os.getppid = lambda: 1
+            until = time.monotonic() + PATIENCE
+            while _looks() and time.monotonic() < until:
+                time.sleep(0.01)
+
+
+def _looks():
+    return any(thread.name == "treering-launcher" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("by", [of_ranks.LAUNCHER, "TORCHELASTIC_RUN_ID"])
+def test_a_rank_whose_launcher_is_killed_saves_and_stops_and_the_run_goes_on(tmp_path, monkeypatch, by):
+    plain = os.getppid
+    monkeypatch.setattr(os, "getppid", plain)  # restores it
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "0")
+        patch.setenv("WORLD_SIZE", "1")
+        patch.setenv(by, str(plain()))
+        with pytest.raises(tr.Interrupted, match="stopped because its launcher is gone: saved step 3"):
+            train(job(tmp_path, train=ALL), [Orphaned()])
+    assert saved(tmp_path) == ["step-3"] and not _looks()
+    os.getppid = plain
+    train(job(tmp_path, train=ALL))
+    assert saved(tmp_path) == ["step-12", "step-3"]
+
+
+def _orphan_stuck_in_c():
+    os.environ.update({"RANK": "0", of_ranks.LAUNCHER: "1"})
+    with Signals():
+        import ctypes
+
+        mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+        libc.pthread_mutex_lock(mutex)
+        libc.pthread_mutex_lock(mutex)
+
+
+def test_an_orphan_that_does_not_come_back_to_python_before_its_first_step_is_ended():
+    process = _context.Process(target=_orphan_stuck_in_c, daemon=True)
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == tr.Interrupted.exit_code
 
 
 def test_a_signal_in_a_thread_of_a_program_leaves_its_handlers_alone(tmp_path):

@@ -65,15 +65,20 @@ def _report(error: Exception, debug: bool) -> None:
     text = scrubbed("".join(traceback.format_exception(error)))
     if debug:
         _write(plain_lines(text))
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="treering-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
-    ) as file:
-        file.write(plain_lines(text))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="treering-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write(plain_lines(text))
+        where = f"The traceback is in {file.name}"
+    except OSError:  # the disk may be what is full
+        _write(plain_lines(text))
+        where = "The traceback is above, because it could not be written to a file"
     name = type(error).__name__
     _write(
         f"{name}: {short(scrubbed(str(error)), 300)}\n"
-        f"This is a bug in treering, or in a library that it uses. The traceback is in {file.name}\n"
-        "Please report it with that file and the output of `treering env`; --debug shows it here."
+        f"This is a bug in treering, or in a library that it uses. {where}\n"
+        "Please report it with that and the output of `treering env`; --debug shows it here."
     )
 
 

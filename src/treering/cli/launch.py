@@ -167,7 +167,10 @@ def start(nproc: int, arguments: list[str], logs: Path) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from treering.train.ranks.signals import LAUNCHER
+
     _share_cores(nproc)
+    os.environ[LAUNCHER] = str(os.getpid())
     try:
         logs.mkdir(parents=True, exist_ok=True)
         logs = Path(tempfile.mkdtemp(prefix="ranks-", dir=logs))

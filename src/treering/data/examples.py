@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -133,12 +132,13 @@ def build(
     job = EncodingJob(plan=recipe(tokenizer, config, format), format=format, config=config)
     key = _key(files, job, which)
     if config.cache is None:
-        temporary = tempfile.TemporaryDirectory(prefix="treering-tokens-")
-        folder = Path(temporary.name) / key
+        temporary = cache.PrivateFolder()
+        folder = temporary.path / key
     else:
         temporary = None
         folder = Path(config.cache).expanduser() / key
         if (cached := cache.read(folder)) is not None:
+            cache.sweep(folder)
             return Examples(*cached)
         cache.remove(folder)
     _write(folder, key, files, job, which, progress)

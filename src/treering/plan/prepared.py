@@ -100,6 +100,7 @@ class Prepared:
     def __init__(self, folder: Path):
         self.folder = folder
         self.results: dict[str, str] = {}
+        self.bytes = 0  # of all results of the run, for messages; 0: not known yet
         self._by_digest: dict[str, str] | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -182,9 +183,11 @@ class Prepared:
                         os.replace(temporary, self.path(name))
                 disk.sync(self.folder)
         except OSError as error:
+            every = f", all results of the run together {self.bytes / 2**20:,.1f} MiB" if self.bytes else ""
             raise CheckpointError(
-                f"{self.path(name)} cannot be written: {error.strerror}; free some space, or give prepared tensors "
-                "another folder"
+                f"{self.path(name)} cannot be written: {error.strerror}; it needs {writer.bytes / 2**20:,.1f} MiB"
+                f"{every}, and {disk.free(self.folder) / 2**20:,.1f} MiB are free there; free some space, or give "
+                "prepared tensors another folder. Results that are complete are used again"
             ) from None
         finally:
             temporary.unlink(missing_ok=True)

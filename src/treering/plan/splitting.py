@@ -130,6 +130,8 @@ def prepare(
         pieces = [piece for chain in chains for piece in _pieces(chain, source, *local_ranges[chain.name])]
     else:
         pieces = _assigned(chains, source, rows_of_ranks)[dist.get_rank() if several else 0]
+    if prepared is not None:
+        prepared.bytes = sum(live[name].numel() * live[name].element_size() for chain in chains for name in chain.names)
     splitter = _Splitter(live=live, source=source, statistics=statistics, prepared=prepared)
     progress = PartsDone("preparing weights", [piece.cost for piece in pieces], report)
     results, problem = {}, ""

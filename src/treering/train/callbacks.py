@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,10 +94,13 @@ class JsonLines(Callback):
 
     def _write(self, kind: str, metrics: Mapping[str, Any]) -> None:
         line = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in metrics.items()}
+        before = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": kind, **line}) + "\n")
         except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.path, before)  # the next line must not be joined to a half one
             raise CheckpointError(f"{self.path} cannot be written: {error.strerror}") from None
 
     def started(self, total_steps: int, facts: Mapping[str, Any]) -> None:

@@ -2,17 +2,19 @@
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
-from treering.train.ranks.lock import whoami
+from treering.train.ranks.lock import comparable, stopped, whoami
 
 BEAT = 0.5  # seconds between two entries of a rank
 IDLE = 0.2  # of a processor; a rank that uses more is at work
@@ -157,6 +159,16 @@ class Board:
             return f"rank {other} has not answered for {silent:.0f} s; it was in {phase_of(entry)}"
         return None
 
+    def wake_stopped(self) -> None:
+        """Let ranks of this machine that are stopped go on: they then see that the run has ended, and end as well.
+
+        Launchers send them SIGTERM, which reaches no process that is stopped, and wait half a minute before they kill.
+        """
+        for entry in self.all():
+            if entry is not None and comparable(entry) and not dead(entry) and stopped(entry["pid"]):
+                with suppress(OSError):
+                    os.kill(entry["pid"], signal.SIGCONT)
+
     def table(self) -> str:
         return ", ".join(f"rank {r} {phase_of(e) if e else 'nothing yet'}" for r, e in enumerate(self.all()))
 
@@ -169,8 +181,8 @@ def phase_of(entry: Mapping[str, Any]) -> str:
 
 
 def dead(entry: Mapping[str, Any]) -> bool:
-    """Return whether the process is known to be dead; only a rank on its host can know."""
-    if entry["host"] != socket.gethostname() or entry["started"] is None:
+    """Return whether the process is known to be dead; only a rank in its PID namespace can know."""
+    if not comparable(entry) or entry["started"] is None:
         return False
     return whoami(entry["pid"])["started"] != entry["started"]
 

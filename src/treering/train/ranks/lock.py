@@ -1,12 +1,18 @@
-"""One run at a time in an output folder: `run.lock` names the process that uses it."""
+"""One run at a time in an output folder: `run.lock` names the process that uses it.
+
+The number of a process says something only in the PID namespace in which it was written: containers on one machine may
+have one host name, and each of them its own process 1. Elsewhere the touches of the file are all that is known.
+"""
 
 import json
+import logging
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +22,7 @@ from treering.core.errors import CheckpointError
 
 NAME = "run.lock"
 BEAT = 5.0  # seconds between two touches of the file
-STALE = 60.0  # a lock of another host that was not touched for so long is no longer in use
+STALE = 60.0  # a lock of a process that cannot be seen is no longer in use when it was not touched for so long
 
 
 class Clock:
@@ -72,8 +78,12 @@ def _take(path: Path, clock: Clock) -> bytes:
         except FileExistsError:
             _clear_if_stale(path, clock)
             continue
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+        except OSError:  # a full disk; an empty lock would make the next run wait
+            path.unlink(missing_ok=True)
+            raise
         return content
     raise CheckpointError(f"{path} is taken by several runs at once; start one of them")
 
@@ -108,15 +118,13 @@ def _holder(content: bytes) -> dict[str, Any]:
 
 
 def alive(holder: dict[str, Any], path: Path, clock: Clock = CLOCK) -> bool:
-    """Return whether the process that `holder` describes may still run. On another host, only its touches show that."""
-    if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
+    """Return whether the process that `holder` describes may still run. Where it cannot be seen, its touches decide."""
+    if not comparable(holder) or not isinstance(holder.get("pid"), int):
         return _touched(path, clock)
     now = whoami(holder["pid"])
-    if holder.get("boot") != now["boot"]:
-        return False
     if now["started"] is not None:
         return holder.get("started") == now["started"]
-    return "boot" in now and now["boot"] is None and _answers(holder["pid"])
+    return now["boot"] is None and _answers(holder["pid"])
 
 
 def whoami(pid: int) -> dict[str, Any]:
@@ -124,9 +132,39 @@ def whoami(pid: int) -> dict[str, Any]:
     boot = started = None
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = _stat(pid)
         started = None if fields[0] in "ZX" else int(fields[19])
-    return {"pid": pid, "boot": boot, "started": started}
+    return {"pid": pid, "boot": boot, "started": started, "namespace": _namespace()}
+
+
+def stopped(pid: int) -> bool:
+    """Return whether the process is known to be stopped, by SIGSTOP or a debugger."""
+    with suppress(OSError):
+        return _stat(pid)[0] in "Tt"
+    return False
+
+
+def _stat(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def comparable(entry: Mapping[str, Any]) -> bool:
+    """Return whether `entry`, written by some process, has its number from the PID namespace of this process.
+
+    Not where one of the two is unknown: a lock of an earlier version has none.
+    """
+    here = {"host": socket.gethostname(), **whoami(os.getpid())}
+    if any(entry.get(key) != here[key] for key in ("host", "boot", "namespace")):
+        return False
+    return here["namespace"] is not None or sys.platform != "linux"  # other systems have no such namespaces
+
+
+def _namespace() -> int | None:
+    """Return the PID namespace of this process; None where /proc does not have it, or shows that of others."""
+    with suppress(OSError, ValueError):
+        if int(os.readlink("/proc/self")) == os.getpid():
+            return os.stat("/proc/self/ns/pid").st_ino
+    return None
 
 
 def _answers(pid: int) -> bool:
@@ -141,10 +179,20 @@ def _answers(pid: int) -> bool:
 
 
 def _touched(path: Path, clock: Clock) -> bool:
-    """Wait until `path` is touched or is too old: a job that was started again elsewhere must not be refused."""
-    first = path.stat().st_mtime
-    while clock.age(path) < STALE:
+    """Wait until `path` is touched or is too old: a job that was started again elsewhere must not be refused.
+
+    Nobody waits for longer than STALE, whatever the date of the file: a clock may have been set back since.
+    """
+    first, waited = path.stat().st_mtime, 0.0
+    while (age := clock.age(path)) < STALE and waited < STALE:
+        if not waited:
+            dated = f", which is dated {-age:,.0f} s in the future" if age < -1.0 else ""
+            logging.getLogger("treering").warning(
+                f"waiting up to {STALE - max(age, 0.0):.0f} s for whether another run still uses {path}{dated}: its "
+                "process cannot be seen from here"
+            )
         clock.sleep(1.0)
+        waited += 1.0
         if path.stat().st_mtime != first:
             return True
     return False

@@ -2,12 +2,17 @@
 
 Schedulers send the first two before they kill. Python handlers run between two bytecodes of the main thread,
 which may wait in a collective for minutes; so a second signal is seen by a thread, through the wake-up descriptor.
+
+A launcher that is killed can send nothing. A rank that one has started looks twice a second whether it is still its
+parent, and when it is not, saves and stops as after a signal. (Linux can send a signal at a parent's death, but sends
+it when the thread that started the rank ends, and other systems cannot.)
 """
 
 import os
 import signal
 import socket
 import threading
+from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -15,6 +20,8 @@ from treering.core.errors import Interrupted
 
 CAUGHT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 UNWINDING = 2.0  # seconds that a second signal leaves for cleaning up
+LAUNCHER = "TREERING_LAUNCHER"  # names the process that started this rank with --nproc
+LOOK = 0.5  # seconds between two looks at the launcher
 
 
 class Now(BaseException):
@@ -28,7 +35,9 @@ class Signals:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.interrupted_by_thread = False  # ended by another rank's end
+        self.orphaned = False  # the launcher is gone
         self.at_once = True  # nothing to save yet: the first signal ends the run immediately
+        self._launcher = launcher_of(os.environ)
         self._before: dict[signal.Signals, Any] = {}
         self._over = threading.Event()
 
@@ -42,6 +51,8 @@ class Signals:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._handle)
             threading.Thread(target=self._count, name="treering-signals", daemon=True).start()
+        if self._launcher is not None:
+            threading.Thread(target=self._look, name="treering-launcher", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -52,12 +63,25 @@ class Signals:
             signal.set_wakeup_fd(self._old_descriptor)
             self._writer.close()  # ends the thread
         if isinstance(error, Now):
-            assert self.received is not None
             raise self.ended("there was nothing to save yet" if self.at_once else "at once") from None
+
+    @property
+    def asked(self) -> bool:
+        """Whether the run has to save and stop, for what happened to this rank."""
+        return self.received is not None or self.orphaned
+
+    @property
+    def cause(self) -> str:
+        """Why this rank stops, for messages."""
+        if self.received is not None:
+            return f"stopped by {self.received.name}"
+        if self.orphaned or self._launcher not in (None, os.getppid()):  # another rank may have noticed first
+            return "stopped because its launcher is gone"
+        return "stopped by a signal to another rank"
 
     def ended(self, how: str) -> Interrupted:
         """Return the error that ends a run that was asked to stop."""
-        error = Interrupted(f"stopped by {self.received.name if self.received else 'a signal to another rank'}: {how}")
+        error = Interrupted(f"{self.cause}: {how}")
         if self._second:
             error.exit_code = 128 + self._second
         return error
@@ -68,13 +92,39 @@ class Signals:
         """End the run from another thread, as a signal would, if it can end at once and the handlers are these."""
         if self.at_once and signal.SIGTERM in self._before and not self.interrupted_by_thread:
             self.interrupted_by_thread = True
-            main = threading.main_thread().ident
-            assert main is not None
-            signal.pthread_kill(main, signal.SIGTERM)
+            self._wake()
+
+    def _wake(self) -> None:
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGTERM)
+
+    def _look(self) -> None:
+        """Notice that the launcher is gone. Before there is anything to save, nothing need be waited for."""
+        while not self._over.wait(LOOK):  # not at once: `__exit__` must be in force before anything is raised
+            if os.getppid() != self._launcher:
+                break
+        else:
+            return
+        if not (self.at_once and signal.SIGTERM in self._before):
+            self.orphaned = True
+            return
+        self._woken = self.orphaned = True
+        self._wake()
+        if not self._over.wait(UNWINDING) and self.at_once:  # it connects, loads or compiles, perhaps without end
+            os.write(2, f"{self.ended('there was nothing to save yet')}\n".encode())
+            os._exit(Interrupted.exit_code)
+
+    _woken = False  # the next signal to the main thread is that of `_look`
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.interrupted_by_thread:
             raise Now
+        if self._woken:
+            self._woken = False
+            if self.at_once:
+                raise Now
+            return
         if self.received is None:
             self.received = signal.Signals(number)
             if not self.at_once:
@@ -93,3 +143,11 @@ class Signals:
                 if seen == 2 and not self._over.wait(UNWINDING):
                     os._exit(128 + number)
         self._reader.close()
+
+
+def launcher_of(environ: Mapping[str, str]) -> int | None:
+    """Return the process that started this rank, if it is one of `treering train --nproc` or of torchrun."""
+    number = environ.get(LAUNCHER, "")
+    if number.isascii() and number.isdecimal() and "RANK" in environ:
+        return int(number)  # even if it was gone before this process could look
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in environ else None

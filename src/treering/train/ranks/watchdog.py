@@ -67,6 +67,7 @@ class Watchdog:
         for group, timeout in self._lowered:
             group.set_timeout(timeout)
         if lost is not None:
+            self._board.wake_stopped()
             raise lost from error
 
     _agreed = False
@@ -74,9 +75,9 @@ class Watchdog:
     def stop_asked(self) -> bool:
         """Return whether any rank got a signal. Every rank asks at the same places, so all get the same answer."""
         if not self.several:
-            return self.signals.received is not None
+            return self.signals.asked
         if not self._agreed:
-            asked = torch.tensor([self.signals.received is not None], dtype=torch.uint8)
+            asked = torch.tensor([self.signals.asked], dtype=torch.uint8)
             dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group)
             self._agreed = bool(asked)
         return self._agreed
@@ -90,7 +91,7 @@ class Watchdog:
         self._turns += 1
         name = f"first-{self._turns}"
         while self.rank > 0 and not self._board.has(name):
-            if self._board.end is not None:
+            if self._board.end is not None or self._board.lost:
                 raise self._lost(self._story("and waited for rank 0"))
             time.sleep(BEAT / 10)
         yield
@@ -130,8 +131,12 @@ class Watchdog:
                 if problem:
                     self._board.ended(problem, None)
                 end_seen = time.monotonic()
+            elif self._board.end is None and self.signals.orphaned:
+                continue  # the store went with the launcher; the ranks still reach each other, and save and stop
             elif time.monotonic() - end_seen > GRACE and report["waiting"] > GRACE and not self._over.is_set():
-                self._leave(self._story("and waited for it in a collective"), self._exit_code())
+                story = self._story("and waited for it in a collective")
+                self._board.wake_stopped()
+                self._leave(story, self._exit_code())
             else:
                 self.signals.interrupt_from_thread()  # it may compute for hours, for a run that has ended
 
@@ -190,7 +195,7 @@ def _of_ranks(error: BaseException) -> bool:
 
 def _message(error: BaseException, signals: Signals) -> str:
     if isinstance(error, Now):
-        return f"stopped by {signals.received.name if signals.received else 'a signal'}"
+        return signals.cause
     return str(error) if isinstance(error, TreeringError) else f"{type(error).__name__}: {error}"
 
 
