@@ -150,9 +150,10 @@ class StatisticsWriter:
             "model_type": model_type,
             "rings": [asdict(ring) for ring in rings],
             "weights": dict(owners),
-            "fingerprints": dict(self.fingerprints),
             "tensors": {**kept, **tensors},
         }
+        if self.fingerprints:
+            description["fingerprints"] = dict(self.fingerprints)
         if self.gradients is not None:
             description["gradients"] = self.gradients
         disk.replace(self.folder / NAME, json.dumps(description, indent=1).encode())
