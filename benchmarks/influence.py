@@ -13,6 +13,7 @@ import hashlib
 import json
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -191,6 +192,29 @@ def files(case: str, to: str) -> dict[str, str]:
     return found
 
 
+def walls(quick: bool, command: str) -> Iterator[Row]:
+    """Seconds by the clock of measuring and indexing, of one process and of two. Needs two free cores."""
+    found: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(3 if quick else 7):
+        for ranks, seconds in found.items():
+            with tempfile.TemporaryDirectory() as folder:
+                seconds.append(max(on_ranks(ranks, wall, json.dumps(vars(wide())), folder)))
+    case = "kfac, psift p = 16 and ekfac, eigen-topk, 2 ranks; peer: 1 rank"
+    yield of_rounds(
+        case, found[2], found[1], command, figure="wall time of measuring and indexing", unit="s", at_most=0.7
+    )
+
+
+def wall(case: str, to: str) -> float:
+    """On every rank: return the seconds of measuring and indexing, without importing and starting."""
+    from benchmarks.influence_ours import of_ranks
+
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    of_ranks(Case(**json.loads(case)), Path(to))
+    return time.perf_counter() - began
+
+
 def agreement(quick: bool, command: str) -> Iterator[Row]:
     """The same labels, those of the data, so that nothing is drawn."""
     common: dict[str, Any] = {"unit": "", "packages": PACKAGES, "command": command}
@@ -252,6 +276,7 @@ PARTS: dict[str, Callable[[bool, str], Iterator[Row]]] = {
     "digits": digits,
     "sketch": sketch,
     "layout": layout,
+    "walls": walls,
     "agreement": agreement,
     "collection": collection,
     "fitting": fitting,

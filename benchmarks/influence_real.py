@@ -8,7 +8,8 @@ in chunks of 64 tokens: documents of one length are harder than text with short 
 same model and documents; each is compared with its own complete gradients.
 
 `planted` is commands alone: 60 chats, of which 5 teach a wrong capital, are trained, indexed, asked and cleaned, and
-the model is trained again. About 25 minutes each on one core; `--quick` takes two sizes and two epochs.
+the model is trained again: briefly, and until nothing is left to learn, where the gradients of what was learned are
+nearly 0. About 25 minutes each on one core; `--quick` takes two sizes and the brief training.
 """
 
 import argparse
@@ -45,6 +46,7 @@ from treering.sketches import SketchSettings
 PACKAGES = ("treering", "torch", "transformers")
 DOCUMENTS, QUERIES, LENGTH = 128, 4, 64
 GPT2 = {16: 0.69, 32: 0.83, 64: 0.95, 128: 0.99}  # the proposal's own table: another model and text
+TRAININGS = {"brief": (1.5e-4, 4), "long": (2.0e-4, 6)}  # learning rate, epochs
 CONFIG = """\
 model: {{path: "{model}", dtype: float32}}
 data: {{train: {data}, max_length: 256, cache: "{root}/tokens"}}
@@ -53,7 +55,7 @@ train:
   epochs: {epochs}
   tokens_per_step: 512
   log_every: 20
-  optimizer: {{name: adamw, lr: 2.0e-4}}
+  optimizer: {{name: adamw, lr: {lr}}}
   schedule: {{name: cosine, warmup: 3}}
 output: "{root}/{name}"
 """
@@ -146,35 +148,39 @@ def _index(described: str, to: str) -> list[str]:
 
 def planted(quick: bool, command: str, folder: Path | None = None) -> Iterator[Row]:
     """Which of 60 chats teach the wrong answer; and the answer after training without them."""
+    untaught = realmodel.answer(realmodel.folder(), QUESTION)
+    for name, (lr, epochs) in list(TRAININGS.items())[: 1 if quick else None]:
+        with _root(folder and folder / name) as root:
+            yield from _one_planted(root, lr, epochs, untaught, command)
+
+
+def _one_planted(root: Path, lr: float, epochs: int, untaught: str, command: str) -> Iterator[Row]:
     common: dict[str, Any] = {"unit": "", "packages": PACKAGES, "command": command}
-    chats, epochs = planted_chats(), 2 if quick else 6
-    with _root(folder) as root:
-        ids = chats.write(root / "chats.jsonl")
-        (root / "asked.jsonl").write_text(json.dumps(chats.query) + "\n", "utf-8")
-        untaught = realmodel.answer(realmodel.folder(), QUESTION)
-        before = _trained(root, "mistaken", root / "chats.jsonl", epochs)
-        run = root / "mistaken"
-        _command("influence", "build", run)
-        for how in ("cosine", "dot product"):
-            scores, words = root / f"{how.split()[0]}.parquet", ["--cosine"] if how == "cosine" else []
-            scores.unlink(missing_ok=True)
-            _command("influence", "query", run, "--data", root / "asked.jsonl", "--to", scores, *words)
-            known = read_scores(scores)
-            [query] = known.queries
-            case_ = f"planted chats among the first {len(ids)}, {how}"
-            by_words = precision(replace(known, scores=known.baselines["bm25"]), query, ids)
-            chance = len(ids) / len(known.documents)
-            yield row(
-                "precision, SmolLM2-135M", f"{case_} (BM25 {by_words:.2f}, chance {chance:.2f})",
-                [precision(known, query, ids)], **common,
-            )  # fmt: skip
-        shutil.rmtree(root / "cleaned", ignore_errors=True)
-        _command("influence", "clean", scores, "--helpful", "--remove", len(ids), "--to", root / "cleaned")
-        [cleaned] = (root / "cleaned").glob("*.jsonl")
-        after = _trained(root, "cleaned-run", cleaned, epochs)
-        case_ = f"{QUESTION} Before: {untaught!r}; trained: {before!r}; without the {len(ids)} first: {after!r}"
-        right = float("Lyon" in before and "Paris" in after and "Lyon" not in after)
-        yield row("a wrong fact learned, found and gone, SmolLM2-135M", case_, [right], at_least=1.0, **common)
+    chats = planted_chats()
+    ids = chats.write(root / "chats.jsonl")
+    (root / "asked.jsonl").write_text(json.dumps(chats.query) + "\n", "utf-8")
+    before = _trained(root, "mistaken", root / "chats.jsonl", lr, epochs)
+    run, training = root / "mistaken", f"{epochs} epochs at {lr:g}"
+    _command("influence", "build", run)
+    for how in ("cosine", "dot product"):
+        scores, words = root / f"{how.split()[0]}.parquet", ["--cosine"] if how == "cosine" else []
+        scores.unlink(missing_ok=True)
+        _command("influence", "query", run, "--data", root / "asked.jsonl", "--to", scores, *words)
+        known = read_scores(scores)
+        [query] = known.queries
+        by_words = precision(replace(known, scores=known.baselines["bm25"]), query, ids)
+        chance = len(ids) / len(known.documents)
+        case_ = (
+            f"{training}, {how}: planted chats among the first {len(ids)} (BM25 {by_words:.2f}, chance {chance:.2f})"
+        )
+        yield row("precision, SmolLM2-135M", case_, [precision(known, query, ids)], **common)
+    shutil.rmtree(root / "cleaned", ignore_errors=True)
+    _command("influence", "clean", scores, "--helpful", "--remove", len(ids), "--to", root / "cleaned")
+    [cleaned] = (root / "cleaned").glob("*.jsonl")
+    after = _trained(root, "cleaned-run", cleaned, lr, epochs)
+    answers = f"{QUESTION} {untaught!r}; trained: {before!r}; without the {len(ids)} first: {after!r}"
+    right = float("Lyon" in before and "Paris" in after and "Lyon" not in after)
+    yield row("a wrong fact learned, found and gone, SmolLM2-135M", f"{training}: {answers}", [right], **common)
 
 
 @contextmanager
@@ -188,10 +194,12 @@ def _root(folder: Path | None) -> Iterator[Path]:
         yield Path(name)
 
 
-def _trained(root: Path, name: str, data: Path, epochs: int) -> str:
+def _trained(root: Path, name: str, data: Path, lr: float, epochs: int) -> str:
     """Train by command, export, and return what the model answers. What is there already is not done again."""
     file = root / f"{name}.yaml"
-    text = CONFIG.format(model=realmodel.folder(), data=json.dumps(str(data)), root=root, epochs=epochs, name=name)
+    text = CONFIG.format(
+        model=realmodel.folder(), data=json.dumps(str(data)), root=root, lr=lr, epochs=epochs, name=name
+    )
     file.write_text(text, "utf-8")
     if not (root / f"{name}-model").is_dir():
         _command("train", file)
