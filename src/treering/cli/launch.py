@@ -210,16 +210,19 @@ def end_children(signal_number: int, seconds: float) -> None:
     """Send a signal to the processes that this one has started and that still run, and wait for their end; kill those
     that run after so many seconds. Nothing, on a system without /proc."""
     until = time.monotonic() + seconds
-    children = _running_children()
-    for child in children:
+    every = running = _running_children()
+    for child in every:
         with suppress(ProcessLookupError):
             os.kill(child, signal_number)
-    while children and time.monotonic() < until:
+    while running and time.monotonic() < until:
         time.sleep(0.05)
-        children = _running_children()
-    for child in children:
+        running = _running_children()
+    for child in running:
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
+    for child in every:  # nobody else knows of them: they would stay in the table of processes
+        with suppress(ChildProcessError):
+            os.waitpid(child, 0)
 
 
 def _running_children() -> list[int]:
