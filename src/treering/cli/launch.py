@@ -220,19 +220,19 @@ def end_children(signal_number: int, seconds: float) -> None:
     for child in running:
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
-    for child in every:  # nobody else knows of them: they would stay in the table of processes
+    for child in every:  # the agent does not list them, so nobody else would reap them
         with suppress(ChildProcessError):
             os.waitpid(child, 0)
 
 
 def _running_children() -> list[int]:
-    found = []
+    children = []
     for file in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             state, parent = file.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:2]
             if int(parent) == os.getpid() and state != "Z":
-                found.append(int(file.parent.name))
-    return found
+                children.append(int(file.parent.name))
+    return children
 
 
 def write_outcome(message: str, code: int) -> None:

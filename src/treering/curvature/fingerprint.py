@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from treering.core.sharded import local, local_rows, sum_over_rows
 from treering.store.tensor_writer import content_of
 from treering.technique import LazyTensor
-from treering.weights.plain_tensors import Source
+from treering.weights.plain_tensors import PlainTensor, Source
 
 _MOST = 4096  # numbers of a row
 
@@ -56,8 +56,13 @@ def _of_parameter(parameter: Tensor) -> str:
 
 
 def _of_tensor(tensor: LazyTensor) -> str:
-    rows = [tensor.rows(place, place + 1).reshape(-1)[:_MOST] for place in _places(tensor.shape)]
-    return _text(torch.stack(rows))
+    places = _places(tensor.shape)
+    if isinstance(tensor, PlainTensor) and tensor.row_reader is None:  # each row would read all of it
+        complete = tensor.read()
+        rows = [complete[place] for place in places]
+    else:
+        rows = [tensor.rows(place, place + 1) for place in places]
+    return _text(torch.stack([row.reshape(-1)[:_MOST] for row in rows]))
 
 
 def _places(shape: Iterable[int]) -> list[int]:

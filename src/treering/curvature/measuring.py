@@ -197,17 +197,17 @@ def _measured(
             refuse_other(one, _described(subject, owners))
     keys = joint(owners, *({w: e.key for w, e in one.entries.items()} for one in onto))
     means = (mean for seen in chain([first], watched) for mean in seen.means(subject.groups))
-    found = fingerprints(subject.model, owners)
+    measured_weights = fingerprints(subject.model, owners)
     if to is None:
         tensors: dict[str, Tensor] = {}
         counts: dict[str, Counts] = {}
         for owner, mean, count in means:
             for key in _keys_of(owner, owners, keys):
                 tensors[key], counts[key] = added(key, onto, mean.clone() if onto else mean, count)
-        return in_memory(subject.anatomy.model_type, tensors, keys, counts, tuple(rings), found)
+        return in_memory(subject.anatomy.model_type, tensors, keys, counts, tuple(rings), measured_weights)
     shapes = {key: sizes(subject.anatomy)[key] for key in dict.fromkeys(keys.values())}
     with writing(Path(to), shapes, subject.anatomy.model_type, keys, rings) as writer:
-        writer.fingerprints = found
+        writer.fingerprints = measured_weights
         for owner, mean, count in means:
             for key in _keys_of(owner, owners, keys):
                 writer.add(key, partial(added, key, onto, mean.clone() if onto else mean, count))

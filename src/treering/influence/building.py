@@ -91,13 +91,13 @@ def build(
 def _is_complete(folder: Path, recipe: IndexRecipe, ids: Sequence[Sequence[str]]) -> bool:
     """Return whether the folder has the index of these documents already. A collective: rank 0 looks."""
 
-    def found() -> bool:
+    def on_disk() -> bool:
         if not is_first() or not folder.is_dir() or in_folder(folder, NAME) is None:
             return False
         index = open_index(folder)
         return index.recipe.digest == recipe.digest and list(index.all_ids()) == [name for one in ids for name in one]
 
-    return bool(together(found, f"opening {folder}")[0])
+    return bool(together(on_disk, f"opening {folder}")[0])
 
 
 def lengths_of(documents: Sequence[Document]) -> NDArray[np.int32]:
