@@ -172,12 +172,12 @@ def decays(
                     settings=("techniques.osft.keep_initial", "train.optimizer.weight_decay"),
                 )
             apart = _apart(optimizer, group)
-            rate = float(group["weight_decay"]) * (float(group["lr"]) if apart else _gradient_sign(optimizer, group))
+            rate = float(group["weight_decay"]) * (float(group["lr"]) if apart else _gradient_factor(optimizer, group))
             rates |= dict.fromkeys(decayed, (rate, apart))
     return rates
 
 
-def _gradient_sign(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
+def _gradient_factor(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
     """Return what a gradient is multiplied by after this: decay is added to −g where an objective is maximized, and a
     gradient scaler leaves it to a fused optimizer to divide g by its scale."""
     scale = getattr(optimizer, "grad_scale", None)
