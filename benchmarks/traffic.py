@@ -103,12 +103,21 @@ def pretended(ranks: int, rank: int = 0) -> Iterator[None]:
 
 
 def of_a_step(
-    config: Any, techniques: Sequence[Any], ranks: int, *, rank: int = 0, shapes_only: bool = True
+    config: Any,
+    techniques: Sequence[Any],
+    ranks: int,
+    *,
+    rank: int = 0,
+    shapes_only: bool = True,
+    statistics: bool = False,
 ) -> Traffic:
     """One micro-batch, one step, of a model with `config` under `techniques`; phases `model`, `gradients`, `step`.
 
     The second of two steps: what is kept from the first one (`communication: cached`) is there. A small model is
     counted faster with memory than as shapes.
+
+    Args:
+        statistics: it was measured, so that it is known which weights read the same inputs.
     """
     from transformers import AutoModelForCausalLM
 
@@ -119,13 +128,34 @@ def of_a_step(
     with pretended(ranks, rank):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        plan = draft(model, techniques, mesh=mesh(device="cpu"), weights=False)
+        known = measured(model) if statistics else None
+        plan = draft(model, techniques, mesh=mesh(device="cpu"), weights=False, statistics=known)
         with FakeTensorMode(allow_non_fake_inputs=True) if shapes_only else nullcontext(), recorder:
             plan.model.to_empty(device="cpu")
             for _ in range(2):
                 recorder.traffic = Traffic()
                 _step(plan, recorder)
     return recorder.traffic
+
+
+def measured(model: Any) -> Any:
+    """Return statistics without values: q, k and v read the same inputs, and so do gate and up."""
+    from treering.anatomy import examine
+    from treering.curvature.entry import Entry
+    from treering.curvature.statistics import Ring, Statistics, sizes
+
+    first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    entries = {}
+    for weight, shape in sizes(examine(model)).items():
+        module = weight.split(".")[-2]
+        key = weight.replace(module, first.get(module, module))
+        entries[weight] = Entry(key=key, tokens=4 * shape[-1], shape=shape, digest="")
+    return Statistics(
+        model_type="llama",
+        entries=entries,
+        rings=(Ring(name="none", tokens=1),),
+        read=lambda entry: torch.empty(entry.shape, device="meta"),
+    )
 
 
 def _step(plan: Any, recorder: Recorder) -> None:

@@ -138,6 +138,8 @@ class Part:
         join: (tensors, below) → the plain weight as the parts up to this one reproduce it.
         reads_weight: False: `split` needs shape and seed only (an adapter that starts at zero); nothing is cached.
         moves_base: `split` also returns the plain parameter's new value.
+        writes_base: The plain parameter changes while the model trains, although no optimizer steps it: a checkpoint
+            holds it.
         keeps_base: False: the plain parameter no longer exists.
         independent_rows: Row i of every own tensor depends on row i of the weight alone.
         compute_dtype: Pins storage and arithmetic against mixed precision.
@@ -161,6 +163,7 @@ class Part:
     join: "Callable[[Mapping[str, Tensor], Tensor], Tensor]"
     reads_weight: bool = True
     moves_base: bool = False
+    writes_base: bool = False
     keeps_base: bool = True
     independent_rows: bool = False
     compute_dtype: "torch.dtype | None" = None

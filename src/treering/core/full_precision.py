@@ -64,6 +64,18 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return _SplitProduct.apply(a, b)
 
 
+def rounded_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b in the dtype of a, for b in bfloat16. On a card a is rounded as well, and the sum is float32.
+
+    For a step that is projected: its rounding is projected with it, so that nothing gets past the projection.
+    """
+    if not a.is_cuda or a.dtype != torch.float32:
+        return a @ b.to(a.dtype)
+    if a.ndim > 2 and b.ndim == 2:
+        return _wide(a.reshape(-1, a.shape[-1]).bfloat16(), b).view(*a.shape[:-1], b.shape[-1])
+    return _wide(a.bfloat16(), b)
+
+
 class _SplitProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:

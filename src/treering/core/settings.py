@@ -1,8 +1,10 @@
-"""Former names of settings: a field of a settings dataclass declares the names that it had before.
+"""Settings that were renamed or added: a field of a settings dataclass declares what earlier versions wrote.
 
     damping: float = field(default=0.01, metadata={FORMERLY: ("soften",)})
+    precision: str = field(default="bfloat16", metadata={BEFORE: "float32"})
 
-Configuration files and checkpoints that were written with a former name are still read; constructors refuse it.
+Configuration files and checkpoints that were written with a former name are still read; constructors refuse it. A
+checkpoint without a setting is one of a run that did what its value `BEFORE` does.
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ from typing import Any, TypeVar
 from treering.core.errors import ConfigError
 
 FORMERLY = "formerly"  # the key in a field's metadata; its value is a tuple of names
+BEFORE = "before"  # the key in a field's metadata; its value is what was done before there was the setting
 T = TypeVar("T")
 
 
@@ -23,10 +26,14 @@ def former_names(cls: type) -> dict[str, str]:
 
 
 def with_current_names(cls: type, text: str) -> str:
-    """Return `text`, the repr of an instance of `cls` that an earlier version wrote, with today's names."""
+    """Return `text`, the repr of an instance of `cls` that an earlier version wrote, as today's version writes it: with
+    today's names, and with settings that did not exist."""
     if text.startswith(f"{cls.__name__}("):
         for former, name in former_names(cls).items():
             text = re.sub(rf"(?<=[( ]){former}=", f"{name}=", text)
+        for f in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
+            if BEFORE in f.metadata and not re.search(rf"[( ]{f.name}=", text):
+                text = f"{text[:-1]}, {f.name}={f.metadata[BEFORE]!r})"
     return text
 
 

@@ -175,7 +175,7 @@ class Plan:
         for plain_name, chain in self.chains.items():
             for part in chain.parts:
                 names.update(name for name in part.names if name not in part.copies)
-                if part.moves_base:
+                if part.moves_base or part.writes_base:
                     names.add(plain_name)
         return tuple(sorted(names))
 

@@ -1,5 +1,6 @@
 """Counted on a process group that records: what every form sends is what its formula says, on uneven shards too."""
 
+from dataclasses import replace
 from functools import cache
 from math import ceil
 
@@ -29,9 +30,9 @@ CONFIG = LlamaConfig(
 )
 
 
-def gathered(rows: int, columns: int = 1) -> int:
+def gathered(rows: int, columns: int = 1, size: int = BYTES) -> int:
     """What one rank sends on in a ring, of a tensor that is dealt by rows, each rank's padded to the same number."""
-    return (RANKS - 1) * ceil(rows / RANKS) * columns * BYTES
+    return (RANKS - 1) * ceil(rows / RANKS) * columns * size
 
 
 def summed(numbers: int) -> float:
@@ -42,11 +43,11 @@ def summed(numbers: int) -> float:
 def linears() -> tuple[Matrix, ...]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG)
-    return targets(tr.OSFT(), examine(model))
+    return targets(tr.OSFT(form="update"), examine(model))
 
 
-def counted(technique, ranks: int = RANKS, rank: int = 0, shapes_only: bool = False) -> dict[str, float]:
-    traffic = of_a_step(CONFIG, [technique, tr.Shard()], ranks, rank=rank, shapes_only=shapes_only)
+def counted(technique, ranks: int = RANKS, rank: int = 0, **more: bool) -> dict[str, float]:
+    traffic = of_a_step(CONFIG, [technique, tr.Shard()], ranks, rank=rank, **more)
     return {phase: traffic.sent(phase) for phase in ("model", "gradients", "step")}
 
 
@@ -96,22 +97,67 @@ def test_forms_that_project_where_they_compute_send_nothing_more(technique):
 
 @pytest.mark.parametrize(
     "technique",
-    [tr.OSFT(), tr.OSFT(strength="hard", ratio=0.25), tr.OSFT(protect="weights"), tr.OSFT(protect="both")],
-    ids=lambda technique: f"{technique.protect}-{technique.strength}",
+    [
+        tr.OSFT(form="update"),
+        tr.OSFT(precision="float32", form="update"),
+        tr.OSFT(strength="hard", ratio=0.25, form="update"),
+        tr.OSFT(protect="weights"),
+        tr.OSFT(protect="both"),
+    ],
+    ids=lambda technique: f"{technique.protect}-{technique.strength}-{technique.precision}",
 )
 def test_update_gathers_at_the_inputs_and_sums_at_the_outputs(technique):
-    found = counted(technique)
+    found = counted(replace(technique, communication="gather"))
     wanted = 0.0
     for target in linears():
         sides = {side.end: side for side in operator_shapes(technique, target)}
         width = target.inputs
         if at_inputs := sides.get("in"):
-            wanted += gathered(target.inputs, target.inputs if at_inputs.stored_as_matrix else at_inputs.columns)
+            soft = technique.strength == "soft" and technique.protect != "weights"
+            size = 2 if soft and technique.precision == "bfloat16" else BYTES
+            wanted += gathered(target.inputs, target.inputs if at_inputs.stored_as_matrix else at_inputs.columns, size)
             width = at_inputs.columns if at_inputs.thin and not at_inputs.stored_as_matrix else width
         if at_outputs := sides.get("out"):
             wanted += summed(at_outputs.columns * width)
     assert wanted > 0
     assert found["gradients"] == found["step"] == pytest.approx(wanted, rel=1e-12)
+
+
+def test_operators_of_weights_that_read_the_same_inputs_are_gathered_once():
+    gather = tr.OSFT(communication="gather", precision="float32", form="update")
+    alone, shared = counted(gather), counted(gather, statistics=True)
+    assert alone["step"] - shared["step"] == 3 * gathered(HIDDEN, HIDDEN)  # k, v and up
+    assert alone["gradients"] == alone["step"] and shared["gradients"] == shared["step"]
+
+
+def test_of_rows_and_operators_the_fewer_bytes_are_sent():
+    """With 4 ranks, the rows of q, k and v are fewer bytes than their operator; those of gate and up are not."""
+    ranks = 4
+    every = {
+        way: [
+            counted(
+                tr.OSFT(communication=way, precision="float32", form="update"),
+                ranks,
+                rank,
+                shapes_only=True,
+                statistics=True,
+            )
+            for rank in range(ranks)
+        ]
+        for way in ("coefficients", "gather", "cached")
+    }
+    sent = {way: sum(found["step"] for found in ranks_) for way, ranks_ in every.items()}
+    assert sent["coefficients"] < min(sent["gather"], sent["cached"])
+    by_kind = {"q": 0.0, "o": 0.0, "gate": 0.0, "down": 0.0}  # rows there and back, or one operator
+    first = {"k": "q", "v": "q", "up": "gate"}
+    for target in linears():
+        name = target.module.rpartition(".")[2].removesuffix("_proj")
+        by_kind[first.get(name, name)] += 2 * target.outputs * target.inputs * BYTES / ranks
+    wanted = 0.0
+    for name, rows in by_kind.items():
+        M = 52 if name == "down" else HIDDEN
+        wanted += (ranks - 1) / ranks * min(rows, M * M * BYTES)
+    assert sent["coefficients"] == pytest.approx(ranks * wanted, rel=1e-12)
 
 
 def test_cached_operators_stay_and_rows_go_there_and_back():
@@ -131,7 +177,9 @@ def test_fsdp_gathers_twice_and_reduces_once():
     last = gathered(HIDDEN)  # the root's, and never freed between forward and backward
     full = counted(tr.Full())["model"]
     assert full == 3 * (dense + norms + 2 * table) + 2 * last
-    update = counted(tr.OSFT())["model"]  # a frozen embedding is fetched ahead in the backward too, for nothing
+    update = counted(tr.OSFT(form="update"))[
+        "model"
+    ]  # a frozen embedding is fetched ahead in the backward too, for nothing
     assert update == 3 * dense + 2 * (norms + 2 * table) + last
 
 

@@ -38,15 +38,18 @@ class OSFT(OSFTSettings):
               not turn their inputs
     energy    of `rank: energy`: the share of the spectrum that is protected
     importance  of `rank: importance`: a and b of a + I (b − a), the share that is protected, with I of mean 1
-    form      update: W itself trains, its gradient and its step are projected; exact for every optimizer
+    form      merged: an adapter ΔW = Z Bᵀ inside the trainable directions of the inputs that is added to W after each
+              step; the forward is that of the plain model, and an optimizer has a state of the size of Z
+              update: W itself trains, its gradient and its step are projected; exact for every optimizer
               one_sided: an adapter ΔW = B Z inside the trainable directions; few parameters, W may be quantized
               core: an adapter ΔW = B Z C between trainable directions on both sides; fewest parameters, and not all
               directions that one_sided can train
               forward: W in factors, projected inside the forward; no hook, no message of its own
               factors: W in factors, gradients projected before the step and parameters after it
-    communication  of `factors`: coefficients are summed, the basis is gathered, or gathered once and kept. cached, of
-              `update`: one rank keeps a weight's complete operators, and rows are sent to it; else operators
-              are gathered
+    communication  of `factors`: coefficients are summed, the basis is gathered, or gathered once and kept. Of `update`:
+              operators are gathered (gather), or one rank keeps a weight's complete operators and rows
+              are sent to it (cached), or of the two what sends less for each weight (coefficients)
+    precision  of the operators of soft protection in form `update`, as they are stored, sent and multiplied
     compute   of the factored forms, how y = W x is computed: auto chooses by token count; all ways give equal results
     keep_initial  keep the initial weights, so that weight decay acts on the change and the leak is exact (`update`)
     targets   `all-linear`: every linear and stacked expert inside the blocks but routers; or patterns
@@ -66,7 +69,8 @@ class OSFT(OSFTSettings):
         """Return the settings as text. A checkpoint stores it and a resumed run must have the same text, so
         `unmeasured` is left out where it has no effect: runs from before that setting existed can be resumed."""
         names = [f.name for f in fields(self) if f.name != "unmeasured" or self.unmeasured == "freeze"]
-        return f"OSFT({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+        values = {name: getattr(self, name) for name in names} | {"form": self.chosen_form}
+        return f"OSFT({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
     def resolve(self, anatomy: "Anatomy", source: Any, statistics: Any) -> "OSFT":
         """Return these settings with the numbers that depend on the spectrum; missing statistics are a PlanError."""
@@ -95,7 +99,7 @@ class OSFT(OSFTSettings):
         self._check(anatomy, chosen)
         ranks = axis_size(mesh, "expert")
         stacks = [target.weight for target in chosen if target.experts is not None]
-        if ranks > 1 and stacks and self.form in FACTORED:
+        if ranks > 1 and stacks and self.chosen_form in FACTORED:
             raise PlanError(
                 f"osft: the mesh has expert={ranks}, and form {self.form} makes weights of experts from factors that "
                 f"are not assigned to ranks ({stacks[0]}); use form update, leave expert out of the mesh, or name "
@@ -107,15 +111,16 @@ class OSFT(OSFTSettings):
             weight = target.weight
             needs: tuple[Need, ...] = ("plain_weight", "own_value")
             claims.append(Claim(fqn=weight, aspect="gradient", needs=needs, setting="osft.targets"))
-            if self.form in FACTORED:
+            if self.chosen_form in FACTORED:
                 claims.append(Claim(fqn=weight, aspect="storage", setting="osft.targets"))
-            if self.form in ADDENDS:
-                claims[-1] = Claim(fqn=weight, aspect="gradient", exclusive=True, setting="osft.targets")
+            if self.chosen_form in ADDENDS:
+                held: tuple[Need, ...] = needs if self.chosen_form == "merged" else ()
+                claims[-1] = Claim(fqn=weight, aspect="gradient", exclusive=True, needs=held, setting="osft.targets")
                 claims.append(Claim(fqn=weight, aspect="addend", setting="osft.targets"))
-            if self.form in ADDENDS and target.lead:  # registered with the experts' one forward
+            if self.chosen_form in ADDENDS and target.lead:  # registered with the experts' one forward
                 own = f"{target.module}.osft_{target.leaf}"
                 claims.append(Claim(fqn=own, aspect="forward", setting="osft.targets"))
-            elif self.form != "update":
+            elif self.chosen_form != "update":
                 claims.append(Claim(fqn=target.module, aspect="forward", exclusive=False, setting="osft.targets"))
         for name in unprotected(self, anatomy, chosen):
             claims.append(Claim(fqn=name, aspect="gradient", needs=("plain_weight",), setting="osft.train"))
@@ -160,7 +165,7 @@ class OSFT(OSFTSettings):
             notes.append(f"rank {self.rank} is counted when weights are read; until then the default ratio is used")
         if others:
             notes.append(f"{len(others)} other parameters are trained without protection")
-        form = f"{self.form}, protects {self.protect}" + (f" ({self.strength})" * (self.protect != "weights"))
+        form = f"{self.chosen_form}, protects {self.protect}" + (f" ({self.strength})" * (self.protect != "weights"))
         return replace(
             applied,
             trainable=(*applied.trainable, *others),
@@ -170,11 +175,15 @@ class OSFT(OSFTSettings):
         )
 
     def _install(self, model: "nn.Module", site: Site, chosen: "Sequence[Matrix]") -> Applied:
-        if self.form == "update":
+        if self.chosen_form == "merged":
+            from treering.techniques.osft import merged_adapter
+
+            return merged_adapter.install(model, self, site, chosen)
+        if self.chosen_form == "update":
             from treering.techniques.osft.update import update_form
 
             return update_form.install(model, self, site, chosen)
-        if self.form in ADDENDS:
+        if self.chosen_form in ADDENDS:
             from treering.techniques.osft import protected_adapter
 
             return protected_adapter.install(model, self, site, chosen)

@@ -180,7 +180,9 @@ def _part(matrix: Matrix, config: "OSFTSettings", prefix: str, adapter: Protecte
         c = operators.scale(shapes, bases, some, frozen(config, statistics))
         c = c[:, None] if matrix.lead else c
         for shape in shapes:
-            Q, values = bases[shape.end]
+            basis = bases[shape.end]
+            assert not isinstance(basis, Tensor), "that is of form update"
+            Q, values = basis
             tensors[f"{prefix}.{'B' if shape.thin else 'Q'}_{shape.end}"] = Q
             tensors[f"{prefix}.values_{shape.end}"] = c * values
             if not shape.thin:

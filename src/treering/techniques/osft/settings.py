@@ -6,10 +6,10 @@ from math import inf
 from typing import Literal
 
 from treering.core.errors import ConfigError
-from treering.core.settings import FORMERLY
+from treering.core.settings import BEFORE, FORMERLY
 
 FACTORED = ("forward", "factors")
-ADDENDS = ("one_sided", "core")
+ADDENDS = ("merged", "one_sided", "core")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class OSFTSettings:
     rank: Literal["ratio", "energy", "importance"] = "ratio"
     energy: float = 0.9
     importance: tuple[float, float] = (0.1, 0.8)
-    form: Literal["update", "one_sided", "core", "forward", "factors"] = "update"
+    form: Literal["auto", "merged", "update", "one_sided", "core", "forward", "factors"] = "auto"
     communication: Literal["coefficients", "gather", "cached"] = field(
         default="coefficients", metadata={FORMERLY: ("wire",)}
     )
@@ -37,6 +37,8 @@ class OSFTSettings:
     train: tuple[str, ...] = ()
     free: Mapping[str, int] = field(default_factory=dict)
     unmeasured: Literal["refuse", "freeze", "unprotected"] = "refuse"
+    # The last one, so that texts of earlier versions, which did not have it, are completed at the end.
+    precision: Literal["bfloat16", "float32"] = field(default="bfloat16", metadata={BEFORE: "float32"})
 
     def __post_init__(self) -> None:
         for name, value in {"ratio": self.ratio, **{f"ratios.{k}": v for k, v in self.ratios.items()}}.items():
@@ -63,10 +65,23 @@ class OSFTSettings:
                 "use form one_sided, or protect: weights or both",
                 field="form",
             )
-        if self.keep_initial and self.form != "update":
+        if self.form == "merged" and self.protect != "inputs":
+            raise ConfigError(
+                f"form merged trains between all outputs and the trainable directions of inputs, which protect: "
+                f"{self.protect} does not have; use form update or one_sided",
+                field="form",
+            )
+        if self.keep_initial and self.chosen_form != "update":
             raise ConfigError(
                 f"keep_initial is for form update; form {self.form} has its change without it", field="keep_initial"
             )
+
+    @property
+    def chosen_form(self) -> Literal["merged", "update", "one_sided", "core", "forward", "factors"]:
+        """The form, after `auto` has been decided."""
+        if self.form != "auto":
+            return self.form
+        return "merged" if self.protect == "inputs" and not self.keep_initial else "update"
 
     @property
     def measured(self) -> bool:

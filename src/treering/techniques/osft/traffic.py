@@ -34,34 +34,45 @@ def of_factors(projections: "Iterable[Projection]") -> list[Message]:
 
 
 def of_update(
-    weights: Mapping[str, Tensor], operators: "Mapping[str, OperatorBuffers]", cached: "CachedOperators | None"
+    weights: Mapping[str, Tensor], operators: "Mapping[str, OperatorBuffers]", cached: "CachedOperators"
 ) -> list[Message]:
     """Return what the projections of form `update` send: operators are gathered, or rows are sent to the owners and
     back. What an owner caches was sent in the first step."""
 
     def each() -> Iterator[Message]:
-        exchanged = set(cached.owner) if cached is not None else set()
+        gathered: set[int] = set()
         for name, one in operators.items():
-            if name not in exchanged:
-                yield from _projected(one, weights[name])
-        if cached is not None:
-            for of, sent, returned in cached.exchanges(exchanged):
-                yield from _messages("all_to_all", of, sent, "rows")
-                yield from _messages("all_to_all", of, returned, "rows")
+            if name not in cached.owner:
+                yield from _projected(one, weights[name], gathered)
+        for weight, sent, returned in cached.exchanges():
+            yield from _messages("all_to_all", weight, sent, "rows")
+            yield from _messages("all_to_all", weight, returned, "rows")
 
     return _merged(each())
 
 
-def _projected(operators: "OperatorBuffers", weight: Tensor) -> Iterator[Message]:
-    """Yield the messages of one pass over one weight: see `OperatorBuffers.project`. Experts need none."""
+def of_merging(factors: "Iterable[Tensor]") -> list[Message]:
+    """Return what form `merged` sends after a step: the factor of each step that acts on columns is gathered."""
+    messages = [message for factor in factors for message in _gathered(factor)]
+    return _merged(messages, times=1)
+
+
+def _projected(operators: "OperatorBuffers", weight: Tensor, gathered: set[int]) -> Iterator[Message]:
+    """Yield the messages of one pass over one weight: see `OperatorBuffers.project`. Experts need none.
+
+    Args:
+        gathered: whose operators are there already, for weights that share them; this weight's are added.
+    """
     if weight.ndim != 2:
         return
     width = weight.shape[1]
     columns = operators.shapes.get(operators.columns)
     if columns is not None:
         name = operators.basis(operators.columns)
-        yield from _gathered(operators.buffer(name))
-        if columns.rest == 0 and name.startswith("Q_"):
+        if id(operators.source) not in gathered:
+            gathered.add(id(operators.source))
+            yield from _gathered(operators.buffer(name))
+        if columns.rest == 0 and name == f"Q_{columns.end}":
             width = columns.columns
     if operators.rows in operators.shapes:
         basis = operators.buffer(operators.basis(operators.rows))
@@ -88,11 +99,11 @@ def _messages(kind: Collective, value: Tensor, size: int, content: str, axis: in
             yield Message(kind=kind, axes=axes, ranks=mesh.size(one), bytes=size, calls=1, content=content)
 
 
-def _merged(messages: Iterable[Message]) -> list[Message]:
-    """Return the messages of both passes, those of one kind as one."""
+def _merged(messages: Iterable[Message], times: int = PASSES) -> list[Message]:
+    """Return the messages of so many passes, those of one kind as one."""
     sums: dict[tuple[str, tuple[str, ...], str], Message] = {}
     for one in messages:
         key = one.kind, one.axes, one.content
         so_far = sums.get(key, replace(one, bytes=0, calls=0))
-        sums[key] = replace(so_far, bytes=so_far.bytes + PASSES * one.bytes, calls=so_far.calls + PASSES * one.calls)
+        sums[key] = replace(so_far, bytes=so_far.bytes + times * one.bytes, calls=so_far.calls + times * one.calls)
     return list(sums.values())

@@ -93,6 +93,6 @@ def test_an_expert_that_saw_nothing_is_held_nowhere():
 def test_results_that_were_prepared_by_earlier_versions_are_still_found():
     """The text by which they are found, as it was written when the first were prepared."""
     shape = OperatorShape(end="in", size=5, columns=3, thin=False, source="inputs", soft=True)
-    assert identity(OSFT(), (shape,)) == (
+    assert identity(OSFT(form="update"), (shape,)) == (
         "osft update soften 0.01 (Side(end='in', size=5, columns=3, thin=False, source='inputs', soft=True),)"
     )

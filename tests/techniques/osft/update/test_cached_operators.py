@@ -23,7 +23,7 @@ from treering.techniques.osft.update.operator_buffers import OperatorBuffers
 from treering.techniques.osft.update.update_steps import UpdateSteps
 
 CASES = {
-    "inputs": tr.OSFT(communication="cached"),
+    "inputs": tr.OSFT(communication="cached", form="update"),
     "both": tr.OSFT(communication="cached", protect="both", strength="hard", ratio=0.3),
     "weights": tr.OSFT(communication="cached", protect="weights", ratio=0.3, keep_initial=True),
 }
@@ -90,13 +90,13 @@ SHAPES = {
     "experts": (3, 4, torch.float64),
 }
 PROTECTED = {
-    "wide": tr.OSFT(),
-    "one row": tr.OSFT(strength="hard", ratio=0.5),
+    "wide": tr.OSFT(form="update"),
+    "one row": tr.OSFT(strength="hard", ratio=0.5, form="update"),
     "high": tr.OSFT(protect="weights", ratio=0.3),
     "single": tr.OSFT(protect="both", ratio=0.5),
     "another single": tr.OSFT(protect="weights", ratio=0.7),
-    "whole": tr.OSFT(),
-    "idle": tr.OSFT(),
+    "whole": tr.OSFT(form="update"),
+    "idle": tr.OSFT(form="update"),
     "experts": tr.OSFT(protect="both", ratio=0.5),
 }
 
@@ -158,7 +158,7 @@ def _random(side: OperatorShape, lead: tuple[int, ...]):
 
 def odd(sharding):
     model = Odd(sharding)
-    steps = UpdateSteps(model, list(SHAPES), model.held, keep_initial=False, cached=True)
+    steps = UpdateSteps(model, list(SHAPES), model.held, keep_initial=False, communication="cached")
     calls: Counter[str] = Counter()
     plain = dist.all_to_all_single
 
@@ -223,9 +223,11 @@ def cost(N, M, config):
 def test_the_costliest_weights_are_assigned_first_and_ranks_are_level():
     """Llama-8B. A projection costs N M² where P is kept, and 2 N M k with k columns of Q."""
     shapes = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
-    assert all(cost(N, M, tr.OSFT()) == N * M * M for N, M in shapes)
-    assert cost(1024, 4096, tr.OSFT(strength="hard", ratio=0.25)) == 2 * 1024 * 4096 * 1024
-    costs = {f"{layer}.{i}": cost(N, M, tr.OSFT()) for layer in range(32) for i, (N, M) in enumerate(shapes)}
+    assert all(cost(N, M, tr.OSFT(form="update")) == N * M * M for N, M in shapes)
+    assert cost(1024, 4096, tr.OSFT(strength="hard", ratio=0.25, form="update")) == 2 * 1024 * 4096 * 1024
+    costs = {
+        f"{layer}.{i}": cost(N, M, tr.OSFT(form="update")) for layer in range(32) for i, (N, M) in enumerate(shapes)
+    }
     for ranks in (1, 2, 3, 8, 24, 64, 1024):
         load: Counter[int] = Counter()
         for name, owner in assign(costs, ranks).items():

@@ -9,6 +9,7 @@ from tests.techniques.osft.measured import moments
 from tests.toy import rows, train, weights
 from tests.zoo import build
 from treering.techniques.osft import reference
+from treering.techniques.osft.protection.soft import soft_operator
 from treering.techniques.osft.protection.targets import targets, trainable
 
 STEPS = [rows(2, seed=i) for i in range(4)]
@@ -42,6 +43,11 @@ def dense(run, config, statistics, before):
             if soft and config.ratio is None and config.form == "update":
                 held = target.inputs
             into = reference.protect_softly(A, held, config.damping) if soft else reference.protect_hard(A, held)
+            if soft and held == target.inputs and not target.transposed and config.form == "update":
+                ours = soft_operator(A, config.damping)
+                size = ours.flatten(-2).norm(dim=-1) / into.flatten(-2).norm(dim=-1)
+                assert float((size - 1).abs().max()) < 0.1  # the scale comes from a few rounds of power iteration
+                into = into * size[..., None, None]
         found[target.weight] = target, out, into
     return found
 
@@ -49,11 +55,11 @@ def dense(run, config, statistics, before):
 CASES = [
     tr.OSFT(protect="weights", ratio=0.25),
     tr.OSFT(protect="weights", ratio=0.75),
-    tr.OSFT(protect="inputs", strength="hard", ratio=0.25),
-    tr.OSFT(protect="inputs", strength="hard", ratio=0.6),
-    tr.OSFT(protect="inputs", ratio=0.4),
+    tr.OSFT(protect="inputs", strength="hard", ratio=0.25, form="update"),
+    tr.OSFT(protect="inputs", strength="hard", ratio=0.6, form="update"),
+    tr.OSFT(protect="inputs", ratio=0.4, form="update"),
     tr.OSFT(protect="both", ratio=0.3, damping=0.1),
-    tr.OSFT(),
+    tr.OSFT(form="update"),
 ]
 
 
@@ -89,7 +95,7 @@ def test_nothing_leaks_into_what_is_held(config, kind):
 
 
 def test_leak_is_what_it_says():
-    run, statistics = composed(tr.OSFT(protect="inputs", strength="hard", ratio=0.5, keep_initial=True))
+    run, statistics = composed(tr.OSFT(protect="inputs", strength="hard", ratio=0.5, keep_initial=True, form="update"))
     before = weights(run)
     train(run, STEPS, torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
     with torch.no_grad():
@@ -225,13 +231,13 @@ def test_the_clipped_norm_is_that_of_the_projected_gradient():
 
 def test_bad_input_is_told_what_to_write():
     with pytest.raises(tr.PlanError, match="treering measure"):
-        tr.compose(build("llama"), [tr.OSFT()])
+        tr.compose(build("llama"), [tr.OSFT(form="update")])
     with pytest.raises(tr.PlanError, match="measured on another model"):
-        other = moments(build("llama"), tr.OSFT())
+        other = moments(build("llama"), tr.OSFT(form="update"))
         wrong = {name: {"inputs": m["inputs"][:-1, :-1]} for name, m in other.items()}
-        tr.compose(build("llama"), [tr.OSFT()], statistics=wrong)
+        tr.compose(build("llama"), [tr.OSFT(form="update")], statistics=wrong)
     with pytest.raises(tr.PlanError, match="nothing on the inputs"):
-        tr.compose(build("llama"), [tr.OSFT()], statistics={})
+        tr.compose(build("llama"), [tr.OSFT(form="update")], statistics={})
     with pytest.raises(tr.PlanError, match="to float32"):
         tr.compose(build("llama", dtype=torch.bfloat16), [tr.OSFT(protect="weights")])
     with pytest.raises(tr.PlanError, match="is not a linear layer"):
@@ -244,7 +250,7 @@ def test_bad_input_is_told_what_to_write():
         tr.OSFT(damping=float("inf"))
     with pytest.raises(tr.PlanError, match="outside the blocks, where no inputs are measured"):
         untied = build("llama", tied=False)
-        tr.compose(untied, [tr.OSFT(targets=("lm_head",))], statistics=moments(untied, tr.OSFT()))
+        tr.compose(untied, [tr.OSFT(targets=("lm_head",))], statistics=moments(untied, tr.OSFT(form="update")))
 
 
 def test_what_is_trained_besides_is_named(tmp_path):
@@ -396,7 +402,10 @@ def test_what_was_measured_nowhere_is_held_nowhere():
     from dataclasses import replace
 
     free = {"unmeasured": "unprotected"}
-    for config in (tr.OSFT(strength="hard", ratio=0.5, **free), tr.OSFT(rank="energy", energy=0.8, **free)):
+    for config in (
+        tr.OSFT(strength="hard", ratio=0.5, **free, form="update"),
+        tr.OSFT(rank="energy", energy=0.8, **free, form="update"),
+    ):
         model = build("qwen3_moe", dtype=torch.float64)
         statistics = {name: dict(found) for name, found in moments(model, config).items()}
         empty = "model.layers.0.mlp.experts.gate_up_proj"
@@ -412,7 +421,7 @@ def test_what_was_measured_nowhere_is_held_nowhere():
 def partly_measured(empty, experts=(1,)):
     """A mixture, and statistics in which some experts of `empty` stacks saw no token."""
     model = build("qwen3_moe", dtype=torch.float64)
-    statistics = {name: dict(found) for name, found in moments(model, tr.OSFT()).items()}
+    statistics = {name: dict(found) for name, found in moments(model, tr.OSFT(form="update")).items()}
     for name in empty:
         statistics[name]["inputs"][list(experts)] = 0.0
         count = statistics[name]["tokens"].expand(4).clone()
@@ -427,7 +436,7 @@ EMPTY = [f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down
 def test_experts_that_saw_no_token_are_refused_by_name():
     model, statistics = partly_measured(EMPTY, experts=(1, 3))
     with pytest.raises(tr.PlanError) as caught:
-        tr.compose(model, [tr.OSFT()], statistics=statistics)
+        tr.compose(model, [tr.OSFT(form="update")], statistics=statistics)
     text = str(caught.value)
     assert "4 of 24 matrices" in text and f"{EMPTY[0]}, experts 1, 3 and 1 more weights" in text
     assert "treering measure --tokens N" in text and "freeze" in text and "unprotected" in text
@@ -436,7 +445,11 @@ def test_experts_that_saw_no_token_are_refused_by_name():
     tr.compose(model, [others], statistics=statistics)
 
 
-@pytest.mark.parametrize("config", [tr.OSFT(), tr.OSFT(strength="hard", ratio=0.5), tr.OSFT(protect="both")], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [tr.OSFT(form="update"), tr.OSFT(strength="hard", ratio=0.5, form="update"), tr.OSFT(protect="both")],
+    ids=str,
+)
 @pytest.mark.parametrize("anchor", [False, True])
 def test_unmeasured_experts_can_be_frozen(config, anchor):
     from dataclasses import replace
@@ -465,7 +478,7 @@ def test_unmeasured_experts_can_be_frozen(config, anchor):
 
 def test_unmeasured_experts_can_learn_unprotected_and_are_counted():
     model, statistics = partly_measured(EMPTY)
-    run = tr.compose(model, [tr.OSFT(unmeasured="unprotected")], statistics=statistics)
+    run = tr.compose(model, [tr.OSFT(unmeasured="unprotected", form="update")], statistics=statistics)
     assert "2 of 24 matrices saw no token and are trained without protection" in run.explain()
 
 
@@ -473,7 +486,7 @@ def test_unmeasured_experts_can_learn_unprotected_and_are_counted():
 def test_a_linear_that_saw_no_token_is_refused_or_frozen(form):
     model = build("llama", dtype=torch.float64)
     name = "model.layers.1.mlp.down_proj.weight"
-    statistics = {n: dict(found) for n, found in moments(model, tr.OSFT()).items()}
+    statistics = {n: dict(found) for n, found in moments(model, tr.OSFT(form="update")).items()}
     statistics[name] = {"inputs": torch.zeros_like(statistics[name]["inputs"]), "tokens": torch.tensor(0)}
     with pytest.raises(tr.PlanError, match=f"1 of 14 matrices \\({name}\\)"):
         tr.compose(model, [tr.OSFT(form=form)], statistics=statistics)
@@ -490,7 +503,7 @@ def test_a_measurement_of_no_token_is_refused_whatever_is_set(unmeasured, protec
     model = build("llama", dtype=torch.float64)
     empty = {
         name: {"inputs": torch.zeros_like(found["inputs"]), "tokens": torch.tensor(0)}
-        for name, found in moments(model, tr.OSFT()).items()
+        for name, found in moments(model, tr.OSFT(form="update")).items()
     }
     with pytest.raises(tr.PlanError, match="measured on no token at all"):
         tr.compose(model, [tr.OSFT(protect=protect, unmeasured=unmeasured)], statistics=empty)
@@ -500,7 +513,7 @@ def test_a_thin_measurement_is_warned_about_with_how_much_would_do():
     model = build("llama")
     ids = torch.randint(3, 128, (1, 100))
     statistics = tr.measure(model, [{"input_ids": ids}])
-    run = tr.compose(model, [tr.OSFT()], statistics=statistics)
+    run = tr.compose(model, [tr.OSFT(form="update")], statistics=statistics)
     [warning] = run.plan.applied[0].warnings
     assert "14 of 14 weights were measured on fewer than 4 tokens for each input dimension" in warning
     assert "down_proj.weight, 100 tokens for 48 inputs)" in warning and "About 192 tokens would do" in warning
@@ -508,7 +521,7 @@ def test_a_thin_measurement_is_warned_about_with_how_much_would_do():
     enough = tr.measure(
         build("llama"), [{"input_ids": torch.randint(3, 128, (2, 96)), "attention_mask": torch.ones(2, 96)}]
     )
-    run = tr.compose(build("llama"), [tr.OSFT()], statistics=enough)
+    run = tr.compose(build("llama"), [tr.OSFT(form="update")], statistics=enough)
     assert run.plan.applied[0].warnings == ()
     assert "14 weights train as they are: 14 are protected" in run.explain()
     [few] = (
@@ -519,9 +532,11 @@ def test_a_thin_measurement_is_warned_about_with_how_much_would_do():
 
 def test_a_run_that_was_begun_before_there_was_the_setting_is_the_same_run():
     """Checkpoints know their techniques by this text."""
-    assert repr(tr.OSFT()) == repr(tr.OSFT(unmeasured="unprotected")) and "unmeasured" not in repr(tr.OSFT())
-    assert "unmeasured='freeze'" in repr(tr.OSFT(unmeasured="freeze"))
-    assert repr(tr.OSFT()).startswith("OSFT(protect='inputs', strength='soft', damping=0.01, ratio=None, ")
+    assert repr(tr.OSFT(form="update")) == repr(
+        tr.OSFT(unmeasured="unprotected", form="update")
+    ) and "unmeasured" not in repr(tr.OSFT(form="update"))
+    assert "unmeasured='freeze'" in repr(tr.OSFT(unmeasured="freeze", form="update"))
+    assert repr(tr.OSFT(form="update")).startswith("OSFT(protect='inputs', strength='soft', damping=0.01, ratio=None, ")
 
 
 def test_weights_without_protection_are_counted():

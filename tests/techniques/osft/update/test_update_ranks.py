@@ -15,12 +15,12 @@ from tests.zoo import build
 
 CONFIGS = {
     "weights": tr.OSFT(protect="weights", ratio=0.3, keep_initial=True),
-    "inputs": tr.OSFT(),
-    "inputs, a tail": tr.OSFT(ratio=0.4),
+    "inputs": tr.OSFT(form="update"),
+    "inputs, a tail": tr.OSFT(ratio=0.4, form="update"),
     "both": tr.OSFT(protect="both", strength="hard", ratio=0.3),
     "almost closed": tr.OSFT(protect="weights", ratio=0.05),  # one free direction: most ranks hold no row of it
     "almost open": tr.OSFT(protect="weights", ratio=0.97),
-    "frozen experts": tr.OSFT(unmeasured="freeze"),
+    "frozen experts": tr.OSFT(unmeasured="freeze", form="update"),
     "one_sided": tr.OSFT(protect="both", ratio=0.3, form="one_sided"),
     "core": tr.OSFT(protect="weights", ratio=0.3, form="core"),
 }

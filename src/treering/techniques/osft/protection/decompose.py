@@ -28,7 +28,7 @@ def _wide(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return eigenvectors U of W Wᵀ, S, and V = Wᵀ U / S, in the precision that the smallest S requires."""
     device, dtype = W.device, W.dtype
     with full_precision():
-        wide = W.to(_accelerator()).double()
+        wide = W.to(accelerator()).double()
         values, U = torch.linalg.eigh(wide @ wide.mT)
         U, S = U.flip(-1), values.flip(-1).clamp_min(0).sqrt()
         least = float((S[..., -1:] / S[..., :1].clamp_min(1e-300)).min()) if S.numel() else 1.0
@@ -56,7 +56,7 @@ def _orthonormal(US: Tensor) -> Tensor:
 @torch.no_grad()
 def eigen(A: Tensor) -> tuple[Tensor, Tensor]:
     """Return (values descending and not negative […, M], Q […, M, M]) of a second moment, in float64."""
-    values, Q = torch.linalg.eigh(A.to(_accelerator()).double())
+    values, Q = torch.linalg.eigh(A.to(accelerator()).double())
     return values.flip(-1).clamp_min(0).to(A.device), Q.flip(-1).to(A.device)
 
 
@@ -71,7 +71,8 @@ def finite(W: Tensor, matrix: Matrix) -> Tensor:
     return W
 
 
-def _accelerator() -> torch.device:
+def accelerator() -> torch.device:
+    """Return the device on which matrices are decomposed."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -18,7 +18,7 @@ from treering.techniques.osft.protection.decompose import finite, moment, svd
 if TYPE_CHECKING:
     from treering.techniques.osft.settings import OSFTSettings
 
-OF_WEIGHTS, OF_INPUTS = 0.25, 0.5  # the trainable ratio where the user writes none
+OF_WEIGHTS, OF_INPUTS, OF_MERGED = 0.25, 0.5, 0.375  # the trainable ratio where the user writes none
 
 _Settings = TypeVar("_Settings", bound="OSFTSettings")
 
@@ -67,7 +67,8 @@ def trainable(config: "OSFTSettings", matrix: Matrix) -> int:
         return config.free[matrix.weight]
     ratio = written_ratio(config, matrix)
     if ratio is None:
-        ratio = OF_WEIGHTS if config.protect == "weights" else OF_INPUTS
+        of_inputs = OF_MERGED if config.chosen_form == "merged" else OF_INPUTS
+        ratio = OF_WEIGHTS if config.protect == "weights" else of_inputs
     return floor(ratio, directions(config, matrix))
 
 
@@ -87,7 +88,7 @@ def written_ratio(config: "OSFTSettings", matrix: Matrix) -> float | None:
 
 def soft_everywhere(config: "OSFTSettings", matrix: Matrix) -> bool:
     """Return whether every direction is protected by its own use: soft protection without a number of directions."""
-    softly = config.strength == "soft" and config.protect != "weights" and config.form == "update"
+    softly = config.strength == "soft" and config.protect != "weights" and config.chosen_form == "update"
     return softly and written_ratio(config, matrix) is None and matrix.weight not in config.free
 
 

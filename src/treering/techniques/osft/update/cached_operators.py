@@ -1,24 +1,25 @@
-"""`communication: cached` of form `update`: rows are sent to operators instead of operators to rows.
+"""Rows are sent to operators instead of operators to rows, where that sends less, or everywhere (`cached`).
 
-Each weight has one owner among the ranks that share its rows, which keeps its complete operators, and multiplies:
+Each such weight has one owner among the ranks that share its rows, which keeps its complete operators, and multiplies.
+Weights that share their operators have the same owner. A rank sends, in a pass over weights of N × M that share them,
 
-    gathered   (P − 1)/P · M k            numbers of the operator, however many ranks there are
-    cached     2 (P − 1)/P · N M / P      of the rows, there and back
+    gathered   (P − 1)/P · M k              numbers of the operator, however many ranks there are
+    owned      2 (P − 1)/P · Σ N M / P      of the rows, there and back
 
-a pass, that each rank sends. In a round a rank owns at most one weight: one exchange sends the rows of all of the
-round's weights to their owners, and another one returns them. During a round a rank holds one complete weight and its
-projection; at all times, a second copy of its share of the operators.
+In a round a rank owns at most one weight: one exchange sends the rows of all of the round's weights to their owners,
+and another one returns them. During a round a rank holds one complete weight and its projection; at all times, a second
+copy of its share of the operators.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from treering.core.owners import MatrixRows, RowExchange, assign
-from treering.core.sharded import Groups, TensorCache, row_groups
-from treering.techniques.osft.protection.operators import End
+from treering.core.sharded import TensorCache, row_groups
 from treering.techniques.osft.update.operator_buffers import OperatorBuffers, ProjectedRows, project_all
 
 
@@ -27,29 +28,44 @@ class CachedOperators:
 
     They are gathered from the buffers of `operators` at first use, are no part of any state, and are gathered again
     when the buffers were replaced or written to.
+
+    Args:
+        names: of the weights whose rows are sent, if they are sharded. The others' operators are gathered.
     """
 
-    def __init__(self, operators: Mapping[str, OperatorBuffers], weights: Mapping[str, Tensor]):
+    def __init__(
+        self,
+        operators: Mapping[str, OperatorBuffers],
+        weights: Mapping[str, Tensor],
+        names: Collection[str],
+    ):
         self.operators, self.weights = operators, weights
-        self._groups = {name: groups[0] for name, groups in _exchanged(operators, weights).items()}
-        self.owner: dict[str, int] = {}  # a rank in the weight's own group; the costliest weight first
+        self._groups = {name: group for name, group in exchangeable(operators, weights).items() if name in names}
+        self.owner: dict[str, int] = {}  # a rank in the weight's own group; the costliest first
         for group in dict.fromkeys(self._groups.values()):
-            costs = {name: float(operators[name].cost) for name, of in self._groups.items() if of is group}
-            self.owner |= assign(costs, dist.get_world_size(group))
-        self._cache = {name: TensorCache() for name in self.owner}  # of bases by end; empty for other ranks' weights
+            costs: dict[str, float] = {}
+            for name in (name for name, of in self._groups.items() if of is group):
+                costs[self._source(name)] = costs.get(self._source(name), 0.0) + operators[name].cost
+            owners = assign(costs, dist.get_world_size(group))
+            members = {source: [n for n in self._groups if self._source(n) == source] for source in owners}
+            self.owner |= {name: owner for source, owner in owners.items() for name in members[source]}
+        # Complete buffers by name, kept for the weight that stores them; empty for other ranks' weights.
+        self._cache = {self._source(name): TensorCache() for name in self.owner}
 
     @torch.no_grad()
     def project_all(self, tasks: Mapping[str, ProjectedRows]) -> None:
         """Replace each X by P_out X P_in. A collective; the same names on all ranks."""
-        self._refresh([name for name in tasks if name in self.owner])
-        for names in self.rounds(tasks):
+        owned = [name for name in tasks if name in self.owner]
+        self._refresh({self._source(name) for name in owned})
+        for names in self.rounds(owned):
             exchange = self._exchange({n: MatrixRows(tasks[n].X, tasks[n].weight.shape[0]) for n in names})
             complete = exchange.collect()
             if complete is not None:
                 name = self._owned(names)
-                complete = self.operators[name].project_complete(complete, self._cache[name].value)
+                bases = self._cache[self._source(name)].value
+                complete = self.operators[name].project_complete(complete, bases)
             exchange.deliver(complete)
-        project_all(task for name, task in tasks.items() if name not in self.owner)
+        project_all((task for name, task in tasks.items() if name not in owned))
 
     def rounds(self, names: Iterable[str]) -> Iterator[list[str]]:
         """Yield the names that are exchanged together: of a round each rank owns at most one, its costliest first."""
@@ -63,23 +79,24 @@ class CachedOperators:
                 rounds.setdefault((alike, number), []).append(name)
         yield from rounds.values()
 
-    def exchanges(self, names: Iterable[str]) -> Iterator[tuple[Tensor, int, int]]:
-        """Yield for each round of a projection: a weight of it, and the bytes that this rank sends to others: its rows
-        of their weights, and then the rows of its own weight."""
-        for round_ in self.rounds(names):
+    def exchanges(self) -> Iterator[tuple[Tensor, int, int]]:
+        """Yield for each round of a pass: a weight of it, and the bytes that this rank sends to others: its rows of
+        their weights, and then the rows of its own weight."""
+        for round_ in self.rounds(self.owner):
             exchange = self._exchange({n: MatrixRows.of(self.weights[n]) for n in round_})
             yield self.weights[round_[0]], *exchange.sent_bytes()
 
-    def _refresh(self, names: Sequence[str]) -> None:
-        stale = [name for name in names if not self._cache[name].valid(*self._bases(name).values())]
-        complete: dict[str, dict[End, Tensor]] = {name: {} for name in stale}
+    def _refresh(self, sources: Collection[str]) -> None:
+        kept = {name: cache for name, cache in self._cache.items() if name in sources}
+        stale = [name for name, cache in kept.items() if not cache.valid(*self._bases(name).values())]
+        complete: dict[str, dict[str, Tensor]] = {name: {} for name in stale}
         for name in stale:
             self._cache[name] = TensorCache()  # free the old ones first
-        for end in ("in", "out"):
-            for round_ in self.rounds(name for name in stale if end in self.operators[name].shapes):
-                exchange = self._exchange({name: MatrixRows.of(self._bases(name)[end]) for name in round_})
+        for buffer in sorted({buffer for name in stale for buffer in self._bases(name)}):
+            for round_ in self.rounds(name for name in stale if buffer in self._bases(name)):
+                exchange = self._exchange({name: MatrixRows.of(self._bases(name)[buffer]) for name in round_})
                 if (basis := exchange.collect()) is not None:
-                    complete[self._owned(round_)][end] = basis
+                    complete[self._owned(round_)][buffer] = basis
         for name in stale:
             self._cache[name].keep(complete[name], *self._bases(name).values())
 
@@ -90,15 +107,35 @@ class CachedOperators:
         """Return the name of a round that this rank owns."""
         return next(name for name in names if self.owner[name] == dist.get_rank(self._groups[name]))
 
-    def _bases(self, name: str) -> dict[End, Tensor]:
+    def _source(self, name: str) -> str:
+        """Return the weight that stores the operators of the weight `name`."""
+        return self.operators[name].source.matrix.weight
+
+    def _bases(self, name: str) -> dict[str, Tensor]:
         operators = self.operators[name]
-        return {end: operators.buffer(operators.basis(end)) for end in operators.shapes}
+        return {basis: operators.buffer(basis) for basis in map(operators.basis, operators.shapes)}
 
 
-def _exchanged(operators: Mapping[str, OperatorBuffers], weights: Mapping[str, Tensor]) -> dict[str, Groups]:
+def exchangeable(operators: Mapping[str, OperatorBuffers], weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the process groups of the weights whose rows are on several ranks. Experts are complete on theirs."""
     return {
-        name: groups
+        name: groups[0]
         for name, weight in weights.items()
         if name in operators and operators[name].shapes and weight.ndim == 2 and len(groups := row_groups(weight)) == 1
     }
+
+
+def cheaper_as_rows(operators: Mapping[str, OperatorBuffers], weights: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of the weights whose rows are fewer bytes to send, there and back, than their operators."""
+    groups = exchangeable(operators, weights)
+    members: dict[int, list[str]] = {}
+    for name in groups:
+        members.setdefault(id(operators[name].source), []).append(name)
+    chosen: set[str] = set()
+    for names in members.values():
+        of_group, ranks = operators[names[0]], dist.get_world_size(groups[names[0]])
+        rows = 2 * sum(weights[name].numel() * weights[name].element_size() for name in names) / ranks
+        sent = [of_group.buffer(of_group.basis(end)) for end in (of_group.columns,) if end in of_group.shapes]
+        if len(of_group.shapes) == len(sent) and rows < sum(basis.numel() * basis.element_size() for basis in sent):
+            chosen |= set(names)
+    return chosen

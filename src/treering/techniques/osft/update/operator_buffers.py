@@ -6,13 +6,14 @@ step. Their rows are on the ranks that hold the same rows of the weight, so that
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from treering.anatomy.matrices import Matrix
-from treering.core.full_precision import full_precision, product
+from treering.core.full_precision import full_precision, product, rounded_product
 from treering.core.sharded import TensorCache, gather, local, meta_rows, start_gather, sum_over_rows
 from treering.technique import TrainedMatrix
 from treering.techniques.osft.protection.operators import Bases, End, Operator, OperatorShape
@@ -28,7 +29,9 @@ class OperatorBuffers(nn.Module):
     was `before` training.
 
     Args:
+        precision: of soft protection of every direction.
         freezes: a matrix of scale 0 does not learn, and its gradient is set to 0.
+        shared: operators of another weight that reads the same inputs. They are this weight's as well.
     """
 
     def __init__(
@@ -39,50 +42,73 @@ class OperatorBuffers(nn.Module):
         mesh: "DeviceMesh | None",
         *,
         keep_initial: bool,
+        precision: torch.dtype | None = None,
         freezes: bool = False,
+        shared: "OperatorBuffers | None" = None,
     ):
         super().__init__()
         self.matrix, self.freezes = matrix, freezes
-        self._complete: dict[End, TensorCache] = {}
+        self._shared = () if shared is None else (shared,)  # in a tuple, or it would be registered as a child
+        self._complete: dict[str, TensorCache] = {}
         self.shapes = {shape.end: shape for shape in shapes}
         self.hard = not any(shape.soft for shape in shapes)
-        # A soft operator lets more through than such a product rounds away; a hard one nothing.
-        self.multiply = torch.matmul if self.hard else product
         # Rows of the stored weight are sharded; of experts, complete matrices.
         self.rows: End = "in" if matrix.transposed else "out"
         self.columns: End = "out" if matrix.transposed else "in"
-        of_experts = mesh if matrix.lead else None
-        for shape in shapes:
-            if shape.end == self.columns and shape.stored_as_matrix:
-                self._add(f"P_{shape.end}", (*matrix.lead, shape.size, shape.size), dtype, mesh)
-                continue
-            self._add(f"Q_{shape.end}", (*matrix.lead, shape.size, shape.columns), dtype, mesh)
-            self._add(f"values_{shape.end}", (*matrix.lead, shape.columns), dtype, of_experts)
-        self._add("scale", matrix.lead or (1,), dtype, of_experts)
+        if shared is None:
+            self._add_operators(shapes, dtype, mesh, precision if dtype == torch.float32 else None)
         if keep_initial:
             self._add("before", matrix.shape, dtype, mesh)
+
+    def _add_operators(
+        self,
+        shapes: Sequence[OperatorShape],
+        dtype: torch.dtype,
+        mesh: "DeviceMesh | None",
+        precision: torch.dtype | None,
+    ) -> None:
+        lead, of_experts = self.matrix.lead, mesh if self.matrix.lead else None
+        for shape in shapes:
+            stored = precision if precision and shape.soft and shape.columns == shape.size else dtype
+            if shape.end == self.columns and shape.stored_as_matrix:
+                self._add(f"P_{shape.end}", (*lead, shape.size, shape.size), stored, mesh)
+                continue
+            self._add(f"Q_{shape.end}", (*lead, shape.size, shape.columns), stored, mesh)
+            self._add(f"values_{shape.end}", (*lead, shape.columns), dtype, of_experts)
+        self._add("scale", lead or (1,), dtype, of_experts)
 
     def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, mesh: "DeviceMesh | None") -> None:
         self.register_buffer(name, meta_rows(shape, dtype, mesh, experts=bool(self.matrix.lead)))
 
+    @property
+    def source(self) -> "OperatorBuffers":
+        """The operators of the weight that stores them: this one, or one that reads the same inputs."""
+        return self._shared[0] if self._shared else self
+
+    def has(self, name: str) -> bool:
+        """Return whether there is a buffer `name`, of this weight or shared."""
+        return name in self._buffers or name in self.source._buffers
+
     def buffer(self, name: str) -> Tensor:
         """Return the buffer `name` as it is stored, sharded or not."""
-        buffer = self._buffers[name]
+        buffer = self._buffers[name] if name in self._buffers else self.source._buffers[name]
         assert buffer is not None
         return buffer
 
     def basis(self, end: End) -> str:
         """Return the name of the buffer for this end: Q, or P itself where that is stored."""
-        return f"P_{end}" if f"P_{end}" in self._buffers else f"Q_{end}"
+        return f"P_{end}" if self.has(f"P_{end}") else f"Q_{end}"
 
     def values(self, prefix: str, bases: Bases) -> dict[str, Tensor]:
         """Return the buffers' first values by live name, from (Q, values) of each end."""
         tensors = {}
-        for end, (Q, values) in bases.items():
-            if f"P_{end}" in self._buffers:
-                tensors[f"{prefix}.P_{end}"] = Operator(Q, values, self.shapes[end].rest).matrix()
+        for end, basis in bases.items():
+            if isinstance(basis, Tensor):
+                tensors[f"{prefix}.P_{end}"] = basis
+            elif self.has(f"P_{end}"):
+                tensors[f"{prefix}.P_{end}"] = Operator(*basis, self.shapes[end].rest).matrix()
             else:
-                tensors |= {f"{prefix}.Q_{end}": Q, f"{prefix}.values_{end}": values}
+                tensors |= {f"{prefix}.Q_{end}": basis[0], f"{prefix}.values_{end}": basis[1]}
         return tensors
 
     @property
@@ -109,27 +135,28 @@ class OperatorBuffers(nn.Module):
             bases[self.rows] = local(self.buffer(self.basis(self.rows)))
         return self._multiply(X, bases, lambda c: c if X.ndim == 3 else sum_over_rows(c, weight))
 
-    def project_complete(self, X: Tensor, bases: Mapping[End, Tensor]) -> Tensor:
-        """Return P_out X P_in where this rank has all rows of X and of both operators."""
-        return self._multiply(X, bases, lambda c: c)
+    def project_complete(self, X: Tensor, bases: Mapping[str, Tensor]) -> Tensor:
+        """Return P_out X P_in where this rank has all rows of X and of the buffers `bases`, by name."""
+        return self._multiply(X, {end: bases[self.basis(end)] for end in self.shapes}, lambda c: c)
 
     def seen(self, end: End, expert: int | None, rows: Tensor) -> Tensor:
         """Return rows · P of inputs (`in`) or output gradients (`out`), one token a row: what the projected gradient is
         made of. A collective the first time, where operators are sharded; they are kept complete from then on."""
-        buffers = [name for name in (self.basis(end), f"values_{end}", "scale") if name in self._buffers]
-        cache = self._complete.setdefault(end, TensorCache())
+        buffers = [name for name in (self.basis(end), f"values_{end}", "scale") if self.has(name)]
+        cache = self.source._complete.setdefault(end, TensorCache())
         if not cache.valid(*map(self.buffer, buffers)):
             cache.keep({name: gather(self.buffer(name)) for name in buffers}, *map(self.buffer, buffers))
         tensors = {name: t if expert is None else t[expert] for name, t in cache.value.items()}
         X = rows.to(tensors["scale"].dtype)
         with full_precision():
-            if end in self.shapes and f"P_{end}" in tensors:
-                X = self.multiply(X, tensors[f"P_{end}"])
-            elif end in self.shapes:
-                X = Operator(tensors[f"Q_{end}"], tensors[f"values_{end}"], self.shapes[end].rest, self.multiply).right(
-                    X
-                )
+            if end in self.shapes:
+                X = self._right(X, end, tensors[self.basis(end)], tensors.get(f"values_{end}"))
         return X * (tensors["scale"] != 0) if self.freezes else X
+
+    def _right(self, X: Tensor, end: End, basis: Tensor, values: Tensor | None) -> Tensor:
+        if values is None:
+            return self._product(basis)(X, basis)
+        return Operator(basis, values, self.shapes[end].rest, self._product(basis)).right(X)
 
     def trained(self) -> tuple[TrainedMatrix, ...]:
         """Return where the inputs and output gradients of the projected gradient are seen."""
@@ -157,10 +184,10 @@ class OperatorBuffers(nn.Module):
             if isinstance(columns, Operator):
                 X = columns.inside(X) if thin else columns.right(X)
             elif columns is not None:
-                X = self.multiply(X, columns)
+                X = self._product(columns)(X, columns)
             if isinstance(rows, Operator):
                 X = rows.combine(X, sum_rows(rows.coefficients(X)))
-            X = self.multiply(X, columns.Q.mT) if isinstance(columns, Operator) and thin else X
+            X = columns.multiply(X, columns.Q.mT) if isinstance(columns, Operator) and thin else X
         if not self.freezes:
             return X
         learns = local(self.buffer("scale")).to(X.device) != 0
@@ -169,7 +196,15 @@ class OperatorBuffers(nn.Module):
     def _operator(self, end: End, basis: Tensor | None) -> Operator | Tensor | None:
         if basis is None or self.basis(end) == f"P_{end}":
             return basis
-        return Operator(basis, local(self.buffer(f"values_{end}")), self.shapes[end].rest, self.multiply)
+        values = local(self.buffer(f"values_{end}"))
+        return Operator(basis, values, self.shapes[end].rest, self._product(basis))
+
+    def _product(self, basis: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return how to multiply with `basis`: a soft operator lets more through than `product` rounds away, a hard one
+        nothing."""
+        if basis.dtype == torch.bfloat16:
+            return rounded_product
+        return torch.matmul if self.hard else product
 
 
 class ProjectedRows(NamedTuple):
@@ -182,12 +217,16 @@ class ProjectedRows(NamedTuple):
 
 @torch.no_grad()
 def project_all(tasks: Iterable[ProjectedRows]) -> None:
-    """Replace each X by P_out X P_in. A collective: the next operator is gathered while this one is multiplied."""
-    queue = list(tasks)
-    ahead = [task.operators.fetch() for task in queue[:1]]
-    for i, (operators, X, weight) in enumerate(queue):
+    """Replace each X by P_out X P_in. A collective: the next operator is gathered while this one is multiplied.
+
+    Weights that share their operators follow each other, so that each operator is gathered once.
+    """
+    groups = [list(group) for _, group in groupby(tasks, key=lambda task: id(task.operators.source))]
+    ahead = [group[0].operators.fetch() for group in groups[:1]]
+    for i, group in enumerate(groups):
         columns = ahead.pop()()
-        ahead += [task.operators.fetch() for task in queue[i + 1 : i + 2]]
-        # With offload the weight is on the host and the operators are not: they would be the larger thing to copy.
-        X.copy_(operators.project(X.to(operators.buffer("scale").device), weight, columns))
+        ahead += [later[0].operators.fetch() for later in groups[i + 1 : i + 2]]
+        for operators, X, weight in group:
+            # With offload the weight is on the host and the operators are not: they would be the larger thing to copy.
+            X.copy_(operators.project(X.to(operators.buffer("scale").device), weight, columns))
         del columns  # or it would still be in memory while the one after the next is gathered

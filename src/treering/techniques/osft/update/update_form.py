@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from treering.anatomy.matrices import Matrix
 from treering.core.errors import PlanError
+from treering.curvature import Statistics
 from treering.technique import Applied, LazyTensor, Part, Site, TrainedMatrix
 from treering.techniques.osft.protection import operators
 from treering.techniques.osft.protection.coverage import frozen
@@ -31,19 +32,17 @@ def install(model: nn.Module, config: "OSFTSettings", site: Site, chosen: Sequen
     parts: dict[str, Part] = {}
     stored: dict[str, OperatorBuffers] = {}
     dtypes = {matrix.weight: model.get_parameter(matrix.weight).dtype for matrix in chosen}
-    for weight, dtype in dtypes.items():  # all are checked before the first is changed
-        if dtype not in (torch.float32, torch.float64):
-            raise PlanError(
-                f"osft: form update steps {weight} itself, and in {str(dtype).removeprefix('torch.')} rounding would "
-                "change protected directions. Set model.dtype to float32 (with shard, compute: bfloat16 keeps the "
-                "arithmetic as it is), or use form one_sided, which does not change the weight",
-                settings=("model.dtype", "techniques.osft.form"),
-            )
+    refuse_narrow(config, dtypes)
+    first = _first_of_same_inputs(config, site, chosen, dtypes)
     for matrix in chosen:
-        if (pair := _store(model, config, site, matrix, dtypes[matrix.weight])) is not None:
-            stored[matrix.weight], parts[matrix.weight] = pair
-    cached = config.communication == "cached"
-    steps = UpdateSteps(model, list(dtypes), stored, keep_initial=config.keep_initial, cached=cached)
+        shared = stored.get(first[matrix.weight])
+        if (pair := _store(model, config, site, matrix, dtypes[matrix.weight], shared)) is not None:
+            stored[matrix.weight], part = pair
+            if part.names:
+                parts[matrix.weight] = part
+    steps = UpdateSteps(
+        model, list(dtypes), stored, keep_initial=config.keep_initial, communication=config.communication
+    )
     return Applied(
         trainable=tuple(dtypes),
         parts=parts,
@@ -53,8 +52,41 @@ def install(model: nn.Module, config: "OSFTSettings", site: Site, chosen: Sequen
         metrics=steps.metrics,
         messages=steps.messages,
         maps={m.weight: _trained(m, stored.get(m.weight)) for m in chosen},
-        notes=(_note(len(dtypes), sum(bool(buffers.shapes) for buffers in stored.values())),),
+        notes=(_note(len(dtypes), sum(bool(buffers.shapes) for buffers in stored.values()), len({*first.values()})),),
     )
+
+
+def refuse_narrow(config: "OSFTSettings", dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raise a PlanError where a weight that is to be changed has a dtype that rounds its steps away."""
+    for weight, dtype in dtypes.items():
+        if dtype not in (torch.float32, torch.float64):
+            raise PlanError(
+                f"osft: form {config.chosen_form} changes {weight} itself, and in "
+                f"{str(dtype).removeprefix('torch.')} rounding would change protected directions. Set model.dtype to "
+                "float32 (with shard, compute: bfloat16 keeps the arithmetic as it is), or use form one_sided, which "
+                "does not change the weight",
+                settings=("model.dtype", "techniques.osft.form"),
+            )
+
+
+def _first_of_same_inputs(
+    config: "OSFTSettings", site: Site, chosen: Sequence[Matrix], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, str]:
+    """Return for each weight the first one that reads the same inputs and is protected alike: q, k and v; gate and up.
+
+    The measurement knows: it has one moment for weights that see the same tensor. Operators made from a weight itself
+    are its own.
+    """
+    entries = site.statistics.entries if isinstance(site.statistics, Statistics) else {}
+    first: dict[tuple[object, ...], str] = {}
+    found = {}
+    for matrix in chosen:
+        key: tuple[object, ...] = (matrix.weight,)
+        if config.protect == "inputs" and matrix.weight in entries:
+            shapes = operators.operator_shapes(config, matrix)
+            key = entries[matrix.weight].key, shapes, matrix.lead, matrix.transposed, dtypes[matrix.weight]
+        found[matrix.weight] = first.setdefault(key, matrix.weight)
+    return found
 
 
 def _trained(matrix: Matrix, buffers: OperatorBuffers | None) -> tuple[TrainedMatrix, ...]:
@@ -67,32 +99,50 @@ def _trained(matrix: Matrix, buffers: OperatorBuffers | None) -> tuple[TrainedMa
     )
 
 
-def _note(weights: int, protected: int) -> str:
+def _note(weights: int, protected: int, operators_: int) -> str:
     bare = f", {weights - protected} are not" if protected < weights else ""
-    return f"{weights} weights train as they are: {protected} are protected{bare}"
+    shared = f", with {operators_} operators, because some read the same inputs" if operators_ < protected else ""
+    return f"{weights} weights train as they are: {protected} are protected{bare}{shared}"
 
 
 def _store(
-    model: nn.Module, config: "OSFTSettings", site: Site, matrix: Matrix, dtype: torch.dtype
+    model: nn.Module,
+    config: "OSFTSettings",
+    site: Site,
+    matrix: Matrix,
+    dtype: torch.dtype,
+    shared: OperatorBuffers | None,
 ) -> tuple[OperatorBuffers, Part] | None:
+    """Put the operators of a weight into its module, or none of its own where they are `shared`."""
     shapes = operators.operator_shapes(config, matrix)
     if not shapes and not config.keep_initial:
         return None
     child = "osft" if matrix.leaf == "weight" else f"osft_{matrix.leaf}"
     freezes = config.unmeasured == "freeze"
-    buffers = OperatorBuffers(matrix, shapes, dtype, site.mesh, keep_initial=config.keep_initial, freezes=freezes)
+    buffers = OperatorBuffers(
+        matrix,
+        shapes,
+        dtype,
+        site.mesh,
+        keep_initial=config.keep_initial,
+        precision=torch.bfloat16 if config.precision == "bfloat16" else None,
+        freezes=freezes,
+        shared=shared,
+    )
     model.get_submodule(matrix.module).add_module(child, buffers)
     prefix = f"{matrix.module}.{child}"
 
     def split(
         weight: LazyTensor, below: Callable[[], Tensor], statistics: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
+        initial = {f"{prefix}.before": weight.read()} if config.keep_initial else {}
+        if shared is not None:
+            return initial
         # Of a stack it may be some of the experts.
         some = matrix if matrix.experts is None else replace(matrix, experts=weight.shape[0])
         bases = operators.bases(shapes, some, config.damping, weight.read, statistics)
         scale = operators.scale(shapes, bases, some, frozen(config, statistics))
-        tensors = {f"{prefix}.scale": scale} | buffers.values(prefix, bases)
-        return tensors | ({f"{prefix}.before": weight.read()} if config.keep_initial else {})
+        return {f"{prefix}.scale": scale} | buffers.values(prefix, bases) | initial
 
     part = Part(
         names=tuple(f"{prefix}.{name}" for name, _ in buffers.named_buffers()),
@@ -101,7 +151,7 @@ def _store(
         tolerance=0.0,
         joins=(),
         independent_rows=matrix.experts is not None,
-        cost=operators.cost(shapes, matrix),
+        cost=operators.cost(shapes, matrix) if shared is None else 0.0,
         identity=f"{operators.identity(config, shapes)} anchor {config.keep_initial}",
         measured=config.protect != "weights",
         saved=False,
