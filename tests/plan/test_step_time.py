@@ -141,6 +141,7 @@ CASES = {
     "full": (llama(**WIDE, num_key_value_heads=4), [tr.Full(), tr.Recompute()], 1),
     "adapters": (llama(**WIDE, num_key_value_heads=4), [tr.LoRA(rank=16)], 1),
     "update": (llama(**WIDE, num_key_value_heads=4), [tr.OSFT(protect="weights", ratio=0.5)], 1),
+    "merged": (llama(**WIDE, num_key_value_heads=4), [tr.OSFT()], 1),
     "experts": (moe(**WIDE, num_key_value_heads=4, num_experts=32), [tr.Full()], 2),
 }
 

@@ -1,5 +1,6 @@
 """Form `merged` takes the steps of `one_sided`, with the forward of the plain model, on any number of ranks."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,13 @@ from tests.ranks import on_ranks
 from tests.same import assert_all_same, assert_same
 from tests.techniques.osft.measured import moments
 from tests.toy import packed, rows, train, weights
+from tests.toy_run import folder, job
 from tests.zoo import build
 from treering.core.topology import data_rank
+from treering.curvature.statistics import Ring
 from treering.techniques.osft.protection.targets import targets
+from treering.train.checkpoints.files import read
+from treering.train.config import StatisticsSection
 
 STEPS = [rows(4, seed=i) for i in range(4)]
 MERGED = tr.OSFT(form="merged")
@@ -139,7 +144,7 @@ def test_the_change_is_in_the_rounded_basis_and_the_adapter_is_the_change(tmp_pa
     for name in before:
         if name.endswith("proj.weight"):
             B = run.model.get_submodule(name.removesuffix(".weight")).osft.B
-            assert B.dtype == torch.bfloat16 and B.shape[1] == before[name].shape[1] // 4
+            assert B.dtype == torch.bfloat16 and B.shape[1] == before[name].shape[1] * 3 // 8
             Q = torch.linalg.qr(B.double()).Q
             change = (after[name] - before[name]).double()
             assert float((change - change @ Q @ Q.mT).norm() / change.norm()) < 1e-5
@@ -174,8 +179,42 @@ def test_weights_in_half_precision_and_other_models_statistics_are_refused():
         pass
 
 
-def test_every_target_has_a_quarter_of_the_directions():
+def test_every_target_has_three_eighths_of_the_directions():
     run = composed(MERGED)
     for target in targets(MERGED, run.plan.anatomy):
         module: nn.Module = run.model.get_submodule(target.module)
-        assert module.osft.Z.shape == (target.outputs, target.inputs // 4)
+        assert module.osft.Z.shape == (target.outputs, target.inputs * 3 // 8)
+
+
+def measured_model(root):
+    """A model whose folder has statistics."""
+    ids = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "real": torch.ones(2, 40, dtype=torch.bool)}
+    run = tr.compose(folder(root / "model"), [tr.Full()])
+    tr.measure(run, [batch], ring=Ring(name="old", tokens=0, data="old"), to=root / "model" / "statistics")
+
+
+def trained(root, output):
+    from treering.train import train as train_job
+
+    section = StatisticsSection(tokens=0)
+    train_job(job(root, output, techniques=(MERGED, tr.Shard()), train={"steps": 8}, statistics=section))
+
+
+def saved(root, output):
+    return {n: t.read() for n, t in read(root / output / "checkpoints" / "step-8").tensors.items()}
+
+
+def test_a_run_of_two_ranks_is_resumed_bit_for_bit_and_on_other_numbers_of_ranks(tmp_path):
+    measured_model(tmp_path)
+    job(tmp_path)  # makes the toys before several ranks look for them
+    on_ranks(2, trained, tmp_path, "whole")
+    whole = saved(tmp_path, "whole")
+    assert "model.layers.0.self_attn.q_proj.weight" in whole  # which no optimizer steps
+    for ranks, tolerance in ((2, 0.0), (1, 1e-4)):
+        cut = f"cut-{ranks}"
+        shutil.copytree(tmp_path / "whole", tmp_path / cut)
+        shutil.rmtree(tmp_path / cut / "checkpoints" / "step-8")
+        on_ranks(ranks, trained, tmp_path, cut)
+        assert "resumes after step 5" in (tmp_path / cut / "metrics.jsonl").read_text()
+        assert_all_same(saved(tmp_path, cut), whole, tolerance)

@@ -1,6 +1,5 @@
 """Counted on a process group that records: what every form sends is what its formula says, on uneven shards too."""
 
-from dataclasses import replace
 from functools import cache
 from math import ceil
 
@@ -107,7 +106,7 @@ def test_forms_that_project_where_they_compute_send_nothing_more(technique):
     ids=lambda technique: f"{technique.protect}-{technique.strength}-{technique.precision}",
 )
 def test_update_gathers_at_the_inputs_and_sums_at_the_outputs(technique):
-    found = counted(replace(technique, communication="gather"))
+    found = counted(technique)
     wanted = 0.0
     for target in linears():
         sides = {side.end: side for side in operator_shapes(technique, target)}
@@ -124,40 +123,17 @@ def test_update_gathers_at_the_inputs_and_sums_at_the_outputs(technique):
 
 
 def test_operators_of_weights_that_read_the_same_inputs_are_gathered_once():
-    gather = tr.OSFT(communication="gather", precision="float32", form="update")
+    gather = tr.OSFT(precision="float32", form="update")
     alone, shared = counted(gather), counted(gather, statistics=True)
     assert alone["step"] - shared["step"] == 3 * gathered(HIDDEN, HIDDEN)  # k, v and up
     assert alone["gradients"] == alone["step"] and shared["gradients"] == shared["step"]
 
 
-def test_of_rows_and_operators_the_fewer_bytes_are_sent():
-    """With 4 ranks, the rows of q, k and v are fewer bytes than their operator; those of gate and up are not."""
-    ranks = 4
-    every = {
-        way: [
-            counted(
-                tr.OSFT(communication=way, precision="float32", form="update"),
-                ranks,
-                rank,
-                shapes_only=True,
-                statistics=True,
-            )
-            for rank in range(ranks)
-        ]
-        for way in ("coefficients", "gather", "cached")
-    }
-    sent = {way: sum(found["step"] for found in ranks_) for way, ranks_ in every.items()}
-    assert sent["coefficients"] < min(sent["gather"], sent["cached"])
-    by_kind = {"q": 0.0, "o": 0.0, "gate": 0.0, "down": 0.0}  # rows there and back, or one operator
-    first = {"k": "q", "v": "q", "up": "gate"}
-    for target in linears():
-        name = target.module.rpartition(".")[2].removesuffix("_proj")
-        by_kind[first.get(name, name)] += 2 * target.outputs * target.inputs * BYTES / ranks
-    wanted = 0.0
-    for name, rows in by_kind.items():
-        M = 52 if name == "down" else HIDDEN
-        wanted += (ranks - 1) / ranks * min(rows, M * M * BYTES)
-    assert sent["coefficients"] == pytest.approx(ranks * wanted, rel=1e-12)
+def test_merging_gathers_each_basis_once_after_the_step():
+    for technique, size in ((tr.OSFT(ratio=0.5), 2), (tr.OSFT(strength="hard", ratio=0.5), BYTES)):
+        found = counted(technique)
+        assert found["gradients"] == 0
+        assert found["step"] == sum(gathered(t.inputs, t.inputs // 2, size) for t in linears())
 
 
 def test_cached_operators_stay_and_rows_go_there_and_back():

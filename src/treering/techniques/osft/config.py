@@ -46,10 +46,11 @@ class OSFT(OSFTSettings):
               directions that one_sided can train
               forward: W in factors, projected inside the forward; no hook, no message of its own
               factors: W in factors, gradients projected before the step and parameters after it
-    communication  of `factors`: coefficients are summed, the basis is gathered, or gathered once and kept. Of `update`:
-              operators are gathered (gather), or one rank keeps a weight's complete operators and rows
-              are sent to it (cached), or of the two what sends less for each weight (coefficients)
-    precision  of the operators of soft protection in form `update`, as they are stored, sent and multiplied
+    communication  of `factors`: coefficients are summed, the basis is gathered, or gathered once and kept. cached, of
+              `update`: one rank keeps a weight's complete operators, and rows are sent to it; else operators
+              are gathered
+    precision  of soft protection: what the bases of `merged` and the operators of `update` are stored, sent and
+              multiplied in, where weights are float32; hard protection has the dtype of the weights
     compute   of the factored forms, how y = W x is computed: auto chooses by token count; all ways give equal results
     keep_initial  keep the initial weights, so that weight decay acts on the change and the leak is exact (`update`)
     targets   `all-linear`: every linear and stacked expert inside the blocks but routers; or patterns

@@ -34,19 +34,20 @@ def of_factors(projections: "Iterable[Projection]") -> list[Message]:
 
 
 def of_update(
-    weights: Mapping[str, Tensor], operators: "Mapping[str, OperatorBuffers]", cached: "CachedOperators"
+    weights: Mapping[str, Tensor], operators: "Mapping[str, OperatorBuffers]", cached: "CachedOperators | None"
 ) -> list[Message]:
     """Return what the projections of form `update` send: operators are gathered, or rows are sent to the owners and
     back. What an owner caches was sent in the first step."""
 
     def each() -> Iterator[Message]:
-        gathered: set[int] = set()
+        exchanged, gathered = set(cached.owner) if cached is not None else set(), set[int]()
         for name, one in operators.items():
-            if name not in cached.owner:
+            if name not in exchanged:
                 yield from _projected(one, weights[name], gathered)
-        for weight, sent, returned in cached.exchanges():
-            yield from _messages("all_to_all", weight, sent, "rows")
-            yield from _messages("all_to_all", weight, returned, "rows")
+        if cached is not None:
+            for weight, sent, returned in cached.exchanges():
+                yield from _messages("all_to_all", weight, sent, "rows")
+                yield from _messages("all_to_all", weight, returned, "rows")
 
     return _merged(each())
 

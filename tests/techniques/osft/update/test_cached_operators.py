@@ -158,7 +158,7 @@ def _random(side: OperatorShape, lead: tuple[int, ...]):
 
 def odd(sharding):
     model = Odd(sharding)
-    steps = UpdateSteps(model, list(SHAPES), model.held, keep_initial=False, communication="cached")
+    steps = UpdateSteps(model, list(SHAPES), model.held, keep_initial=False, cached=True)
     calls: Counter[str] = Counter()
     plain = dist.all_to_all_single
 

@@ -1,10 +1,10 @@
-"""Rows are sent to operators instead of operators to rows, where that sends less, or everywhere (`cached`).
+"""`communication: cached` of form `update`: rows are sent to operators instead of operators to rows.
 
-Each such weight has one owner among the ranks that share its rows, which keeps its complete operators, and multiplies.
+Each weight has one owner among the ranks that share its rows, which keeps its complete operators, and multiplies.
 Weights that share their operators have the same owner. A rank sends, in a pass over weights of N × M that share them,
 
     gathered   (P − 1)/P · M k              numbers of the operator, however many ranks there are
-    owned      2 (P − 1)/P · Σ N M / P      of the rows, there and back
+    cached     2 (P − 1)/P · Σ N M / P      of the rows, there and back
 
 In a round a rank owns at most one weight: one exchange sends the rows of all of the round's weights to their owners,
 and another one returns them. During a round a rank holds one complete weight and its projection; at all times, a second
@@ -12,14 +12,13 @@ copy of its share of the operators.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from treering.core.owners import MatrixRows, RowExchange, assign
-from treering.core.sharded import TensorCache, row_groups
+from treering.core.sharded import Groups, TensorCache, row_groups
 from treering.techniques.osft.update.operator_buffers import OperatorBuffers, ProjectedRows, project_all
 
 
@@ -28,19 +27,11 @@ class CachedOperators:
 
     They are gathered from the buffers of `operators` at first use, are no part of any state, and are gathered again
     when the buffers were replaced or written to.
-
-    Args:
-        names: of the weights whose rows are sent, if they are sharded. The others' operators are gathered.
     """
 
-    def __init__(
-        self,
-        operators: Mapping[str, OperatorBuffers],
-        weights: Mapping[str, Tensor],
-        names: Collection[str],
-    ):
+    def __init__(self, operators: Mapping[str, OperatorBuffers], weights: Mapping[str, Tensor]):
         self.operators, self.weights = operators, weights
-        self._groups = {name: group for name, group in exchangeable(operators, weights).items() if name in names}
+        self._groups = {name: groups[0] for name, groups in _exchanged(operators, weights).items()}
         self.owner: dict[str, int] = {}  # a rank in the weight's own group; the costliest first
         for group in dict.fromkeys(self._groups.values()):
             costs: dict[str, float] = {}
@@ -116,26 +107,10 @@ class CachedOperators:
         return {basis: operators.buffer(basis) for basis in map(operators.basis, operators.shapes)}
 
 
-def exchangeable(operators: Mapping[str, OperatorBuffers], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def _exchanged(operators: Mapping[str, OperatorBuffers], weights: Mapping[str, Tensor]) -> dict[str, Groups]:
     """Return the process groups of the weights whose rows are on several ranks. Experts are complete on theirs."""
     return {
-        name: groups[0]
+        name: groups
         for name, weight in weights.items()
         if name in operators and operators[name].shapes and weight.ndim == 2 and len(groups := row_groups(weight)) == 1
     }
-
-
-def cheaper_as_rows(operators: Mapping[str, OperatorBuffers], weights: Mapping[str, Tensor]) -> set[str]:
-    """Return the names of the weights whose rows are fewer bytes to send, there and back, than their operators."""
-    groups = exchangeable(operators, weights)
-    members: dict[int, list[str]] = {}
-    for name in groups:
-        members.setdefault(id(operators[name].source), []).append(name)
-    chosen: set[str] = set()
-    for names in members.values():
-        of_group, ranks = operators[names[0]], dist.get_world_size(groups[names[0]])
-        rows = 2 * sum(weights[name].numel() * weights[name].element_size() for name in names) / ranks
-        sent = [of_group.buffer(of_group.basis(end)) for end in (of_group.columns,) if end in of_group.shapes]
-        if len(of_group.shapes) == len(sent) and rows < sum(basis.numel() * basis.element_size() for basis in sent):
-            chosen |= set(names)
-    return chosen

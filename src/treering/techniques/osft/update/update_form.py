@@ -40,9 +40,8 @@ def install(model: nn.Module, config: "OSFTSettings", site: Site, chosen: Sequen
             stored[matrix.weight], part = pair
             if part.names:
                 parts[matrix.weight] = part
-    steps = UpdateSteps(
-        model, list(dtypes), stored, keep_initial=config.keep_initial, communication=config.communication
-    )
+    cached = config.communication == "cached"
+    steps = UpdateSteps(model, list(dtypes), stored, keep_initial=config.keep_initial, cached=cached)
     return Applied(
         trainable=tuple(dtypes),
         parts=parts,

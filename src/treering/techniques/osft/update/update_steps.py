@@ -5,8 +5,8 @@ of the gradient (g + w W: SGD, Adam), w W₀ is subtracted from the gradient bef
 (W − lr w W: AdamW, Muon), lr w W₀ is added to the step afterwards. In both cases the optimizer sees the weight itself.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ from treering.core.errors import PlanError
 from treering.core.sharded import local, sum_of_squares, sum_over_rows
 from treering.technique import Message, Workload
 from treering.techniques.osft import traffic
-from treering.techniques.osft.update.cached_operators import CachedOperators, cheaper_as_rows
-from treering.techniques.osft.update.operator_buffers import OperatorBuffers, ProjectedRows
+from treering.techniques.osft.update.cached_operators import CachedOperators
+from treering.techniques.osft.update.operator_buffers import OperatorBuffers, ProjectedRows, project_all
 
 APART = {"AdamW", "Muon", "Adafactor"}
 WITHIN = {"SGD", "Adam", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop"}
@@ -30,7 +30,7 @@ class UpdateSteps:
         weights: names of all trained weights.
         operators: those that have operators, or a weight from before training.
         keep_initial: the weights from before training are kept.
-        communication: of the technique; see `CachedOperators`.
+        cached: one rank keeps a weight's complete operators (`CachedOperators`).
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class UpdateSteps:
         operators: Mapping[str, OperatorBuffers],
         *,
         keep_initial: bool,
-        communication: Literal["coefficients", "gather", "cached"],
+        cached: bool,
     ):
         self.model, self.weights, self.operators = model, tuple(weights), operators
-        self.keep_initial, self.communication = keep_initial, communication
+        self.keep_initial, self.cached = keep_initial, cached
         self._cache: CachedOperators | None = None  # created at first use, when weights have been sharded
         self._old: dict[str, Tensor] = {}
         self._undecay: dict[str, float] = {}  # how much of W₀ the optimizer subtracts and `retract` adds again
@@ -90,20 +90,19 @@ class UpdateSteps:
         """Project in place those that have operators."""
         live = dict(self._live())
         tasks = {n: ProjectedRows(self.operators[n], X, live[n]) for n, X in tensors.items() if n in self.operators}
-        self._exchanges().project_all(tasks)
+        if cache := self._cached():
+            cache.project_all(tasks)
+        else:
+            project_all(tasks.values())
 
-    def _exchanges(self) -> CachedOperators:
-        if self._cache is None:
-            live = dict(self._live())
-            names: Collection[str] = live if self.communication == "cached" else ()
-            if self.communication == "coefficients":
-                names = cheaper_as_rows(self.operators, live)
-            self._cache = CachedOperators(self.operators, live, names)
+    def _cached(self) -> CachedOperators | None:
+        if self.cached and self._cache is None:
+            self._cache = CachedOperators(self.operators, dict(self._live()))
         return self._cache
 
     def messages(self, work: Workload) -> list[Message]:
         """Return what the projections of a step send, however many micro-batches it has."""
-        return traffic.of_update(dict(self._live()), self.operators, self._exchanges())
+        return traffic.of_update(dict(self._live()), self.operators, self._cached())
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
@@ -134,7 +133,8 @@ class UpdateSteps:
     def _measured(self) -> Iterator[dict[str, nn.Parameter]]:
         """Yield a few weights at a time, because their changes are copied: one round of exchanges, else one weight."""
         live = {n: w for n, w in self._live() if self.keep_initial and n in self.operators and self.operators[n].hard}
-        for names in list(self._exchanges().rounds(live)):
+        cache = self._cached()
+        for names in list(cache.rounds(live)) if cache else ():
             yield {name: live.pop(name) for name in names}
         for name, weight in live.items():
             yield {name: weight}
