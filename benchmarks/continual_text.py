@@ -42,14 +42,16 @@ class Setting:
     seeds: int = 2
     methods: tuple[str, ...] = ()  # none named: all
     baseline_rates: tuple[float, ...] = ()  # none: without baselines
+    baseline_epochs: int | None = None  # replay slows learning down: more epochs for the same rate
     interpolated: Callable[..., Result] | None = None
-    small_rates: tuple[float, ...] = ()  # full fine-tuning, with four times the epochs
+    small_rates: tuple[float, ...] = ()  # full fine-tuning, in as many epochs as baselines
 
 
 SETTINGS = {
     "facts": Setting(
         task=partial(learn_facts, number=64, epochs=240),
-        baseline_rates=(3e-4, 1e-3),
+        baseline_rates=(3e-4, 1e-3, 3e-3),
+        baseline_epochs=720,
         interpolated=partial(interpolate_facts, number=64, epochs=240, method=full),
         small_rates=(1e-4, 2e-4),
     ),
@@ -103,14 +105,14 @@ def _jobs(world: World, name: str, setting: Setting) -> Iterator[tuple[str, tupl
     chosen = methods()
     for method in setting.methods or tuple(chosen):
         yield method, setting.rates, partial(setting.task, world, chosen[method], **of)
+    longer = {"epochs": setting.baseline_epochs} if setting.baseline_epochs else {}
     if setting.baseline_rates:
         for method, start in baselines(world.known, cache(world.written)).items():
-            yield method, setting.baseline_rates, partial(setting.task, world, start, **of)
+            yield method, setting.baseline_rates, partial(setting.task, world, start, **of, **longer)
     if setting.interpolated:
         yield "interpolation", setting.baseline_rates, partial(setting.interpolated, world, **of)
     if setting.small_rates:
-        patient = partial(setting.task, world, full, epochs=960)
-        yield "small rates", setting.small_rates, patient
+        yield "small rates", setting.small_rates, partial(setting.task, world, full, **of, **longer)
 
 
 def _kept(runs: Runs, setting: str, of: Setting) -> Kept:

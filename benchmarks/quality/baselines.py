@@ -6,6 +6,7 @@ replay is the text that OSFT's statistics were measured on, so that both know th
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from benchmarks.quality.learners import CLIP, LINEARS, Batch, Composed, Learner,
 from benchmarks.quality.model import drawn
 from treering.plan.batches import with_targets
 
+Rows = tuple[Tensor, Tensor | None]
 SHARES, WEIGHTS, PULLS = (0.5, 1.0, 2.0), (0.3, 3.0), (10.0, 30.0, 100.0)
 
 
@@ -26,7 +28,7 @@ class Replayed(Composed):
     The loss is (Σ of the new batch + weight · Σ of the replayed rows) / (their tokens + weight · theirs).
 
     Args:
-        known: Rows of token ids.
+        known: Rows of token ids, and their labels (None: every token is trained).
         share: Replayed tokens in a step, relative to the new batch's, padding included.
         weight: Of a replayed token relative to a new one.
     """
@@ -38,7 +40,7 @@ class Replayed(Composed):
         statistics: Any,
         lr: float,
         *,
-        known: Tensor,
+        known: Rows,
         share: float,
         weight: float,
     ):
@@ -48,8 +50,8 @@ class Replayed(Composed):
 
     def step(self, batch: Batch) -> None:
         if self._replay is None:  # as many rows as the first batch asks for
-            rows = max(1, round(self.share * batch["input_ids"].numel() / self.known.shape[1]))
-            self._replay = iter(drawn(self.known, None, rows, 0))
+            rows = max(1, round(self.share * batch["input_ids"].numel() / self.known[0].shape[1]))
+            self._replay = iter(drawn(*self.known, rows, 0))
         kept = next(self._replay)
         count = batch["count"] + self.weight * kept["count"]
         self.run.loss(batch | {"count": count}).backward()
@@ -106,22 +108,35 @@ def baselines(known: Tensor, written: Callable[[], Tensor]) -> Mapping[str, Meth
         written: Return as many rows that the base model wrote itself. Called when they are needed.
     """
     variants = [(share, 1.0) for share in SHARES] + [(1.0, weight) for weight in WEIGHTS]
+    text = (known, None)
     found = {}
     for share, weight in variants:
-        found[_name("replay", share, weight)] = _replay(Replayed, lambda: known, share, weight)
+        found[_name("replay", share, weight)] = _replay(Replayed, lambda: text, share, weight)
     for share, weight in variants:
-        found[_name("self-distillation", share, weight)] = _replay(Distilled, lambda: known, share, weight)
+        found[_name("self-distillation", share, weight)] = _replay(Distilled, lambda: text, share, weight)
     for pull in PULLS:
         found[f"L2 to the start {pull:g}"] = _pulled(pull)
     for share in SHARES:
-        found[_name("self-generated replay", share)] = _replay(Replayed, written, share)
+        found[_name("self-generated replay", share)] = _replay(Replayed, lambda: (written(), None), share)
     for share, weight in variants:
-        found[_name("osft + replay", share, weight)] = _replay(Replayed, lambda: known, share, weight, tr.OSFT())
+        found[_name("osft + replay", share, weight)] = _replay(Replayed, lambda: text, share, weight, tr.OSFT())
     return found
 
 
+def remembering() -> Mapping[str, Callable[[Rows], Method]]:
+    """Return replays for a sequence of tasks, by name: functions of the rows of all that was learned before."""
+    return {
+        _name("replay", share, weight): partial(_remembering, share=share, weight=weight)
+        for share, weight in ((1.0, 1.0), (2.0, 1.0), (1.0, 3.0))
+    }
+
+
+def _remembering(rows: Rows, share: float, weight: float) -> Method:
+    return _replay(Replayed, lambda: rows, share, weight)
+
+
 def _replay(
-    kind: type[Replayed], rows: Callable[[], Tensor], share: float, weight: float = 1.0, protection: Any = None
+    kind: type[Replayed], rows: Callable[[], Rows], share: float, weight: float = 1.0, protection: Any = None
 ) -> Method:
     def start(model: Any, statistics: Any, lr: float) -> Learner:
         techniques = [protection or tr.Full(train=LINEARS)]

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
-from benchmarks.quality.baselines import Distilled, Pulled, Replayed, baselines
+from benchmarks.quality.baselines import Distilled, Pulled, Replayed, baselines, remembering
 from benchmarks.quality.families import best, family, family_rows
 from benchmarks.quality.learners import LINEARS, full
 from benchmarks.quality.model import Small, batch, drawn
-from benchmarks.quality.symbols import Size, config, facts
+from benchmarks.quality.symbols import Size, config, facts, measured, remembered, replayed
 from treering import Full
 
 SIZE = Size(width=32, middle=48, layers=1)
@@ -17,8 +18,6 @@ KNOWN = torch.randint(0, 40, (6, 16), generator=torch.Generator().manual_seed(1)
 
 @pytest.fixture(scope="module")
 def small() -> Small:
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config(SIZE))
     return Small(config=model.config, state={name: p.detach().clone() for name, p in model.named_parameters()})
@@ -48,7 +47,7 @@ def summed(model, ids, labels) -> torch.Tensor:
 @pytest.mark.parametrize(("share", "weight", "rows"), [(1.0, 1.0, 2), (0.2, 3.0, 1), (2.0, 0.3, 4)])
 def test_replay_adds_weighted_rows_to_the_sum_and_to_the_count(small, share, weight, rows):
     one = new_batch()  # 4 rows of 8 tokens
-    more = {"known": KNOWN, "share": share, "weight": weight}
+    more = {"known": (KNOWN, None), "share": share, "weight": weight}
     ours = gradients(Replayed(small.fresh(), [Full(train=LINEARS)], None, 1e-3, **more), one)
     kept = next(iter(drawn(KNOWN, None, rows, 0)))
     model = small.fresh()
@@ -60,7 +59,7 @@ def test_replay_adds_weighted_rows_to_the_sum_and_to_the_count(small, share, wei
 
 
 def test_self_distillation_is_still_at_the_base_model_and_pulls_back_elsewhere(small):
-    more = {"known": KNOWN, "share": 1.0, "weight": 1.0}
+    more = {"known": (KNOWN, None), "share": 1.0, "weight": 1.0}
     learner = Distilled(small.fresh(), [Full(train=LINEARS)], None, 1e-3, **more)
     kept = batch(KNOWN[:2])
     assert abs(learner.kept_sum(kept).item()) < 1e-5
@@ -69,7 +68,7 @@ def test_self_distillation_is_still_at_the_base_model_and_pulls_back_elsewhere(s
             weight.mul_(1.5)
     base, tuned = (m(KNOWN[:2], use_cache=False).logits[:, :-1].log_softmax(-1) for m in (learner.base, learner.model))
     wanted = (base.exp() * (base - tuned)).sum()
-    assert float(wanted) > 1e-3
+    assert wanted.item() > 1e-3
     torch.testing.assert_close(learner.kept_sum(kept), wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -100,10 +99,33 @@ def test_every_variant_belongs_to_a_family_and_learns(small):
     statistics = small.measured([batch(KNOWN) | {"real": torch.ones_like(KNOWN, dtype=torch.bool)}])
     for name in ("osft + replay 1", "self-generated replay 2"):
         learner = found[name](small.fresh(), statistics, 1e-2)
-        before = float(summed(learner.model, new_batch()["input_ids"], new_batch()["labels"]))
+        before = summed(learner.model, new_batch()["input_ids"], new_batch()["labels"]).item()
         for _ in range(5):
             learner.step(new_batch())
-        assert float(summed(learner.model, new_batch()["input_ids"], new_batch()["labels"])) < before
+        assert summed(learner.model, new_batch()["input_ids"], new_batch()["labels"]).item() < before
+
+
+def test_a_sequence_replays_the_rings_of_all_that_was_learned_before():
+    size = Size(facts=4, rows=4, steps=1, tasks=2)
+    ids, labels = remembered(size, 0, 1)
+    assert ids.shape == (8 + 2 * 4, 14) and labels.shape == ids.shape
+    for rows, (known, trained) in ((slice(8, 12), facts(4, 0, 0)), (slice(12, 16), facts(4, 0, 1))):
+        assert torch.equal(ids[rows, :8], known) and torch.equal(labels[rows, :8], trained)
+        assert (labels[rows, 8:] == -100).all()
+
+
+def test_a_method_of_a_sequence_is_given_more_rows_with_every_task():
+    size = Size(width=32, middle=48, layers=1, facts=4, rows=4, steps=1, tasks=2)
+    state = AutoModelForCausalLM.from_config(config(size)).state_dict()
+    tiny = Small(config=config(size), state={name: value.clone() for name, value in state.items()})
+    given = []
+
+    def method(rows):
+        given.append(len(rows[0]))
+        return remembering()["replay 1"](rows)
+
+    result = replayed(tiny, method, 1e-3, size, 0, measured(tiny, size, 0))
+    assert given == [12, 16] and set(result) >= {"learned", "bwt"}
 
 
 def kept(**rises):
