@@ -193,7 +193,7 @@ def _facts_cost(seed: int, rates: dict[float, Result]) -> float | None:
     return found["rise"] if found else None
 
 
-def _domain_families(kept: Kept, setting: str, seeds: int, **more: Any) -> list[Row]:
+def _domain_families(kept: Kept, setting: str, **more: Any) -> list[Row]:
     """At a moderate gain and at a large one, where replay is strong."""
     table = []
     for part in (0.7, 0.9):
@@ -203,7 +203,7 @@ def _domain_families(kept: Kept, setting: str, seeds: int, **more: Any) -> list[
         def cost(seed: int, rates: dict[float, Result], levels: dict[int, float] = levels) -> float | None:
             return _at(rates, levels[seed]) if seed in levels else None
 
-        table += family_rows(kept, cost, f"{setting}: at a gain of {mean:.2f} bits/byte", seeds, **more)
+        table += family_rows(kept, cost, f"{setting}: at a gain of {mean:.2f} bits/byte", **more)
     return table
 
 
@@ -228,15 +228,14 @@ def rows(kept: dict[str, Kept], command: str) -> list[Row]:
             continue
         # Of baselines only the best variant has a row; every run is in results/runs.
         alone = {name: seeds for name, seeds in found.items() if family(name) not in BASELINES}
-        seeds = SETTINGS[setting].seeds
         if "facts" in setting:
             table += facts_rows(alone, setting, **more)
             if len(alone) < len(found):
-                table += family_rows(found, _facts_cost, f"{setting}: at 95 % answered", seeds, **more)
+                table += family_rows(found, _facts_cost, f"{setting}: at 95 % answered", **more)
         else:
             table += domain_rows(alone, setting, **more)
             if len(alone) < len(found):
-                table += _domain_families(found, setting, seeds, **more)
+                table += _domain_families(found, setting, **more)
         if setting == "sequence":
             table += first_rows(found, **more)
     return table

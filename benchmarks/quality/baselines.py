@@ -120,6 +120,9 @@ def baselines(known: Tensor, written: Callable[[], Tensor]) -> Mapping[str, Meth
         found[_name("self-generated replay", share)] = _replay(Replayed, lambda: (written(), None), share)
     for share, weight in variants:
         found[_name("osft + replay", share, weight)] = _replay(Replayed, lambda: text, share, weight, tr.OSFT())
+    for share in (0.5, 1.0):
+        name = _name("osft + self-distillation", share)
+        found[name] = _replay(Distilled, lambda: text, share, protection=tr.OSFT())
     return found
 
 

@@ -8,7 +8,7 @@ from benchmarks.quality.runs import Result
 from benchmarks.rows import Row, row
 
 PLAIN = ("replay", "self-distillation", "self-generated replay", "L2 to the start", "interpolation", "small rates")
-PROTECTED = ("osft + replay",)
+PROTECTED = ("osft + replay", "osft + self-distillation")
 BASELINES = (*PLAIN, *PROTECTED)
 BARS = {"osft": 0.5, "osft + replay": 1 / 3}  # of the best replay's rise
 Rates = dict[float, Result]
@@ -20,6 +20,14 @@ Cost = Callable[[int, Rates], float | None]  # (seed, a variant's runs) -> the r
 class Best:
     variant: str
     rises: dict[int, float]  # by seed
+    tried: int  # seeds
+
+    @property
+    def told(self) -> str:
+        reached = len(self.rises)
+        return (
+            self.variant if reached == self.tried else f"{self.variant} (reached with {reached} of {self.tried} seeds)"
+        )
 
 
 def family(method: str) -> str:
@@ -27,32 +35,32 @@ def family(method: str) -> str:
     return next((one for one in BASELINES if method == one or method.startswith(one + " ")), method)
 
 
-def best(kept: Kept, of: str, cost: Cost, seeds: int) -> Best | None:
+def best(kept: Kept, of: str, cost: Cost) -> Best | None:
     """Return the variant with the least mean rise among those that reach the level with the most seeds."""
     found = []
     for name, by_seed in kept.items():
         if family(name) == of:
-            rises = {seed: cost(seed, rates) for seed, rates in by_seed.items() if seed < seeds}
+            rises = {seed: cost(seed, rates) for seed, rates in by_seed.items()}
             reached = {seed: rise for seed, rise in rises.items() if rise is not None}
             if reached:
-                found.append(Best(variant=name, rises=reached))
+                found.append(Best(variant=name, rises=reached, tried=len(rises)))
     return min(found, key=lambda one: (-len(one.rises), sum(one.rises.values()) / len(one.rises)), default=None)
 
 
-def family_rows(kept: Kept, cost: Cost, level: str, seeds: int, **more: Any) -> list[Row]:
+def family_rows(kept: Kept, cost: Cost, level: str, **more: Any) -> list[Row]:
     """Return a row for each family, and for OSFT next to the best replay and to the best of all without protection.
 
     Where the best replay does not forget at all there is nothing to divide by: then OSFT must not forget more.
     """
-    found = {of: one for of in ("full", *PLAIN, *BARS) if (one := best(kept, of, cost, seeds))}
-    cases = {of: one.variant + _unless(len(one.rises), seeds) for of, one in found.items()}
+    found = {of: one for of in ("full", *PLAIN, "osft", *PROTECTED) if (one := best(kept, of, cost))}
     table = [
-        row(f"old text's rise, best variant, {level}", cases[of], list(one.rises.values()), unit="bits/byte", **more)
+        row(f"old text's rise, best variant, {level}", one.told, list(one.rises.values()), unit="bits/byte", **more)
         for of, one in found.items()
     ]
-    baselines = [of for of in ("full", *PLAIN) if of in found and len(found[of].rises) == seeds]
-    overall = min(baselines, key=lambda of: sum(found[of].rises.values()), default=None)
-    for ours, bar in BARS.items():
+    baselines = [of for of in ("full", *PLAIN) if of in found]
+    common = set.intersection(*(set(found[of].rises) for of in baselines)) if baselines else set()
+    overall = min(baselines, key=lambda of: sum(found[of].rises[seed] for seed in common), default=None)
+    for ours in ("osft", *PROTECTED):
         for peer in dict.fromkeys(("replay", overall)):
             if peer is None or peer not in found or ours not in found:
                 continue
@@ -60,16 +68,13 @@ def family_rows(kept: Kept, cost: Cost, level: str, seeds: int, **more: Any) -> 
             pair = [[found[of].rises[seed] for seed in shared] for of in (ours, peer)]
             if not shared:
                 continue
-            bars = {"at_most": bar} if peer == "replay" else {}
-            case = f"{cases[ours]}; peer: {cases[peer]}"
             what = "the best replay" if peer == "replay" else "the best baseline"
-            figure = f"old text's rise next to {what}, {level}"
-            if min(pair[1]) <= 0:
-                table.append(row(figure, case, pair[0], unit="bits/byte", at_most=min(pair[1]), **more))
+            figure, case = f"old text's rise next to {what}, {level}", f"{found[ours].told}; peer: {found[peer].told}"
+            judged = peer == "replay" and ours in BARS
+            if min(pair[1]) > 0:
+                more_bars = {"at_most": BARS[ours]} if judged else {}
+                table.append(row(figure, case, *pair, unit="bits/byte", **more_bars, **more))
             else:
-                table.append(row(figure, case, *pair, unit="bits/byte", **bars, **more))
+                more_bars = {"at_most": min(pair[1])} if judged else {}
+                table.append(row(figure, case, pair[0], unit="bits/byte", **more_bars, **more))
     return table
-
-
-def _unless(reached: int, seeds: int) -> str:
-    return "" if reached == seeds else f" (reached with {reached} of {seeds} seeds)"

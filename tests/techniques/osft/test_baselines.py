@@ -94,10 +94,11 @@ def test_every_variant_belongs_to_a_family_and_learns(small):
     found = baselines(KNOWN, lambda: KNOWN)
     assert {family(name) for name in found} == {
         "replay", "self-distillation", "self-generated replay", "L2 to the start", "osft + replay",
+        "osft + self-distillation",
     }  # fmt: skip
     assert family("osft") == "osft" and family("replayed") == "replayed"
     statistics = small.measured([batch(KNOWN) | {"real": torch.ones_like(KNOWN, dtype=torch.bool)}])
-    for name in ("osft + replay 1", "self-generated replay 2"):
+    for name in ("osft + replay 1", "osft + self-distillation 1", "self-generated replay 2"):
         learner = found[name](small.fresh(), statistics, 1e-2)
         before = summed(learner.model, new_batch()["input_ids"], new_batch()["labels"]).item()
         for _ in range(5):
@@ -138,17 +139,17 @@ def rise(seed, rates):
 
 def test_the_best_variant_is_the_least_of_those_that_reach_the_level_with_most_seeds():
     runs = kept(**{"replay 1": [0.3, 0.1], "replay 2": [0.1, 0.4], "replay 3": [0.01]})
-    found = best(runs, "replay", rise, 2)
+    found = best(runs, "replay", rise)
     assert found.variant == "replay 1" and found.rises == {0: 0.3, 1: 0.1}
 
 
 def test_a_bar_next_to_the_best_replay_is_missed_and_met_by_its_ratio():
     runs = kept(full=[0.4, 0.4], **{"replay 1": [0.2, 0.2], "osft": [0.11, 0.11], "osft + replay 1": [0.06, 0.06]})
-    rows = [one for one in family_rows(runs, rise, "here", 2, command="none") if one.bar]
+    rows = [one for one in family_rows(runs, rise, "here", command="none") if one.bar]
     assert [(one.ratio, one.holds) for one in rows] == [(pytest.approx(0.55), False), (pytest.approx(0.3), True)]
 
 
 def test_osft_next_to_a_replay_that_does_not_forget_must_not_forget_either():
     runs = kept(full=[0.4], **{"replay 1": [-0.1], "osft": [0.01]})
-    (judged,) = [one for one in family_rows(runs, rise, "here", 1, command="none") if one.bar]
+    (judged,) = [one for one in family_rows(runs, rise, "here", command="none") if one.bar]
     assert judged.peer is None and not judged.holds
