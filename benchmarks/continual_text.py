@@ -5,7 +5,8 @@
 Nothing is downloaded: the base reads the standard library, the domains are what else lies on a machine with Python.
 Each run is written down as it ends (results/runs/), and a second start goes on from there. mini_trainer takes part
 where it can be imported: .venv-peers/osft/bin/python -m benchmarks.continual_text.
-Methods are compared at equal learning, each at the best of its learning rates.
+Methods are compared at equal learning, each at the best of its learning rates. Among them are baselines that replay the
+text that OSFT measures, and others that need no text: `--only` takes a method or a family (benchmarks/quality/families.py).
 """
 
 import argparse
@@ -50,7 +51,7 @@ class Setting:
 SETTINGS = {
     "facts": Setting(
         task=partial(learn_facts, number=64, epochs=240),
-        baseline_rates=(3e-4, 1e-3, 3e-3),
+        baseline_rates=(3e-4, 1e-3),
         baseline_epochs=720,
         interpolated=partial(interpolate_facts, number=64, epochs=240, method=full),
         small_rates=(1e-4, 2e-4),
