@@ -6,7 +6,7 @@ Nothing is downloaded: the base reads the standard library, the domains are what
 Each run is written down as it ends (results/runs/), and a second start goes on from there. mini_trainer takes part
 where it can be imported: .venv-peers/osft/bin/python -m benchmarks.continual_text.
 Methods are compared at equal learning, each at the best of its learning rates. Among them are baselines that replay the
-text that OSFT measures, and others that need no text: `--only` takes a method or a family (benchmarks/quality/families.py).
+text that OSFT measures, and others without text: `--only` takes a method or a family (benchmarks/quality/families.py).
 """
 
 import argparse
