@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.quality.baselines import remembering
 from benchmarks.quality.learners import methods
 from benchmarks.quality.runs import Result, Runs, crossing, median_of
-from benchmarks.quality.symbols import Size, base, measured, sequence
+from benchmarks.quality.symbols import Size, base, measured, replayed, sequence
 from benchmarks.rows import Row, row, write
 
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -28,12 +29,13 @@ Kept = dict[str, dict[int, dict[float, Result]]]  # method -> seed -> learning r
 
 def run_all(runs: Runs, names: list[str], seeds: int, size: Size, folder: Path, first: int, last: int) -> None:
     """LADDER[first:last] for every method; lower while all of it learns `LEVEL`, higher while none of it does."""
-    chosen = methods()
+    chosen, replays = methods(), remembering()
     for seed in range(seeds):
         small = base(size, seed, folder)
         old = measured(small, size, seed)
         for name in names:
-            job = partial(sequence, small, chosen[name], size=size, seed=seed, old=old)
+            run = partial(replayed, small, replays[name]) if name in replays else partial(sequence, small, chosen[name])
+            job = partial(run, size=size, seed=seed, old=old)
 
             def learned(rung: int, name: str = name, seed: int = seed, job: Any = job) -> float:
                 key = {"method": name, "lr": LADDER[rung], "seed": seed, "size": _told(size)}
@@ -101,7 +103,7 @@ def main() -> None:
     if options.quick:
         size, known, seeds, first, last = Size(tasks=2, base_steps=400, facts=64, steps=100), ["full", "osft"], 1, 3, 5
     else:
-        size, known, seeds, first, last = Size(), list(methods()), 3, 3, 6
+        size, known, seeds, first, last = Size(), [*methods(), *remembering()], 3, 3, 6
     names = [one for one in known if not options.only or one in options.only]
     run_all(runs, names, seeds, size, options.folder, first, last)
     write(name, options.machine, rows(kept(runs, size), size, command))

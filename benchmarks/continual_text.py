@@ -5,21 +5,31 @@
 Nothing is downloaded: the base reads the standard library, the domains are what else lies on a machine with Python.
 Each run is written down as it ends (results/runs/), and a second start goes on from there. mini_trainer takes part
 where it can be imported: .venv-peers/osft/bin/python -m benchmarks.continual_text.
-Methods are compared at equal learning, each at the best of its learning rates.
+Methods are compared at equal learning, each at the best of its learning rates. Among them are baselines that replay the
+text that OSFT measures, and others without text: `--only` takes a method or a family (benchmarks/quality/families.py).
 """
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.quality.learners import methods
-from benchmarks.quality.prose_tasks import World, learn_domain, learn_facts, learn_sequence
+from benchmarks.quality.baselines import baselines
+from benchmarks.quality.families import BASELINES, family, family_rows
+from benchmarks.quality.learners import full, methods
+from benchmarks.quality.prose_tasks import (
+    World,
+    interpolate_domain,
+    interpolate_facts,
+    learn_domain,
+    learn_facts,
+    learn_sequence,
+)
 from benchmarks.quality.runs import Result, Runs, crossing
 from benchmarks.rows import Row, row, write
 
@@ -32,11 +42,25 @@ class Setting:
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     seeds: int = 2
     methods: tuple[str, ...] = ()  # none named: all
+    baseline_rates: tuple[float, ...] = ()  # none: without baselines
+    baseline_epochs: int | None = None  # replay slows learning down: more epochs for the same rate
+    interpolated: Callable[..., Result] | None = None
+    small_rates: tuple[float, ...] = ()  # full fine-tuning, in as many epochs as baselines
 
 
 SETTINGS = {
-    "facts": Setting(task=partial(learn_facts, number=64, epochs=240)),
-    "domain": Setting(task=partial(learn_domain, steps=60)),
+    "facts": Setting(
+        task=partial(learn_facts, number=64, epochs=240),
+        baseline_rates=(3e-4, 1e-3),
+        baseline_epochs=720,
+        interpolated=partial(interpolate_facts, number=64, epochs=240, method=full),
+        small_rates=(1e-4, 2e-4),
+    ),
+    "domain": Setting(
+        task=partial(learn_domain, steps=60),
+        baseline_rates=(3e-4, 1e-3, 3e-3),
+        interpolated=partial(interpolate_domain, steps=60, method=full),
+    ),
     "sequence": Setting(task=partial(learn_sequence, steps=40), rates=(3e-4, 1e-3, 3e-3), seeds=1, methods=FEW),
     "more facts": Setting(
         task=partial(learn_facts, number=256, epochs=120), rates=(3e-4, 1e-3, 3e-3), seeds=1, methods=FEW
@@ -55,30 +79,54 @@ Kept = dict[str, dict[int, dict[float, Result]]]  # method -> seed -> learning r
 
 
 def run_all(
-    runs: Runs, settings: dict[str, Setting], only: Sequence[str] | None, folder: Path, size: dict[str, int]
+    runs: Runs,
+    settings: dict[str, Setting],
+    only: Sequence[str] | None,
+    folder: Path,
+    size: dict[str, int],
+    seeds: Sequence[int] | None,
 ) -> dict[str, Kept]:
     world = World.made(folder, **size)
-    first = next(iter(world.domains))
-    chosen = methods()
     for name, setting in settings.items():
-        job = partial(setting.task, name=first) if name == "domain" else setting.task
         for seed in range(setting.seeds):
-            for method in setting.methods or tuple(chosen):
-                if only and method not in only:
+            if seeds and seed not in seeds:
+                continue
+            for method, rates, job in _jobs(world, name, setting):
+                if only and not {method, family(method)} & set(only):
                     continue
-                for lr in setting.rates:
+                for lr in rates:
                     key = {"setting": name, "method": method, "lr": lr, "seed": seed}
-                    runs.take(key, partial(job, world, chosen[method], lr, seed))
-    return {name: _kept(runs, name, setting.rates) for name, setting in settings.items()}
+                    runs.take(key, partial(job, lr=lr, seed=seed))
+    return {name: _kept(runs, name, setting) for name, setting in settings.items()}
 
 
-def _kept(runs: Runs, setting: str, rates: tuple[float, ...]) -> Kept:
+def _jobs(world: World, name: str, setting: Setting) -> Iterator[tuple[str, tuple[float, ...], Callable[..., Result]]]:
+    """Yield every method of a setting with its rates and what runs it, given a rate and a seed."""
+    of = {"name": next(iter(world.domains))} if name == "domain" else {}
+    chosen = methods()
+    for method in setting.methods or tuple(chosen):
+        yield method, setting.rates, partial(setting.task, world, chosen[method], **of)
+    longer = {"epochs": setting.baseline_epochs} if setting.baseline_epochs else {}
+    if setting.baseline_rates:
+        for method, start in baselines(world.known, cache(world.written)).items():
+            yield method, setting.baseline_rates, partial(setting.task, world, start, **of, **longer)
+    if setting.interpolated:
+        yield "interpolation", setting.baseline_rates, partial(setting.interpolated, world, **of)
+    if setting.small_rates:
+        yield "small rates", setting.small_rates, partial(setting.task, world, full, **of, **longer)
+
+
+def _kept(runs: Runs, setting: str, of: Setting) -> Kept:
     """Of earlier starts too: mini_trainer's runs are another interpreter's."""
     found: Kept = {}
     for key, result in runs.done.items():
         own, name, lr, seed = (part.split(" ", 1)[1] for part in key.split(", "))
-        if own == setting and float(lr) in rates:
-            found.setdefault(name, {}).setdefault(int(seed), {})[float(lr)] = result
+        if own == setting and float(lr) in (*of.rates, *of.baseline_rates, *of.small_rates):
+            points = (
+                {f"{name} {one['share']:g}": one for one in result["points"]} if "points" in result else {name: result}
+            )
+            for variant, point in points.items():
+                found.setdefault(variant, {}).setdefault(int(seed), {})[float(lr)] = point
     return found
 
 
@@ -141,6 +189,25 @@ def _at(rates: dict[float, Result], level: float) -> float | None:
     return None if found is None else math.exp(found)
 
 
+def _facts_cost(seed: int, rates: dict[float, Result]) -> float | None:
+    found = _least(rates)
+    return found["rise"] if found else None
+
+
+def _domain_families(kept: Kept, setting: str, **more: Any) -> list[Row]:
+    """At a moderate gain and at a large one, where replay is strong."""
+    table = []
+    for part in (0.7, 0.9):
+        levels = {seed: part * max(one["gain"] for one in rates.values()) for seed, rates in kept["full"].items()}
+        mean = sum(levels.values()) / len(levels)
+
+        def cost(seed: int, rates: dict[float, Result], levels: dict[int, float] = levels) -> float | None:
+            return _at(rates, levels[seed]) if seed in levels else None
+
+        table += family_rows(kept, cost, f"{setting}: at a gain of {mean:.2f} bits/byte", **more)
+    return table
+
+
 def first_rows(kept: Kept, **more: Any) -> list[Row]:
     """The first domain after three others. The bar is at one rate, which full fine-tuning learns well with too."""
     table = []
@@ -160,10 +227,16 @@ def rows(kept: dict[str, Kept], command: str) -> list[Row]:
     for setting, found in kept.items():
         if not found:
             continue
+        # Of baselines only the best variant has a row; every run is in results/runs.
+        alone = {name: seeds for name, seeds in found.items() if family(name) not in BASELINES}
         if "facts" in setting:
-            table += facts_rows(found, setting, **more)
+            table += facts_rows(alone, setting, **more)
+            if len(alone) < len(found):
+                table += family_rows(found, _facts_cost, f"{setting}: at 95 % answered", **more)
         else:
-            table += domain_rows(found, setting, **more)
+            table += domain_rows(alone, setting, **more)
+            if len(alone) < len(found):
+                table += _domain_families(found, setting, **more)
         if setting == "sequence":
             table += first_rows(found, **more)
     return table
@@ -173,8 +246,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one seed, a base that read less, two methods, few rates")
     parser.add_argument("--machine", default="cpu2")
-    parser.add_argument("--only", nargs="*", help="these methods; the others' runs stay as they are")
+    parser.add_argument(
+        "--only", nargs="*", help="these methods, or families of baselines; the others' runs stay as they are"
+    )
     parser.add_argument("--settings", nargs="*", choices=list(SETTINGS), help="these settings only")
+    parser.add_argument("--seeds", nargs="*", type=int, help="these seeds only")
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="where the base model is kept")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -184,7 +260,7 @@ def main() -> None:
     every = QUICK if quick else SETTINGS
     settings = {n: s for n, s in every.items() if not options.settings or n in options.settings}
     size = {"characters": 1_600_000 if quick else 4_000_000, "steps": 600 if quick else 1000, "calibration": 30_000}
-    kept = run_all(Runs(name, options.machine), settings, options.only, options.folder, size)
+    kept = run_all(Runs(name, options.machine), settings, options.only, options.folder, size, options.seeds)
     write(name, options.machine, rows(kept, command))
 
 

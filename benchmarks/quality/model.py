@@ -31,6 +31,10 @@ class Small:
     def learnt(self, learner: Learner) -> "Small":
         return replace(self, state=learner.finished())
 
+    def towards(self, start: "Small", share: float) -> "Small":
+        """Return what lies at `share` of the way from `start` to this model."""
+        return replace(self, state={n: torch.lerp(w, self.state[n], share) for n, w in start.state.items()})
+
     def measured(self, batches: Iterable[Batch], onto: Iterable[Any] = ()) -> Any:
         return tr.measure(self.fresh(), batches, onto=list(onto))
 

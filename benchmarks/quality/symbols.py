@@ -3,13 +3,14 @@
 A fact is   FACT k₁ k₂ k₃ k₄ IS v₁ v₂;   a copy   COPY s₁ … s₆ IS s₁ … s₆.   Chance of a fact is below 0.001.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks.quality.learners import Batch, Method
 from benchmarks.quality.model import Small, batch, drawn, exact, learn, pretrained
@@ -95,8 +96,34 @@ def scores(small: Small, size: Size, seed: int, tasks: int) -> list[float]:
     ]
 
 
+def remembered(size: Size, seed: int, tasks: int) -> Rows:
+    """Return the rows of the rings of the base and of the first so many tasks."""
+    rings = [copies(2 * size.facts, seed, "ring"), *(facts(size.facts, seed, task) for task in range(tasks + 1))]
+    longest = max(ids.shape[1] for ids, _ in rings)
+
+    def padded(part: int, value: int) -> Tensor:
+        rows = [ring[part] for ring in rings]
+        return torch.cat([F.pad(one, (0, longest - one.shape[1]), value=value) for one in rows])
+
+    return padded(0, 0), padded(1, -100)
+
+
 def sequence(small: Small, method: Method, lr: float, size: Size, seed: int, old: Statistics) -> dict[str, Any]:
-    """One task after another; after each the model is plain again and its ring is added to the statistics.
+    """One task after another; after each the model is plain again and its ring is added to the statistics."""
+    return _sequence(small, lambda task: method, lr, size, seed, old)
+
+
+def replayed(
+    small: Small, method: Callable[[Rows], Method], lr: float, size: Size, seed: int, old: Statistics
+) -> dict[str, Any]:
+    """The same with a method that is given the rows of the rings so far, to replay them."""
+    return _sequence(small, lambda task: method(remembered(size, seed, task - 1)), lr, size, seed, old)
+
+
+def _sequence(
+    small: Small, method_of: Callable[[int], Method], lr: float, size: Size, seed: int, old: Statistics
+) -> dict[str, Any]:
+    """Return scores of a sequence of tasks.
 
     learned   mean score of each new task when it had just been learned
     bwt       mean over all but the last task, the base's two included, of the final score − that when learned
@@ -106,7 +133,7 @@ def sequence(small: Small, method: Method, lr: float, size: Size, seed: int, old
     for task in range(1, size.tasks + 1):
         rows = facts(size.facts, seed, task)
         order = drawn(*rows, size.rows, seed + task)
-        small = learn(small, method, statistics[0], lr, order, size.steps, "cosine")
+        small = learn(small, method_of(task), statistics[0], lr, order, size.steps, "cosine")
         when_learned.append(exact(small.fresh().eval(), *rows))
         if task < size.tasks:
             statistics = (small.measured([_ring(rows)], onto=statistics),)
