@@ -58,6 +58,7 @@ SETTINGS = {
     ),
     "domain": Setting(
         task=partial(learn_domain, steps=60),
+        rates=(1e-4, 3e-4, 1e-3, 3e-3, 5e-3, 1e-2),
         baseline_rates=(3e-4, 1e-3, 3e-3),
         interpolated=partial(interpolate_domain, steps=60, method=full),
     ),
@@ -104,9 +105,11 @@ def _jobs(world: World, name: str, setting: Setting) -> Iterator[tuple[str, tupl
     """Yield every method of a setting with its rates and what runs it, given a rate and a seed."""
     of = {"name": next(iter(world.domains))} if name == "domain" else {}
     chosen = methods()
-    for method in setting.methods or tuple(chosen):
-        yield method, setting.rates, partial(setting.task, world, chosen[method], **of)
     longer = {"epochs": setting.baseline_epochs} if setting.baseline_epochs else {}
+    for method in setting.methods or tuple(chosen):
+        # As many epochs as its baselines: a small rate learns slowly under protection.
+        epochs = longer if method == "osft" else {}
+        yield method, setting.rates, partial(setting.task, world, chosen[method], **of, **epochs)
     if setting.baseline_rates:
         for method, start in baselines(world.known, cache(world.written)).items():
             yield method, setting.baseline_rates, partial(setting.task, world, start, **of, **longer)

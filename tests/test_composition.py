@@ -21,6 +21,7 @@ import torch
 import treering as tr
 from tests.ranks import PATIENCE, on_ranks
 from tests.same import assert_all_same
+from tests.techniques.osft.measured import moments
 from tests.toy import packed, rows, weights
 from tests.zoo import build
 from treering.core.sharded import gather
@@ -41,6 +42,7 @@ def techniques(model, folder="unused"):
         "lora": tr.LoRA(targets=WEIGHTS, rank=4, alpha=8.0, dtype="float64"),
         "lora (pissa)": tr.LoRA(name="pissa", targets=WEIGHTS, rank=4, alpha=8.0, dtype="float64", init="pissa"),
         "osft": tr.OSFT(protect="weights", ratio=0.4, targets=WEIGHTS),
+        "osft (merged)": tr.OSFT(targets=WEIGHTS),
         "osft (one_sided)": tr.OSFT(protect="weights", ratio=0.4, targets=WEIGHTS, form="one_sided"),
         "osft (forward)": tr.OSFT(protect="weights", ratio=0.4, targets=WEIGHTS, form="forward"),
         "osft (factors)": tr.OSFT(protect="weights", ratio=0.4, targets=WEIGHTS, form="factors"),
@@ -99,17 +101,17 @@ FAKE = "quantize (fake)"
 HELPING = ("quantize", FAKE, *TILED, "recompute", "ulysses", "shard", "compile", "collect")  # they train nothing
 ADAPTING = [name for name in TECHNIQUES if name not in HELPING]
 FACTORED = ("osft (forward)", "osft (factors)")
-SEEN = ("full", "lora", "lora (pissa)", "osft", "osft (one_sided)")  # by `collect`
+SEEN = ("full", "lora", "lora (pissa)", "osft", "osft (merged)", "osft (one_sided)")  # by `collect`
 TABLE: dict[tuple[str, ...], tuple[str, str]] = {
     **{(name,): (EQUAL, NO_SUM) for name in ADAPTING},
     **{names: (NOTHING, NOTHING) for n in (1, 2) for names in combinations(HELPING, n)},
     **dict.fromkeys(combinations(ADAPTING, 2), (SAME, SAME)),
     ("lora", "lora (pissa)"): (ALONE, ALONE),
-    **{(name, "quantize"): (NEEDS, NEEDS) for name in ("full", "lora (pissa)", "osft")},
+    **{(name, "quantize"): (NEEDS, NEEDS) for name in ("full", "lora (pissa)", "osft", "osft (merged)")},
     **{(name, "quantize"): (STORED, STORED) for name in FACTORED},
     **{(name, "quantize"): (EQUAL, NO_SUM) for name in ("lora", "osft (one_sided)")},
     **{(name, FAKE): (EQUAL, NO_SUM) for name in ("full", "lora", "osft (one_sided)")},
-    **{(name, FAKE): (VALUES, VALUES) for name in ("lora (pissa)", "osft", *FACTORED)},
+    **{(name, FAKE): (VALUES, VALUES) for name in ("lora (pissa)", "osft", "osft (merged)", *FACTORED)},
     **{(name, FAKE, "shard"): (EQUAL, EQUAL) for name in ("full", "lora")},
     **{(name, FAKE, "tiledblock", "tiledloss", "recompute", "shard"): (EQUAL, EQUAL) for name in ("full", "lora")},
     **{("lora", "quantize", other, "shard"): (EQUAL, EQUAL) for other in (*TILED, "recompute")},
@@ -138,6 +140,7 @@ TABLE: dict[tuple[str, ...], tuple[str, str]] = {
     ("lora", "quantize", "distill (base)"): (FEW_BITS, NO_SUM),
     ("lora (pissa)", "distill (base)"): (NO_COPY.format("lora"), NO_SUM),
     **{(name, "distill (base)"): (NO_COPY.format(name), NO_SUM) for name in ("full", "osft")},
+    ("osft (merged)", "distill (base)"): (NO_COPY.format("osft"), NO_SUM),
     **{(name, "shard", "compile"): (EQUAL, EQUAL) for name in ADAPTING},
     **{(name, "collect"): (UNSEEN if name in FACTORED else EQUAL, NO_SUM) for name in ADAPTING},
     **{(name, "shard", "collect"): (EQUAL, EQUAL) for name in SEEN},
@@ -257,8 +260,19 @@ def factored(own, base):
     return U_high @ own["V_high"].mT + U_low @ own["V_low"].mT
 
 
+def merged(own, base):
+    """ΔW = Z Bᵀ, from Z = 0; the base of later steps has it."""
+    return base + own["Z"] @ own["B"].mT
+
+
 # what a technique's own tensors of one weight stand for; a step of SGD on them that is not the plain one
-FORMULAS = {"lora": lora, "osft (one_sided)": adapter, "osft (forward)": projected, "osft (factors)": factored}
+FORMULAS = {
+    "lora": lora,
+    "osft (merged)": merged,
+    "osft (one_sided)": adapter,
+    "osft (forward)": projected,
+    "osft (factors)": factored,
+}
 
 
 def stepped(kind, own, name, gradient):
@@ -336,12 +350,15 @@ def result(names, model, layout, ranks, folder):
     known = techniques(model, Path(folder) / " ".join((*names, model, layout, str(ranks))))
     adds = ("ulysses",) if ranks in (SHARED, BOTH) and "ulysses" not in names else ()
     taught = next((TAUGHT[name] for name in names if name in TAUGHT), None)
+    built = build(model, dtype=torch.float64)
+    measured = moments(built, known["osft (merged)"]) if "osft (merged)" in names else None
     try:
         run = tr.compose(
-            build(model, dtype=torch.float64),
+            built,
             [known[name] for name in (*names, *adds) if name not in TAUGHT],
             mesh=mesh(ranks),
             prepared=folder,
+            statistics=measured,
             objective=objective(taught, folder),
         )
     except tr.PlanError as error:

@@ -127,6 +127,7 @@ def methods() -> Mapping[str, Method]:
     found: dict[str, Method] = {
         "full": full,
         "osft": osft(),
+        "osft update": osft(form="update"),
         "osft hard .5": osft(strength="hard", ratio=0.5),
         "osft one-sided .5": osft(form="one_sided", ratio=0.5),
         "osft weights .5": osft(protect="weights", ratio=0.5),
