@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.load import resident
 from benchmarks.peers import environment
-from benchmarks.peers.osft_sides import RATIO, Ours, Theirs, Times, base, batch, clock, forms, one_step
+from benchmarks.peers.osft_sides import RATIO, Ours, Theirs, Times, base, batch, clock, one_step, sides
 
 PACKAGES = (
     "rhai-innovation-mini-trainer==0.9.0",
@@ -37,13 +37,13 @@ def ask(*arguments: str) -> Any:
 
 def steps(rounds: int) -> dict[str, list[Times]]:
     """Every side in turn, round after round, after one round that is not counted."""
-    sides: dict[str, Any] = {PEER: Theirs(base().state_dict(), base().config)}
-    for name, technique in forms().items():
-        sides[name] = Ours(base(), technique, like=base())
-    found: dict[str, list[Times]] = {name: [] for name in sides}
+    every: dict[str, Any] = {PEER: Theirs(base().state_dict(), base().config)}
+    for name, technique in sides().items():
+        every[name] = Ours(base(), technique, like=base())
+    found: dict[str, list[Times]] = {name: [] for name in every}
     data = batch()
     for number in range(rounds + 1):
-        for name, side in sides.items():
+        for name, side in every.items():
             times = one_step(side, data) | {"inside": side.inside()}
             if number:
                 found[name].append(times)
@@ -99,7 +99,7 @@ def memory(side: str) -> dict[str, float]:
             like = base(64, 1) if place == small else base()
             if side == PEER:
                 return Theirs(load_file(f"{place}/model.safetensors"), like.config)
-            return Ours(place, forms()[side], like=like)
+            return Ours(place, sides()[side], like=like)
 
         one_step(made(small), batch())  # brings in code and threads
         before, found = resident("VmRSS"), {}

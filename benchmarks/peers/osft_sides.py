@@ -16,6 +16,17 @@ Times = dict[str, float]
 clock = time.process_time  # of one thread: its own seconds, whatever else the machine does
 
 
+DEFAULT, FULL = "merged, inputs (the default)", "full fine-tuning of the linears"
+
+
+def sides() -> dict[str, Any]:
+    """Return every form, and training without protection."""
+    import treering as tr
+
+    linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    return {**forms(), FULL: tr.Full(train=linears)}
+
+
 def forms() -> dict[str, Any]:
     import treering as tr
 
@@ -23,8 +34,9 @@ def forms() -> dict[str, Any]:
         return tr.OSFT(protect="weights", form=form, ratio=RATIO, **more)  # type: ignore[arg-type]
 
     return {
-        "update, inputs (the default)": tr.OSFT(),
-        "update, inputs hard": tr.OSFT(ratio=RATIO, strength="hard"),
+        DEFAULT: tr.OSFT(),
+        "update, inputs": tr.OSFT(form="update"),
+        "update, inputs hard": tr.OSFT(form="update", ratio=RATIO, strength="hard"),
         "update, weights": weights("update"),
         "one_sided, inputs": tr.OSFT(ratio=RATIO, form="one_sided"),
         "one_sided, weights": weights("one_sided"),
@@ -92,7 +104,7 @@ class Ours:
         import treering as tr
         from treering.plan import Run
 
-        statistics = Falling(like, technique) if technique.measured else None
+        statistics = Falling(like, technique) if getattr(technique, "measured", False) else None
         run = tr.compose(model, [technique], statistics=statistics)
         self.times: Times = {}
         hooks = ("gradients", "before_step", "after_step")
