@@ -11,8 +11,10 @@ documentation and ten general questions with the answers that the model gives. R
     not measured      the GPL (other licences where it is not on the machine)
     other questions   twenty general questions, with the answers that the model gave before it learned
 
-`replay` takes 512 of the measured tokens into each step and adds their mean loss (`× 4`: four times of it). Each run is
-written down as it ends (results/runs/), and a second start continues there: three to ten minutes a run on one core.
+`replay` takes 512 of the measured tokens into each step and adds their mean loss (`× 4`: four times). `own text` is
+measured on as many tokens that the model writes after its first token, as `treering measure --generate` does, `own
+chats` on chats of which it writes questions and answers. Each run is written down as it ends (results/runs/), and a
+second start continues there: three to ten minutes a run on one core.
 """
 
 import argparse
@@ -50,7 +52,7 @@ class Way:
 
     method: Method
     rates: tuple[float, ...] = RATES
-    measured: Literal["kept", "own"] | None = None
+    measured: Literal["kept", "own", "own_chats"] | None = None
     replay: float = 0.0
 
 
@@ -68,9 +70,11 @@ def ways(folder: Path) -> dict[str, Way]:
         "osft weights .5": Way(method=weights),
         "osft one-sided .5": Way(method=one_sided, measured="kept"),
         "osft one-sided .5 (own text)": Way(method=one_sided, measured="own"),
+        "osft one-sided .5 (own chats)": Way(method=one_sided, measured="own_chats"),
         "osft one-sided .5 + replay": Way(method=one_sided, measured="kept", replay=1.0),
         "osft": Way(method=default, measured="kept"),
         "osft (own text)": Way(method=default, measured="own"),
+        "osft (own chats)": Way(method=default, measured="own_chats"),
         "osft + replay": Way(method=default, measured="kept", replay=1.0),
     }
 

@@ -8,7 +8,7 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,7 +146,16 @@ class World:
             file.write_text(json.dumps([document.ids.tolist() for document in documents]), "utf-8")
         return Texts.of([((), ids) for ids in json.loads(file.read_text("utf-8"))], LENGTH)
 
-    def statistics(self, name: Literal["kept", "own"]) -> Any:
+    @cached_property
+    def own_chats(self) -> Texts:
+        """As many tokens of chats, questions and answers written by the model, as they stand in the template."""
+        tokens = int(self.kept.real.sum())
+        file = self.cache / f"own-chats-{tokens}.json"
+        if not file.exists():
+            file.write_text(json.dumps(self._written_chats(tokens)), "utf-8")
+        return Texts.of([((), ids) for ids in json.loads(file.read_text("utf-8"))], LENGTH)
+
+    def statistics(self, name: Literal["kept", "own", "own_chats"]) -> Any:
         """Of `kept` or of the model's own text, measured when they are first asked for."""
         texts: Texts = getattr(self, name)
         folder = self.cache / f"known-{name}-{digest(texts.ids)[:8]}"
@@ -181,6 +190,32 @@ class World:
             pairs.append((given, known[question]))
         file.write_text(json.dumps(known), "utf-8")
         return Texts.of(pairs, LENGTH)
+
+    def _written_chats(self, tokens: int) -> list[list[int]]:
+        model, chats = self.model(), list[list[int]]()
+        template = partial(self.tokenizer.apply_chat_template, tokenize=False)
+        begin = template([{"role": "user", "content": "QUESTION"}]).partition("QUESTION")[0]
+        torch.manual_seed(0)
+        while sum(map(len, chats)) < tokens:
+            written = self._continued(
+                model, [begin] * 16, do_sample=True, top_k=0, max_new_tokens=self.size.answer // 2
+            )
+            questions = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
+            turns = [[{"role": "user", "content": question}] for question in questions if question]
+            prompts = [template(turn, add_generation_prompt=True) for turn in turns]
+            answers = self._continued(model, prompts, do_sample=False, max_new_tokens=self.size.answer)
+            given = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+            chats += [asked + answer for asked, answer in zip(given, answers)]
+        return chats
+
+    def _continued(self, model: Any, prompts: Sequence[str], **settings: Any) -> list[list[int]]:
+        """Return what the model writes after each prompt, the token that ends it included."""
+        given = self.tokenizer(
+            prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+        )
+        written = model.generate(**given, **settings)[:, given["input_ids"].shape[1] :].tolist()
+        end = self.tokenizer.eos_token_id
+        return [ids[: ids.index(end) + 1] if end in ids else ids for ids in written]
 
     @cached_property
     def _documentation(self) -> Tensor:
