@@ -1,11 +1,13 @@
 """Ways to learn, each through its package's own interface, all on the same batches and with the same optimizer.
 
 A learner is made of a model that it may take apart; `finished` gives back plain weights under the model's own names.
+The loss of a step is the sum over its batches, each divided by its own `count`.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +26,7 @@ class Learner(Protocol):
     model: Any
     optimizer: Any
 
-    def step(self, batch: Batch) -> None: ...
+    def step(self, *batches: Batch) -> None: ...
     def finished(self) -> dict[str, Tensor]: ...
 
 
@@ -34,13 +36,14 @@ Method = Callable[[Any, Any, float], Learner]  # (model, statistics, learning ra
 class Composed:
     """Treering's techniques, full fine-tuning among them."""
 
-    def __init__(self, model: Any, techniques: list[Any], statistics: Any, lr: float):
-        self.run = tr.compose(model, techniques, statistics=statistics)
+    def __init__(self, model: Any, techniques: list[Any], statistics: Any, lr: float, prepared: Path | None = None):
+        self.run = tr.compose(model, techniques, statistics=statistics, prepared=prepared)
         self.model = self.run.model
         self.optimizer = self.run.optimizer(torch.optim.AdamW, lr=lr, **ADAMW)
 
-    def step(self, batch: Batch) -> None:
-        self.run.loss(batch).backward()
+    def step(self, *batches: Batch) -> None:
+        for batch in batches:
+            self.run.loss(batch).backward()
         self.run.step(self.optimizer, clip=CLIP)
 
     def finished(self) -> dict[str, Tensor]:
@@ -54,8 +57,9 @@ class Foreign:
         self.model = model.train()
         self.optimizer: Any = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, **ADAMW)
 
-    def step(self, batch: Batch) -> None:
-        (cross_entropy(self.model, with_targets(batch)) / batch["count"]).backward()
+    def step(self, *batches: Batch) -> None:
+        for batch in batches:
+            (cross_entropy(self.model, with_targets(batch)) / batch["count"]).backward()
         nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -98,15 +102,20 @@ def full(model: Any, statistics: Any, lr: float) -> Learner:
     return Composed(model, [tr.Full(train=LINEARS)], None, lr)
 
 
-def osft(**settings: Any) -> Method:
+def osft(*, prepared: Path | None = None, **settings: Any) -> Method:
     technique = tr.OSFT(**settings)
-    return lambda model, statistics, lr: Composed(model, [technique], statistics if technique.measured else None, lr)
+
+    def start(model: Any, statistics: Any, lr: float) -> Learner:
+        return Composed(model, [technique], statistics if technique.measured else None, lr, prepared)
+
+    return start
 
 
-def lora(model: Any, statistics: Any, lr: float) -> Learner:
+def lora(rank: int) -> Method:
     from peft import LoraConfig
 
-    return Peft(model, LoraConfig(r=8, lora_alpha=16, target_modules=list(LINEARS), task_type="CAUSAL_LM"), lr)
+    settings: Any = {"r": rank, "lora_alpha": 2 * rank, "target_modules": list(LINEARS), "task_type": "CAUSAL_LM"}
+    return lambda model, statistics, lr: Peft(model, LoraConfig(**settings), lr)
 
 
 def peft_osf(keep: float) -> Method:
@@ -132,7 +141,7 @@ def methods() -> Mapping[str, Method]:
         "osft one-sided .5": osft(form="one_sided", ratio=0.5),
         "osft weights .5": osft(protect="weights", ratio=0.5),
         "osft both .5": osft(protect="both", ratio=0.5),
-        "lora r8": lora,
+        "lora r8": lora(8),
         "peft osf .5": peft_osf(0.5),
     }
     if find_spec("mini_trainer"):
