@@ -53,7 +53,7 @@ class MergedAdapter(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y, the output of the layer for the input x."""
-        return _Linear.apply(y, _narrow(x, self.B, y.dtype), self.Z) if torch.is_grad_enabled() else y
+        return _LinearGradient.apply(y, _narrow(x, self.B, y.dtype), self.Z) if torch.is_grad_enabled() else y
 
     def seen(self, expert: int | None, rows: Tensor) -> Tensor:
         """Return inputs, one token a row, as Z sees them."""
@@ -71,7 +71,7 @@ class ExpertMergedAdapter(MergedAdapter):
             return x.new_zeros(()).expand(x.shape[0], self.Z.shape[1])
         with torch.no_grad(), full_precision():
             low = rows_by_stack(x, self.B.to(x.dtype), offsets)
-        return _Experts.apply(low, self.Z, offsets)
+        return _ExpertsGradient.apply(low, self.Z, offsets)
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def _narrow(x: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
         return (x.to(dtype) @ B.to(dtype) if B.dtype.itemsize <= dtype.itemsize else product(x, B)).to(dtype)
 
 
-class _Linear(torch.autograd.Function):
+class _LinearGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, low: Tensor, Z: Tensor) -> Tensor:
         ctx.save_for_backward(low)
@@ -96,7 +96,7 @@ class _Linear(torch.autograd.Function):
         return g, None, dZ.to(ctx.dtype)
 
 
-class _Experts(torch.autograd.Function):
+class _ExpertsGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, low: Tensor, Z: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(low, offsets)
