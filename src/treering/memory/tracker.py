@@ -28,6 +28,7 @@ _ASSUMED = {
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.nonzero.default,
     torch.ops.aten._grouped_mm.default,
+    torch.ops.aten.addmm.dtype_out,
 }
 # Messages of rows grow with the tokens, also where parts of them are rounded up to some bytes.
 _ROWS = ("treering::all_to_all_rows", "treering::all_to_all_in_pairs", "treering::all_gather_rows")
@@ -149,6 +150,8 @@ def assumed(func: Any, args: Any, kwargs: Any) -> Any:
     if func not in _ASSUMED or not isinstance(args[0], FakeTensor):
         return None
     first = args[0]
+    if func is torch.ops.aten.addmm.dtype_out:
+        return kwargs["out"]  # fake tensors would make the product first; cards add inside of it
     if func is torch.ops.aten._grouped_mm.default:
         return _grouped(first, args[1], args[2] if len(args) > 2 else kwargs.get("offs"))
     if func is torch.ops.aten._local_scalar_dense.default:
