@@ -19,7 +19,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from treering.core.errors import PlanError
 from treering.memory import pretend
-from treering.memory.timeline import PHASES, Phase, Timeline, phase_of, traced_row, worst_of_phases
+from treering.memory.timeline import (
+    LONG,
+    PHASES,
+    SHORT,
+    Phase,
+    Timeline,
+    phase_of,
+    traced_row,
+    worst_of_phases,
+)
 from treering.memory.trace import Optimizers, trace
 from treering.memory.tracker import CATEGORIES, Category
 from treering.objectives import Objective
@@ -104,6 +113,16 @@ class Forecast:
     parameters: int  # how many the complete model has
     kinds: Sequence[Any] = ()  # of every block, to recognise the model again
 
+    def at_least(self, length: int) -> float:
+        """Return bytes of the device that a step needs at least, where only the smaller depth was traced: its own peak
+        at the loss, and what the blocks that are missing keep for their backward: no less than each of the first two
+        periods does. (The last one's input may stay where others leave, and the first one's may need no gradient.)"""
+        small, period, begin = self.traces[0], self.layout.period, self.layout.prefix
+        kept = min(small.kept_of(range(i, i + period), length) for i in (begin, begin + period))
+        missing = (self.layout.depth - small.blocks) / period * kept
+        peaks = small.peaks(length).sum(1)
+        return self.reserved + max(float(peaks.max()), float(peaks[small.blocks + 1]) + missing)
+
     def at(self, length: int) -> Peak:
         """Return the peak of micro-batches of `length` tokens, which ranks of the axis `sequence` share."""
         *_, large = self.traces
@@ -134,20 +153,32 @@ class Forecast:
 
 
 def forecast(
-    subject: Subject, length: int, *, device: torch.device | None = None, like: Forecast | None = None
+    subject: Subject,
+    length: int,
+    *,
+    device: torch.device | None = None,
+    like: Forecast | None = None,
+    most: float | None = None,
 ) -> Forecast:
     """Return the forecast of `subject`, for any length. The step is traced at about `length` tokens, up to a limit.
 
     Args:
         like: Of the same model with other techniques. If the blocks that are traced are those that it has, the complete
             model is not drafted again.
+        most: With `like`: bytes of the device. Where a few blocks show that more is needed at `length`, the forecast
+            is of these few, and raises `TooLarge`.
     """
     if like is not None and len(like.traces) == 2:
         with pretend.ranks(subject.world):
             try:
+                found = replace(like, reserved=_reserved(subject, device))
+
+                def check(small: Timeline) -> None:
+                    if most is not None and replace(found, traces=(small,)).at_least(length) > most:
+                        raise TooLarge
+
                 depths = like.layout.depths()
-                traces = tuple(_trace(subject, depth, list(like.kinds), length, device) for depth in depths)
-                return replace(like, traces=traces, reserved=_reserved(subject, device))
+                return replace(found, traces=_traces(subject, depths, list(like.kinds), length, device, check))
             except _BlocksDiffer:
                 pass
     with pretend.ranks(subject.world):
@@ -157,9 +188,9 @@ def forecast(
         layout = _repeats(kinds)
         depths = (layout.depth,) if subject.all_blocks else layout.depths()
         try:
-            traces = tuple(_trace(subject, depth, kinds, length, device) for depth in depths)
+            traces = _traces(subject, depths, kinds, length, device)
         except _BlocksDiffer:
-            traces = (_trace(subject, layout.depth, kinds, length, device),)
+            traces = _traces(subject, (layout.depth,), kinds, length, device)
     count = sum(p.numel() for p in plan.model.parameters())
     reserved = _reserved(subject, device)
     return Forecast(layout=layout, traces=traces, reserved=reserved, parameters=count, kinds=kinds)
@@ -187,11 +218,44 @@ def _reserved(subject: Subject, device: torch.device | None) -> float:
     return 0 if device is not None else RESERVED + (MESSAGES if subject.world > 1 else 0)
 
 
+class TooLarge(Exception):
+    """A run needs more memory than there is."""
+
+
 class _BlocksDiffer(Exception):
     """The blocks of a shallower model are not the first ones of the full model."""
 
 
-def _trace(subject: Subject, depth: int, kinds: list[Any], length: int, device: torch.device | None) -> Timeline:
+def _traces(
+    subject: Subject,
+    depths: Sequence[int],
+    kinds: list[Any],
+    length: int,
+    device: torch.device | None,
+    check: Callable[[Timeline], None] = lambda timeline: None,
+) -> tuple[Timeline, ...]:
+    """Return the timelines of models of these depths: with the shorter of two rows, unless a tile has all of it.
+
+    Args:
+        check: Is given the first.
+    """
+    traces: list[Timeline] = []
+    most = SHORT
+    for depth in depths:
+        one = _trace(subject, depth, kinds, length, device, most)
+        if most < LONG and one.complete_tile and length > most:
+            most = LONG
+            one = _trace(subject, depth, kinds, length, device, most)
+        traces.append(one)
+        if len(traces) == 1:
+            check(one)
+    return tuple(traces)
+
+
+def _trace(
+    subject: Subject, depth: int, kinds: list[Any], length: int, device: torch.device | None, most: int
+) -> Timeline:
+    """Return the timeline of a step of a model of `depth` blocks with a row of at most `most` tokens."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     shallow = depth < len(kinds)
     try:
@@ -204,7 +268,7 @@ def _trace(subject: Subject, depth: int, kinds: list[Any], length: int, device: 
         raise _BlocksDiffer
     return trace(
         plan,
-        traced_row(length, plan.tokens),
+        traced_row(length, plan.tokens, most),
         optimizers=subject.optimizers,
         fake=fake,
         device=device or pretend.accelerator(),

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from treering.core.errors import PlanError
 from treering.techniques.recompute.copies import Copies, HostPool, Ticket, copies_for
 
-SHORT = 64 * 2**20  # bytes of an input of which two are copied back ahead
+SHORT = 16 * 2**20  # bytes of an input of which two are copied back ahead
 ALIGNED = 64  # elements: kernels choose their order of summation by alignment, and a second forward must choose alike
 
 
