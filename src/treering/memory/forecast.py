@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from treering.core.errors import PlanError
 from treering.memory import pretend
+from treering.memory.depth import RepeatedBlocks, repeats, shorten
 from treering.memory.timeline import (
     LONG,
     PHASES,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PretrainedConfig
 
-LONGEST_PERIOD = 8
 RESERVED, MESSAGES = 2**30, 2**30  # bytes that are not traced: the driver's context and libraries; NCCL's channels
 
 
@@ -77,30 +77,6 @@ class Peak:
     def device(self) -> float:
         """Bytes on the device at the worst moment of the step."""
         return self.reserved + max(sum(categories.values()) for categories in self.phases.values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class RepeatedBlocks:
-    """The blocks of a model: the first `prefix` of them, and then others that repeat every `period`."""
-
-    depth: int
-    prefix: int
-    period: int
-
-    def depths(self) -> tuple[int, ...]:
-        """Return the numbers of blocks to trace: two that differ by two periods, or all blocks."""
-        rest = (self.depth - self.prefix) % self.period
-        small = self.prefix + rest + 3 * self.period
-        large = small + 2 * self.period
-        return (small, large) if large < self.depth else (self.depth,)
-
-    def moments(self, depth: int) -> list[int]:
-        """Return the segments of a trace of `depth` blocks that correspond to those of another depth, in time order."""
-        first = list(range(self.prefix + 2 * self.period))
-        last = list(range(depth - 2 * self.period, depth))
-        forward = [1 + i for i in (*first, *last)]
-        backward = [2 * depth + 1 - i for i in reversed((*first, *last))]
-        return [0, *forward, depth + 1, *backward, 2 * depth + 2, 2 * depth + 3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +161,7 @@ def forecast(
         plan = _draft(subject, None, FakeTensorMode(allow_non_fake_inputs=True), device)
         layout = RepeatedBlocks(depth=len(plan.anatomy.blocks), prefix=0, period=1)
         kinds = [_kind(plan, i) for i in range(layout.depth)]
-        layout = _repeats(kinds)
+        layout = repeats(kinds)
         depths = (layout.depth,) if subject.all_blocks else layout.depths()
         try:
             traces = _traces(subject, depths, kinds, length, device)
@@ -299,30 +275,8 @@ def _draft(subject: Subject, depth: int | None, fake: FakeTensorMode, device: to
         )
 
 
-def shorten(config: "PretrainedConfig", depth: int) -> None:
-    """Shorten `config` in place to the first `depth` blocks, and every list with an entry per block with them."""
-    text = config.get_text_config()
-    before = text.num_hidden_layers
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list | tuple) and len(value) == before:
-            setattr(text, name, value[:depth])
-    text.num_hidden_layers = depth
-
-
 def _kind(plan: Plan, index: int) -> Any:
     """Return a value that is equal for two blocks if they need the same memory."""
     block: nn.Module = plan.model.get_submodule(plan.anatomy.blocks[index].fqn)
     parameters = [(n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in block.named_parameters()]
     return parameters, [(n, type(m).__name__) for n, m in block.named_modules()]
-
-
-def _repeats(kinds: list[Any]) -> RepeatedBlocks:
-    depth = len(kinds)
-    for period in range(1, LONGEST_PERIOD + 1):
-        prefix = depth
-        while prefix > period and kinds[prefix - 1] == kinds[prefix - 1 - period]:
-            prefix -= 1
-        prefix -= period
-        if prefix + 6 * period <= depth:
-            return RepeatedBlocks(depth=depth, prefix=max(prefix, 0), period=period)
-    return RepeatedBlocks(depth=depth, prefix=0, period=depth)
