@@ -34,8 +34,16 @@ def sums(context: Context) -> Iterator[Figure]:
             def in_product(total: Gradient = inside, g: Tensor = g, x: Tensor = x) -> None:
                 total.add_product(g, x)
 
-            found = context.alternate({"inside": in_product, "behind": added}, warm_up=2, keep=2)
             case = f"tile of {size}, width {sizes.hidden}, vocabulary {vocabulary} ({family}), bfloat16"
+            once = Gradient(head, cut=False, tiles=9, wide=True)
+            for _ in range(2):
+                once.add_product(g, x)
+            wanted = 2 * (g[:, :64].t().float() @ x.float())
+            assert once.value is not None
+            worst = float((once.value[:64] - wanted).abs().max() / wanted.abs().max())
+            yield Figure(figure="gradient of a head added in its product, error", case=case, ours=worst, at_most=0.01)
+            del once, wanted
+            found = context.alternate({"inside": in_product, "behind": added}, warm_up=2, keep=2)
             yield Figure(
                 figure="gradient of a head added in its product / after it, time", case=case,
                 ours=found["inside"].seconds, peer=found["behind"].seconds, unit="s", at_most=BAR,

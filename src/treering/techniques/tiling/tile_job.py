@@ -66,7 +66,8 @@ class Gradient:
 
 def _sums_wide(a: Tensor, dtype: torch.dtype) -> bool:
     """Return whether one kernel multiplies matrices in bfloat16 or float16 and adds the result to one in float32."""
-    return a.dtype != dtype == torch.float32 and a.device.type not in ("cpu", "xpu", "mps", "meta")
+    without = a.device.type in ("cpu", "xpu", "mps", "meta") or torch.version.hip is not None
+    return a.dtype != dtype == torch.float32 and not without
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
