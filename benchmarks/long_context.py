@@ -11,6 +11,7 @@ from benchmarks.rows import Row, others, write
 
 PARTS: dict[str, Callable[[bool, str], Iterator[Row]]] = {
     "tiling": long_context_tiling.rows,
+    "blocks": long_context_tiling.blocks,
     "recompute": lambda quick, command: iter(recompute_rows.rows(quick)),
 }
 

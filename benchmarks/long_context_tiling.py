@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+import treering as tr
 from benchmarks.peers import tiling as peer
 from benchmarks.rows import Row, row
 from treering.anatomy import examine
@@ -43,6 +44,39 @@ def times(rounds: int, command: str) -> Iterator[Row]:
     found = peer.ask("loss", str(rounds))
     case = f"{peer.TRAINED} tokens, vocabulary {peer.VOCABULARY}, 4 tiles"
     yield _beside("tiled loss beside the plain loss", case, found["ours"], found["plain"], command, at_most=1.05)
+
+
+def blocks(quick: bool, command: str) -> Iterator[Row]:
+    """Forward and backward of recomputed blocks, tiled and not, in one process and in turn."""
+    torch.set_num_threads(1)
+    for width, tokens, tile in ((512, 2048, 512), (384, 2048, 512), (256, 2048, 512), (256, 2048, 128)):
+        batch = {"input_ids": torch.arange(tokens)[None] % 128, "labels": torch.arange(tokens)[None] % 128}
+        sides = {
+            name: _of_run(width, [tr.Full(train=("*_proj.weight", "*norm*")), *techniques], batch)
+            for name, techniques in (("alone", [tr.Recompute()]), ("tiled", [tr.TiledBlock(tile=tile), tr.Recompute()]))
+        }
+        found = peer.seconds(sides, 3 if quick else 15)
+        case = f"2 blocks of width {width}, {tokens} tokens in tiles of {tile}, float32"
+        bar = 1.12 if tile >= 512 else None
+        figure = "tiledblock inside recompute / recompute alone"
+        yield _beside(figure, case, found["tiled"], found["alone"], command, at_most=bar)
+
+
+def _of_run(width: int, techniques: Sequence[Any], batch: dict[str, Any]) -> Any:
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=7 * width // 2, num_hidden_layers=2, num_attention_heads=width // 64,
+        num_key_value_heads=width // 128, vocab_size=128,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    run = tr.compose(LlamaForCausalLM(config), techniques)
+
+    def step() -> None:
+        for ready in run.ready([batch | {"count": batch["labels"].numel() - 1}]):
+            run.loss(ready).backward()
+        for _, parameter in run.trainable():
+            parameter.grad = None
+
+    return step
 
 
 def _beside(

@@ -55,6 +55,16 @@ def test_tokenizer_threads_and_clock(monkeypatch):
     assert doctor.clock().status == "warn"
 
 
+def test_an_allocator_that_cannot_grow_its_segments_is_a_warning_where_there_is_a_card(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert doctor.allocator().status == "ok"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert doctor.allocator().status == "warn" and "expandable_segments:True" in doctor.allocator().remedy
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64, expandable_segments:True")
+    assert doctor.allocator().status == "ok"
+
+
 def test_every_finding_that_is_not_ok_has_a_remedy(tmp_path):
     for finding in doctor.everything(tmp_path, ranks=False):
         assert finding.status == "ok" or finding.remedy, finding

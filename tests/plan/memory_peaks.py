@@ -14,7 +14,7 @@ from tests.plan.memory_toys import llama_8b, moe, subject
 from treering.memory import Subject, forecast
 
 FILE = Path(__file__).with_suffix(".json")
-LENGTH, TRACED = 32768, 2048
+LENGTH, TRACED = 32768, 4096  # longer than a tile of the loss
 HALF = {"dtype": torch.bfloat16}
 
 

@@ -14,6 +14,11 @@ CASES = {
     "experts": (moe(), [*KEPT, tr.Shard()], 4),
     "adapters": (llama(), [tr.LoRA(rank=4), tr.Recompute(), tr.Shard()], 1),
     "64 ranks": (llama(), [*KEPT, tr.TiledLoss(tile=64), tr.Shard(compute="bfloat16")], 64),
+    "64 ranks, offloaded": (
+        llama(),
+        [tr.Full(), tr.Recompute(offload="cpu"), tr.TiledLoss(tile=64), tr.Shard(compute="bfloat16", offload="cpu")],
+        64,
+    ),
     "offloaded": (llama(), [tr.Full(), tr.Recompute(offload="cpu"), tr.Shard(offload="cpu")], 1),
 }
 

@@ -50,7 +50,7 @@ def test_what_does_not_fit_is_told_what_to_write(file, capsys, monkeypatch):
         if state.config.techniques.tiledblock:
             raise PlanError("tiledblock: the block is not laid out in a known way")
 
-    def forecast(state: SimpleNamespace, length: int, like: SimpleNamespace | None = None) -> SimpleNamespace:
+    def forecast(state: SimpleNamespace, length: int) -> SimpleNamespace:
         """Each switch halves what is needed, and tiled blocks do not go with this model."""
         t = state.config.techniques
         on = [
@@ -63,6 +63,7 @@ def test_what_does_not_fit_is_told_what_to_write(file, capsys, monkeypatch):
         return SimpleNamespace(at=lambda length: peak, longest=lambda room: 0)
 
     monkeypatch.setattr(command, "_forecast", forecast)
+    monkeypatch.setattr(command, "_peak_within", lambda state, length, *_: forecast(state, length).at(length))
     monkeypatch.setattr(command, "_refuse_unusable", refuse)
     output = plan(capsys, file, "--gpu", "17GiB", "--length", 16000)
     assert "need 64.0 GiB on each rank of 17.0: does NOT fit" in output
@@ -73,7 +74,7 @@ def test_what_does_not_fit_is_told_what_to_write(file, capsys, monkeypatch):
 def test_a_proposal_needs_host_memory_that_there_is(file, capsys, monkeypatch):
     """Each switch halves what a device needs; what is offloaded needs 32 GiB of the host, for all ranks together."""
 
-    def forecast(state: SimpleNamespace, length: int, like: SimpleNamespace | None = None) -> SimpleNamespace:
+    def forecast(state: SimpleNamespace, length: int) -> SimpleNamespace:
         again = state.config.techniques.recompute
         away = again is not None and again.offload == "cpu"
         on = [state.config.techniques.tiledloss is not None, again is not None, away]
@@ -83,6 +84,7 @@ def test_a_proposal_needs_host_memory_that_there_is(file, capsys, monkeypatch):
         return SimpleNamespace(at=lambda length: peak, longest=lambda room: 0)
 
     monkeypatch.setattr(command, "_forecast", forecast)
+    monkeypatch.setattr(command, "_peak_within", lambda state, length, *_: forecast(state, length).at(length))
     monkeypatch.setattr(command, "_refuse_unusable", lambda state, length, like: None)
     output = plan(capsys, file, "--gpu", "9GiB", "--length", 16000)
     assert "recompute: {offload: cpu}\n    with 8.0 GiB on each rank, 32.0 GiB of host memory on a node" in output

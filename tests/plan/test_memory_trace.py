@@ -15,7 +15,7 @@ from tests.plan.memory_formula import formula
 from tests.plan.memory_toys import CPU, llama, llama_8b, moe, subject
 from treering.core.errors import PlanError
 from treering.memory import Subject, attention, forecast, pretend
-from treering.memory.forecast import RepeatedBlocks, _repeats, shorten
+from treering.memory.depth import RepeatedBlocks, repeats, shorten
 from treering.memory.timeline import LONG, traced_length
 from treering.memory.tracker import CATEGORIES, Tracker
 from treering.plan import draft
@@ -158,11 +158,11 @@ def test_blocks_that_differ_are_traced_with_all_of_them():
 
 
 def test_how_blocks_repeat_is_found():
-    assert _repeats(list("a" * 9)) == RepeatedBlocks(depth=9, prefix=0, period=1)
-    assert _repeats(list("x" + "a" * 9)) == RepeatedBlocks(depth=10, prefix=1, period=1)
-    assert _repeats(list("ab" * 8)) == RepeatedBlocks(depth=16, prefix=0, period=2)
-    assert _repeats(list("abc")).depths() == (3,)
-    assert _repeats(list("x" + "ab" * 8 + "a")).depths() == (8, 12)
+    assert repeats(list("a" * 9)) == RepeatedBlocks(depth=9, prefix=0, period=1)
+    assert repeats(list("x" + "a" * 9)) == RepeatedBlocks(depth=10, prefix=1, period=1)
+    assert repeats(list("ab" * 8)) == RepeatedBlocks(depth=16, prefix=0, period=2)
+    assert repeats(list("abc")).depths() == (3,)
+    assert repeats(list("x" + "ab" * 8 + "a")).depths() == (8, 12)
 
 
 def test_a_shorter_config_lists_fewer_blocks():

@@ -67,7 +67,8 @@ def balanced():
 def recorded(arch, techniques, sizes, micro_batches, folder):
     """(reported by the techniques, recorded in the second step)."""
     mesh = tr.mesh(**sizes)
-    model = balanced() if arch == "balanced" else build(arch)
+    dtype = torch.bfloat16 if arch.endswith("in bfloat16") else torch.float32
+    model = balanced() if arch == "balanced" else build(arch.partition(" ")[0], dtype=dtype)
     run = tr.compose(model, [*techniques], mesh=mesh, prepared=folder)
     optimizer = run.optimizer(torch.optim.SGD, lr=0.01)
     for _ in range(2):
@@ -101,6 +102,9 @@ OSFT = {"protect": "weights", "ratio": 0.4}
 CASES = {
     "full": ("llama", [tr.Full(), tr.Shard()]),
     "bfloat16": ("llama", [tr.Full(), tr.Shard(compute="bfloat16")]),
+    "stored in bfloat16": ("llama in bfloat16", [tr.Full(), tr.Shard()]),
+    "stored and reduced in bfloat16": ("llama in bfloat16", [tr.Full(), tr.Shard(reduce="bfloat16")]),
+    "computed in float32": ("llama in bfloat16", [tr.LoRA(rank=3), tr.Shard(compute="float32")]),
     "reduced in bfloat16": ("llama", [tr.Full(), tr.Shard(compute="bfloat16", reduce="bfloat16")]),
     "not freed": ("llama", [tr.Full(), tr.Shard(reshard=False)]),
     "gradients stay": ("llama", [tr.Full(), tr.Shard(hold="gradients")]),

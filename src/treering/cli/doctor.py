@@ -57,6 +57,7 @@ def everything(output: Path, *, ranks: bool) -> Iterator[Finding]:
         clock,
         torch_build,
         devices,
+        allocator,
     ]
     if ranks:
         from treering.cli.ranks_probe import two_ranks
@@ -219,3 +220,18 @@ def devices() -> Finding:
     cards = f"{len(names)} × {names[0]}" + (f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if nccl else "")
     status: Literal["ok", "bad"] = "ok" if nccl or len(names) == 1 else "bad"
     return Finding(name="devices", status=status, result=cards, remedy="several GPUs need a torch build with NCCL")
+
+
+def allocator() -> Finding:
+    """Check that memory that sequences of one length have left can be used by those of another."""
+    import torch
+
+    set_to = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    expandable = "expandable_segments:true" in set_to.replace(" ", "").lower()
+    if expandable or not torch.cuda.is_available():
+        return Finding(name="allocator", status="ok", result=set_to or "torch's default")
+    remedy = (
+        "for long sequences of varying length: PYTORCH_ALLOC_CONF=expandable_segments:True. It changes where tensors "
+        "lie, and no number"
+    )
+    return Finding(name="allocator", status="warn", result=set_to or "torch's default", remedy=remedy)

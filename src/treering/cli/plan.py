@@ -165,16 +165,26 @@ def _memory(state: PlannedRun, length: int, limits: Capacity) -> "tuple[str, Pea
         more += proposed(
             state,
             limits,
-            lambda tried: _forecast(tried, length, predicted).at(length),
+            lambda tried: _peak_within(tried, length, predicted, limit),
             lambda tried: _refuse_unusable(tried, length, predicted),
         )
     return render(peak, limit, length, more), peak
 
 
-def _forecast(state: PlannedRun, length: int, like: "Forecast | None" = None) -> "Forecast":
+def _forecast(state: PlannedRun, length: int) -> "Forecast":
     from treering.memory import forecast
 
-    return forecast(_subject(state.config, state.ranks, length), length, like=like)
+    return forecast(_subject(state.config, state.ranks, length), length)
+
+
+def _peak_within(state: PlannedRun, length: int, like: "Forecast", limit: int | None) -> "Peak | None":
+    """Return the peak of a run; None where a few of its blocks show that it needs more than `limit`."""
+    from treering.memory.forecast import TooLarge, forecast
+
+    try:
+        return forecast(_subject(state.config, state.ranks, length), length, like=like, most=limit).at(length)
+    except TooLarge:
+        return None
 
 
 def _refuse_unusable(state: PlannedRun, length: int, like: "Forecast") -> None:

@@ -66,13 +66,13 @@ class PlannedRun:
 def proposed(
     state: PlannedRun,
     limits: Capacity,
-    peak_of: "Callable[[PlannedRun], Peak]",
+    peak_of: "Callable[[PlannedRun], Peak | None]",
     refuse_unusable: Callable[[PlannedRun], None],
 ) -> list[str]:
     """Return the lines of the smallest change with which the run fits.
 
     Args:
-        peak_of: From a run to its peak.
+        peak_of: From a run to its peak; None: it does not fit.
         refuse_unusable: Raises PlanError for a run whose techniques refuse the model or each other.
     """
     from treering.memory.search import smallest
@@ -87,7 +87,8 @@ def proposed(
             peak = peak_of(tried)
         except PlanError:  # what it does depends on values, and cannot be traced
             return False
-        tried_before.append((tried, peak if limits.allow(peak, tried.ranks) else None))
+        allowed = peak is not None and limits.allow(peak, tried.ranks)
+        tried_before.append((tried, peak if allowed else None))
         return tried_before[-1][1] is not None
 
     def needs(tried: PlannedRun) -> str:

@@ -19,7 +19,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from treering.core.errors import PlanError
 from treering.memory import pretend
-from treering.memory.timeline import PHASES, Phase, Timeline, phase_of, traced_row, worst_of_phases
+from treering.memory.depth import RepeatedBlocks, repeats, shorten
+from treering.memory.timeline import (
+    LONG,
+    PHASES,
+    SHORT,
+    Phase,
+    Timeline,
+    phase_of,
+    traced_row,
+    worst_of_phases,
+)
 from treering.memory.trace import Optimizers, trace
 from treering.memory.tracker import CATEGORIES, Category
 from treering.objectives import Objective
@@ -33,7 +43,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PretrainedConfig
 
-LONGEST_PERIOD = 8
 RESERVED, MESSAGES = 2**30, 2**30  # bytes that are not traced: the driver's context and libraries; NCCL's channels
 
 
@@ -71,30 +80,6 @@ class Peak:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepeatedBlocks:
-    """The blocks of a model: the first `prefix` of them, and then others that repeat every `period`."""
-
-    depth: int
-    prefix: int
-    period: int
-
-    def depths(self) -> tuple[int, ...]:
-        """Return the numbers of blocks to trace: two that differ by two periods, or all blocks."""
-        rest = (self.depth - self.prefix) % self.period
-        small = self.prefix + rest + 3 * self.period
-        large = small + 2 * self.period
-        return (small, large) if large < self.depth else (self.depth,)
-
-    def moments(self, depth: int) -> list[int]:
-        """Return the segments of a trace of `depth` blocks that correspond to those of another depth, in time order."""
-        first = list(range(self.prefix + 2 * self.period))
-        last = list(range(depth - 2 * self.period, depth))
-        forward = [1 + i for i in (*first, *last)]
-        backward = [2 * depth + 1 - i for i in reversed((*first, *last))]
-        return [0, *forward, depth + 1, *backward, 2 * depth + 2, 2 * depth + 3]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Forecast:
     """The memory of a run of any length, from one or two traces of its step."""
 
@@ -103,6 +88,16 @@ class Forecast:
     reserved: float
     parameters: int  # how many the complete model has
     kinds: Sequence[Any] = ()  # of every block, to recognise the model again
+
+    def at_least(self, length: int) -> float:
+        """Return bytes of the device that a step needs at least, where only the smaller depth was traced: its own peak
+        at the loss, and what the blocks that are missing keep for their backward: no less than each of the first two
+        periods does. (The last one's input may stay where others leave, and the first one's may need no gradient.)"""
+        small, period, begin = self.traces[0], self.layout.period, self.layout.prefix
+        kept = min(small.kept_of(range(i, i + period), length) for i in (begin, begin + period))
+        missing = (self.layout.depth - small.blocks) / period * kept
+        peaks = small.peaks(length).sum(1)
+        return self.reserved + max(float(peaks.max()), float(peaks[small.blocks + 1]) + missing)
 
     def at(self, length: int) -> Peak:
         """Return the peak of micro-batches of `length` tokens, which ranks of the axis `sequence` share."""
@@ -134,32 +129,44 @@ class Forecast:
 
 
 def forecast(
-    subject: Subject, length: int, *, device: torch.device | None = None, like: Forecast | None = None
+    subject: Subject,
+    length: int,
+    *,
+    device: torch.device | None = None,
+    like: Forecast | None = None,
+    most: float | None = None,
 ) -> Forecast:
     """Return the forecast of `subject`, for any length. The step is traced at about `length` tokens, up to a limit.
 
     Args:
         like: Of the same model with other techniques. If the blocks that are traced are those that it has, the complete
             model is not drafted again.
+        most: With `like`: bytes of the device. Where a few blocks show that more is needed at `length`, the forecast
+            is of these few, and raises `TooLarge`.
     """
     if like is not None and len(like.traces) == 2:
         with pretend.ranks(subject.world):
             try:
+                found = replace(like, reserved=_reserved(subject, device))
+
+                def check(small: Timeline) -> None:
+                    if most is not None and replace(found, traces=(small,)).at_least(length) > most:
+                        raise TooLarge
+
                 depths = like.layout.depths()
-                traces = tuple(_trace(subject, depth, list(like.kinds), length, device) for depth in depths)
-                return replace(like, traces=traces, reserved=_reserved(subject, device))
+                return replace(found, traces=_traces(subject, depths, list(like.kinds), length, device, check))
             except _BlocksDiffer:
                 pass
     with pretend.ranks(subject.world):
         plan = _draft(subject, None, FakeTensorMode(allow_non_fake_inputs=True), device)
         layout = RepeatedBlocks(depth=len(plan.anatomy.blocks), prefix=0, period=1)
         kinds = [_kind(plan, i) for i in range(layout.depth)]
-        layout = _repeats(kinds)
+        layout = repeats(kinds)
         depths = (layout.depth,) if subject.all_blocks else layout.depths()
         try:
-            traces = tuple(_trace(subject, depth, kinds, length, device) for depth in depths)
+            traces = _traces(subject, depths, kinds, length, device)
         except _BlocksDiffer:
-            traces = (_trace(subject, layout.depth, kinds, length, device),)
+            traces = _traces(subject, (layout.depth,), kinds, length, device)
     count = sum(p.numel() for p in plan.model.parameters())
     reserved = _reserved(subject, device)
     return Forecast(layout=layout, traces=traces, reserved=reserved, parameters=count, kinds=kinds)
@@ -187,11 +194,44 @@ def _reserved(subject: Subject, device: torch.device | None) -> float:
     return 0 if device is not None else RESERVED + (MESSAGES if subject.world > 1 else 0)
 
 
+class TooLarge(Exception):
+    """A run needs more memory than there is."""
+
+
 class _BlocksDiffer(Exception):
     """The blocks of a shallower model are not the first ones of the full model."""
 
 
-def _trace(subject: Subject, depth: int, kinds: list[Any], length: int, device: torch.device | None) -> Timeline:
+def _traces(
+    subject: Subject,
+    depths: Sequence[int],
+    kinds: list[Any],
+    length: int,
+    device: torch.device | None,
+    check: Callable[[Timeline], None] = lambda timeline: None,
+) -> tuple[Timeline, ...]:
+    """Return the timelines of models of these depths: with the shorter of two rows, unless a tile has all of it.
+
+    Args:
+        check: Is given the first.
+    """
+    traces: list[Timeline] = []
+    most = SHORT
+    for depth in depths:
+        one = _trace(subject, depth, kinds, length, device, most)
+        if most < LONG and one.complete_tile and length > most:
+            most = LONG
+            one = _trace(subject, depth, kinds, length, device, most)
+        traces.append(one)
+        if len(traces) == 1:
+            check(one)
+    return tuple(traces)
+
+
+def _trace(
+    subject: Subject, depth: int, kinds: list[Any], length: int, device: torch.device | None, most: int
+) -> Timeline:
+    """Return the timeline of a step of a model of `depth` blocks with a row of at most `most` tokens."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     shallow = depth < len(kinds)
     try:
@@ -204,7 +244,7 @@ def _trace(subject: Subject, depth: int, kinds: list[Any], length: int, device: 
         raise _BlocksDiffer
     return trace(
         plan,
-        traced_row(length, plan.tokens),
+        traced_row(length, plan.tokens, most),
         optimizers=subject.optimizers,
         fake=fake,
         device=device or pretend.accelerator(),
@@ -235,30 +275,8 @@ def _draft(subject: Subject, depth: int | None, fake: FakeTensorMode, device: to
         )
 
 
-def shorten(config: "PretrainedConfig", depth: int) -> None:
-    """Shorten `config` in place to the first `depth` blocks, and every list with an entry per block with them."""
-    text = config.get_text_config()
-    before = text.num_hidden_layers
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list | tuple) and len(value) == before:
-            setattr(text, name, value[:depth])
-    text.num_hidden_layers = depth
-
-
 def _kind(plan: Plan, index: int) -> Any:
     """Return a value that is equal for two blocks if they need the same memory."""
     block: nn.Module = plan.model.get_submodule(plan.anatomy.blocks[index].fqn)
     parameters = [(n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in block.named_parameters()]
     return parameters, [(n, type(m).__name__) for n, m in block.named_modules()]
-
-
-def _repeats(kinds: list[Any]) -> RepeatedBlocks:
-    depth = len(kinds)
-    for period in range(1, LONGEST_PERIOD + 1):
-        prefix = depth
-        while prefix > period and kinds[prefix - 1] == kinds[prefix - 1 - period]:
-            prefix -= 1
-        prefix -= period
-        if prefix + 6 * period <= depth:
-            return RepeatedBlocks(depth=depth, prefix=max(prefix, 0), period=period)
-    return RepeatedBlocks(depth=depth, prefix=0, period=depth)

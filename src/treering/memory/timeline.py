@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Phase = Literal["forward", "loss", "backward", "step"]
 PHASES: tuple[Phase, ...] = ("forward", "loss", "backward", "step")
-LONG = 16223  # tokens: long enough for several tiles of the usual budget
+SHORT, LONG = 8147, 16223  # tokens of a trace: the second where a tile has all of the first
 _INDEX = {category: i for i, category in enumerate(CATEGORIES)}
 
 
@@ -54,6 +54,8 @@ class Timeline:
     device: np.ndarray
     segments: np.ndarray
     host: np.ndarray
+    kept: np.ndarray  # segment × power of the length: bytes kept from there for the backward
+    complete_tile: bool = False  # a tile had all tokens of the row
 
     def peaks(self, length: int) -> np.ndarray:
         """Return bytes, segment × category, at the worst moment of each segment."""
@@ -65,6 +67,10 @@ class Timeline:
             if len(moments):
                 worst[segment] = moments_categories[moments[total[moments].argmax()]]
         return worst
+
+    def kept_of(self, blocks: range, length: int) -> float:
+        """Return the bytes that these blocks keep from their forward for the backward."""
+        return float((self.kept[blocks.start + 1 : blocks.stop + 1] @ self._powers(length)).sum())
 
     def peak(self, length: int) -> float:
         """Return the most bytes on the device at one moment."""
@@ -88,17 +94,17 @@ def phase_of(segment: int, blocks: int) -> Phase:
     return "backward" if segment <= 2 * blocks + 2 else "step"
 
 
-def traced_length(wanted: int) -> int:
-    """Return the largest number of tokens up to `wanted` (and `LONG`) that distinguishes tokens from widths."""
-    length = min(wanted, LONG)
+def traced_length(wanted: int, most: int = LONG) -> int:
+    """Return the largest number of tokens up to `wanted` (and `most`) that distinguishes tokens from widths."""
+    length = min(wanted, most)
     while length > 11 and not (_prime(length) and _prime((length - 1) // 2)):
         length -= 1
     return max(length, 11)
 
 
-def traced_row(wanted: int, ranges: Callable[[int], Sequence[range]]) -> TracedRow:
+def traced_row(wanted: int, ranges: Callable[[int], Sequence[range]], most: int = LONG) -> TracedRow:
     """Return the row with which to trace a step of `wanted` tokens, or fewer if the share of a rank is longer than
-    `LONG`.
+    `most`.
 
     Args:
         ranges: From the number of a row's tokens to the ranges of them that this rank computes.
@@ -106,9 +112,9 @@ def traced_row(wanted: int, ranges: Callable[[int], Sequence[range]]) -> TracedR
     probe = LONG * LONG
     shares = round(probe / sum(map(len, ranges(probe))))
     if shares == 1:
-        return TracedRow(unit=traced_length(wanted))
+        return TracedRow(unit=traced_length(wanted, most))
     for multiple in (2 * shares * factor for factor in range(1, 17)):  # a share may be two ranges
-        unit = traced_length(min(wanted // multiple, LONG * shares // multiple))
+        unit = traced_length(min(wanted // multiple, most * shares // multiple))
         if all(bound % unit == 0 for part in ranges(unit * multiple) for bound in (part.start, part.stop)):
             return TracedRow(unit=unit, multiple=multiple)
     raise AssertionError("no row has a share of which each range is a multiple of the same prime number")
@@ -122,14 +128,18 @@ def read(tracker: "Tracker", blocks: int, row: TracedRow) -> Timeline:
     """Return what `tracker` has recorded of a step with `row`. One that does not distinguish what grows gives a
     timeline of that length only."""
     events = list(tracker.events)  # what is freed from here on adds more
+    distinguishes = row.distinguishes
     changes = np.zeros((len(events), len(CATEGORIES), 3))
-    host = np.zeros((len(events), 3))
+    host, kept = np.zeros((len(events), 3)), np.zeros((2 * blocks + 4, 3))
     for i, (by, record, _) in enumerate(events):
-        power, divisor = _power(record, row)
+        power, divisor = _power(record, row) if distinguishes else (0, 1.0)
         if record.host:
             host[i, power] = by / divisor
         else:
-            changes[i, _INDEX[_category(record, blocks)], power] = by / divisor
+            category = _category(record, blocks)
+            changes[i, _INDEX[category], power] = by / divisor
+            if category == "activations" and by > 0:
+                kept[record.born, power] += by / divisor
     begins = max(tracker.begins - 1, 0)  # the moment at which the step begins
     segments = np.array([segment for _, _, segment in events])
     segments[: tracker.begins] = 0
@@ -139,12 +149,14 @@ def read(tracker: "Tracker", blocks: int, row: TracedRow) -> Timeline:
         device=changes.cumsum(0)[begins:],
         segments=segments[begins:],
         host=host.cumsum(0)[begins:],
+        kept=kept,
+        complete_tile=tracker.complete_tile,
     )
 
 
 def _power(record: "StorageRecord", row: TracedRow) -> tuple[int, float]:
     """Return the power of the length that a storage grows with, and that power of the unit of the traced row."""
-    if not row.distinguishes or record.category in ("parameters", "technique", "optimizer", "gradients"):
+    if record.category in ("parameters", "technique", "optimizer", "gradients"):
         return 0, 1.0
     if record.host:  # pieces of one size, more of them for more tokens
         return 1, float(row.unit)

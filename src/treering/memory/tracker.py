@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from treering.technique import tile_rows
+
 ROUNDED = 512  # bytes: the caching allocators of accelerators allocate multiples of it
 
 Category = Literal["parameters", "gathered", "gradients", "optimizer", "activations", "technique", "loss", "workspace"]
@@ -28,6 +30,7 @@ _ASSUMED = {
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.nonzero.default,
     torch.ops.aten._grouped_mm.default,
+    torch.ops.aten.addmm.dtype_out,
 }
 # Messages of rows grow with the tokens, also where parts of them are rounded up to some bytes.
 _ROWS = ("treering::all_to_all_rows", "treering::all_to_all_in_pairs", "treering::all_gather_rows")
@@ -40,6 +43,7 @@ class StorageRecord:
 
     host: bool
     elements: int
+    exact: int  # bytes; `size` is rounded as allocators round
     size: int
     born: int  # the segment
     category: Category | None = None
@@ -56,12 +60,16 @@ class Tracker(TorchDispatchMode):
         self.events: list[tuple[int, StorageRecord, int]] = []
         self.segment = 0
         self.begins = 0  # the first event of the step that is watched
+        self.complete_tile = False  # whether a tile had all tokens: what it needs seems to grow with them
         self._live: dict[int, tuple[StorageRecord, weakref.ref[Any]]] = {}
         self._open: dict[int, StorageRecord] = {}  # allocated empty: their size may change
         # Resized to nothing: refilled just before something is copied there.
         self._closed: dict[int, StorageRecord] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        rows = tile_rows()
+        if rows is not None and rows.of_tokens and rows.stop - rows.start == rows.total:
+            self.complete_tile = True
         self._look_again(self._open)
         if func is torch.ops.aten.copy_.default or func.namespace == "fsdp":
             self._look_again(self._closed)
@@ -104,7 +112,7 @@ class Tracker(TorchDispatchMode):
         exact = storage.nbytes()
         size, elements = _rounded(exact), exact // tensor.element_size()
         record = StorageRecord(
-            host=tensor.device.type != self.device.type, elements=elements, size=size, born=self.segment
+            host=tensor.device.type != self.device.type, elements=elements, exact=exact, size=size, born=self.segment
         )
 
         def freed(_: Any) -> None:
@@ -128,7 +136,10 @@ class Tracker(TorchDispatchMode):
             storage = entry[1]() if entry is not None else None
             if storage is None:
                 continue
-            size = _rounded(storage.nbytes())
+            exact = storage.nbytes()
+            if exact == record.exact:
+                continue
+            record.exact, size = exact, _rounded(exact)
             if size != record.size:
                 self._change(record, size - record.size)
                 record.size, record.category = size, "gathered"
@@ -149,6 +160,8 @@ def assumed(func: Any, args: Any, kwargs: Any) -> Any:
     if func not in _ASSUMED or not isinstance(args[0], FakeTensor):
         return None
     first = args[0]
+    if func is torch.ops.aten.addmm.dtype_out:
+        return kwargs["out"]  # fake tensors would make the product first; cards add inside of it
     if func is torch.ops.aten._grouped_mm.default:
         return _grouped(first, args[1], args[2] if len(args) > 2 else kwargs.get("offs"))
     if func is torch.ops.aten._local_scalar_dense.default:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from treering.objectives.objective import IGNORED, INPUTS, Objective, objective_values, widened
+from treering.objectives.objective import INPUTS, Objective, objective_values, widened
+from treering.objectives.trained import trained_positions
 
 
 def plain_loss(model: nn.Module, batch: dict[str, Any], objective: Objective) -> Tensor:
@@ -14,11 +15,11 @@ def plain_loss(model: nn.Module, batch: dict[str, Any], objective: Objective) ->
 
     B rows of S positions, K positions that are trained in any row, N trained positions, V vocabulary.
     """
-    trained_BS = batch["targets"] != IGNORED
-    keep_K = trained_BS.any(0).nonzero().squeeze(1)
-    nothing = keep_K.numel() == 0
+    trained = trained_positions(batch)
+    keep_K = trained.columns_K
+    nothing = trained.number == 0
     if nothing:  # the model still runs: other ranks wait for its gathers and reductions
-        keep_K = torch.zeros(1, dtype=torch.long, device=trained_BS.device)
+        keep_K = torch.zeros(1, dtype=torch.long, device=keep_K.device)
     values = None if nothing else objective_values(objective, batch)
     inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -28,7 +29,7 @@ def plain_loss(model: nn.Module, batch: dict[str, Any], objective: Objective) ->
     if values is None:
         return widened(logits_BKV[:, :0]).sum()
     rows, logits_NV = values.select(lambda x: x[:, keep_K].flatten(0, 1)), logits_BKV.flatten(0, 1)
-    if len(trained_BS) > 1:  # of several rows, one may train a position that another does not
-        index_N = trained_BS[:, keep_K].flatten().nonzero().squeeze(1)
+    index_N = trained.kept_N
+    if index_N is not None:  # of several rows, one may train a position that another does not
         rows, logits_NV = rows.select(lambda x: x[index_N]), logits_NV[index_N]
     return rows.sum(widened(logits_NV))

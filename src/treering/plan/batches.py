@@ -18,6 +18,7 @@ from treering.core.errors import DataError, PlanError
 from treering.core.topology import axis_size
 from treering.objectives import IGNORED, CrossEntropy, Objective
 from treering.objectives.plain_loss import plain_loss
+from treering.objectives.trained import sent_to, with_trained
 from treering.plan.sequence import agree_along_sequence
 from treering.technique import Applied
 
@@ -124,8 +125,13 @@ def silent() -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with its tensors on `device`."""
-    return {name: value.to(device) if isinstance(value, Tensor | Documents) else value for name, value in batch.items()}
+    """Return the batch with its tensors on `device`, and with its trained positions, found where its targets are."""
+
+    def sent(value: Any) -> Any:
+        return sent_to(value, device) if isinstance(value, Tensor) else value.to(device)
+
+    there = {name: sent(value) if isinstance(value, Tensor | Documents) else value for name, value in batch.items()}
+    return with_trained(batch, there)
 
 
 def trained_tokens(labels: Tensor) -> int:

@@ -9,8 +9,10 @@ from treering.techniques.recompute import Recompute
 from treering.techniques.recompute.settings import read_bytes
 
 BAD = {
-    "first_blocks limits how much is offloaded, and offload is none; set offload to cpu": {"first_blocks": 2},
-    "budget limits how much is offloaded, and offload is none; set offload to cpu": {"budget": "1GiB"},
+    "first_blocks is about what is offloaded, and offload is none; set offload to cpu": {"first_blocks": 2},
+    "budget is about what is offloaded, and offload is none; set offload to cpu": {"budget": "1GiB"},
+    "prefetch is about what is offloaded, and offload is none": {"prefetch": 2},
+    "prefetch is 0; it is a number of blocks, at least 1": {"offload": "cpu", "prefetch": 0},
     "first_blocks is 0; it is at least 1. To offload nothing, set offload to none": {
         "offload": "cpu",
         "first_blocks": 0,

@@ -129,3 +129,28 @@ def test_memory_that_cannot_be_had_says_what_to_write_instead(monkeypatch):
     monkeypatch.setattr(torch, "empty", refuse)
     with pytest.raises(PlanError, match=r"no more is left \(CUDA error: out of memory\). Set recompute.budget"):
         pool.take(10)
+
+
+def test_many_pieces_are_few_allocations_whose_sizes_are_powers_of_two(monkeypatch):
+    sizes, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, **how: sizes.append(size) or empty(size // 2**15, **how))
+    monkeypatch.setattr(torch.Tensor, "split", lambda x, size: [x] * (sizes[-1] // size))
+    pool = HostPool(False)
+    pool.reserve(8 * 2**30, 31)  # an 8B model's block input at a million tokens
+    assert len(sizes) == 31 * 8 and set(sizes) == {2**30} and pool.allocated == 31 * 8 * 2**30
+    pool.reserve(8 * 2**30, 31)
+    assert len(sizes) == 31 * 8, "they wait"
+    pool.reserve(5 * 2**25 + 1, 7)
+    assert len(sizes) == 31 * 8 + 3 and all(size.bit_count() == 1 for size in sizes), "ends: 4 + 2 + 1 pieces"
+
+
+def test_what_is_reserved_stays_within_a_limit():
+    pool = HostPool(False, slab=1 << 14)
+    pool.limit = 10 * (1 << 14)
+    pool.reserve(3 << 14, 100)
+    assert pool.allocated == 9 * (1 << 14)
+    taken = [pool.take(3 << 14) for _ in range(2)]
+    pool.reserve((1 << 14) + 5000, 100)
+    assert pool.allocated <= pool.limit and pool.used == 6 * (1 << 14)
+    for pieces in taken:
+        pool.give(pieces)

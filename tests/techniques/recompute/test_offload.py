@@ -6,6 +6,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.techniques.recompute.stacks import WIDTH, Watched, example, gradients, names, run, same, stack
 from treering.technique import recompute_state
+from treering.techniques.recompute import offload
 from treering.techniques.recompute.reference import forward_and_backward
 
 
@@ -48,16 +49,25 @@ def test_in_the_forward_an_input_stays_no_longer_than_until_the_next_block():
     assert [ref.expired() for ref in storages] == [True] * 4 + [False], "the last block's input stays, and no other"
 
 
-def test_in_the_backward_the_block_before_is_on_its_way_while_one_is_run_again():
-    engine, seen = Watched(names(5)), []
+@pytest.mark.parametrize(
+    ("prefetch", "on_device", "running"),
+    [
+        (1, [["b3", "b4"], ["b2"], ["b1"], ["b0"], []], [1, 1, 1, 1]),
+        (2, [["b2", "b3", "b4"], ["b1", "b2"], ["b0", "b1"], ["b0"], []], [2, 2, 2, 1]),
+        (None, [["b2", "b3", "b4"], ["b1", "b2"], ["b0", "b1"], ["b0"], []], [2, 2, 2, 1]),  # inputs are short
+        (9, [["b0", "b1", "b2", "b3", "b4"], ["b0", "b1", "b2"], ["b0", "b1"], ["b0"], []], [4, 3, 2, 1]),
+    ],
+)
+def test_in_the_backward_blocks_before_are_on_their_way_while_one_is_run_again(prefetch, on_device, running):
+    engine, seen = Watched(names(5), prefetch=prefetch), []
     blocks = stack(5, engine)
     y = run(blocks, example().requires_grad_())
     for block in blocks:
         block.look = lambda: seen.append((engine.on_device(), engine.device.done, engine.device.asked))
     y.sum().backward()
-    # the running block's own tensor has been handed over; only the next one is held, and nobody waited for its copy
-    assert [on for on, _, _ in seen] == [["b3", "b4"], ["b2"], ["b1"], ["b0"], []]
-    assert all(asked - made == 1 for _, made, asked in seen[:-1])
+    # The running block's own tensor has been handed over; those before are held, and nobody waited for their copies.
+    assert [on for on, _, _ in seen] == on_device
+    assert [asked - made for _, made, asked in seen[:-1]] == running
     assert engine.device.asked == 8, "each of four inputs left once and came back once"
 
 
@@ -225,3 +235,27 @@ def test_each_pass_can_be_told_from_the_other():
     gradients(blocks, example())
     assert seen == ["forward", "forward", "recompute", "recompute"]
     assert recompute_state() == "forward"
+
+
+def test_longer_inputs_come_back_one_at_a_time(monkeypatch):
+    monkeypatch.setattr(offload, "SHORT", 4 * example().numel() - 1)
+    engine, seen = Watched(names(4)), []
+    blocks = stack(4, engine)
+    y = run(blocks, example().requires_grad_())
+    for block in blocks:
+        block.look = lambda: seen.append(engine.on_device())
+    y.sum().backward()
+    assert seen == [["b2", "b3"], ["b1"], ["b0"], []]
+
+
+@pytest.mark.parametrize("budget", [None, 60 * 4096])
+def test_memory_is_allocated_before_the_first_block_runs_and_never_again(budget):
+    engine, seen = Watched(names(6), budget=budget), []
+    blocks = stack(6, engine)
+    for block in blocks:
+        block.look = lambda: seen.append(engine.pool.allocations)
+    for _ in range(3):
+        blocks.zero_grad(set_to_none=True)
+        found = gradients(blocks, example(shape=(1, 300, WIDTH)))
+    assert len(set(seen)) == 1 and seen[0] == engine.pool.allocations
+    same(found, gradients(stack(6, plain=True), example(shape=(1, 300, WIDTH))))

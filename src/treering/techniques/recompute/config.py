@@ -23,6 +23,8 @@ class Recompute(RecomputeSettings):
     offload       where the inputs are stored until the backward; `cpu`: in pinned host memory
     first_blocks  offload only the inputs of this many first blocks; null: of all but the last, which is needed at once
     budget        offload, first blocks first, only as much as fits into this much host memory of a rank: 64GiB
+    prefetch      how many blocks ahead inputs are copied back while the backward runs, each of them on the device then;
+                  null: two where an input is at most 16 MiB, for which a delay of the host weighs, and else one
 
     Example:
         run = tr.compose("MODEL", [tr.Full(), tr.Recompute(offload="cpu")])

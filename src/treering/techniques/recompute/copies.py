@@ -5,7 +5,7 @@ from now on wait for them. The host does not wait. In between, source and target
 one, or writes to it, has to wait first.
 """
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from treering.core.errors import PlanError
 
 SLAB = 32 * 2**20
 LEAST = 4096
+AT_ONCE = 2**30  # bytes that one allocation has at most, for several pieces
 
 Pairs = Sequence[tuple[Tensor, Tensor]]  # (target, source)
 
@@ -114,7 +115,8 @@ class HostPool:
     """Host memory that is reused, in pieces. It is given back to the system by `clear`, and where `limit` bytes are
     allocated and a piece of another size is needed.
 
-    Pinning memory costs milliseconds, so nothing is pinned per block or per step. Lengths change from batch to batch,
+    Pinning memory costs milliseconds, so nothing is pinned per block or per step: `reserve` allocates what a forward
+    will need before its first block runs. Lengths change from batch to batch,
     so buffers of a block's size would rarely fit the next batch: an input of any size is spread over slabs of one size,
     and only its end takes a piece of a power of two. torch's cache of pinned memory rounds complete buffers up to
     powers of two, which would waste up to half of it.
@@ -124,6 +126,7 @@ class HostPool:
         self.pinned, self.slab = pinned, slab
         self.limit: int | None = None
         self.allocated = 0  # bytes, used or waiting
+        self.allocations = 0  # how often memory was asked for
         self.used = 0
         self._free: dict[int, list[Tensor]] = defaultdict(list)
 
@@ -132,11 +135,28 @@ class HostPool:
         slabs, rest = divmod(wanted, self.slab)
         return [self.slab] * slabs + ([max(LEAST, 1 << (rest - 1).bit_length())] if rest else [])
 
+    def reserve(self, wanted: int, number: int) -> None:
+        """Allocate what `number` inputs of `wanted` bytes will take and no waiting piece is there for.
+
+        Where there is no limit, pieces share allocations of up to a GiB, powers of two of them, which torch's cache
+        does not round up. With a limit each is one, so that it can be given back alone.
+        """
+        needed = Counter(self.sizes(wanted))
+        if self.limit is not None:
+            for size in self._free.keys() - needed.keys():
+                self.allocated -= size * len(self._free.pop(size))
+            each = sum(size * count for size, count in needed.items())
+            number = min(number, (self.limit - self.used) // max(1, each))
+        for size, count in needed.items():
+            while (missing := count * number - len(self._free[size])) > 0:
+                together = 1 if self.limit is not None else min(1 << (missing.bit_length() - 1), AT_ONCE // size)
+                self._free[size] += self._new(size, max(1, together))
+
     def take(self, wanted: int) -> list[Tensor]:
         """Return one-dimensional tensors of bytes, together at least `wanted` long."""
         pieces = []
         for size in self.sizes(wanted):
-            pieces.append(self._free[size].pop() if self._free[size] else self._new(size))
+            pieces.append(self._free[size].pop() if self._free[size] else self._new(size)[0])
             self.used += size
         return pieces
 
@@ -160,15 +180,17 @@ class HostPool:
         if self.pinned and hasattr(torch.accelerator, "empty_host_cache"):
             torch.accelerator.empty_host_cache()  # torch would keep them, for the same size only
 
-    def _new(self, size: int) -> Tensor:
+    def _new(self, size: int, number: int = 1) -> list[Tensor]:
+        """Return so many new pieces of one allocation."""
         self._free_for(size)
         try:
-            piece = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self.pinned)
+            memory = torch.empty(size * number, dtype=torch.uint8, device="cpu", pin_memory=self.pinned)
         except (RuntimeError, MemoryError) as error:
             raise PlanError(
                 f"recompute: {self.allocated / 2**30:.1f} GiB of host memory hold block inputs, and no more is left "
                 f"({str(error).splitlines()[0]}). Set recompute.budget below that, or offload the first_blocks only",
                 settings=("recompute.offload",),
             ) from error
-        self.allocated += size
-        return piece
+        self.allocated += size * number
+        self.allocations += 1
+        return list(memory.split(size))

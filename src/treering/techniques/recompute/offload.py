@@ -1,7 +1,7 @@
 """Inputs of blocks, off the device between forward and backward.
 
     forward of block i     its input starts to leave; that of block i − 1 has left, and its memory is free
-    backward of block i    its input is back already; that of block i − 1 starts to come
+    backward of block i    its input is back already; that of block i − 1, or of more before it, starts to come
 
 The last block's input stays: it is needed at once. Who owns what follows the graph of autograd: a step that is aborted
 drops its graph, and with it each `KeptInput`, which gives its host memory back. No list of them is kept.
@@ -20,16 +20,17 @@ from torch.distributed.tensor import DTensor
 from treering.core.errors import PlanError
 from treering.techniques.recompute.copies import Copies, HostPool, Ticket, copies_for
 
+SHORT = 16 * 2**20  # bytes of an input of which two are copied back ahead
 ALIGNED = 64  # elements: kernels choose their order of summation by alignment, and a second forward must choose alike
 
 
 class KeptInput:
     """One block's input: on the device, on its way, or in host memory."""
 
-    def __init__(self, tensor: Tensor, block: str, before: "KeptInput | None"):
+    def __init__(self, tensor: Tensor, block: str, before: "KeptInput | None", ahead: int = 1):
         self.tensor: Tensor | None = tensor
         self.version = tensor._version
-        self.block = block
+        self.block, self.ahead = block, ahead
         self.before = weakref.ref(before) if before is not None else lambda: None
         self.engine: Offload | None = None  # of those that leave the device
         self.pieces: list[Tensor] = []
@@ -67,6 +68,15 @@ class KeptInput:
         pairs = [(part, piece[: len(part)]) for piece, part in zip(self.pieces, flat.split(self.engine.pool.slab))]
         self.ticket = self.engine.copies_of(device).copy(pairs)
 
+    def fetch_before(self) -> None:
+        """Start to copy back the inputs of the blocks before, `ahead` of them."""
+        one = self.before()
+        for _ in range(self.ahead):
+            if one is None:
+                return
+            one.fetch()
+            one = one.before()
+
     def take(self) -> Tensor:
         """Return the input for a second forward. A copy from the host is not kept: another backward copies it again."""
         self.fetch()
@@ -103,12 +113,13 @@ class Offload:
         names: tuple[str, ...],
         first_blocks: int | None = None,
         budget: int | None = None,
+        prefetch: int | None = None,
         copies: Callable[[torch.device], Copies] = copies_for,
         pool: HostPool | None = None,
     ):
         self.names = names
         self.leaving = min(len(names) - 1, len(names) if first_blocks is None else first_blocks)
-        self.budget = budget
+        self.budget, self.prefetch = budget, prefetch
         self._copies_for, self._copies = copies, dict[torch.device, Copies]()
         self._pool = pool
         self._newest: weakref.ref[KeptInput] | None = None
@@ -149,7 +160,11 @@ class Offload:
         before = None
         if self._newest is not None and index > 0:
             before = self._newest()
-        kept = KeptInput(tensor, self.names[index], before)
+        if index == 0 and self.leaving:
+            self.copies_of(tensor.device)
+            self.pool.reserve(_flat(tensor).numel(), self.leaving)  # all at once, and not while blocks run
+        short = tensor.numel() * tensor.element_size() <= SHORT
+        kept = KeptInput(tensor, self.names[index], before, self.prefetch or (2 if short else 1))
         self._newest = weakref.ref(kept)
         if before is not None:
             before.release()
@@ -175,9 +190,7 @@ def _unpack(kept: KeptInput | Tensor) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
     tensor = kept.take()
-    before = kept.before()
-    if before is not None:
-        before.fetch()
+    kept.fetch_before()
     return tensor
 
 

@@ -35,7 +35,7 @@ def install(model: nn.Module, config: "RecomputeSettings", site: Site) -> Applie
     engine = None
     if config.offload == "cpu":
         budget = None if config.budget is None else read_bytes(config.budget)
-        engine = Offload(tuple(block.fqn for block in blocks), config.first_blocks, budget)
+        engine = Offload(tuple(block.fqn for block in blocks), config.first_blocks, budget, config.prefetch)
     regions = [
         RecomputedBlock(model.get_submodule(b.fqn), b.fqn, i, config.keep, b.attention is not None, engine)
         for i, b in enumerate(blocks)

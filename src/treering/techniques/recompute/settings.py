@@ -18,6 +18,7 @@ class RecomputeSettings:
     offload: Literal["none", "cpu"] = "none"
     first_blocks: int | None = None
     budget: str | None = None
+    prefetch: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.keep, str):
@@ -25,13 +26,15 @@ class RecomputeSettings:
         for i, name in enumerate(self.keep):
             if name not in ("attention", "all_to_all"):
                 raise ConfigError(f"keep has {name!r}; it may have attention and all_to_all", field=f"keep[{i}]")
-        for setting in ("first_blocks", "budget"):
+        for setting in ("first_blocks", "budget", "prefetch"):
             if self.offload == "none" and getattr(self, setting) is not None:
                 raise ConfigError(
-                    f"{setting} limits how much is offloaded, and offload is none; set offload to cpu, or leave "
+                    f"{setting} is about what is offloaded, and offload is none; set offload to cpu, or leave "
                     f"{setting} out",
                     field=setting,
                 )
+        if self.prefetch is not None and self.prefetch < 1:
+            raise ConfigError(f"prefetch is {self.prefetch}; it is a number of blocks, at least 1", field="prefetch")
         if self.first_blocks is not None and self.first_blocks < 1:
             raise ConfigError(
                 f"first_blocks is {self.first_blocks}; it is at least 1. To offload nothing, set offload to none",

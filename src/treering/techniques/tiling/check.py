@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from treering.core.errors import PlanError
 from treering.technique import recomputing
 from treering.techniques.tiling.engine import Replay, as_tuple
+from treering.techniques.tiling.products import Unread
 
 SLICE = 32  # tokens that are computed both ways
 COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional", "_dtensor", "fsdp")
@@ -26,6 +27,7 @@ class TileCheck:
     def __init__(self, name: str, modules: Sequence[nn.Module], setting: str):
         self.name, self.modules, self.setting = name, tuple(modules), setting
         self.done = False
+        self.unread: frozenset[int] = frozenset()  # of the calls of F.linear: those whose results nothing reads
 
     def inspect(self, fn: Callable[..., Any], tokens: Sequence[Tensor], dims: int, out: str) -> None:
         if self.done or not self._real(tokens[0], dims):
@@ -61,7 +63,9 @@ class TileCheck:
         cut = [x.split([half, x.shape[dims - 1] - half], dims - 1) for x in tokens]
         with torch.no_grad(), recomputing("tile"), _NoCollective(self._error), replay.again():
             before = torch.get_rng_state()
-            outputs = as_tuple(fn(*tokens))
+            with Unread() as found:
+                results = as_tuple(fn(*tokens))
+            self.unread, outputs = found.numbers(), tuple(y.as_subclass(Tensor) for y in results)
             random = not torch.equal(before, torch.get_rng_state()) or self._drops(tokens[0])
             halves = [as_tuple(fn(*(x[i] for x in cut))) for i in (0, 1)]
         if [b._version for b in buffers] != versions:

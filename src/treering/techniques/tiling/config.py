@@ -103,7 +103,8 @@ class TiledLoss(TiledLossSettings):
     """Compute head and objective on a tile of trained tokens at a time: logits of a complete sequence never exist.
 
     tile             tokens in a tile at most; `budget`: what a tile's logits need fits into `budget`
-    budget           GiB for one tile
+    budget           GiB for one tile; null: 1, or what 2,048 tokens need where the head trains: with shorter tiles, its
+                     gradient, summed once a tile, takes about as long as the products
     label_smoothing  that much of the target is spread evenly over the vocabulary
     z_loss           adds z_loss · (log Σ exp logits)² for each trained token, which keeps logits small. Held-out
                      documents are evaluated without both; the complete objective is reported as `objective`

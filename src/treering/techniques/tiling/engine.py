@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from treering.technique import in_tile, recomputing
+from treering.techniques.tiling.products import products
 from treering.techniques.tiling.tile_job import Gradient, TileJob
 
 
@@ -92,7 +93,7 @@ class _Tiles(torch.autograd.Function):
             for start, stop in job.bounds:
                 tile = job.tile(plain, start, stop)
                 _leaves(tile, sums)
-                with in_tile(job.place(start, stop)):
+                with in_tile(job.place(start, stop)), products(job.shared(tile, sums), job.unread, tile[0].device):
                     outputs = as_tuple(job.body(*tile))
                 incoming = [job.rows(g)[start:stop] if g is not None and job.out == "cat" else g for g in gradients]
                 pairs = [(y, g) for y, g in zip(outputs, incoming) if g is not None and y.requires_grad]
@@ -115,7 +116,7 @@ class _Now(torch.autograd.Function):
             for start, stop in job.bounds:
                 tile = job.tile(plain, start, stop)
                 _leaves(tile, sums)
-                with in_tile(job.place(start, stop)):
+                with in_tile(job.place(start, stop)), products(job.shared(tile, sums), frozenset(), tile[0].device):
                     result = job.body(*tile)
                 box.several = isinstance(result, tuple)
                 first, *more = as_tuple(result)

@@ -30,9 +30,11 @@ from treering.objectives import (
     objective_values,
     widened,
 )
+from treering.objectives.trained import trained_positions
 from treering.technique import Applied, Site
 from treering.techniques.tiling.mlp import sums_wide
-from treering.techniques.tiling.tile import TiledRegion, tile_length
+from treering.techniques.tiling.settings import BUDGET
+from treering.techniques.tiling.tile import SHORTEST_TRAINED, TiledRegion, tile_length
 
 if TYPE_CHECKING:
     from treering.anatomy import Head
@@ -130,7 +132,9 @@ def install_loss(model: nn.Module, config: "TiledLossSettings", site: Site) -> A
     vocabulary = model.get_parameter(anatomy_head.weight).shape[0]
     head_forward = _HeadForward(head, config, anatomy_head, vocabulary)
     undone = [module_forward.install(head_forward), module_forward.install(_ModelForward(model, body(model), head))]
-    long = f"{config.budget:g} GiB of logits" if config.tile == "budget" else f"{config.tile} tokens"
+    long = f"{config.budget or BUDGET:g} GiB of logits" if config.tile == "budget" else f"{config.tile} tokens"
+    if config.tile == "budget" and config.budget is None:
+        long += f", or, where the head trains, {SHORTEST_TRAINED:,} tokens if those are more,"
     objective = None
     if config.label_smoothing or config.z_loss:
         objective = CrossEntropy(label_smoothing=config.label_smoothing, z_loss=config.z_loss)
@@ -154,13 +158,13 @@ class _HeadForward(module_forward.ModuleForward):
     def __call__(self, hidden: Tensor, rows: ObjectiveRows | None = None) -> Tensor:
         if rows is None:
             return self.call_former(hidden)
-        config = self.config
+        config, budget = self.config, self.config.budget or BUDGET
         width = 4 * rows.objective.copies * self.vocabulary
+        size = tile_length(config.tile, budget, width, hidden.shape[-1])
+        if config.tile == "budget" and config.budget is None and self.tiled.region.trains():
+            size = max(size, SHORTEST_TRAINED)
         return self.tiled.objective(
-            hidden,
-            rows,
-            size=tile_length(config.tile, config.budget, width, hidden.shape[-1]),
-            wide=sums_wide(self.tiled.region, config.accumulate, config.budget),
+            hidden, rows, size=size, wide=sums_wide(self.tiled.region, config.accumulate, budget)
         )
 
 
@@ -189,17 +193,7 @@ class _ModelForward(module_forward.ModuleForward):
 def tiled_loss(model: nn.Module, batch: "Batch", objective: Objective) -> Tensor:
     """Return the sum of `objective` over the trained positions of `batch`."""
     inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
-    targets_BS = batch["targets"]
-    index_N = (targets_BS.reshape(-1) != IGNORED).nonzero().squeeze(1)
-    if index_N.numel() == 0:
+    trained = trained_positions(batch)
+    if trained.number == 0:
         return model(**inputs, treering_select=lambda x: x[:1, 0])
-    return model(
-        **inputs, treering_select=_selection(targets_BS, index_N), treering_values=objective_values(objective, batch)
-    )
-
-
-def _selection(targets_BS: Tensor, index_N: Tensor) -> Selection:
-    before_last = targets_BS[:, :-1] != IGNORED
-    if index_N.numel() == before_last.numel() and bool(before_last.all()):  # all but the last: no copy by index
-        return lambda x: x[:, :-1].reshape(-1, *x.shape[2:])
-    return lambda x: x.reshape(-1, *x.shape[2:])[index_N]
+    return model(**inputs, treering_select=trained.rows, treering_values=objective_values(objective, batch))

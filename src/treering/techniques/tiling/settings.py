@@ -8,6 +8,7 @@ from treering.objectives import CrossEntropy
 
 Tile = int | Literal["budget", "hidden"]
 Accumulate = Literal["float32", "parameter", "budget"]
+BUDGET = 1.0  # GiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class TiledLossSettings:
     """The fields of `TiledLoss`, which documents them."""
 
     tile: int | Literal["budget"] = "budget"
-    budget: float = 1.0
+    budget: float | None = None
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     accumulate: Accumulate = "float32"
@@ -43,9 +44,9 @@ class TiledLossSettings:
         CrossEntropy(label_smoothing=self.label_smoothing, z_loss=self.z_loss)  # its constructor checks them
 
 
-def check_tile(tile: Tile, budget: float) -> None:
+def check_tile(tile: Tile, budget: float | None) -> None:
     """Raise ConfigError unless both are in their range."""
     if isinstance(tile, int) and (tile < 1 or isinstance(tile, bool)):
         raise ConfigError(f"tile is {tile}; it is a number of tokens, at least 1, or budget or hidden", field="tile")
-    if not budget > 0:
+    if budget is not None and not budget > 0:
         raise ConfigError(f"budget is {budget}; it is a number of GiB greater than 0", field="budget")

@@ -1,6 +1,6 @@
 """What is computed in tiles, as one value, and the gradients of its inputs, collected over tiles."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +38,16 @@ class Gradient:
         else:
             self.value.add_(gradient)
 
+    def add_product(self, g_TN: Tensor, x_TM: Tensor) -> None:
+        """Add gᵀ x, the gradient that a tile gives to a weight [N, M]: in the product itself where the device can."""
+        if self.value is None:
+            self.value = _product(g_TN.t(), x_TM, self.dtype)
+        elif not self.owned:
+            self.value = _add_product(self.value.to(self.dtype, copy=True), g_TN.t(), x_TM)
+        else:
+            _add_product(self.value, g_TN.t(), x_TM)
+        self.owned = True
+
     def _rows(self, gradient: Tensor | None, start: int, stop: int) -> None:
         if gradient is None and self.value is None:
             return
@@ -54,6 +64,25 @@ class Gradient:
         return None if self.value is None else self.value.to(self.like.dtype)
 
 
+def _sums_wide(a: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether one kernel multiplies matrices in bfloat16 or float16 and adds the result to one in float32."""
+    without = a.device.type in ("cpu", "xpu", "mps", "meta") or torch.version.hip is not None
+    return a.dtype != dtype == torch.float32 and not without
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.mm(a, b, out_dtype=dtype) if _sums_wide(a, dtype) else (a @ b).to(dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return `total`, to which a b was added."""
+    if a.dtype == total.dtype:
+        return total.addmm_(a, b)
+    if _sums_wide(a, total.dtype):
+        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    return total.add_(a @ b)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TileJob:
     """`bounds` cut dimension 0 of the inputs that `cut` marks; each tile sees all of the others."""
@@ -65,6 +94,7 @@ class TileJob:
     out: Out
     wide: bool  # sums in float32
     lead: tuple[int, ...] = ()  # the shape of the result's rows; allocated so, because FSDP warns of views
+    unread: frozenset[int] = frozenset()  # of the calls of F.linear in `body`: see `products`
 
     def tile(self, inputs: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
         """Return what `body` gets for tokens `start` to `stop`."""
@@ -78,6 +108,12 @@ class TileJob:
     def rows(self, gradient: Tensor) -> Tensor:
         """Return the gradient of a result with one row for each token."""
         return gradient.flatten(0, len(self.lead) - 1) if self.lead else gradient
+
+    def shared(self, tile: Sequence[Tensor], sums: Mapping[int, Gradient]) -> dict[int, Gradient]:
+        """Return, by the id of a tile's inputs, the gradients that are sums over several tiles."""
+        if len(self.bounds) == 1:
+            return {}
+        return {id(tile[i]): gradient for i, gradient in sums.items() if not self.cut[i]}
 
     def gradients(self, inputs: Sequence[Tensor], needed: Sequence[bool]) -> dict[int, Gradient]:
         """Return by index the gradients to collect, nothing added yet."""
