@@ -34,8 +34,11 @@ class PartsDone:
             return
         self.reported = now
         left = (now - self.began) * max(0.0, self.total - self.spent) / self.spent
-        self.report(f"{self.doing}: {self.number:,} of {self.parts:,}, about {_in_words(left)} left")
+        self.report(f"{self.doing}: {self.number:,} of {self.parts:,}, about {in_words(left)} left")
 
 
-def _in_words(seconds: float) -> str:
-    return f"{max(1, round(seconds))} s" if seconds < 100 else f"{round(seconds / 60)} min"
+def in_words(seconds: float) -> str:
+    """Return a duration for people, in the unit that fits it."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import treering as tr
 from tests.ranks import on_ranks
@@ -16,6 +17,7 @@ from tests.toy_run import folder, job
 from tests.zoo import build
 from treering.core.topology import data_rank
 from treering.curvature.statistics import Ring
+from treering.plan import draft
 from treering.techniques.osft.protection.targets import targets
 from treering.train.checkpoints.files import read
 from treering.train.config import StatisticsSection
@@ -135,7 +137,6 @@ def test_a_loop_with_hooks_and_a_scaler_that_skips_all_steps_leaves_the_weights(
 
 def test_the_change_is_in_the_rounded_basis_and_the_adapter_is_the_change(tmp_path):
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     run = composed(MERGED, dtype=torch.float32)
     before = weights(run)
@@ -184,6 +185,14 @@ def test_every_target_has_three_eighths_of_the_directions():
     for target in targets(MERGED, run.plan.anatomy):
         module: nn.Module = run.model.get_submodule(target.module)
         assert module.osft.Z.shape == (target.outputs, target.inputs * 3 // 8)
+
+
+def test_the_plan_says_how_long_preparing_takes():
+    shape = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 2, "vocab_size": 64}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, num_attention_heads=8))
+    text = "\n".join(draft(model, [MERGED], weights=False).applied[0].notes)
+    assert "directions of 14 weights are prepared once, in float64, the largest of 6,144 × 6,144: about 5 min" in text
 
 
 def measured_model(root):
