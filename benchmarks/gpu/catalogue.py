@@ -21,7 +21,7 @@ ROWS = {
     "offload": _plan("offload:rows", "offloaded block inputs: equal bits, and what they cost"),
     "memory": _plan("memory:forecast", "measured peaks against `treering plan`, six configurations"),
     "lora": _plan("steps:lora", "tokens per second of a whole 8B shape with LoRA", 100),
-    "osft": _plan("steps:osft", "a step of OSFT, two forms, against full fine-tuning", 60),
+    "osft": _plan("steps:osft", "a step of OSFT, three forms, against full fine-tuning", 60),
     "experts": _plan("experts:rows", "a mixture layer next to transformers' grouped_mm, and with adapters", 20),
     "qlora": _plan("quantized:whole", "tokens per second and memory of a whole 8B shape in NF4 with LoRA", 45),
     "formats": _plan("quantized:formats", "a step of LoRA on weights in each number format", 45),

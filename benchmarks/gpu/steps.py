@@ -86,14 +86,16 @@ def compiled(context: Context) -> Iterator[Figure]:
 
 
 def osft(context: Context) -> Iterator[Figure]:
-    """A step of the default form next to the same step of the same weights with nothing protected.
+    """A step of three forms next to the same step of the same weights with nothing protected.
 
-    Both sides are one model: full fine-tuning of the linears is the run without what OSFT does around a step. The form
-    that trains coefficients in place of the weights has a model of its own next to it.
+    Both sides of `update` are one model: full fine-tuning of the linears is the run without what it does around a step.
+    The forms that train coefficients in place of the weights have a model of full fine-tuning next to them.
     """
     import treering as tr
 
-    yield from _beside_full(context, tr.OSFT(), "the default", rest=0.5)
+    yield from _beside_full(context, tr.OSFT(), "the default", rest=0.6)
+    context.device.free()
+    yield from _beside_full(context, tr.OSFT(form="update"), "update", rest=0.3)
     context.device.free()
     yield from _beside_full(context, tr.OSFT(form="one_sided", ratio=0.5), "one_sided, half free", rest=0.0)
 

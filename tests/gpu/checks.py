@@ -38,6 +38,8 @@ COMPOSITIONS: dict[str, tuple[Any, ...]] = {
     "lora (pissa)": (replace(LORA, init="pissa"),),
     "osft": (tr.OSFT(),),
     "osft (hard)": (tr.OSFT(strength="hard", ratio=0.5),),
+    "osft (update)": (tr.OSFT(form="update"),),
+    "osft (update, hard)": (tr.OSFT(form="update", strength="hard", ratio=0.5),),
     "osft (one_sided)": (tr.OSFT(form="one_sided", ratio=0.5),),
     "osft (core)": (tr.OSFT(protect="weights", form="core", ratio=0.4),),
     "osft (forward)": (tr.OSFT(protect="weights", form="forward", ratio=0.4),),
@@ -61,7 +63,9 @@ SHARDED: dict[str, tuple[Any, ...]] = {
     "full": (tr.Full(), tr.Shard()),
     "offloaded": (tr.Full(), tr.Shard(offload="cpu")),
     "osft": (tr.OSFT(), tr.Shard()),
-    "osft (cached)": (tr.OSFT(communication="cached"), tr.Shard()),
+    "osft (offloaded)": (tr.OSFT(), tr.Shard(offload="cpu")),
+    "osft (update)": (tr.OSFT(form="update"), tr.Shard()),
+    "osft (cached)": (tr.OSFT(form="update", communication="cached"), tr.Shard()),
     "all with lora": (LORA, *TILES, OFFLOAD, tr.Shard()),
 }
 

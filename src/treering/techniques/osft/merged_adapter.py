@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from treering.anatomy.matrices import Matrix
@@ -136,9 +137,9 @@ class MergingSteps:
             weight = local(self.model.get_parameter(matrix.weight))
             with full_precision():
                 if matrix.transposed:  # its rows are inputs, and so are those of B
-                    change = product(local(self._B(matrix)).to(gathered.dtype), gathered.mT)
+                    change = product(local(_at_work(self._B(matrix))).to(gathered.dtype), gathered.mT)
                 else:
-                    change = product(local(self._step(matrix)), gathered.mT)
+                    change = product(local(_at_work(self._step(matrix))), gathered.mT)
             weight.add_(change.to(weight.device))
         self._old = {}
 
@@ -148,7 +149,7 @@ class MergingSteps:
 
     def _gathered(self, matrix: Matrix) -> Callable[[], Tensor]:
         """Start to gather the factor of ΔW that acts on columns. Those of experts are with the experts."""
-        factor = self._step(matrix) if matrix.transposed else self._B(matrix)
+        factor = _at_work(self._step(matrix) if matrix.transposed else self._B(matrix))
         if matrix.lead:
             return lambda: local(factor)
         return start_gather(factor)
@@ -161,6 +162,13 @@ class MergingSteps:
 
     def _B(self, matrix: Matrix) -> Tensor:
         return self.model.get_parameter(f"{self.prefixes[matrix.weight]}.B").detach()
+
+
+def _at_work(value: Tensor) -> Tensor:
+    """Return `value` on the device that computes: parameters that are offloaded rest on the host."""
+    if isinstance(value, DTensor) and value.device_mesh.device_type != local(value).device.type:
+        return value.to(value.device_mesh.device_type)  # type: ignore[no-any-return]
+    return value
 
 
 def install(model: nn.Module, config: "OSFTSettings", site: Site, chosen: Sequence[Matrix]) -> Applied:
