@@ -4,9 +4,11 @@
     precision: str = field(default="bfloat16", metadata={BEFORE: "float32"})
 
 Configuration files and checkpoints that were written with a former name are still read; constructors refuse it. A
-checkpoint without a setting is one of a run that did what its value `BEFORE` does.
+checkpoint without a setting is one of a run that did what its value `BEFORE` does. A run that resumes keeps settings
+with `BEGUN` as it began, where they are left to a default that has changed since.
 """
 
+import ast
 import dataclasses
 import functools
 import re
@@ -15,6 +17,7 @@ from typing import Any, TypeVar
 from treering.core.errors import ConfigError
 
 FORMERLY = "formerly"  # the key in a field's metadata; its value is a tuple of names
+BEGUN = "begun"  # the key in a field's metadata: True where a run keeps what it began with although the default changed
 BEFORE = "before"  # the key in a field's metadata; its value is what was done before there was the setting
 T = TypeVar("T")
 
@@ -35,6 +38,26 @@ def with_current_names(cls: type, text: str) -> str:
             if BEFORE in f.metadata and not re.search(rf"[( ]{f.name}=", text):
                 text = f"{text[:-1]}, {f.name}={f.metadata[BEFORE]!r})"
     return text
+
+
+def as_begun(value: T, text: str) -> T:
+    """Return the settings `value`, as a run that resumes has to have them.
+
+    A field with `BEGUN` that has its default takes the value from `text`, the repr of the settings with which the run
+    began, maybe by an earlier version with another default.
+    """
+    try:
+        call = ast.parse(with_current_names(type(value), text), mode="eval").body
+        written = {k.arg: ast.literal_eval(k.value) for k in call.keywords} if isinstance(call, ast.Call) else {}
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return value
+    fields = [f for f in dataclasses.fields(value) if BEGUN in f.metadata]  # type: ignore[arg-type]
+    taken = {
+        f.name: written[f.name]
+        for f in fields
+        if getattr(value, f.name) == f.default and f.name in written and isinstance(written[f.name], type(f.default))
+    }
+    return dataclasses.replace(value, **taken) if taken else value  # type: ignore[type-var]
 
 
 def refuse_former_names(cls: type[T]) -> type[T]:

@@ -169,7 +169,7 @@ def check(stage: DemoStage, job: Job) -> None:
 METHODS = {  # technique, learning rate, and factor of the epochs after which it has learned all facts
     "full": ("full:", 2e-3, 1),
     "lora": ("lora: {rank: 64}", 4e-3, 2),
-    "osft": ("osft:", 6e-3, 1),
+    "osft": ("osft:", 6e-3, 2),
 }
 
 

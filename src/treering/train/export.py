@@ -14,7 +14,7 @@ from treering.plan.values import saved_values
 from treering.store.publish import on_first, refuse_taken
 from treering.technique import LazyTensor, Stage, Technique
 from treering.train.checkpoints import files as checkpoint
-from treering.train.checkpoints.identity import changed_sources, check_same, identity_of
+from treering.train.checkpoints.identity import as_begun, changed_sources, check_same, identity_of
 from treering.train.config import Job
 from treering.train.measurements import carried, find
 
@@ -90,6 +90,7 @@ def reread(
         raise CheckpointError(
             f"{root} holds no complete checkpoint; train first: treering train {job.output}/config.yaml"
         )
+    job, _ = as_begun(job)
     # Techniques that only make training faster or smaller do not change the weights, and may not run on this machine.
     lasting = tuple(t for t in job.techniques if t.stage in (Stage.QUANTIZE, Stage.ADAPT))
     # Nor is a teacher needed to read what was trained: its folder may be gone.

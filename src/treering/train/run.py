@@ -18,6 +18,7 @@ from treering.plan.rehearse import rehearse
 from treering.technique import Stage
 from treering.train import measurements, optimizers
 from treering.train.callbacks import Callback
+from treering.train.checkpoints.identity import as_begun
 from treering.train.checkpoints.manager import CheckpointManager
 from treering.train.config import Job
 from treering.train.evaluate import evaluate, evaluate_if_due
@@ -53,12 +54,13 @@ def train(
     with Signals() as signals:
         tokenizer = open_tokenizer(job)
         measurements.refuse_missing(job)
+        job, begun = as_begun(job)
         plan = draft_of(job)
         reporter = Reporter(job, plan, callbacks)
         with Watchdog(job.train.timeout, signals) as watchdog, lock.locked(reporter.folder):
             with watchdog.first_rank_first():
                 data = open_data(job, tokenizer, plan, kept)
-            for text in check_fit(job, plan, tokenizer, data):
+            for text in (*begun, *check_fit(job, plan, tokenizer, data)):
                 reporter.note(text)
             checkpoints = CheckpointManager(job, plan, data, measurements.find(job))
             run = checkpoints.load(reporter.note)

@@ -6,7 +6,7 @@ from math import inf
 from typing import Literal
 
 from treering.core.errors import ConfigError
-from treering.core.settings import BEFORE, FORMERLY
+from treering.core.settings import BEFORE, BEGUN, FORMERLY
 
 FACTORED = ("forward", "factors")
 ADDENDS = ("merged", "one_sided", "core")
@@ -27,7 +27,9 @@ class OSFTSettings:
     rank: Literal["ratio", "energy", "importance"] = "ratio"
     energy: float = 0.9
     importance: tuple[float, float] = (0.1, 0.8)
-    form: Literal["auto", "merged", "update", "one_sided", "core", "forward", "factors"] = "auto"
+    form: Literal["auto", "merged", "update", "one_sided", "core", "forward", "factors"] = field(
+        default="auto", metadata={BEGUN: True}
+    )
     communication: Literal["coefficients", "gather", "cached"] = field(
         default="coefficients", metadata={FORMERLY: ("wire",)}
     )
@@ -38,7 +40,7 @@ class OSFTSettings:
     free: Mapping[str, int] = field(default_factory=dict)
     unmeasured: Literal["refuse", "freeze", "unprotected"] = "refuse"
     # The last one, so that texts of earlier versions, which did not have it, are completed at the end.
-    precision: Literal["bfloat16", "float32"] = field(default="bfloat16", metadata={BEFORE: "float32"})
+    precision: Literal["bfloat16", "float32"] = field(default="bfloat16", metadata={BEFORE: "float32", BEGUN: True})
 
     def __post_init__(self) -> None:
         for name, value in {"ratio": self.ratio, **{f"ratios.{k}": v for k, v in self.ratios.items()}}.items():

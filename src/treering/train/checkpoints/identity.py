@@ -2,15 +2,20 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from treering.core.errors import CheckpointError
+from treering.core.settings import as_begun as settings_as_begun
 from treering.core.settings import with_current_names
 from treering.curvature import Statistics
 from treering.plan import Plan
 from treering.plan.teacher import teacher_of
 from treering.store.model_folder import fingerprint
 from treering.train.checkpoints import files as checkpoint
+from treering.train.checkpoints import manifest
 from treering.train.config import Job
 from treering.train.prepare import RunData
 
@@ -59,6 +64,28 @@ def _taught(plan: Plan) -> dict[str, Any]:
         "objective": " ".join((type(objective).__name__, *settings)),
         "teacher": teacher if folder is None else fingerprint(folder),
     }
+
+
+def as_begun(job: Job) -> tuple[Job, list[str]]:
+    """Return the job as the run in its output folder began, where defaults have changed since, and what is other."""
+    texts = _techniques_of_newest(Path(job.output) / "checkpoints")
+    techniques, notes = [], []
+    for technique in job.techniques:
+        kind = type(technique).__name__
+        own = [text for text in texts if isinstance(text, str) and text.startswith(f"{kind}(")]
+        begun = settings_as_begun(technique, own[0]) if len(own) == 1 else technique
+        if repr(begun) != repr(technique):
+            notes.append(f"{kind.lower()} resumes as this run began, not with today's defaults: {begun!r}")
+        techniques.append(begun)
+    return (replace(job, techniques=tuple(techniques)), notes) if notes else (job, notes)
+
+
+def _techniques_of_newest(root: Path) -> list[Any]:
+    """Return the settings that the newest readable manifest has, as texts; damage is reported where it is read."""
+    for step in reversed(checkpoint.steps(root)):
+        with suppress(CheckpointError, OSError):
+            return list(manifest.load(root / f"step-{step}").facts.get("identity", {}).get("techniques", ()))
+    return []
 
 
 def check_same(
