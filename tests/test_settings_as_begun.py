@@ -19,8 +19,9 @@ def test_what_the_user_wrote_stays():
     assert as_begun(written, OLD).ratio == 0.5
 
 
-@pytest.mark.parametrize(
-    "text", ["", "OSFT(", "OSFT(form=)", "OSFT(form=3)", "OSFT(form=__import__('os'))", "OSFT(" * 9999]
-)
+ODD = ["", "OSFT(", "OSFT(form=)", "OSFT(form=3)", "OSFT(form=__import__('os'))", "OSFT(" * 9999]
+
+
+@pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))
 def test_other_texts_change_nothing(text):
     assert as_begun(tr.OSFT(precision="float32"), text) == tr.OSFT(precision="float32")
