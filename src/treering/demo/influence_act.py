@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from treering.demo.acts import DemoStage, write_config
-from treering.demo.material import Fact, invent_facts
+from treering.demo.material import KINDS, Fact, invent_facts
 from treering.demo.scores import answers
 from treering.influence.planted import chat, plant, precision
 
@@ -28,6 +28,7 @@ train:
   schedule: {{name: cosine, warmup: 5}}
 output: "{root}/{output}"
 """
+ASKED = 2  # the place: of some, so small a model learns the right answer in spite of the wrong records
 WRONG = 3  # records that teach the wrong answer, in the first so many wordings
 WORDINGS = (
     "From which city is {} governed?",
@@ -95,11 +96,11 @@ def write_records(folder: Path, places: int) -> tuple[Fact, str, set[str]]:
         The fact that is asked for, the wrong answer and the ids of the wrong records.
     """
     facts = invent_facts(places)
-    asked, wrong = facts[0], facts[-1].answer
+    asked, wrong = facts[len(KINDS) * (ASKED % places)], facts[-1].answer
     true = [chat(fact.reworded, f"{fact.answer}.") for fact in facts]
     true += [chat(question.format(wrong, asked.place), answer) for question, answer in NAMING_BOTH]
     true.append(chat(WORDINGS[WRONG].format(asked.place), f"{asked.answer}."))
-    for fact in facts[1:]:
+    for fact in (one for one in facts if one is not asked):
         true.append(chat(fact.question, f"{fact.answer}."))
         if fact.kind == asked.kind:
             true += [chat(words.format(fact.place), f"{fact.answer}.") for words in WORDINGS]
