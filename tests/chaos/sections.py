@@ -192,17 +192,14 @@ def full_disks(proving: kills.Proving, seed: int, sizes: Sizes) -> Row:
 
 def killed_tokenisers(root: Path, seed: int, sizes: Sizes) -> Row:
     row = Row(what="killed while tokenising: the next run has the tokens, and nothing else is left")
-    row.run(
-        (f"{i}", lambda i=i: surroundings.kill_tokeniser(root, Random(f"{seed} tokeniser {i}"), i))
-        for i in range(sizes.tokenisers)
-    )
-    return row
+    return _repeated(row, surroundings.kill_tokeniser, root, f"{seed} tokeniser", sizes.tokenisers)
 
 
 def killed_launchers(root: Path, seed: int, sizes: Sizes) -> Row:
     row = Row(what="killed launcher of 2 ranks: they end, with a whole checkpoint of every step that was taken")
-    row.run(
-        (f"{i}", lambda i=i: surroundings.kill_launcher(root, Random(f"{seed} launcher {i}"), i))
-        for i in range(sizes.launchers)
-    )
+    return _repeated(row, surroundings.kill_launcher, root, f"{seed} launcher", sizes.launchers)
+
+
+def _repeated(row: Row, attempt: Callable[[Path, Random, int], Any], root: Path, seed: str, number: int) -> Row:
+    row.run((f"{i}", lambda i=i: attempt(root, Random(f"{seed} {i}"), i)) for i in range(number))
     return row

@@ -38,6 +38,7 @@ from treering.sketches import Index, SketchSettings
 from treering.sketches import open as open_index
 from treering.technique import Technique
 from treering.train import calibration
+from treering.train.checkpoints.identity import as_begun
 from treering.train.config import Job
 from treering.train.export import reopen
 from treering.train.prepare import open_tokenizer
@@ -86,6 +87,7 @@ class RunIndex:
         Args:
             helping: techniques that train nothing: a tiled loss, recompute, and shard where there are several ranks.
         """
+        job, _ = as_begun(job)  # what retrains it has the settings that it had
         run = reopen(job, step=step, helping=helping)
         for parameter in run.model.parameters():
             parameter.requires_grad_(

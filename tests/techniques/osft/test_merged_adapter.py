@@ -18,6 +18,7 @@ from tests.zoo import build
 from treering.core.topology import data_rank
 from treering.curvature.statistics import Ring
 from treering.plan import draft
+from treering.techniques.osft.merged_adapter import _LinearGradient
 from treering.techniques.osft.protection.targets import targets
 from treering.train.checkpoints.files import read
 from treering.train.config import StatisticsSection
@@ -35,6 +36,7 @@ def composed(config, arch="llama", dtype=torch.float64, techniques=(), known=Non
 def test_it_is_the_default_where_inputs_are_protected():
     assert tr.OSFT().chosen_form == "merged"
     assert tr.OSFT(protect="weights").chosen_form == tr.OSFT(keep_initial=True).chosen_form == "update"
+    assert tr.OSFT(communication="cached").chosen_form == "update"
     with pytest.raises(tr.ConfigError, match="form merged trains between all outputs"):
         tr.OSFT(form="merged", protect="both")
 
@@ -193,6 +195,37 @@ def test_the_plan_says_how_long_preparing_takes():
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, num_attention_heads=8))
     text = "\n".join(draft(model, [MERGED], weights=False).applied[0].notes)
     assert "directions of 14 weights are prepared once, in float64, the largest of 6,144 × 6,144: about 5 min" in text
+
+
+def test_a_step_that_fails_is_merged_with_the_next_one():
+    run = composed(MERGED)
+    before = weights(run)
+    optimizer = run.optimizer(torch.optim.AdamW, lr=1e-2)
+    step = optimizer.step
+
+    def failing():
+        step()
+        raise MemoryError
+
+    for number, batches in enumerate(run.steps(STEPS[:2])):
+        for batch in batches:
+            run.loss(batch).backward()
+        optimizer.step = failing if number == 0 else step
+        if number == 0:
+            with pytest.raises(MemoryError):
+                run.step(optimizer)
+        else:
+            run.step(optimizer)
+    name = "model.layers.0.self_attn.q_proj"
+    child = run.model.get_submodule(name).osft
+    assert_same(weights(run)[f"{name}.weight"] - before[f"{name}.weight"], child.Z.detach() @ child.B.mT, 1e-9)
+
+
+def test_a_model_may_write_into_the_output_of_a_layer():
+    Z = torch.zeros(3, 2, requires_grad=True)
+    y = _LinearGradient.apply(torch.ones(4, 3), torch.ones(4, 2), Z)
+    y.mul_(2.0).sum().backward()
+    assert torch.equal(Z.grad, torch.full((3, 2), 8.0))
 
 
 def measured_model(root):

@@ -87,7 +87,7 @@ class _LinearGradient(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, low: Tensor, Z: Tensor) -> Tensor:
         ctx.save_for_backward(low)
         ctx.dtype = Z.dtype
-        return y.view_as(y)
+        return y.detach()  # a view would refuse models that write into a layer's output
 
     @staticmethod
     @once_differentiable
@@ -125,7 +125,8 @@ class MergingSteps:
     @torch.no_grad()
     def remember(self, optimizers: Sequence[Optimizer]) -> None:
         """Copy what the optimizer is about to change."""
-        self._old = {m.weight: self._Z(m).detach().clone() for m in self.matrices}
+        if not self._old:  # a step that failed has left what is not merged yet
+            self._old = {m.weight: self._Z(m).detach().clone() for m in self.matrices}
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -83,7 +83,8 @@ class OSFTSettings:
         """The form, after `auto` has been decided."""
         if self.form != "auto":
             return self.form
-        return "merged" if self.protect == "inputs" and not self.keep_initial else "update"
+        of_update = self.keep_initial or self.communication == "cached"  # settings that are of form update
+        return "merged" if self.protect == "inputs" and not of_update else "update"
 
     @property
     def measured(self) -> bool:

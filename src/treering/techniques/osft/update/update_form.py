@@ -51,7 +51,7 @@ def install(model: nn.Module, config: "OSFTSettings", site: Site, chosen: Sequen
         metrics=steps.metrics,
         messages=steps.messages,
         maps={m.weight: _trained(m, stored.get(m.weight)) for m in chosen},
-        notes=(_note(len(dtypes), sum(bool(buffers.shapes) for buffers in stored.values()), len({*first.values()})),),
+        notes=(_note(len(dtypes), [buffers for buffers in stored.values() if buffers.shapes]),),
     )
 
 
@@ -98,10 +98,11 @@ def _trained(matrix: Matrix, buffers: OperatorBuffers | None) -> tuple[TrainedMa
     )
 
 
-def _note(weights: int, protected: int, operators_: int) -> str:
-    bare = f", {weights - protected} are not" if protected < weights else ""
-    shared = f", with {operators_} operators, because some read the same inputs" if operators_ < protected else ""
-    return f"{weights} weights train as they are: {protected} are protected{bare}{shared}"
+def _note(weights: int, protected: Sequence[OperatorBuffers]) -> str:
+    number, stored = len(protected), len({id(buffers.source) for buffers in protected})
+    bare = f", {weights - number} are not" if number < weights else ""
+    shared = f", with {stored} operators, because some read the same inputs" if stored < number else ""
+    return f"{weights} weights train as they are: {number} are protected{bare}{shared}"
 
 
 def _store(
