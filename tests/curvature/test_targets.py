@@ -66,7 +66,8 @@ ADAPTERS = {
     "lora": (tr.LoRA(rank=4),),
     "lora in tiles": (tr.LoRA(rank=4), tr.TiledBlock(tile=5), tr.TiledLoss(tile=4), tr.Recompute()),
     "protected": (tr.OSFT(protect="inputs", form="one_sided"),),
-    "projected": (tr.OSFT(protect="inputs"),),
+    "merged": (tr.OSFT(),),
+    "projected": (tr.OSFT(protect="inputs", form="update"),),
     "projected on both sides": (tr.OSFT(protect="weights", ratio=0.4),),
 }
 

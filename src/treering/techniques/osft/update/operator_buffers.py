@@ -69,7 +69,8 @@ class OperatorBuffers(nn.Module):
     ) -> None:
         lead, of_experts = self.matrix.lead, mesh if self.matrix.lead else None
         for shape in shapes:
-            stored = precision if precision and shape.soft and shape.columns == shape.size else dtype
+            # A rounded Q would multiply from both sides of X, and so round X itself.
+            stored = precision if precision and shape.inverse else dtype
             if shape.end == self.columns and shape.stored_as_matrix:
                 self._add(f"P_{shape.end}", (*lead, shape.size, shape.size), stored, mesh)
                 continue
